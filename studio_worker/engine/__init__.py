@@ -1,0 +1,105 @@
+"""The engines: from one image task and its model's files to one encoded picture.
+
+This module owns what the worker needs to know of an engine and which engine reads which source. It
+imports no torch: an engine's own module does that when its first job comes, so that a configuration
+error, ``status`` and the way to READY never pay for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from studio_worker.errors import JobError
+from studio_worker.jobs import Cancel, ImageTask, Picture
+from studio_worker.models import CliDefaults, FileRole, ModelSource
+
+Progress = Callable[[int, int], None]
+"""Called after every denoising step with (steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A verified file on disk. ``content`` identifies its bytes (sha256, or the store's own key)."""
+
+    role: FileRole
+    path: Path
+    content: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The encoded input pictures of a task, as fetched; format unknown, not yet trusted."""
+
+    init_image: bytes | None = None
+    mask: bytes | None = None
+    ref_image: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything an engine needs for one picture."""
+
+    job_id: str
+    model: str
+    task: ImageTask
+    defaults: CliDefaults
+    files: tuple[LocalFile, ...]
+    inputs: Inputs = Inputs()
+
+
+class Engine(Protocol):
+    """Makes pictures. Called from one thread only."""
+
+    def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
+        """Make one picture.
+
+        Raises:
+            JobError: the request cannot be met; says whether another try may help.
+            JobCancelled: ``cancel`` was set; the engine stays usable.
+            DeviceError: the device is lost; the process should end.
+        """
+        ...
+
+
+class Router:
+    """Engines by the name a source gives (``sd-cpp``, ``synthetic``), each made when first needed."""
+
+    def __init__(self, factories: Mapping[str, Callable[[], Engine]]) -> None:
+        self._factories = dict(factories)
+        self._engines: dict[str, Engine] = {}
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._factories)
+
+    def for_source(self, source: ModelSource) -> Engine:
+        """The engine that reads ``source``.
+
+        Raises:
+            JobError: this worker has no such engine (not retryable: no other worker of its kind has it).
+        """
+        name = source.engine
+        if name not in self._factories:
+            known = ", ".join(sorted(self._factories))
+            raise JobError(f"unknown engine {name!r}; this worker has {known}", retryable=False)
+        if name not in self._engines:
+            self._engines[name] = self._factories[name]()
+        return self._engines[name]
+
+
+def default_router(device: str) -> Router:
+    """The engines of this package for a torch device such as ``cpu`` or ``cuda:0``."""
+
+    def diffusion() -> Engine:
+        from studio_worker.engine.diffusion import DiffusionEngine
+
+        return DiffusionEngine(device)
+
+    def synthetic() -> Engine:
+        from studio_worker.engine.synthetic import SyntheticEngine
+
+        return SyntheticEngine()
+
+    return Router({"sd-cpp": diffusion, "synthetic": synthetic})

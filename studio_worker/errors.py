@@ -1,0 +1,161 @@
+"""Every exception of the worker.
+
+* :exc:`StudioWorkerError`
+
+  * :exc:`ConfigError` — the configuration cannot be used; exit status 78
+  * :exc:`DeviceError` — the device asked for cannot be used; exit status 69
+  * :exc:`DownloadError` — a file could not be fetched or verified; exit status 74 while provisioning
+
+    * :exc:`DownloadCancelled` — the caller asked the download to stop
+    * :exc:`StoreError` — the models folder cannot hold or give what is asked
+
+  * :exc:`ProtocolError` — the studio and this worker do not understand each other
+
+    * :exc:`FrameError` — one frame is unreadable; it is dropped
+    * :exc:`StudioUnavailable` — the studio could not be reached or answered with a passing error
+    * :exc:`ReconnectExhausted` — the allowed number of attempts in a row failed; exit status 75
+    * :exc:`DuplicateWorker` — another process uses this worker's identity; exit status 76
+    * :exc:`RefusedByStudio` — token refused, worker deleted, registration rejected; exit status 77
+
+  * :exc:`JobError` — one job cannot be done; the worker goes on
+
+    * :exc:`JobCancelled` — the job was stopped before its end
+
+Exceptions carry their facts as attributes; ``str()`` makes the sentence an operator reads.
+Exit statuses follow sysexits(3).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class StudioWorkerError(Exception):
+    """Base of every error this package raises on purpose; its text is one sentence for the operator."""
+
+    exit_status: ClassVar[int] = 1
+
+
+class ConfigError(StudioWorkerError):
+    """The configuration cannot be used.
+
+    Args:
+        problem: what is wrong, in a few words.
+        cure: what the operator should do.
+        source: the file, or ``environment variable NAME``, that holds the fault.
+        line: 1-based line in that file, where known.
+        key: dotted path of the key, e.g. ``worker.device``.
+    """
+
+    exit_status: ClassVar[int] = 78  # EX_CONFIG
+
+    def __init__(
+        self, problem: str, *, cure: str, source: str = "", line: int | None = None, key: str = ""
+    ) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.cure = cure
+        self.source = source
+        self.line = line
+        self.key = key
+
+    def __str__(self) -> str:
+        where = f"{self.source}:{self.line}" if self.line is not None else self.source
+        return ": ".join(part for part in (where, self.key, self.problem) if part) + f"; {self.cure}"
+
+
+class DeviceError(StudioWorkerError):
+    """The device asked for is missing or unusable; the text names the cure."""
+
+    exit_status: ClassVar[int] = 69  # EX_UNAVAILABLE
+
+
+class DownloadError(StudioWorkerError):
+    """A file could not be fetched or verified.
+
+    Args:
+        reason: ``request error``, ``non-success status``, ``streaming body``, ``size mismatch`` or
+            ``sha256 mismatch``.
+        message: the sentence, without secrets (URLs without query strings).
+        status: the HTTP status, where there is one.
+    """
+
+    exit_status: ClassVar[int] = 74  # EX_IOERR
+
+    def __init__(self, reason: str, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.status = status
+
+
+class DownloadCancelled(DownloadError):
+    """The caller asked the download to stop; the bytes so far are kept for the next try."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__("cancelled", f"GET {url}: stopped before its end")
+
+
+class StoreError(DownloadError):
+    """The models folder cannot hold or give what is asked of it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("store", message)
+
+
+class ProtocolError(StudioWorkerError):
+    """The studio and this worker do not understand each other."""
+
+
+class FrameError(ProtocolError):
+    """One frame is unreadable or unknown; it is logged and dropped."""
+
+
+class StudioUnavailable(ProtocolError):
+    """The studio could not be reached or answered with a passing error; try again later.
+
+    Args:
+        message: the sentence.
+        retry_after_s: seconds the studio asked to wait, where it did.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ReconnectExhausted(ProtocolError):
+    """``[studio] reconnect_attempts`` connections in a row failed."""
+
+    exit_status: ClassVar[int] = 75  # EX_TEMPFAIL
+
+
+class DuplicateWorker(ProtocolError):
+    """Another process is connected with this worker's identity."""
+
+    exit_status: ClassVar[int] = 76  # EX_PROTOCOL
+
+
+class RefusedByStudio(ProtocolError):
+    """The studio refused this worker for good: token refused, worker deleted, registration rejected."""
+
+    exit_status: ClassVar[int] = 77  # EX_NOPERM
+
+
+class JobError(StudioWorkerError):
+    """One job cannot be done; the worker reports it and goes on.
+
+    Args:
+        message: the sentence the studio gets.
+        retryable: whether another try, or another worker, may mend it.
+    """
+
+    def __init__(self, message: str, *, retryable: bool) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+class JobCancelled(JobError):
+    """The job was stopped before its end; another worker, or a later try, can do it."""
+
+    def __init__(self, message: str = "the worker is stopping") -> None:
+        super().__init__(message, retryable=True)

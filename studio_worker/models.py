@@ -1,0 +1,84 @@
+"""What a model is made of: its files by role, the engine that reads them, and its default parameters.
+
+The shapes are those of an offer's ``modelSource``, so that a studio's registry entry can be pasted into
+``models.d``. JSON field names are camelCase; attributes are snake_case. Unknown fields are ignored, as the
+protocol asks of readers.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+from pydantic.dataclasses import dataclass
+
+FileRole = Literal["diffusion-model", "text-encoder", "text-encoder-vision", "vae", "lora", "model"]
+
+CAMEL = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True)
+"""How every body and frame of the wire is read and written."""
+
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+
+
+def _plain_name(name: str) -> str:
+    if not name or name in {".", ".."} or any(c in name for c in "/\\\0") or len(name.encode()) > 255:
+        raise ValueError("must be a plain file name, without folders")
+    return name
+
+
+def _sha256(value: str) -> str:
+    if not _SHA256.fullmatch(value):
+        raise ValueError("must be 64 hexadecimal digits")
+    return value.lower()
+
+
+@dataclass(frozen=True, config=ConfigDict(alias_generator=to_camel, populate_by_name=True))
+class ModelFile:
+    """One file of a model.
+
+    ``approx_bytes`` is the size the registry knows, for space checks and progress only; what is exact is
+    ``sha256`` (either case is accepted, lower case is kept).
+    """
+
+    role: FileRole
+    url: str
+    filename: Annotated[str, AfterValidator(_plain_name)]
+    approx_bytes: int | None = None
+    sha256: Annotated[str, AfterValidator(_sha256)] | None = None
+
+
+class CliDefaults(BaseModel):
+    """The model's own parameters; 0 or ``None`` means that the model has no opinion."""
+
+    model_config = CAMEL
+
+    cfg_scale: float = 0.0
+    steps: int = 0
+    width: int = 0
+    height: int = 0
+    sampling_method: str | None = None
+    flow_shift: float | None = None
+    zero_cond_t: bool | None = None
+    offload_to_cpu: bool | None = None
+    context_size: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ModelSource(BaseModel):
+    """Where a model comes from and which engine reads it (an offer's ``modelSource``)."""
+
+    model_config = CAMEL
+
+    engine: str
+    files: tuple[ModelFile, ...] = ()
+    cli_defaults: CliDefaults = CliDefaults()
+
+
+class RequiredModel(ModelSource):
+    """A model the box must hold before it is ready: one file of ``models.d``."""
+
+    id: str = Field(min_length=1)
+    kind: str = "image"
+    vram_gb_estimate: float = 0.0
