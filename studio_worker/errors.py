@@ -13,6 +13,8 @@
 
     * :exc:`FrameError` — one frame is unreadable; it is dropped
     * :exc:`StudioUnavailable` — the studio could not be reached or answered with a passing error
+    * :exc:`UnknownRegistration` — the studio does not know our registration request; start over
+    * :exc:`DeliveryRefused` — the studio will never take this result
     * :exc:`ReconnectExhausted` — the allowed number of attempts in a row failed; exit status 75
     * :exc:`DuplicateWorker` — another process uses this worker's identity; exit status 76
     * :exc:`RefusedByStudio` — token refused, worker deleted, registration rejected; exit status 77
@@ -121,6 +123,27 @@ class StudioUnavailable(ProtocolError):
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class UnknownRegistration(ProtocolError):
+    """The studio does not know our registration request, or not its secret; start over with new ones."""
+
+
+class DeliveryRefused(ProtocolError):
+    """The studio will never take this result: the job is no longer ours, or the upload is not acceptable.
+
+    Args:
+        status: the HTTP status of the refusal.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the studio refused the result: HTTP {status}")
+        self.status = status
+
+    @property
+    def job_is_gone(self) -> bool:
+        """Whether the studio does not expect this job from us any more (404, 409, 410)."""
+        return self.status in {404, 409, 410}
 
 
 class ReconnectExhausted(ProtocolError):

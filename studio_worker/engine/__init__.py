@@ -7,26 +7,30 @@ error, ``status`` and the way to READY never pay for it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, ImageTask, Picture
-from studio_worker.models import CliDefaults, FileRole, ModelSource
+from studio_worker.models import CliDefaults, LocalFile, ModelSource
+
+# No hub access at run time, ever: these are read when the libraries are imported, so they stand where every
+# module of this package comes by first. Loading from local folders alone needs none of them; they are the
+# second lock.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    DO_NOT_TRACK="1",
+    # The engine runs in one thread of a process with others; tokenizers would warn about forks it never
+    # makes.
+    TOKENIZERS_PARALLELISM="false",
+)
 
 Progress = Callable[[int, int], None]
 """Called after every denoising step with (steps done, steps in all)."""
-
-
-@dataclass(frozen=True)
-class LocalFile:
-    """A verified file on disk. ``content`` identifies its bytes (sha256, or the store's own key)."""
-
-    role: FileRole
-    path: Path
-    content: str
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,224 @@
+"""The commands. Each is a thin shell over the room that does the work; none imports torch by itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from studio_worker import __version__, config, logs
+from studio_worker.errors import ConfigError, StudioWorkerError
+
+app = typer.Typer(
+    name="studio-worker",
+    help="Takes image jobs from a studio, makes the pictures with torch, delivers them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models_app = typer.Typer(no_args_is_help=True, help="The required models on this box.")
+app.add_typer(models_app, name="models")
+
+ConfigDir = Annotated[
+    Path, typer.Option("--config", metavar="DIR", help="Configuration folder.", show_default=True)
+]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def main() -> None:
+    """Entry point: an operator's mistake is one line on stderr and an exit status, never a traceback."""
+    try:
+        app()
+    except StudioWorkerError as error:
+        print(f"studio-worker: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+@app.command()
+def run(directory: ConfigDir = config.DEFAULT_DIR) -> None:
+    """Run the service (what systemd starts)."""
+    from studio_worker import service
+
+    raise typer.Exit(service.run(directory))
+
+
+@app.command("check-config")
+def check_config(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> None:
+    """Check the configuration; exit status 78 and one line with file, key and cure where it is wrong."""
+    loaded = config.load(directory)
+    config.check_folders(loaded.settings)
+    if as_json:
+        typer.echo(loaded.settings.model_dump_json(indent=2))
+        return
+    count = len(loaded.required)
+    studio = logs.safe_url(loaded.settings.studio.api_base_url)
+    typer.echo(f"{directory}: configuration is valid; {count} required model(s); studio {studio}")
+
+
+@app.command()
+def register(
+    directory: ConfigDir = config.DEFAULT_DIR,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="Forget this worker's identity; the next start asks anew.")
+    ] = False,
+) -> None:
+    """Show who this worker is to the studio, or forget it."""
+    from studio_worker.lock import state_lock
+    from studio_worker.studio.registration import IdentityFile
+
+    settings = config.load(directory).settings
+    config.check_folders(settings)
+    file = IdentityFile(settings.state.dir / "identity.json")
+    if reset:
+        with state_lock(settings.state.dir):
+            file.reset()
+        typer.echo("identity forgotten; the next start of the service asks to be registered anew")
+        return
+    typer.echo(file.load().describe())
+
+
+@models_app.command("list")
+def models_list(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> None:
+    """Show every file of the required models and whether it is verified."""
+    import json
+
+    from studio_worker.store import Store
+
+    loaded = config.load(directory)
+    config.check_folders(loaded.settings)
+    store = Store(loaded.settings.models.root)
+    rows = [
+        {
+            "model": model.id,
+            "role": file.role,
+            "file": file.filename,
+            "state": "verified" if store.is_verified(file) else "missing",
+            "path": str(store.path(file)),
+        }
+        for model in loaded.required
+        for file in model.files
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table("model", "role", "file", "state")
+    for row in rows:
+        table.add_row(row["model"], row["role"], row["file"], row["state"])
+    Console().print(table)
+
+
+@models_app.command("pull")
+def models_pull(directory: ConfigDir = config.DEFAULT_DIR) -> None:
+    """Download and verify every required model now, with a progress bar on a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from studio_worker.download import Policy
+    from studio_worker.store import Store
+
+    loaded = config.load(directory)
+    config.check_folders(loaded.settings)
+    logs.configure("warning")
+    store = Store(
+        loaded.settings.models.root, Policy(allow_insecure=loaded.settings.models.allow_insecure_urls)
+    )
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        for model in loaded.required:
+            for file in model.files:
+                bar = bars.add_task(f"{model.id}: {file.filename}", total=file.approx_bytes)
+                store.ensure(
+                    [file],
+                    progress=lambda done, total, bar=bar: bars.update(bar, completed=done, total=total),  # type: ignore[misc]
+                )
+                size = store.path(file).stat().st_size
+                bars.update(bar, completed=size, total=size)
+    typer.echo(f"{len(loaded.required)} required model(s) verified")
+
+
+@models_app.command("verify")
+def models_verify(directory: ConfigDir = config.DEFAULT_DIR) -> None:
+    """Read every model file and compare its hash; a damaged one is removed and fetched at the next start."""
+    from studio_worker.store import Store
+
+    settings = config.load(directory).settings
+    config.check_folders(settings)
+    damaged = 0
+    for checked in Store(settings.models.root).verify():
+        damaged += checked.state != "verified"
+        typer.echo(f"{checked.state:9} {checked.size_bytes / 1e6:10.1f} MB  {checked.path}")
+    if damaged:
+        typer.echo(f"{damaged} file(s) damaged or missing; `studio-worker models pull` fetches them")
+        raise typer.Exit(1)
+
+
+@app.command("local-studio")
+def local_studio(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8765,
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the studio's SQLite file.")] = Path(
+        "studio-data"
+    ),
+    models: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of model files to serve under /models.")
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="File with the token people need (required off loopback)."),
+    ] = None,
+    approve_all: Annotated[
+        bool, typer.Option("--approve-all", help="Approve every worker that asks (trusted networks only).")
+    ] = False,
+) -> None:
+    """Run a small studio of your own: queue, approval, gallery."""
+    from studio_worker.local_studio import run_local_studio
+
+    logs.configure()
+    token = _read_token(token_file) if token_file is not None else None
+    run_local_studio(
+        data_dir=data,
+        host=host,
+        port=port,
+        models_dir=models,
+        admin_token=token,
+        auto_approve=approve_all,
+    )
+
+
+def _read_token(path: Path) -> str:
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read: {error.strerror}", source=str(path), cure="name another --token-file"
+        ) from error
+    if len(token) < 16:
+        raise ConfigError(
+            "the token is shorter than 16 characters",
+            source=str(path),
+            cure="make one with: openssl rand -hex 32",
+        )
+    return token
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the pictures.")] = Path("demo"),
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave studio and worker running and print the page's address.")
+    ] = False,
+) -> None:
+    """Show everything at once: a local studio, the real service, a dozen pictures by torch on the CPU."""
+    from studio_worker.demo import run_demo
+
+    raise typer.Exit(run_demo(output, keep=keep))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"studio-worker {__version__}")

@@ -1,0 +1,106 @@
+"""The device the pictures are made on: which one, how much memory. Imports no torch.
+
+The device asked for is the device used: a GPU that is asked for and cannot be used is an error with its
+cure, never a quiet fall back to the CPU. CUDA is asked through the driver's own library (libcuda), which
+takes milliseconds; torch itself is loaded when the first job comes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from studio_worker.errors import DeviceError
+
+_NVIDIA_VENDOR = "0x10de"
+"""PCI vendor id of NVIDIA (pci.ids)."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """``name`` is torch's name (``cpu``, ``cuda:0``); ``memory_gb`` its whole memory in GB (1e9 bytes)."""
+
+    name: str
+    description: str
+    memory_gb: float
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.name != "cpu"
+
+
+def find_device(setting: str) -> Device:
+    """The device for ``[worker] device``: ``auto``, ``cuda``, ``cuda:N`` or ``cpu``.
+
+    Raises:
+        DeviceError: the device cannot be used; the text names the cure.
+    """
+    if setting == "cpu":
+        return Device("cpu", f"CPU, {os.cpu_count()} cores", _ram_gb())
+    if setting == "auto" and not _has_nvidia_gpu():
+        raise DeviceError(
+            'this machine shows no NVIDIA GPU; to make pictures on the CPU (slow), write device = "cpu" '
+            "under [worker] in the configuration"
+        )
+    match = re.fullmatch(r"auto|cuda(?::(\d+))?", setting)
+    if match is None:  # the configuration's own check comes first; this guards other callers
+        raise DeviceError(f"unknown device {setting!r}; use auto, cuda, cuda:N or cpu")
+    return _cuda_device(int(match[1] or 0))
+
+
+def _ram_gb() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def _has_nvidia_gpu() -> bool:
+    """Whether the PCI bus or the driver shows an NVIDIA display device (class 0x03….)."""
+    if Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists():
+        return True
+    for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"):
+        if vendor.read_text().strip() == _NVIDIA_VENDOR:
+            return (vendor.parent / "class").read_text().startswith("0x03")
+    return False
+
+
+def _cuda_device(index: int) -> Device:
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        raise DeviceError(
+            "the NVIDIA driver's library libcuda.so.1 is not installed; install the driver "
+            "(on Debian: apt install nvidia-driver), then reboot"
+        ) from None
+    _check(cuda, cuda.cuInit(0), "start the NVIDIA driver")
+    count = ctypes.c_int()
+    _check(cuda, cuda.cuDeviceGetCount(ctypes.byref(count)), "count the GPUs")
+    if index >= count.value:
+        raise DeviceError(f"cuda:{index} does not exist; this machine has {count.value} CUDA device(s)")
+    handle = ctypes.c_int()
+    _check(cuda, cuda.cuDeviceGet(ctypes.byref(handle), index), f"open cuda:{index}")
+    name = ctypes.create_string_buffer(100)
+    _check(cuda, cuda.cuDeviceGetName(name, len(name), handle), f"name cuda:{index}")
+    total = ctypes.c_size_t()
+    _check(cuda, cuda.cuDeviceTotalMem_v2(ctypes.byref(total), handle), f"size cuda:{index}")
+    return Device(f"cuda:{index}", name.value.decode(errors="replace"), total.value / 1e9)
+
+
+_CURES = {
+    100: "no CUDA device is visible; check that the GPU is listed by nvidia-smi and not hidden by "
+    "CUDA_VISIBLE_DEVICES",
+    803: "the driver was upgraded while the old one is still loaded; reboot",
+    999: "reload the driver (modprobe nvidia-uvm) or reboot",
+}
+"""What helps, by CUresult (CUDA driver API, cuda.h)."""
+
+
+def _check(cuda: ctypes.CDLL, status: int, doing: str) -> None:
+    if status == 0:
+        return
+    text = ctypes.c_char_p()
+    cuda.cuGetErrorName(status, ctypes.byref(text))
+    label = text.value.decode() if text.value else f"error {status}"
+    cure = _CURES.get(status, "check nvidia-smi and dmesg, or reboot")
+    raise DeviceError(f"cannot {doing}: {label}; {cure}")

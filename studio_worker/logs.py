@@ -1,0 +1,159 @@
+"""Log lines: JSON for journald, readable text for a terminal, and a bounded buffer for the studio.
+
+One JSON object a line on stderr: ``timestamp``, ``level``, ``logger``, ``message`` (constant text) and
+facts as fields. Every line is redacted on its way out: registered secrets are replaced wherever they
+appear, in messages, fields and tracebacks. Prompts are never given to a logger in the first place.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import os
+import sys
+import threading
+from datetime import UTC, datetime
+from typing import IO, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pythonjsonlogger.core import RESERVED_ATTRS
+from pythonjsonlogger.json import JsonFormatter
+
+from studio_worker.errors import ConfigError
+
+LogFormat = Literal["auto", "json", "text"]
+
+_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+"""Syslog priorities for the ``<N>`` prefix that journald reads (sd-daemon(3))."""
+
+_NOISY = ("urllib3", "websockets", "uvicorn", "asyncio", "httpx", "httpcore", "PIL", "filelock", "diffusers",
+          "transformers", "huggingface_hub", "accelerate", "torch")  # fmt: skip
+"""Libraries whose warnings would be noise or, in diffusers' and transformers' case, quote the prompt."""
+
+_secrets: set[str] = set()
+
+
+def add_secret(secret: str) -> None:
+    """From now on ``secret`` appears as ``[redacted]`` in every line."""
+    if len(secret) >= 8:  # anything shorter would blot out ordinary words
+        _secrets.add(secret)
+
+
+def redact(text: str) -> str:
+    """``text`` without any registered secret."""
+    for secret in tuple(_secrets):
+        text = text.replace(secret, "[redacted]")
+    return text
+
+
+def safe_url(url: str) -> str:
+    """``url`` without user info, query and fragment, as it may be logged."""
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc.rpartition("@")[2]
+        return urlunsplit((parts.scheme, host, parts.path, "", ""))
+    except ValueError:
+        return "[unreadable url]"
+
+
+def facts(record: logging.LogRecord) -> dict[str, Any]:
+    """The fields given to a log call by ``extra``."""
+    return {k: v for k, v in record.__dict__.items() if k not in RESERVED_ATTRS and not k.startswith("_")}
+
+
+class _Json(JsonFormatter):
+    def __init__(self, *, priority_prefix: bool) -> None:
+        super().__init__(
+            "%(message)s",
+            reserved_attrs=[*RESERVED_ATTRS, "color_message"],
+            json_ensure_ascii=False,
+            json_default=str,
+        )
+        self._prefix = priority_prefix
+
+    def add_fields(
+        self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]
+    ) -> None:
+        stamp = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        log_data["timestamp"] = stamp.replace("+00:00", "Z")
+        log_data["level"] = record.levelname
+        log_data["logger"] = record.name
+        super().add_fields(log_data, record, message_dict)
+
+    def format(self, record: logging.LogRecord) -> str:
+        # Redacted before it is JSON, so that a secret with characters JSON escapes is found too.
+        line = redact(super().format(record))
+        return f"<{_PRIORITIES.get(record.levelno, 6)}>{line}" if self._prefix else line
+
+
+class _Text(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        head, newline, traceback = super().format(record).partition("\n")
+        fields = " ".join(f"{k}={_plain(v)}" for k, v in facts(record).items())
+        return redact(f"{head}  {fields}".rstrip() + newline + traceback)
+
+
+def _plain(value: Any) -> str:
+    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+    return json.dumps(text, ensure_ascii=False) if " " in text else text
+
+
+class ShippingBuffer(logging.Handler):
+    """The last lines for the studio's ``logBatch``: bounded; what overflows is counted, never blocks."""
+
+    def __init__(self, capacity: int = 2000) -> None:
+        super().__init__(logging.INFO)
+        self._lines: collections.deque[logging.LogRecord] = collections.deque()
+        self._capacity = capacity
+        self._lost = 0
+        self._guard = threading.Lock()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with self._guard:
+            if len(self._lines) >= self._capacity:
+                self._lines.popleft()
+                self._lost += 1
+            self._lines.append(record)
+
+    def take(self, at_most: int) -> tuple[list[logging.LogRecord], int]:
+        """The oldest lines, and how many were lost since the last call."""
+        with self._guard:
+            lines = [self._lines.popleft() for _ in range(min(at_most, len(self._lines)))]
+            lost, self._lost = self._lost, 0
+            return lines, lost
+
+
+def journald_listens(stream: IO[str]) -> bool:
+    """Whether ``stream`` goes to journald: ``JOURNAL_STREAM`` holds its device and inode, systemd.exec(5)."""
+    wanted = os.environ.get("JOURNAL_STREAM", "")
+    try:
+        stat = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return wanted == f"{stat.st_dev}:{stat.st_ino}"
+
+
+def configure(level: str = "info", fmt: LogFormat = "auto", stream: IO[str] | None = None) -> None:
+    """Send every log line to ``stream`` (stderr). ``auto`` means text on a terminal and JSON elsewhere."""
+    number = logging.getLevelName(level.upper())
+    if not isinstance(number, int):
+        raise ConfigError(
+            f"unknown level {level!r}", cure="use debug, info, warning or error", key="log.level"
+        )
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
+    if fmt == "text" or (fmt == "auto" and stream.isatty()):
+        handler.setFormatter(_Text())
+    else:
+        handler.setFormatter(_Json(priority_prefix=journald_listens(stream)))
+    root = logging.getLogger()
+    root.handlers = [h for h in root.handlers if isinstance(h, ShippingBuffer)] + [handler]
+    root.setLevel(number)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)

@@ -1,0 +1,287 @@
+"""The service from start to end: the one place where everything is wired together.
+
+Configuration, logs, device, provisioning, READY, registration, session, the loop, and the way out. The
+main thread provisions (waiting for a helper thread, so that a stop is never stuck behind a stalled mirror)
+and then runs the worker's loop. Signals have a thread of their own, the session and the courier one each.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from studio_worker import __version__, config, logs
+from studio_worker.device import find_device
+from studio_worker.download import Policy, fetch_bytes
+from studio_worker.engine import default_router
+from studio_worker.errors import StudioWorkerError
+from studio_worker.lock import state_lock
+from studio_worker.notify import Notifier, watchdog_interval_s
+from studio_worker.provision import ProvisionProgress, provision
+from studio_worker.spool import JobInHand, Outbox
+from studio_worker.store import Store
+from studio_worker.studio.api import StudioApi
+from studio_worker.studio.delivery import Courier
+from studio_worker.studio.offers import Situation
+from studio_worker.studio.registration import IdentityFile, Registration
+from studio_worker.studio.session import Desk, StudioSession
+from studio_worker.studio.wire import Capabilities
+from studio_worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+_LAST_DELIVERY_S = 30.0
+"""How long a stop waits for the last upload; what is not delivered by then stays in the outbox."""
+_MAX_INPUT_BYTES = 64 * 1024 * 1024
+_LOOP_SILENCE_S = 30.0
+"""The session's loop turns every second; silent for this long, it hangs."""
+
+
+def run(directory: Path = config.DEFAULT_DIR) -> int:
+    """Run the service until it is stopped; returns the exit status (0 = stopped as asked)."""
+    logs.configure()
+    # Blocked in every thread: one thread takes them with sigwait, so that no handler ever interrupts
+    # a lock, a download or torch half-way.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        loaded = config.load(directory)
+        logs.configure(loaded.settings.log.level, loaded.settings.log.format)
+        config.check_folders(loaded.settings)
+        with state_lock(loaded.settings.state.dir):
+            Service(loaded).run()
+    except StudioWorkerError as error:
+        log.critical(
+            "service ends with an error",
+            extra={"op": "service", "error": str(error), "exit_status": error.exit_status},
+        )
+        return error.exit_status
+    log.info("service stopped", extra={"op": "service", "exit_status": 0})
+    return 0
+
+
+class Service:
+    """Everything of one running service. The caller has blocked SIGTERM and SIGINT."""
+
+    def __init__(self, loaded: config.Config) -> None:
+        self._settings = settings = loaded.settings
+        self._required = loaded.required
+        self._notifier = Notifier()
+        self._stop = threading.Event()
+        self._stages: queue.SimpleQueue[StudioWorkerError | None] = queue.SimpleQueue()
+        self._fatal: StudioWorkerError | None = None
+        self._courier_thread: threading.Thread | None = None
+
+        log.info("service starting", extra={"op": "service", "version": __version__})
+        self._device = find_device(settings.worker.device)
+        log.info(
+            "device found",
+            extra={
+                "op": "device",
+                "device": self._device.name,
+                "description": self._device.description,
+                "memory_gb": round(self._device.memory_gb, 1),
+            },
+        )
+        policy = Policy(allow_insecure=settings.models.allow_insecure_urls)
+        shipping = logs.ShippingBuffer()
+        logging.getLogger().addHandler(shipping)
+        self._engines = default_router(self._device.name)
+        self._store = Store(settings.models.root, policy)
+        self._in_hand = JobInHand(settings.state.dir / "spool")
+        self._outbox = Outbox(settings.state.dir / "outbox")
+        self._desk = Desk()
+        api = StudioApi(settings.studio.api_base_url)
+        self._session = StudioSession(
+            api=api,
+            desk=self._desk,
+            situation=self._situation,
+            capabilities=self._capabilities,
+            uploading=lambda: self._courier.uploading,
+            on_redelivery=self._outbox.wake,
+            on_state=lambda state: self._notifier.status(f"ready, {state}"),
+            shipping=shipping,
+            reconnect_attempts=settings.studio.reconnect_attempts,
+        )
+        self._courier = Courier(
+            self._outbox,
+            api,
+            on_delivered=self._session.delivered,
+            on_unacceptable=lambda job_id, error: self._session.report_failure(
+                job_id, error, retryable=False
+            ),
+        )
+        self._registration = Registration(
+            api,
+            IdentityFile(settings.state.dir / "identity.json"),
+            self._capabilities,
+            on_waiting=lambda line: self._notifier.status(f"ready, {line}"),
+            stop=self._stop,
+        )
+        self._worker = Worker(
+            source=self._session,
+            files=self._store,
+            engines=self._engines,
+            in_hand=self._in_hand,
+            results=self._outbox,
+            fetch=lambda url: fetch_bytes(url, max_bytes=_MAX_INPUT_BYTES, policy=policy),
+            step_timeout_s=settings.worker.step_timeout_s,
+        )
+
+    def run(self) -> None:
+        """From provisioning to the clean end.
+
+        Raises:
+            StudioWorkerError: what ended the service; its class holds the exit status.
+        """
+        _thread("signals", self._watch_signals)
+        self._recover()
+        if not self._provision():
+            return
+        self._notifier.ready("ready")
+        log.info("service ready", extra={"op": "service"})
+        if (interval_s := watchdog_interval_s()) is not None:
+            _thread("watchdog", lambda: self._feed_watchdog(interval_s))
+        studio = _thread("studio", self._talk_to_studio)
+        try:
+            self._worker.run()
+        finally:
+            self._notifier.stopping()
+            self._stop.set()
+            self._courier.stop()
+            if self._courier_thread is not None:
+                self._courier_thread.join(_LAST_DELIVERY_S)
+            self._session.stop()
+            studio.join(_LAST_DELIVERY_S)
+        if self._fatal is not None:
+            raise self._fatal
+
+    # --- before READY ---
+
+    def _recover(self) -> None:
+        job_id = self._in_hand.recover()
+        if job_id is not None:
+            log.warning(
+                "the last process ended with this job in hand",
+                extra={"op": "job", "job_id": job_id, "refused_from_now": self._in_hand.is_poisoned(job_id)},
+            )
+
+    def _provision(self) -> bool:
+        """Whether the required models are verified; ``False`` = stopped before."""
+        progress = ProvisionProgress(self._notifier.status, self._notifier.extend_timeout)
+
+        def work() -> None:
+            try:
+                provision(self._store, self._required, progress, self._stop)
+                self._stages.put(None)
+            except StudioWorkerError as error:
+                self._stages.put(error)
+
+        _thread("provision", work)
+        error = self._stages.get()
+        if self._stop.is_set():
+            self._notifier.stopping()
+            return False
+        if error is not None:
+            raise error
+        return True
+
+    # --- threads ---
+
+    def _watch_signals(self) -> None:
+        """First signal: finish the job in hand, then end. Second, or the stop limit: hand it back."""
+        number = signal.sigwait(_STOP_SIGNALS)
+        log.info("stop requested", extra={"op": "service", "signal": signal.Signals(number).name})
+        self._notifier.stopping("finishing the job in hand")
+        self._stop.set()
+        self._desk.close()
+        self._stages.put(None)
+        limit_s = self._settings.worker.stop_timeout_s
+        again = signal.sigtimedwait(_STOP_SIGNALS, limit_s)
+        log.warning(
+            "handing the job in hand back",
+            extra={"op": "service", "reason": "second signal" if again else "stop limit"},
+        )
+        self._worker.hand_back("the worker is stopping")
+
+    def _talk_to_studio(self) -> None:
+        try:
+            credentials = self._registration.run()
+            if credentials is not None:
+                self._courier_thread = _thread("courier", lambda: self._courier.run(credentials))
+                self._session.run(credentials)
+        except StudioWorkerError as error:
+            self._end_with(error)
+        except Exception as error:
+            log.exception("session crashed", extra={"op": "session"})
+            self._end_with(StudioWorkerError(f"session crashed: {type(error).__name__}"))
+
+    def _end_with(self, error: StudioWorkerError) -> None:
+        """The session is over for good: the job in hand cannot be delivered to anybody."""
+        self._fatal = error
+        self._desk.close()
+        self._worker.hand_back(str(error))
+
+    def _feed_watchdog(self, interval_s: float) -> None:
+        """WATCHDOG=1 only while the session's loop turns and the job in hand makes steps."""
+        while not self._stop.wait(interval_s):
+            if self._worker.is_stuck():
+                log.error("the job in hand makes no progress", extra={"op": "watchdog"})
+            elif self._session.is_silent(_LOOP_SILENCE_S):
+                log.error("the session's loop does not turn", extra={"op": "watchdog"})
+            else:
+                self._notifier.watchdog()
+
+    # --- what the worker knows of itself ---
+
+    def _threshold_gb(self) -> float:
+        return self._settings.worker.vram_threshold_gb or self._device.memory_gb
+
+    def _capabilities(self) -> Capabilities:
+        models = tuple(f"{engine}:*" for engine in sorted(self._engines.names()))
+        return Capabilities(
+            machine_name=socket.gethostname(),
+            username=_username(),
+            agent_version=__version__,
+            vram_total_gb=round(self._device.memory_gb, 2) if self._device.is_gpu else 0,
+            vram_threshold_gb=round(self._threshold_gb(), 2),
+            auto_enabled=not self._desk.is_paused,
+            supported_models=models,
+            supported_models_per_kind={"image": models},
+        )
+
+    def _situation(self) -> Situation:
+        return Situation(
+            now=time.monotonic(),
+            current_job_id=self._desk.current_job_id,
+            is_paused=self._desk.is_paused,
+            threshold_gb=self._threshold_gb(),
+            engines=self._engines.names(),
+            on_demand=self._settings.models.on_demand,
+            allow_insecure_urls=self._settings.models.allow_insecure_urls,
+            is_in_outbox=self._outbox.holds,
+            is_poisoned=self._in_hand.is_poisoned,
+            is_on_box=lambda files: all(self._store.is_verified(file) for file in files),
+            shortfall_bytes=self._store.shortfall_bytes,
+        )
+
+
+def _thread(name: str, work: Callable[[], None]) -> threading.Thread:
+    """Start a thread that does not keep the process alive."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _username() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a passwd entry
+        return "unknown"

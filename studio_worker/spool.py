@@ -1,0 +1,159 @@
+"""What survives a crash: the job in hand, and the outbox of finished pictures.
+
+Everything is written with fsync before the step it protects: the job is noted before the engine touches
+it, and a picture is on disk before its upload starts. Only the service writes here (folder 0700).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from studio_worker.files import fsync_directory, remove_temporaries, write_atomic
+from studio_worker.jobs import Job, Picture
+
+log = logging.getLogger(__name__)
+
+POISON_CRASHES = 2
+"""A job that was in hand at this many crashes is not tried again."""
+
+_REMEMBERED_CRASHES = 200
+
+
+class JobInHand:
+    """The note of the job that the engine works on, and the count of crashes it was found at."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        remove_temporaries(folder)
+        self._note = folder / "job-in-hand.json"
+        self._counts_path = folder / "crashes.json"
+        self._counts: dict[str, int] = _read_json(self._counts_path) or {}
+
+    def recover(self) -> str | None:
+        """The job that was in hand when the last process died, counted as one crash; ``None`` if none was."""
+        note = _read_json(self._note)
+        if note is None:
+            return None
+        job_id = str(note.get("job_id"))
+        self._counts[job_id] = self._counts.get(job_id, 0) + 1
+        self._counts = dict(list(self._counts.items())[-_REMEMBERED_CRASHES:])
+        write_atomic(self._counts_path, json.dumps(self._counts).encode())
+        self._clear()
+        return job_id
+
+    def is_poisoned(self, job_id: str) -> bool:
+        return self._counts.get(job_id, 0) >= POISON_CRASHES
+
+    def begin(self, job: Job) -> None:
+        """Note ``job`` before anything that may kill the process is done for it."""
+        note = {"job_id": job.job_id, "model": job.model, "began_at": time.time()}
+        write_atomic(self._note, json.dumps(note).encode())
+
+    def end(self) -> None:
+        """The job in hand has ended: its result is in the outbox, or its failure is known."""
+        self._clear()
+
+    def _clear(self) -> None:
+        self._note.unlink(missing_ok=True)
+        fsync_directory(self._note.parent)
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One finished picture on its way to the studio.
+
+    ``prompt`` travels with the upload, never to a log; ``timings_s`` are the stages so far, in seconds.
+    """
+
+    job_id: str
+    model: str
+    ext: str
+    prompt: str
+    meta: Mapping[str, Any]
+    data_path: Path
+    finished_at: float
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+
+
+class Outbox:
+    """Finished pictures that wait for delivery, oldest first.
+
+    A picture is two files: its bytes, and a note. The note is written last and removed first, so a note
+    always has its bytes; bytes without a note are left-overs of a crash and removed at the next start.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = folder
+        self._changed = threading.Event()
+        remove_temporaries(folder)
+        for data in folder.glob("*.data"):
+            if not data.with_suffix(".json").exists():
+                data.unlink()
+
+    def add(self, job: Job, picture: Picture, timings_s: Mapping[str, float]) -> None:
+        """Keep ``picture`` until it is delivered; it is on disk for good when this returns."""
+        data = self._path(job.job_id, ".data")
+        write_atomic(data, picture.data)
+        note = {
+            "job_id": job.job_id,
+            "model": job.model,
+            "ext": picture.ext,
+            "prompt": job.task.prompt,
+            "meta": dict(picture.meta),
+            "finished_at": time.time(),
+            "timings_s": dict(timings_s),
+        }
+        write_atomic(self._path(job.job_id, ".json"), json.dumps(note).encode())
+        self.wake()
+
+    def oldest(self) -> list[Delivery]:
+        """What waits, oldest first."""
+        waiting = []
+        for path in self._folder.glob("*.json"):
+            note = _read_json(path)
+            if note is not None:
+                waiting.append(Delivery(data_path=path.with_suffix(".data"), **note))
+        return sorted(waiting, key=lambda delivery: delivery.finished_at)
+
+    def holds(self, job_id: str) -> bool:
+        return self._path(job_id, ".json").exists()
+
+    def remove(self, delivery: Delivery) -> None:
+        """The studio has it, or has refused it for good."""
+        self._path(delivery.job_id, ".json").unlink(missing_ok=True)
+        fsync_directory(self._folder)
+        delivery.data_path.unlink(missing_ok=True)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let whoever waits in :meth:`wait` look again."""
+        self._changed.set()
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Until something has changed since the last call, or ``timeout_s`` has passed."""
+        self._changed.wait(timeout_s)
+        self._changed.clear()
+
+    def _path(self, job_id: str, suffix: str) -> Path:
+        # Job ids come from the studio: they are hashed so that none can name a path.
+        return self._folder / (hashlib.sha256(job_id.encode()).hexdigest()[:32] + suffix)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        log.warning("spool file is unreadable and ignored", extra={"op": "spool", "path": str(path)})
+        return None
+    return value if isinstance(value, dict) else None

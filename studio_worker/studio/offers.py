@@ -1,0 +1,132 @@
+"""Judging an offer before it is answered: take it, put it back, or say why it can never be done here.
+
+Pure rules: what the worker knows of itself comes in as a :class:`Situation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from studio_worker.jobs import ImageTask, Job
+from studio_worker.models import ModelFile, ModelSource, url_problem
+from studio_worker.studio.wire import Claim, RejectCode, describe
+
+
+@dataclass(frozen=True)
+class Take:
+    """Accept the job and run it."""
+
+    job: Job
+
+
+@dataclass(frozen=True)
+class AlreadyOurs:
+    """Accept: the job is in hand, or its result waits in the outbox. Nothing is made again."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """Reject: another worker, or this one later, can do it."""
+
+    job_id: str
+    reason: str
+    code: RejectCode | None = None
+
+
+@dataclass(frozen=True)
+class Impossible:
+    """Accept, then fail for good: no worker of this kind could do it."""
+
+    job_id: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Ignore:
+    """No answer is possible: the offer names no job."""
+
+    reason: str
+
+
+Judgement = Take | AlreadyOurs | Refuse | Impossible | Ignore
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the worker knows of itself when an offer arrives. Memory in GB, ``now`` monotonic seconds."""
+
+    now: float
+    current_job_id: str | None
+    is_paused: bool
+    threshold_gb: float
+    engines: frozenset[str]
+    on_demand: bool
+    allow_insecure_urls: bool
+    is_in_outbox: Callable[[str], bool]
+    is_poisoned: Callable[[str], bool]
+    is_on_box: Callable[[Sequence[ModelFile]], bool]
+    shortfall_bytes: Callable[[Sequence[ModelFile]], int]
+
+
+def judge(claim: dict[str, Any], situation: Situation) -> Judgement:
+    """What to answer to an offer of ``claim``."""
+    job_id = claim.get("jobId")
+    if not isinstance(job_id, str) or not job_id:
+        return Ignore("the offer names no job")
+    if job_id == situation.current_job_id or situation.is_in_outbox(job_id):
+        return AlreadyOurs(job_id)
+    if situation.is_paused:
+        return Refuse(job_id, "the worker takes no jobs at present", "paused")
+    if situation.current_job_id is not None:
+        return Refuse(job_id, "the worker has a job in hand", "busy")
+    for required in ("task", "modelSource"):
+        if claim.get(required) is None:
+            return Refuse(job_id, f"the offer has no {required}")
+    if situation.is_poisoned(job_id):
+        return Impossible(job_id, "the worker crashed twice while it worked on this job")
+    try:
+        return _judge_content(Claim.model_validate(claim), situation)
+    except ValidationError as error:
+        return Impossible(job_id, f"the offer is malformed: {describe(error)}")
+
+
+def _judge_content(claim: Claim, situation: Situation) -> Judgement:
+    job_id = claim.job_id
+    kind = claim.task.get("kind")
+    if kind != "image":
+        return Refuse(job_id, f"this worker does not serve jobs of kind {kind!r}")
+    task = ImageTask.model_validate(claim.task)
+    source = ModelSource.model_validate(claim.model_source)
+    if source.engine not in situation.engines:
+        known = ", ".join(sorted(situation.engines))
+        return Impossible(job_id, f"unknown engine {source.engine!r}; this worker has {known}")
+    inputs = (task.init_image_url, task.mask_url, task.ref_image_url)
+    for url in (*(file.url for file in source.files), *(url for url in inputs if url is not None)):
+        if problem := url_problem(url, allow_insecure=situation.allow_insecure_urls):
+            return Impossible(job_id, f"a file's address {problem}")
+    if claim.vram_gb_estimate > situation.threshold_gb:
+        return Refuse(
+            job_id,
+            f"the job needs {claim.vram_gb_estimate:g} GB and this worker takes up to "
+            f"{situation.threshold_gb:g} GB",
+        )
+    if not situation.on_demand and not situation.is_on_box(source.files):
+        return Refuse(job_id, f"model {claim.model} is not on this box")
+    if short := situation.shortfall_bytes(source.files):
+        return Refuse(job_id, f"the disk has {short / 1e9:.1f} GB too little for this model")
+    return Take(
+        Job(
+            job_id=job_id,
+            model=claim.model,
+            task=task,
+            source=source,
+            taken_at=situation.now,
+            vram_gb_estimate=claim.vram_gb_estimate,
+        )
+    )

@@ -1,0 +1,195 @@
+"""Take a job, make the picture, hand it over: the loop of the main thread.
+
+Asks the source for a job, the store for files, the engine for a picture, and gives the picture to the
+outbox. It declares what it needs of each and knows none of them. One bad job never ends the loop; a lost
+device does.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from studio_worker.engine import Engine, Inputs, Request
+from studio_worker.errors import DeviceError, DownloadError, JobError, StoreError
+from studio_worker.jobs import Cancel, Job, Picture
+from studio_worker.models import LocalFile, ModelFile, ModelSource
+
+log = logging.getLogger(__name__)
+
+
+class JobSource(Protocol):
+    """Where jobs come from."""
+
+    def take(self) -> Job | None:
+        """The next job; waits for one. ``None`` ends the loop."""
+        ...
+
+    def failed(self, job: Job, error: str, *, retryable: bool) -> None:
+        """The job cannot be done here."""
+        ...
+
+    def finished(self, job: Job) -> None:
+        """The job is no longer in hand, whatever became of it; a next one may come."""
+        ...
+
+
+class Files(Protocol):
+    """Where model files come from."""
+
+    def ensure(
+        self,
+        files: Iterable[ModelFile],
+        *,
+        progress: Callable[[int, int | None], None] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> tuple[LocalFile, ...]: ...
+
+
+class Engines(Protocol):
+    """Which engine reads a source."""
+
+    def for_source(self, source: ModelSource) -> Engine: ...
+
+
+class InHand(Protocol):
+    """The note of the job in hand that survives a crash."""
+
+    def begin(self, job: Job) -> None: ...
+    def end(self) -> None: ...
+
+
+class Results(Protocol):
+    """Where finished pictures go."""
+
+    def add(self, job: Job, picture: Picture, timings_s: Mapping[str, float]) -> None: ...
+
+
+class Worker:
+    """The loop.
+
+    Args:
+        fetch: gets an input picture's bytes; raises DownloadError.
+        step_timeout_s: how long one step, or one gap between two signs of progress, may take.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: JobSource,
+        files: Files,
+        engines: Engines,
+        in_hand: InHand,
+        results: Results,
+        fetch: Callable[[str], bytes],
+        step_timeout_s: float,
+    ) -> None:
+        self._source = source
+        self._files = files
+        self._engines = engines
+        self._in_hand = in_hand
+        self._results = results
+        self._fetch = fetch
+        self._step_timeout_s = step_timeout_s
+        self._cancel = Cancel()
+        self._cancel_download = threading.Event()
+        self._stepped_at: float | None = None
+
+    def run(self) -> None:
+        """Work until the source has no more jobs.
+
+        Raises:
+            DeviceError: the device is lost; the job in hand was reported, the process should end.
+        """
+        while (job := self._source.take()) is not None:
+            self._do(job)
+
+    def hand_back(self, reason: str) -> None:
+        """Stop the job in hand at its next step, and any later one: the process is ending.
+
+        Safe from any thread.
+        """
+        self._cancel.set(reason)
+        self._cancel_download.set()
+
+    def is_stuck(self) -> bool:
+        """Whether the job in hand has shown no progress for longer than its limit."""
+        stepped_at = self._stepped_at
+        return stepped_at is not None and time.monotonic() - stepped_at > self._step_timeout_s
+
+    def _do(self, job: Job) -> None:
+        self._stepped_at = time.monotonic()
+        try:
+            self._in_hand.begin(job)
+            picture, timings_s = self._make(job)
+            self._results.add(job, picture, timings_s)
+        except JobError as error:
+            self._report(job, str(error), retryable=error.retryable)
+        except DownloadError as error:
+            self._report(job, str(error), retryable=_may_pass(error))
+        except DeviceError as error:
+            self._report(job, str(error), retryable=True)
+            raise
+        except Exception as error:
+            # The one broad catch: whatever one job did to a library must not end the others.
+            log.exception("job crashed", extra={"op": "job", "job_id": job.job_id, "model": job.model})
+            self._report(job, f"internal error: {type(error).__name__}", retryable=True)
+        finally:
+            self._stepped_at = None
+            self._in_hand.end()
+            self._source.finished(job)
+
+    def _make(self, job: Job) -> tuple[Picture, dict[str, float]]:
+        began = time.monotonic()
+        files = self._files.ensure(job.source.files, progress=self._moved, cancel=self._cancel_download)
+        inputs = Inputs(
+            init_image=self._fetched(job.task.init_image_url),
+            mask=self._fetched(job.task.mask_url),
+            ref_image=self._fetched(job.task.ref_image_url),
+        )
+        ready = time.monotonic()
+        request = Request(
+            job_id=job.job_id,
+            model=job.model,
+            task=job.task,
+            defaults=job.source.cli_defaults,
+            files=files,
+            inputs=inputs,
+        )
+        self._cancel.check()
+        picture = self._engines.for_source(job.source).generate(request, self._moved, self._cancel)
+        timings_s = {"wait": began - job.taken_at, "files": ready - began, **picture.timings_s}
+        return picture, timings_s
+
+    def _fetched(self, url: str | None) -> bytes | None:
+        return None if url is None else self._fetch(url)
+
+    def _moved(self, done: int, total: int | None) -> None:  # noqa: ARG002  (the shape of a progress callback)
+        self._stepped_at = time.monotonic()
+
+    def _report(self, job: Job, error: str, *, retryable: bool) -> None:
+        log.error(
+            "job failed",
+            extra={
+                "op": "job",
+                "job_id": job.job_id,
+                "model": job.model,
+                "outcome": "failed",
+                "error": error,
+                "retryable": retryable,
+                "elapsed_ms": round((time.monotonic() - job.taken_at) * 1000),
+            },
+        )
+        self._source.failed(job, error, retryable=retryable)
+
+
+def _may_pass(error: DownloadError) -> bool:
+    """Whether a failed download may succeed on another try or another worker: network yes, wrong hash no."""
+    if isinstance(error, StoreError):
+        return True
+    if error.status is not None:
+        return error.status in {401, 403, 408, 429} or error.status >= 500
+    return error.reason not in {"sha256 mismatch", "size mismatch"}
