@@ -66,6 +66,7 @@ class Results(Protocol):
     """Where finished pictures go."""
 
     def add(self, job: Job, picture: Picture, timings_s: Mapping[str, float]) -> None: ...
+    def wake(self) -> None: ...
 
 
 class Worker:
@@ -141,6 +142,9 @@ class Worker:
             self._stepped_at = None
             self._in_hand.end()
             self._source.finished(job)
+            # Delivery starts only now: the studio answers it with the next offer, and a desk that is not
+            # clear yet would have to refuse that one as busy.
+            self._results.wake()
 
     def _make(self, job: Job) -> tuple[Picture, dict[str, float]]:
         began = time.monotonic()

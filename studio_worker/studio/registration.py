@@ -141,6 +141,7 @@ class Registration:
             wait_s = self._tick_s
             try:
                 if identity.request_id is None:
+                    identity = self._with_secret(identity)
                     identity = self._ask(identity)
                     continue  # the first poll may come at once
                 if not announced:
@@ -165,9 +166,13 @@ class Registration:
         log.info("waiting for approval at the studio", extra=_facts(studio=studio, machine=machine))
         self._on_waiting(f"waiting for approval: approve {machine} at {studio}")
 
+    def _with_secret(self, identity: Identity) -> Identity:
+        """One secret for all tries of one request: the studio may have noted a try whose answer was lost."""
+        if identity.secret is not None:
+            return identity
+        return self._file.save(replace(identity, secret=secrets.token_hex(32)))
+
     def _ask(self, identity: Identity) -> Identity:
-        if identity.secret is None:
-            identity = self._file.save(replace(identity, secret=secrets.token_hex(32)))
         assert identity.secret is not None
         answer = self._api.register(
             RegisterRequest(

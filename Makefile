@@ -1,0 +1,51 @@
+# Everything a developer or newcomer types. `make help` lists it.
+
+# Debian's python3 first: another interpreter may be named, e.g. make test PYTHON=python3.13
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Versions the tests ran with; an entry of your own for torch, e.g. a CPU build's index, goes into pip's
+# ordinary configuration.
+CONSTRAINTS := packaging/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench check venv clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(STAMP) ## Make a dozen pictures with torch: studio, service and all (KEEP=1 leaves them running)
+	$(BIN)/studio-worker demo $(if $(KEEP),--keep)
+
+test: $(STAMP) ## Run the whole test suite (no root needed)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## Measure, beside a peer in the same run; prints ratios
+	$(BIN)/python -m tests.bench
+
+check: lint test ## lint and test
+
+venv: $(STAMP) ## Make the virtual environment and install everything into it
+
+# Debian keeps ensurepip in a package of its own; where it is missing it is installed if that is possible.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  echo "python3-venv is missing: installing it"; \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -yq python3-venv; \
+	  elif command -v sudo >/dev/null; then sudo apt-get update -q && sudo apt-get install -yq python3-venv; \
+	  else echo "run as root: apt-get install python3-venv" >&2; exit 1; fi; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch and the other libraries (a few minutes, once)"
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))"
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+clean: ## Remove what was made here (not the pictures under demo/)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

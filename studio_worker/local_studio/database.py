@@ -1,0 +1,177 @@
+"""The one SQLite file: connection, schema, transactions. What the tables mean is known by their owners.
+
+One connection serves all threads behind one lock; write-ahead logging keeps readers of the file (a backup,
+``sqlite3``) out of the way. Whoever writes gets :attr:`Database.on_change` called after the commit, outside
+the lock, so that listeners may read at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from studio_worker.errors import ConfigError
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE registrations (
+    request_id TEXT PRIMARY KEY, install_id TEXT NOT NULL, secret_hash TEXT NOT NULL,
+    capabilities TEXT NOT NULL, user_agent TEXT NOT NULL, status TEXT NOT NULL, reason TEXT,
+    worker_id TEXT, created_at REAL NOT NULL, decided_at REAL);
+CREATE INDEX registrations_by_install ON registrations (install_id, created_at);
+CREATE TABLE workers (
+    worker_id TEXT PRIMARY KEY, install_id TEXT NOT NULL, request_id TEXT NOT NULL, token_hash TEXT,
+    capabilities TEXT NOT NULL, created_at REAL NOT NULL, last_seen_at REAL, deleted_at REAL);
+CREATE TABLE jobs (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT UNIQUE NOT NULL, model TEXT NOT NULL,
+    task TEXT NOT NULL, model_source TEXT NOT NULL, created_at REAL NOT NULL, game_id TEXT NOT NULL,
+    asset_name TEXT NOT NULL, vram_gb_estimate REAL NOT NULL, max_attempts INTEGER NOT NULL,
+    status TEXT NOT NULL, attempts INTEGER NOT NULL, reason TEXT, worker_id TEXT,
+    dropped_by TEXT, rejections TEXT NOT NULL, offered_at REAL, started_at REAL,
+    finished_at REAL, completions INTEGER NOT NULL CHECK (completions <= 1),
+    refused_uploads INTEGER NOT NULL);
+CREATE INDEX jobs_by_status ON jobs (status, seq);
+CREATE TABLE results (
+    job_id TEXT PRIMARY KEY REFERENCES jobs (job_id), ext TEXT NOT NULL, prompt TEXT NOT NULL,
+    generation_meta TEXT, worker_id TEXT NOT NULL, seconds REAL NOT NULL, created_at REAL NOT NULL,
+    size_bytes INTEGER NOT NULL, bytes BLOB NOT NULL);
+CREATE TABLE logs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, worker_id TEXT NOT NULL, ts TEXT NOT NULL, level TEXT NOT NULL,
+    category TEXT NOT NULL, message TEXT NOT NULL, job_id TEXT);
+CREATE TABLE models (
+    model_id TEXT PRIMARY KEY, label TEXT NOT NULL, model_source TEXT NOT NULL,
+    vram_gb_estimate REAL NOT NULL);
+CREATE TABLE files (
+    file_id TEXT PRIMARY KEY, media_type TEXT NOT NULL, created_at REAL NOT NULL, bytes BLOB NOT NULL);
+"""
+
+Row = sqlite3.Row
+
+
+class Database:
+    """One open SQLite file, held by one studio at a time.
+
+    Args:
+        path: the file; its folder is made (0700) where it is missing. Readable by the owner only, because
+            it holds prompts.
+        on_change: called after every committed write.
+
+    Raises:
+        ConfigError: the folder cannot be written, the file is no database of this program, or another
+            local studio has it open.
+    """
+
+    def __init__(self, path: Path, on_change: Callable[[], None]) -> None:
+        self.path = path
+        self.on_change = on_change
+        self._lock = threading.RLock()
+        self._held = _hold(path)
+        try:
+            self._connection = _open(path)
+        except sqlite3.Error as error:
+            self._held.close()
+            raise ConfigError(
+                f"cannot be opened as a database ({error})",
+                cure="move the file away, or choose another data folder",
+                source=str(path),
+            ) from error
+        except ConfigError:
+            self._held.close()
+            raise
+        self.is_new = self.row("SELECT 1 FROM meta WHERE key = 'salt'") is None
+        self.salt = self._salt()
+
+    def close(self) -> None:
+        """Close the file; other studios may open it then."""
+        with self._lock:
+            self._connection.close()
+            self._held.close()
+
+    def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """All rows of a query."""
+        with self._lock:
+            return self._connection.execute(sql, parameters).fetchall()
+
+    def row(self, sql: str, parameters: Sequence[Any] = ()) -> Row | None:
+        """The first row of a query."""
+        with self._lock:
+            row: Row | None = self._connection.execute(sql, parameters).fetchone()
+            return row
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, all or nothing; listeners hear of it after the commit."""
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+        self.on_change()
+
+    def _salt(self) -> str:
+        row = self.row("SELECT value FROM meta WHERE key = 'salt'")
+        if row is None:
+            with self.writing() as connection:
+                connection.execute("INSERT INTO meta VALUES ('salt', ?)", (secrets.token_hex(32),))
+            return self._salt()
+        return str(row["value"])
+
+
+def _hold(path: Path) -> IO[bytes]:
+    # A lock file of its own: SQLite's locks are per transaction, and two studios that release each
+    # other's claims at start would do so quietly.
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Made here, with its mode: SQLite gives the same mode to the -wal and -shm files beside it.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        held = path.with_name(path.name + ".lock").open("wb")
+    except OSError as error:
+        raise ConfigError(
+            f"the data folder cannot be written ({error.strerror})",
+            cure="make it writable for this user, or choose another one",
+            source=str(path.parent),
+        ) from error
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        held.close()
+        raise ConfigError(
+            "another local studio uses this database",
+            cure="stop it first, or choose another data folder",
+            source=str(path),
+        ) from error
+    return held
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+    try:
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"was written by another version of this program (schema {version})",
+                cure="use that version, or choose another data folder",
+                source=str(path),
+            )
+    except BaseException:
+        connection.close()
+        raise
+    return connection

@@ -1,0 +1,210 @@
+"""Everything a person can do with the studio, as plain calls: the HTTP routes and Python callers share it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from studio_worker.jobs import ImageTask
+from studio_worker.local_studio import bodies
+from studio_worker.local_studio.changes import Changes
+from studio_worker.local_studio.database import Database
+from studio_worker.local_studio.job_queue import JobQueue
+from studio_worker.local_studio.registry import Registration, Registry, Worker
+from studio_worker.local_studio.rules import RESTARTED, Job, JobStatus
+from studio_worker.local_studio.sessions import HELLO_TIMEOUT_S, Sessions
+from studio_worker.local_studio.shelf import LogLine, Model, Shelf
+from studio_worker.local_studio.views import Views
+from studio_worker.models import ModelSource
+from studio_worker.studio import wire
+
+logger = logging.getLogger(__name__)
+
+PLACEHOLDER = Model(
+    model_id="placeholder",
+    label="Placeholder pictures (no model files)",
+    model_source={"engine": "synthetic", "files": [], "cliDefaults": {}},
+    vram_gb_estimate=0.0,
+)
+"""In every new studio, so that the way from the form to the gallery can be tried at once."""
+
+
+class Desk:
+    """The studio without its server. All methods may be called from any thread.
+
+    Args:
+        database: the SQLite file; it and its folder are made where they are missing.
+        max_attempts: how often a job is tried, where it does not say so itself.
+        heartbeat_timeout_s: a session whose last heartbeat is older is closed.
+        hello_timeout_s: how long a new connection may wait with its ``hello``.
+
+    Raises:
+        ConfigError: the database cannot be used.
+    """
+
+    def __init__(
+        self,
+        database: Path,
+        *,
+        max_attempts: int = 3,
+        heartbeat_timeout_s: float = wire.STUDIO_HEARTBEAT_TIMEOUT_S,
+        hello_timeout_s: float = HELLO_TIMEOUT_S,
+    ) -> None:
+        self.max_attempts = max_attempts
+        self.changes = Changes()
+        self.database = Database(database, self.changes.bump)
+        self.registry = Registry(self.database)
+        self.queue = JobQueue(self.database)
+        self.shelf = Shelf(self.database)
+        self.sessions = Sessions(
+            self.registry,
+            self.queue,
+            self.shelf,
+            self.changes,
+            heartbeat_timeout_s=heartbeat_timeout_s,
+            hello_timeout_s=hello_timeout_s,
+        )
+        self.views = Views(self.registry, self.queue, self.sessions.live)
+        if self.database.is_new:
+            self.shelf.put_model(PLACEHOLDER)
+        released = self.queue.release_all(RESTARTED)
+        if released:
+            logger.info("claims released", extra={"jobs": released})
+
+    # --- workers ------------------------------------------------------------------------------------
+
+    def pending(self) -> list[Registration]:
+        """Machines that ask to work here, oldest first."""
+        return self.registry.pending()
+
+    def approve(self, request_id: str) -> str:
+        """Let a machine work here; returns its worker id. Raises UnknownRequest or NotPending."""
+        worker_id = self.registry.approve(request_id)
+        # A machine that asked again gets a new token; whoever still uses the old one is out.
+        self.sessions.end(worker_id, "auth_failed", "this worker was registered again")
+        logger.info("worker approved", extra={"worker_id": worker_id, "request_id": request_id})
+        return worker_id
+
+    def reject(self, request_id: str, reason: str | None = None) -> None:
+        """Refuse a machine. Raises UnknownRequest or NotPending."""
+        self.registry.reject(request_id, reason)
+        logger.info("worker rejected", extra={"request_id": request_id})
+
+    def workers(self) -> list[Worker]:
+        """All workers, oldest first."""
+        return self.registry.workers()
+
+    def is_online(self, worker_id: str) -> bool:
+        """Whether this worker has a session."""
+        return worker_id in self.sessions.live
+
+    def delete_worker(self, worker_id: str) -> None:
+        """Dismiss a worker and end its session with ``worker_deleted``. Raises KeyError where unknown."""
+        if not self.registry.delete(worker_id):
+            raise KeyError(worker_id)
+        self.sessions.end(worker_id, "worker_deleted", "this worker was deleted from the studio")
+        logger.info("worker deleted", extra={"worker_id": worker_id})
+
+    # --- jobs ---------------------------------------------------------------------------------------
+
+    def queue_job(
+        self,
+        *,
+        model: str,
+        task: Mapping[str, Any] | ImageTask,
+        model_source: Mapping[str, Any] | ModelSource | None = None,
+        game_id: str | None = None,
+        asset_name: str | None = None,
+        vram_gb_estimate: float | None = None,
+        max_attempts: int | None = None,
+    ) -> str:
+        """Queue a job; returns its id.
+
+        Args:
+            model_source: where it is missing, the registry's entry of ``model`` is taken.
+
+        Raises:
+            ValueError: the task or the model source is malformed, or the model is not in the registry.
+        """
+        if isinstance(task, ImageTask):
+            task = task.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if isinstance(model_source, ModelSource):
+            model_source = model_source.model_dump(mode="json", by_alias=True, exclude_none=True)
+        known = self.shelf.model(model)
+        if model_source is None:
+            if known is None:
+                raise ValueError(f"model: {model!r} is not registered, and no modelSource was given")
+            model_source = known.model_source
+        if vram_gb_estimate is None:
+            vram_gb_estimate = known.vram_gb_estimate if known else 0.0
+        job = self.queue.add(
+            model=model,
+            task=bodies.checked_task(task),
+            model_source=bodies.checked_source(model_source),
+            game_id=game_id or "local",
+            asset_name=asset_name or "picture",
+            vram_gb_estimate=vram_gb_estimate,
+            max_attempts=max_attempts or self.max_attempts,
+        )
+        logger.info("job queued", extra={"job_id": job.job_id, "model": model})
+        return job.job_id
+
+    def job(self, job_id: str) -> Job:
+        """One job. Raises KeyError where it is unknown."""
+        job = self.queue.get(job_id)
+        if job is None:
+            raise KeyError(job_id)
+        return job
+
+    def jobs(self, status: JobStatus | None = None, limit: int = 100) -> list[Job]:
+        """Jobs: the queued ones in the order of their turn, all others newest first."""
+        return self.queue.listed(status, limit)
+
+    def result(self, job_id: str) -> bytes:
+        """The bytes a job brought. Raises KeyError where there are none yet."""
+        content = self.queue.content(job_id)
+        if content is None:
+            raise KeyError(job_id)
+        return content
+
+    def retry(self, job_id: str) -> None:
+        """Queue a failed or rejected job again. Raises RuleBroken."""
+        self.queue.retry(job_id)
+
+    # --- models, pictures, logs ---------------------------------------------------------------------
+
+    def register_model(
+        self,
+        model_id: str,
+        model_source: Mapping[str, Any] | ModelSource,
+        *,
+        label: str = "",
+        vram_gb_estimate: float = 0.0,
+    ) -> None:
+        """Offer a model in the form; one of the same id is replaced. Raises ValueError."""
+        if isinstance(model_source, ModelSource):
+            model_source = model_source.model_dump(mode="json", by_alias=True, exclude_none=True)
+        source = bodies.checked_source(model_source)
+        self.shelf.put_model(Model(model_id, label or model_id, source, vram_gb_estimate))
+
+    def models(self) -> list[Model]:
+        """All models the form offers."""
+        return self.shelf.models()
+
+    def add_picture(self, content: bytes) -> str:
+        """Keep an input picture; returns its path here, good as ``initImageUrl`` or ``maskUrl``.
+
+        Raises:
+            NotAPicture: no PNG, JPEG, WebP or GIF.
+        """
+        return f"/files/{self.shelf.add_picture(content)}"
+
+    def logs(self, worker_id: str | None = None, limit: int = 200) -> list[LogLine]:
+        """The newest log lines that workers shipped, oldest first."""
+        return self.shelf.logs(worker_id, limit)
+
+    def wait_for(self, predicate: Callable[[], bool], timeout_s: float = 10.0) -> None:
+        """Block until the predicate holds; it is asked again at every change. Raises TimeoutError."""
+        self.changes.wait_for(predicate, timeout_s)

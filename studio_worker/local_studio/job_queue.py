@@ -1,0 +1,251 @@
+"""Jobs and their results on disk: every step of :mod:`rules` as one transaction."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from studio_worker.local_studio import rules
+from studio_worker.local_studio.database import Database, Row
+from studio_worker.local_studio.rules import Job, JobStatus
+
+_JSON = ("task", "model_source", "rejections")
+_COLUMNS = tuple(field.name for field in fields(Job))
+_HELD_SQL = "status IN ('offered', 'running')"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job brought. ``seconds`` runs from the worker's accept to the delivery."""
+
+    job_id: str
+    ext: str
+    prompt: str
+    generation_meta: Any
+    worker_id: str
+    seconds: float
+    created_at: float
+    size_bytes: int
+
+
+class JobQueue:
+    """The queue, oldest first, and what came out of it."""
+
+    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._clock = clock
+
+    def add(
+        self,
+        *,
+        model: str,
+        task: Mapping[str, Any],
+        model_source: Mapping[str, Any],
+        game_id: str,
+        asset_name: str,
+        vram_gb_estimate: float,
+        max_attempts: int,
+    ) -> Job:
+        """Put a new job at the end of the queue."""
+        job = Job(
+            job_id=str(uuid.uuid4()),
+            model=model,
+            task=dict(task),
+            model_source=dict(model_source),
+            created_at=self._clock(),
+            game_id=game_id,
+            asset_name=asset_name,
+            vram_gb_estimate=vram_gb_estimate,
+            max_attempts=max_attempts,
+        )
+        with self._database.writing() as connection:
+            connection.execute(
+                f"INSERT INTO jobs ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})",
+                _values(job),
+            )
+        return job
+
+    def get(self, job_id: str) -> Job | None:
+        """One job, or ``None`` where the id is unknown."""
+        row = self._database.row("SELECT * FROM jobs WHERE job_id = ?", (job_id,))
+        return None if row is None else _job(row)
+
+    def listed(self, status: JobStatus | None = None, limit: int = 100, offset: int = 0) -> list[Job]:
+        """Jobs, the queued ones in the order they will be offered, all others newest first."""
+        if status is None:
+            rows = self._database.rows(
+                "SELECT * FROM jobs ORDER BY seq DESC LIMIT ? OFFSET ?", (limit, offset)
+            )
+        elif status is JobStatus.QUEUED:
+            rows = self._database.rows(
+                "SELECT * FROM jobs WHERE status = ? ORDER BY seq LIMIT ? OFFSET ?", (status, limit, offset)
+            )
+        else:
+            rows = self._database.rows(
+                "SELECT * FROM jobs WHERE status = ? ORDER BY finished_at DESC, seq DESC LIMIT ? OFFSET ?",
+                (status, limit, offset),
+            )
+        return [_job(row) for row in rows]
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs stand where; every status is named."""
+        rows = self._database.rows("SELECT status, count(*) AS n FROM jobs GROUP BY status")
+        return {status.value: 0 for status in JobStatus} | {row["status"]: row["n"] for row in rows}
+
+    def held_by(self, worker_id: str) -> Job | None:
+        """The job this worker has been offered or is running."""
+        row = self._database.row(f"SELECT * FROM jobs WHERE worker_id = ? AND {_HELD_SQL}", (worker_id,))
+        return None if row is None else _job(row)
+
+    def take_next(self, worker_id: str) -> Job | None:
+        """Offer the next job to this worker, if there is one and it holds none."""
+        if self._database.row("SELECT 1 FROM jobs WHERE status = 'queued' LIMIT 1") is None:
+            return None  # the usual case at every idle heartbeat: write nothing, wake nobody
+        with self._database.writing() as connection:
+            if self.held_by(worker_id) is not None:
+                return None
+            rows = connection.execute("SELECT * FROM jobs WHERE status = 'queued' ORDER BY seq")
+            job = rules.next_for(worker_id, (_job(row) for row in rows))
+            if job is None:
+                return None
+            return _save(connection, rules.offered(job, worker_id, self._clock()))
+
+    def accept(self, job_id: str, worker_id: str) -> Job:
+        """Raises RuleBroken where the worker does not hold the job."""
+        return self._change(job_id, lambda job: rules.accepted(job, worker_id, self._clock()))
+
+    def reject(self, job_id: str, worker_id: str, reason: str, *, for_now: bool) -> Job:
+        """Raises RuleBroken where the worker does not hold the job."""
+        return self._change(job_id, lambda job: rules.rejected(job, worker_id, reason, for_now=for_now))
+
+    def fail(self, job_id: str, worker_id: str, error: str, *, retryable: bool) -> Job:
+        """Raises RuleBroken where the worker does not hold the job."""
+        return self._change(
+            job_id, lambda job: rules.failed(job, worker_id, error, self._clock(), retryable=retryable)
+        )
+
+    def release(self, worker_id: str, reason: str, *, counts: bool = True) -> Job | None:
+        """Let go of what this worker holds, because its session is gone."""
+        held = self.held_by(worker_id)
+        if held is None:
+            return None
+        return self._change(
+            held.job_id, lambda job: rules.released(job, reason, self._clock(), counts=counts)
+        )
+
+    def release_all(self, reason: str) -> int:
+        """Let go of every claim without counting an attempt: the studio itself was away."""
+        rows = self._database.rows(f"SELECT DISTINCT worker_id FROM jobs WHERE {_HELD_SQL}")
+        for row in rows:
+            self.release(row["worker_id"], reason, counts=False)
+        return len(rows)
+
+    def deliver(
+        self, job_id: str, worker_id: str, content: bytes, *, ext: str, prompt: str | None, meta: Any = None
+    ) -> Result:
+        """Keep a result and mark its job done, once. Raises RuleBroken where it comes too late.
+
+        Args:
+            content: the bytes, as they are served later.
+            prompt: the prompt as delivered; where it is missing, the task's own is kept.
+            meta: the worker's ``generationMeta``, any JSON.
+        """
+        now = self._clock()
+        with self._database.writing() as connection:
+            before = self._require(job_id)
+            job = _save(connection, rules.delivered(before, worker_id, now))
+            began = before.started_at or before.offered_at or now
+            result = Result(
+                job_id=job_id,
+                ext=ext,
+                prompt=prompt if prompt is not None else str(job.task.get("prompt", "")),
+                generation_meta=meta,
+                worker_id=worker_id,
+                seconds=round(max(0.0, now - began), 3),
+                created_at=now,
+                size_bytes=len(content),
+            )
+            connection.execute(
+                "INSERT INTO results (job_id, ext, prompt, generation_meta, worker_id, seconds, created_at,"
+                " size_bytes, bytes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    job_id,
+                    ext,
+                    result.prompt,
+                    None if meta is None else json.dumps(meta),
+                    worker_id,
+                    result.seconds,
+                    now,
+                    result.size_bytes,
+                    content,
+                ),
+            )
+        return result
+
+    def count_refused_upload(self, job_id: str) -> None:
+        """Note that a delivery of this job was turned away."""
+        self._change(job_id, lambda job: replace(job, refused_uploads=job.refused_uploads + 1))
+
+    def retry(self, job_id: str) -> Job:
+        """Queue a failed or rejected job again. Raises RuleBroken for any other."""
+        return self._change(job_id, rules.retried)
+
+    def delete(self, job_id: str) -> None:
+        """Remove a job nobody has begun. Raises RuleBroken for any other."""
+        with self._database.writing() as connection:
+            job = self._require(job_id)
+            if job.status is not JobStatus.QUEUED:
+                raise rules.RuleBroken(f"job {job_id} is {job.status}; only queued jobs can be deleted")
+            connection.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,))
+
+    def result(self, job_id: str) -> Result | None:
+        """What is known of a job's result, without its bytes."""
+        row = self._database.row(
+            "SELECT job_id, ext, prompt, generation_meta, worker_id, seconds, created_at, size_bytes"
+            " FROM results WHERE job_id = ?",
+            (job_id,),
+        )
+        if row is None:
+            return None
+        facts = dict(row)
+        facts["generation_meta"] = json.loads(row["generation_meta"] or "null")
+        return Result(**facts)
+
+    def content(self, job_id: str) -> bytes | None:
+        """The bytes of a job's result."""
+        row = self._database.row("SELECT bytes FROM results WHERE job_id = ?", (job_id,))
+        return None if row is None else bytes(row["bytes"])
+
+    def _change(self, job_id: str, rule: Callable[[Job], Job]) -> Job:
+        with self._database.writing() as connection:
+            return _save(connection, rule(self._require(job_id)))
+
+    def _require(self, job_id: str) -> Job:
+        job = self.get(job_id)
+        if job is None:
+            raise rules.RuleBroken(f"job {job_id} is unknown")
+        return job
+
+
+def _save(connection: sqlite3.Connection, job: Job) -> Job:
+    # Only inside writing(): the lock is held, so that reading and writing are one step.
+    assignments = ", ".join(f"{column} = ?" for column in _COLUMNS)
+    connection.execute(f"UPDATE jobs SET {assignments} WHERE job_id = ?", (*_values(job), job.job_id))
+    return job
+
+
+def _values(job: Job) -> tuple[Any, ...]:
+    return tuple(
+        json.dumps(getattr(job, column)) if column in _JSON else getattr(job, column) for column in _COLUMNS
+    )
+
+
+def _job(row: Row) -> Job:
+    facts: dict[str, Any] = {column: row[column] for column in _COLUMNS}
+    facts.update({column: json.loads(row[column]) for column in _JSON})
+    return Job(**facts | {"status": JobStatus(row["status"])})

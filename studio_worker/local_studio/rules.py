@@ -1,0 +1,188 @@
+"""What may happen to a job, as pure functions from one :class:`Job` to the next.
+
+No clock, no database, no socket: times come in as Unix seconds. A step that the protocol forbids raises
+:exc:`RuleBroken`; the caller decides whether that is a close code or an HTTP status.
+
+How attempts are counted: an offer counts one, a ``reject`` gives it back (the worker never tried), and so
+does a restart of the studio itself (no worker is to blame). A lost connection and a retryable failure do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from studio_worker.errors import ProtocolError
+
+LOST_CONNECTION = "the connection to the worker was lost"
+RESTARTED = "the studio was restarted"
+
+
+class RuleBroken(ProtocolError):
+    """A step that the job's state does not allow; the text is fit for a person."""
+
+
+class JobStatus(StrEnum):
+    """Where a job stands. ``offered`` and ``running`` are *held* by one worker."""
+
+    QUEUED = "queued"
+    OFFERED = "offered"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+HELD = (JobStatus.OFFERED, JobStatus.RUNNING)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job. Times are Unix seconds.
+
+    ``worker_id`` is the worker that holds the job, made it, or failed it last. ``dropped_by`` is a worker
+    that lost its connection while holding the job, until somebody else has it: its late upload counts.
+    ``rejections`` maps the workers that will not take the job to their reasons. ``completions`` is 0 or 1,
+    ever; ``refused_uploads`` counts deliveries answered with 409.
+    """
+
+    job_id: str
+    model: str
+    task: Mapping[str, Any]
+    model_source: Mapping[str, Any]
+    created_at: float
+    game_id: str = "local"
+    asset_name: str = "picture"
+    vram_gb_estimate: float = 0.0
+    max_attempts: int = 3
+    status: JobStatus = JobStatus.QUEUED
+    attempts: int = 0
+    reason: str | None = None
+    worker_id: str | None = None
+    dropped_by: str | None = None
+    rejections: Mapping[str, str] = field(default_factory=dict)
+    offered_at: float | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+    completions: int = 0
+    refused_uploads: int = 0
+
+    @property
+    def kind(self) -> str:
+        """The task's kind: ``image``, ``llm``, ``audio_stt``, ``audio_tts`` or ``video``."""
+        return str(self.task.get("kind", "image"))
+
+    def is_held_by(self, worker_id: str) -> bool:
+        """Whether this worker has the job now."""
+        return self.status in HELD and self.worker_id == worker_id
+
+    def may_be_delivered_by(self, worker_id: str) -> bool:
+        """Whether a finished result from this worker is welcome.
+
+        A dropped job may have been marked failed because its attempts were used up; no worker ever said
+        that it cannot be done, so the picture that arrives after all is taken.
+        """
+        if self.is_held_by(worker_id):
+            return True
+        return self.status in (JobStatus.QUEUED, JobStatus.FAILED) and self.dropped_by == worker_id
+
+
+def next_for(worker_id: str, queued: Iterable[Job]) -> Job | None:
+    """The first queued job, oldest first, that this worker has not rejected for good."""
+    return next((job for job in queued if worker_id not in job.rejections), None)
+
+
+def offered(job: Job, worker_id: str, now: float) -> Job:
+    """The job goes out to a worker."""
+    if job.status is not JobStatus.QUEUED:
+        raise RuleBroken(f"job {job.job_id} is {job.status}, not queued")
+    return replace(
+        job,
+        status=JobStatus.OFFERED,
+        worker_id=worker_id,
+        attempts=job.attempts + 1,
+        dropped_by=job.dropped_by if job.dropped_by == worker_id else None,
+        offered_at=now,
+        started_at=None,
+        finished_at=None,
+    )
+
+
+def accepted(job: Job, worker_id: str, now: float) -> Job:
+    """The worker took the offer; saying so twice changes nothing."""
+    _require_held(job, worker_id)
+    if job.status is JobStatus.RUNNING:
+        return job
+    return replace(job, status=JobStatus.RUNNING, started_at=now)
+
+
+def rejected(job: Job, worker_id: str, reason: str, *, for_now: bool) -> Job:
+    """The worker did not take the offer: only for now (busy, paused), or not at all (no code)."""
+    _require_held(job, worker_id)
+    rejections = job.rejections if for_now else {**job.rejections, worker_id: reason}
+    return replace(
+        job,
+        status=JobStatus.QUEUED,
+        attempts=job.attempts - 1,
+        worker_id=None,
+        rejections=rejections,
+        started_at=None,
+    )
+
+
+def failed(job: Job, worker_id: str, error: str, now: float, *, retryable: bool) -> Job:
+    """The worker could not do the job: again while attempts are left, else failed with its reason."""
+    _require_held(job, worker_id)
+    gave_up = replace(job, reason=error, dropped_by=None, started_at=None)
+    if retryable and job.attempts < job.max_attempts:
+        return replace(gave_up, status=JobStatus.QUEUED, worker_id=None)
+    return replace(gave_up, status=JobStatus.FAILED, finished_at=now)
+
+
+def released(job: Job, reason: str, now: float, *, counts: bool = True) -> Job:
+    """The holder's connection is gone. ``counts`` is false where the studio itself went away."""
+    if job.status not in HELD:
+        raise RuleBroken(f"job {job.job_id} is {job.status}, nobody holds it")
+    attempts = job.attempts if counts else job.attempts - 1
+    let_go = replace(job, attempts=attempts, reason=reason, dropped_by=job.worker_id, started_at=None)
+    if attempts < job.max_attempts:
+        return replace(let_go, status=JobStatus.QUEUED, worker_id=None)
+    return replace(let_go, status=JobStatus.FAILED, finished_at=now)
+
+
+def delivered(job: Job, worker_id: str, now: float) -> Job:
+    """The result is here. This is the only way to ``done``, and ``done`` is final."""
+    if not job.may_be_delivered_by(worker_id):
+        raise RuleBroken(f"job {job.job_id} is no longer this worker's")
+    return replace(
+        job,
+        status=JobStatus.DONE,
+        reason=None,
+        worker_id=worker_id,
+        dropped_by=None,
+        finished_at=now,
+        completions=job.completions + 1,
+    )
+
+
+def retried(job: Job) -> Job:
+    """A person wants another try: all attempts again, and workers that rejected the job are asked again."""
+    if job.status is JobStatus.FAILED or (job.status is JobStatus.QUEUED and job.rejections):
+        return replace(
+            job,
+            status=JobStatus.QUEUED,
+            attempts=0,
+            reason=None,
+            worker_id=None,
+            dropped_by=None,
+            rejections={},
+            started_at=None,
+            finished_at=None,
+        )
+    raise RuleBroken(f"job {job.job_id} is {job.status}; only failed or rejected jobs can be retried")
+
+
+def _require_held(job: Job, worker_id: str) -> None:
+    if not job.is_held_by(worker_id):
+        raise RuleBroken(f"job {job.job_id} is not held by this worker")

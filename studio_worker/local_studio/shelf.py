@@ -1,0 +1,149 @@
+"""What people and workers put down: the model registry, input pictures, shipped log lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import secrets
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from studio_worker.errors import ProtocolError
+from studio_worker.local_studio.database import Database
+from studio_worker.studio import wire
+
+MAX_LOG_LINES = 5000
+"""Shipped lines kept over all workers; the oldest go first."""
+
+MAX_BATCH_LINES = 500
+"""Lines kept of one batch: its newest."""
+
+MAX_MESSAGE_CHARS = 4000
+
+_PICTURES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+
+
+class NotAPicture(ProtocolError):
+    """The bytes are no PNG, JPEG, WebP or GIF."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that the page offers. ``model_source`` is an offer's ``modelSource``."""
+
+    model_id: str
+    label: str
+    model_source: Mapping[str, Any]
+    vram_gb_estimate: float
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """An input picture."""
+
+    media_type: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """One shipped log line; ``ts`` as the worker wrote it (ISO 8601, UTC)."""
+
+    worker_id: str
+    ts: str
+    level: str
+    category: str
+    message: str
+    job_id: str | None
+
+
+class Shelf:
+    """Models, files and logs."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def put_model(self, model: Model) -> None:
+        """Add a model, or replace the one of the same id."""
+        with self._database.writing() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO models (model_id, label, model_source, vram_gb_estimate)"
+                " VALUES (?, ?, ?, ?)",
+                (model.model_id, model.label, json.dumps(model.model_source), model.vram_gb_estimate),
+            )
+
+    def delete_model(self, model_id: str) -> bool:
+        """Forget a model; jobs keep the source they were queued with. False where it is unknown."""
+        with self._database.writing() as connection:
+            return connection.execute("DELETE FROM models WHERE model_id = ?", (model_id,)).rowcount == 1
+
+    def models(self) -> list[Model]:
+        """All models, by label."""
+        rows = self._database.rows("SELECT * FROM models ORDER BY label COLLATE NOCASE, model_id")
+        return [Model(**dict(row) | {"model_source": json.loads(row["model_source"])}) for row in rows]
+
+    def model(self, model_id: str) -> Model | None:
+        """One model."""
+        return next((model for model in self.models() if model.model_id == model_id), None)
+
+    def add_picture(self, content: bytes) -> str:
+        """Keep an input picture; returns its id, which nobody can guess.
+
+        Raises:
+            NotAPicture: judged by its content, whatever the sender called it.
+        """
+        try:
+            with warnings.catch_warnings():
+                # Only the header is read here; a picture that is large is not yet a bomb.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                with Image.open(io.BytesIO(content), formats=list(_PICTURES)) as picture:
+                    media_type = _PICTURES[str(picture.format)]
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise NotAPicture("not a PNG, JPEG, WebP or GIF picture") from error
+        file_id = secrets.token_urlsafe(18)
+        with self._database.writing() as connection:
+            connection.execute(
+                "INSERT INTO files VALUES (?, ?, ?, ?)", (file_id, media_type, time.time(), content)
+            )
+        return file_id
+
+    def picture(self, file_id: str) -> StoredFile | None:
+        """An input picture."""
+        row = self._database.row("SELECT media_type, bytes FROM files WHERE file_id = ?", (file_id,))
+        return None if row is None else StoredFile(row["media_type"], bytes(row["bytes"]))
+
+    def add_logs(self, worker_id: str, entries: Iterable[wire.LogEntry]) -> None:
+        """Keep a worker's log lines, within bounds."""
+        with self._database.writing() as connection:
+            connection.executemany(
+                "INSERT INTO logs (worker_id, ts, level, category, message, job_id)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (
+                        worker_id,
+                        entry.ts[:40],
+                        entry.level,
+                        entry.category[:100],
+                        entry.message[:MAX_MESSAGE_CHARS],
+                        entry.job_id and entry.job_id[:100],
+                    )
+                    for entry in list(entries)[-MAX_BATCH_LINES:]
+                ],
+            )
+            connection.execute(
+                "DELETE FROM logs WHERE id <= (SELECT max(id) FROM logs) - ?", (MAX_LOG_LINES,)
+            )
+
+    def logs(self, worker_id: str | None = None, limit: int = 200) -> list[LogLine]:
+        """The newest shipped lines, oldest first."""
+        rows = self._database.rows(
+            "SELECT worker_id, ts, level, category, message, job_id FROM logs"
+            " WHERE ? IS NULL OR worker_id = ? ORDER BY id DESC LIMIT ?",
+            (worker_id, worker_id, limit),
+        )
+        return [LogLine(**dict(row)) for row in reversed(rows)]

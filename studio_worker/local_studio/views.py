@@ -1,0 +1,157 @@
+"""How jobs, workers and requests look in the JSON that people and the page read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from studio_worker.local_studio.job_queue import JobQueue, Result
+from studio_worker.local_studio.registry import Registration, Registry, Worker
+from studio_worker.local_studio.rules import Job, JobStatus
+from studio_worker.local_studio.session import Session
+from studio_worker.local_studio.shelf import LogLine, Model
+
+
+def moment(unix_s: float | None) -> str | None:
+    """ISO 8601, UTC."""
+    if unix_s is None:
+        return None
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Views:
+    """Facts from the database and the live sessions, put together for reading."""
+
+    def __init__(self, registry: Registry, queue: JobQueue, live: Mapping[str, Session]) -> None:
+        self._registry = registry
+        self._queue = queue
+        self._live = live
+
+    def registration(self, registration: Registration) -> dict[str, Any]:
+        """A machine that asks to work here."""
+        capabilities = registration.capabilities
+        return {
+            "requestId": registration.request_id,
+            "installId": registration.install_id,
+            "machineName": capabilities.machine_name,
+            "username": capabilities.username,
+            "agentVersion": capabilities.agent_version,
+            "vramTotalGb": capabilities.vram_total_gb,
+            "taskKinds": capabilities.task_kinds,
+            "requestedAt": moment(registration.created_at),
+        }
+
+    def worker(self, worker: Worker) -> dict[str, Any]:
+        """``state`` is ``offline``, ``paused``, ``working`` or ``idle``."""
+        session = self._live.get(worker.worker_id)
+        held = self._queue.held_by(worker.worker_id)
+        capabilities = (session and session.capabilities) or worker.capabilities
+        if session is None:
+            state = "offline"
+        elif held is not None or session.current_job_id is not None:
+            state = "working"
+        else:
+            state = "paused" if session.is_paused else "idle"
+        return {
+            "workerId": worker.worker_id,
+            "installId": worker.install_id,
+            "name": worker.name,
+            "state": state,
+            "online": session is not None,
+            "paused": session is not None and session.is_paused,
+            "currentJob": None if held is None else self._in_hand(held),
+            "currentJobId": session and session.current_job_id,
+            "lastHeartbeatAt": moment(session.heartbeat_at if session else worker.last_seen_at),
+            "approvedAt": moment(worker.created_at),
+            "capabilities": capabilities.model_dump(mode="json", by_alias=True),
+        }
+
+    def job(self, job: Job, names: Mapping[str, str]) -> dict[str, Any]:
+        """A job and, where it is done, its result; ``names`` maps worker ids to what people call them."""
+        result = self._queue.result(job.job_id) if job.status is JobStatus.DONE else None
+        return {
+            "jobId": job.job_id,
+            "status": job.status,
+            "model": job.model,
+            "modelSource": job.model_source,
+            "task": job.task,
+            "gameId": job.game_id,
+            "assetName": job.asset_name,
+            "vramGbEstimate": job.vram_gb_estimate,
+            "attempts": job.attempts,
+            "maxAttempts": job.max_attempts,
+            "reason": job.reason,
+            "waitingFor": self._waiting_for(job, names),
+            "rejections": [
+                {"workerId": worker_id, "worker": names.get(worker_id, worker_id), "reason": reason}
+                for worker_id, reason in job.rejections.items()
+            ],
+            "workerId": job.worker_id,
+            "worker": None if job.worker_id is None else names.get(job.worker_id, job.worker_id),
+            "createdAt": moment(job.created_at),
+            "offeredAt": moment(job.offered_at),
+            "startedAt": moment(job.started_at),
+            "finishedAt": moment(job.finished_at),
+            "completions": job.completions,
+            "refusedUploads": job.refused_uploads,
+            **self._result(result),
+        }
+
+    def _result(self, result: Result | None) -> dict[str, Any]:
+        if result is None:
+            return {"result": None, "generationMeta": None}
+        facts = {
+            "url": f"/api/jobs/{result.job_id}/result",
+            "ext": result.ext,
+            "prompt": result.prompt,
+            "seconds": result.seconds,
+            "sizeBytes": result.size_bytes,
+        }
+        return {"result": facts, "generationMeta": result.generation_meta}
+
+    def _in_hand(self, job: Job) -> dict[str, Any]:
+        return {
+            "jobId": job.job_id,
+            "status": job.status,
+            "model": job.model,
+            "prompt": job.task.get("prompt"),
+            "since": moment(job.started_at or job.offered_at),
+        }
+
+    def _waiting_for(self, job: Job, names: Mapping[str, str]) -> str | None:
+        """Why a queued job is not being done, where that is known."""
+        if job.status is not JobStatus.QUEUED:
+            return None
+        ready = [worker_id for worker_id, session in self._live.items() if not session.is_paused]
+        if job.rejections and all(worker_id in job.rejections for worker_id in ready):
+            said = (f"{names.get(who, who)}: {reason}" for who, reason in job.rejections.items())
+            return f"rejected by {'; '.join(said)}"
+        if not self._live:
+            return "no worker is connected"
+        if not ready:
+            return "all connected workers are paused"
+        return None
+
+
+def model(entry: Model) -> dict[str, Any]:
+    """One model of the registry."""
+    return {
+        "id": entry.model_id,
+        "label": entry.label,
+        "modelSource": entry.model_source,
+        "vramGbEstimate": entry.vram_gb_estimate,
+    }
+
+
+def log_line(line: LogLine, names: Mapping[str, str]) -> dict[str, Any]:
+    """One shipped log line."""
+    return {
+        "workerId": line.worker_id,
+        "worker": names.get(line.worker_id, line.worker_id),
+        "ts": line.ts,
+        "level": line.level,
+        "category": line.category,
+        "message": line.message,
+        "jobId": line.job_id,
+    }
