@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 models_app = typer.Typer(no_args_is_help=True, help="The required models on this box.")
 app.add_typer(models_app, name="models")
@@ -37,6 +38,11 @@ def main() -> None:
     except StudioWorkerError as error:
         print(f"studio-worker: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except OSError as error:
+        if error.filename is None:  # not a matter of one file: a fault of ours, its traceback is wanted
+            raise
+        print(f"studio-worker: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(os.EX_IOERR)
 
 
 @app.command()
@@ -143,16 +149,26 @@ def models_pull(directory: ConfigDir = config.DEFAULT_DIR) -> None:
 @models_app.command("verify")
 def models_verify(directory: ConfigDir = config.DEFAULT_DIR) -> None:
     """Read every model file and compare its hash; a damaged one is removed and fetched at the next start."""
-    from studio_worker.store import Store
+    from studio_worker.store import Checked, Store
 
-    settings = config.load(directory).settings
-    config.check_folders(settings)
-    damaged = 0
-    for checked in Store(settings.models.root).verify():
-        damaged += checked.state != "verified"
+    loaded = config.load(directory)
+    config.check_folders(loaded.settings)
+    store = Store(loaded.settings.models.root)
+    states: dict[Path, str] = {}
+
+    def tell(checked: Checked) -> None:
+        states[checked.path] = checked.state
         typer.echo(f"{checked.state:9} {checked.size_bytes / 1e6:10.1f} MB  {checked.path}")
-    if damaged:
-        typer.echo(f"{damaged} file(s) damaged or missing; `studio-worker models pull` fetches them")
+
+    for checked in store.verify():
+        tell(checked)
+    for path in (store.path(file) for model in loaded.required for file in model.files):
+        if path not in states:  # required, and never verified here
+            tell(Checked(path, "missing", 0))
+    wrong = sum(state != "verified" for state in states.values())
+    typer.echo(f"{len(states) - wrong} file(s) verified")
+    if wrong:
+        typer.echo(f"{wrong} file(s) damaged or missing; `studio-worker models pull` fetches them")
         raise typer.Exit(1)
 
 
@@ -164,7 +180,10 @@ def local_studio(
         "studio-data"
     ),
     models: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of model files to serve under /models.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of model files to serve; default: models in the data folder."
+        ),
     ] = None,
     token_file: Annotated[
         Path | None,
@@ -175,34 +194,33 @@ def local_studio(
     ] = False,
 ) -> None:
     """Run a small studio of your own: queue, approval, gallery."""
-    from studio_worker.local_studio import run_local_studio
-
     logs.configure()
     token = _read_token(token_file) if token_file is not None else None
+
+    from studio_worker.local_studio import run_local_studio
+
     run_local_studio(
         data_dir=data,
         host=host,
         port=port,
         models_dir=models,
-        admin_token=token,
+        token=token,
         auto_approve=approve_all,
+        on_ready=lambda studio: typer.echo(f"local studio: {studio.base_url}"),
     )
 
 
 def _read_token(path: Path) -> str:
     try:
-        token = path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise ConfigError(
             f"cannot be read: {error.strerror}", source=str(path), cure="name another --token-file"
         ) from error
-    if len(token) < 16:
+    except UnicodeDecodeError as error:
         raise ConfigError(
-            "the token is shorter than 16 characters",
-            source=str(path),
-            cure="make one with: openssl rand -hex 32",
-        )
-    return token
+            "is not UTF-8 text", source=str(path), cure="make one with: openssl rand -hex 32"
+        ) from error
 
 
 @app.command()

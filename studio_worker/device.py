@@ -40,7 +40,7 @@ def find_device(setting: str) -> Device:
     """
     if setting == "cpu":
         return Device("cpu", f"CPU, {os.cpu_count()} cores", _ram_gb())
-    if setting == "auto" and not _has_nvidia_gpu():
+    if setting == "auto" and not has_nvidia_gpu():
         raise DeviceError(
             'this machine shows no NVIDIA GPU; to make pictures on the CPU (slow), write device = "cpu" '
             "under [worker] in the configuration"
@@ -55,14 +55,20 @@ def _ram_gb() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
-def _has_nvidia_gpu() -> bool:
-    """Whether the PCI bus or the driver shows an NVIDIA display device (class 0x03….)."""
-    if Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists():
+def has_nvidia_gpu(root: Path = Path("/")) -> bool:
+    """Whether the driver or the PCI bus below ``root`` shows an NVIDIA display device (class 0x03….)."""
+    if (root / "dev/nvidia0").exists() or (root / "proc/driver/nvidia/version").exists():
         return True
-    for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"):
-        if vendor.read_text().strip() == _NVIDIA_VENDOR:
-            return (vendor.parent / "class").read_text().startswith("0x03")
-    return False
+    return any(_is_nvidia_display(device) for device in (root / "sys/bus/pci/devices").glob("*"))
+
+
+def _is_nvidia_display(device: Path) -> bool:
+    try:
+        vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+    except OSError:  # it left the bus between the listing and the reading
+        return False
+    # A graphics card's sound function has the same vendor and comes as a device of its own.
+    return vendor == _NVIDIA_VENDOR and kind.startswith("0x03")
 
 
 def _cuda_device(index: int) -> Device:
@@ -90,6 +96,8 @@ def _cuda_device(index: int) -> Device:
 _CURES = {
     100: "no CUDA device is visible; check that the GPU is listed by nvidia-smi and not hidden by "
     "CUDA_VISIBLE_DEVICES",
+    304: "see that this user may open /dev/nvidia* (group video or render)",
+    802: "start NVIDIA's fabric manager (systemctl start nvidia-fabricmanager)",
     803: "the driver was upgraded while the old one is still loaded; reboot",
     999: "reload the driver (modprobe nvidia-uvm) or reboot",
 }

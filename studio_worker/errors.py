@@ -63,7 +63,8 @@ class ConfigError(StudioWorkerError):
 
     def __str__(self) -> str:
         where = f"{self.source}:{self.line}" if self.line is not None else self.source
-        return ": ".join(part for part in (where, self.key, self.problem) if part) + f"; {self.cure}"
+        sentence = ": ".join(part for part in (where, self.key, self.problem) if part) + f"; {self.cure}"
+        return " ".join(sentence.splitlines())  # names and values may hold line ends; this is one line
 
 
 class DeviceError(StudioWorkerError):

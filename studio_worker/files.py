@@ -10,7 +10,9 @@ from pathlib import Path
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o600) -> None:
     """Replace ``path`` with ``content``: unique temporary file beside it, fsync, rename, directory fsync."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(
+        f".{uuid.uuid4().hex}.tmp"
+    )  # without the name, which may be as long as allowed
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -17,7 +17,17 @@ def state_lock(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process, most likely the service, holds it.
     """
-    with (folder / "lock").open("a") as file:
+    path = folder / "lock"
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be opened: {error.strerror}",
+            source=str(path),
+            key="state.dir",
+            cure="give the service's user access to it",
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

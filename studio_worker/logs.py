@@ -8,6 +8,7 @@ appear, in messages, fields and tracebacks. Prompts are never given to a logger 
 from __future__ import annotations
 
 import collections
+import copy
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import sys
 import threading
 from datetime import UTC, datetime
 from typing import IO, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
@@ -31,42 +32,59 @@ _NOISY = ("urllib3", "websockets", "uvicorn", "asyncio", "httpx", "httpcore", "P
           "transformers", "huggingface_hub", "accelerate", "torch")  # fmt: skip
 """Libraries whose warnings would be noise or, in diffusers' and transformers' case, quote the prompt."""
 
-_secrets: set[str] = set()
+_VERBOSITY = ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY")
+"""These two set their loggers' level anew when they are imported, long after :func:`configure`."""
+
+_RESERVED = [*RESERVED_ATTRS, "color_message"]
+"""Attributes of a record that are no facts; ``color_message`` is uvicorn's second copy of a message."""
+
+_secrets: tuple[str, ...] = ()
 
 
 def add_secret(secret: str) -> None:
-    """From now on ``secret`` appears as ``[redacted]`` in every line."""
-    if len(secret) >= 8:  # anything shorter would blot out ordinary words
-        _secrets.add(secret)
+    """From now on ``secret`` appears as ``[redacted]`` in every line, also as JSON or a URL writes it."""
+    global _secrets
+    if len(secret) < 8:  # anything shorter would blot out ordinary words
+        return
+    in_json = (json.dumps(secret, ensure_ascii=escaped)[1:-1] for escaped in (False, True))
+    forms = {secret, *in_json, quote(secret, safe="", errors="replace"), *_secrets}
+    # The longest first: a secret that begins with another one must not leave its end behind.
+    _secrets = tuple(sorted(forms, key=len, reverse=True))
 
 
 def redact(text: str) -> str:
     """``text`` without any registered secret."""
-    for secret in tuple(_secrets):
+    for secret in _secrets:
         text = text.replace(secret, "[redacted]")
     return text
 
 
 def safe_url(url: str) -> str:
-    """``url`` without user info, query and fragment, as it may be logged."""
+    """``url`` without user info, query and fragment, as it may be logged.
+
+    An address whose user info cannot be told for certain (a password with ``/`` in it) is not shown at all.
+    """
     try:
         parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-        return urlunsplit((parts.scheme, host, parts.path, "", ""))
+        _ = parts.port  # raises where the port is not a number
     except ValueError:
         return "[unreadable url]"
+    host = parts.netloc.rpartition("@")[2]
+    if not parts.scheme or not host or "@" in f"{parts.path}{parts.query}{parts.fragment}":
+        return "[unreadable url]"
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 def facts(record: logging.LogRecord) -> dict[str, Any]:
     """The fields given to a log call by ``extra``."""
-    return {k: v for k, v in record.__dict__.items() if k not in RESERVED_ATTRS and not k.startswith("_")}
+    return {k: v for k, v in record.__dict__.items() if k not in _RESERVED and not k.startswith("_")}
 
 
 class _Json(JsonFormatter):
     def __init__(self, *, priority_prefix: bool) -> None:
         super().__init__(
             "%(message)s",
-            reserved_attrs=[*RESERVED_ATTRS, "color_message"],
+            reserved_attrs=_RESERVED,
             json_ensure_ascii=False,
             json_default=str,
         )
@@ -82,7 +100,6 @@ class _Json(JsonFormatter):
         super().add_fields(log_data, record, message_dict)
 
     def format(self, record: logging.LogRecord) -> str:
-        # Redacted before it is JSON, so that a secret with characters JSON escapes is found too.
         line = redact(super().format(record))
         return f"<{_PRIORITIES.get(record.levelno, 6)}>{line}" if self._prefix else line
 
@@ -99,7 +116,7 @@ class _Text(logging.Formatter):
 
 def _plain(value: Any) -> str:
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
-    return json.dumps(text, ensure_ascii=False) if " " in text else text
+    return text if text.split() == [text] else json.dumps(text, ensure_ascii=False)
 
 
 class ShippingBuffer(logging.Handler):
@@ -113,6 +130,9 @@ class ShippingBuffer(logging.Handler):
         self._guard = threading.Lock()
 
     def emit(self, record: logging.LogRecord) -> None:
+        # A traceback holds its frames, and those what is in device memory, for as long as the line waits.
+        record = copy.copy(record)
+        record.msg, record.args, record.exc_info = record.getMessage(), None, None
         with self._guard:
             if len(self._lines) >= self._capacity:
                 self._lines.popleft()
@@ -155,5 +175,7 @@ def configure(level: str = "info", fmt: LogFormat = "auto", stream: IO[str] | No
     root.setLevel(number)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    for variable in _VERBOSITY:
+        os.environ[variable] = "error"
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -23,11 +24,15 @@ CAMEL = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True)
 """How every body and frame of the wire is read and written."""
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+_CONTROL = {"Cc", "Zl", "Zp"}
+"""Unicode categories of characters that break a line or steer a terminal; no file needs them in its name."""
 
 
 def _plain_name(name: str) -> str:
-    if not name or name in {".", ".."} or any(c in name for c in "/\\\0") or len(name.encode()) > 255:
+    if name in {"", ".", ".."} or any(c in "/\\" or unicodedata.category(c) in _CONTROL for c in name):
         raise ValueError("must be a plain file name, without folders")
+    if len(name.encode()) > 255:
+        raise ValueError("must be at most 255 bytes long, as file systems want it")
     return name
 
 

@@ -17,27 +17,37 @@ class Notifier:
         self._systemd = sdnotify.SystemdNotifier()
 
     def ready(self, status: str) -> None:
-        self._systemd.notify(f"READY=1\nSTATUS={status}")
+        self._send("READY=1", _status(status))
 
     def status(self, text: str) -> None:
         """One line for ``systemctl status``."""
-        self._systemd.notify(f"STATUS={text}")
+        self._send(_status(text))
 
     def extend_timeout(self) -> None:
         """Ask for more time to start; to be sent only while bytes advance."""
-        self._systemd.notify(f"EXTEND_TIMEOUT_USEC={EXTEND_S * 1_000_000}")
+        self._send(f"EXTEND_TIMEOUT_USEC={EXTEND_S * 1_000_000}")
 
     def watchdog(self) -> None:
-        self._systemd.notify("WATCHDOG=1")
+        self._send("WATCHDOG=1")
 
     def stopping(self, status: str = "stopping") -> None:
-        self._systemd.notify(f"STOPPING=1\nSTATUS={status}")
+        self._send("STOPPING=1", _status(status))
+
+    def _send(self, *lines: str) -> None:
+        # sdnotify encodes as Latin-1 and drops, without a word, the whole message that does not fit, READY
+        # included; systemd reads UTF-8. Handing it each UTF-8 byte as one character gives systemd its own.
+        self._systemd.notify("\n".join(lines).encode(errors="replace").decode("latin-1"))
+
+
+def _status(text: str) -> str:
+    """One line: a line end inside a name would begin a new assignment."""
+    return "STATUS=" + " ".join(text.splitlines())
 
 
 def watchdog_interval_s() -> float | None:
     """How often WATCHDOG=1 is due (half of ``WATCHDOG_USEC``), or ``None`` without a watchdog."""
     usec = os.environ.get("WATCHDOG_USEC", "")
     pid = os.environ.get("WATCHDOG_PID", "")
-    if not usec.isdigit() or (pid and pid != str(os.getpid())):
+    if not usec.isdecimal() or int(usec) == 0 or (pid and pid != str(os.getpid())):
         return None
     return int(usec) / 2 / 1_000_000

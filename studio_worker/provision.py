@@ -35,7 +35,7 @@ class ProvisionProgress:
         self._on_advance = on_advance
         self._clock = clock
         self._said_at = self._logged_at = float("-inf")
-        self._last = -1
+        self._last = 0
         self.label = ""
 
     def __call__(self, done: int, total: int | None) -> None:

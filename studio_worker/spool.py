@@ -1,11 +1,13 @@
 """What survives a crash: the job in hand, and the outbox of finished pictures.
 
 Everything is written with fsync before the step it protects: the job is noted before the engine touches
-it, and a picture is on disk before its upload starts. Only the service writes here (folder 0700).
+it, and a picture is on disk before its upload starts. Only the service writes here (folder 0700). What
+cannot be read back never stops the service: it is logged, and where it may hold a picture, set aside.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -15,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from studio_worker.files import fsync_directory, remove_temporaries, write_atomic
 from studio_worker.jobs import Job, Picture
@@ -31,19 +35,19 @@ class JobInHand:
     """The note of the job that the engine works on, and the count of crashes it was found at."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        remove_temporaries(folder)
+        _make_private(folder)
         self._note = folder / "job-in-hand.json"
         self._counts_path = folder / "crashes.json"
-        self._counts: dict[str, int] = _read_json(self._counts_path) or {}
+        counts = _read_json(self._counts_path) or {}
+        self._counts = {job_id: count for job_id, count in counts.items() if isinstance(count, int)}
 
     def recover(self) -> str | None:
         """The job that was in hand when the last process died, counted as one crash; ``None`` if none was."""
-        note = _read_json(self._note)
-        if note is None:
+        job_id = (_read_json(self._note) or {}).get("job_id")
+        if not isinstance(job_id, str):
+            self._clear()
             return None
-        job_id = str(note.get("job_id"))
-        self._counts[job_id] = self._counts.get(job_id, 0) + 1
+        self._counts[job_id] = self._counts.pop(job_id, 0) + 1  # the latest stands last
         self._counts = dict(list(self._counts.items())[-_REMEMBERED_CRASHES:])
         write_atomic(self._counts_path, json.dumps(self._counts).encode())
         self._clear()
@@ -88,21 +92,24 @@ class Outbox:
 
     A picture is two files: its bytes, and a note. The note is written last and removed first, so a note
     always has its bytes; bytes without a note are left-overs of a crash and removed at the next start.
+    A note that cannot be used, or whose bytes are gone, moves with what there is to ``unreadable``, for
+    a person to look at.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_private(folder)
         self._folder = folder
         self._changed = threading.Event()
-        remove_temporaries(folder)
         for data in folder.glob("*.data"):
             if not data.with_suffix(".json").exists():
                 data.unlink()
 
     def add(self, job: Job, picture: Picture, timings_s: Mapping[str, float]) -> None:
-        """Keep ``picture`` until it is delivered; it is on disk for good when this returns."""
+        """Keep ``picture`` until it is delivered; it is on disk for good when this returns.
+
+        Whoever delivers is told by :meth:`wake`.
+        """
         data = self._path(job.job_id, ".data")
-        write_atomic(data, picture.data)
         note = {
             "job_id": job.job_id,
             "model": job.model,
@@ -112,17 +119,54 @@ class Outbox:
             "finished_at": time.time(),
             "timings_s": dict(timings_s),
         }
-        write_atomic(self._path(job.job_id, ".json"), json.dumps(note).encode())
-        self.wake()
+        text = json.dumps(note).encode()
+        try:
+            write_atomic(data, picture.data)
+            write_atomic(self._path(job.job_id, ".json"), text)
+        except OSError:
+            if not self.holds(job.job_id):
+                data.unlink(missing_ok=True)
+            raise
 
     def oldest(self) -> list[Delivery]:
         """What waits, oldest first."""
-        waiting = []
-        for path in self._folder.glob("*.json"):
-            note = _read_json(path)
-            if note is not None:
-                waiting.append(Delivery(data_path=path.with_suffix(".data"), **note))
+        waiting = [delivery for path in self._folder.glob("*.json") if (delivery := self._read(path))]
         return sorted(waiting, key=lambda delivery: delivery.finished_at)
+
+    def _read(self, note: Path) -> Delivery | None:
+        data = note.with_suffix(".data")
+        try:
+            delivery = _DELIVERY.validate_python({**json.loads(note.read_text()), "data_path": data})
+        except FileNotFoundError:
+            return None  # delivered meanwhile
+        except OSError as error:  # this time; it may be readable the next
+            log.error("picture cannot be read", extra=_facts(note, error=error.strerror))
+            return None
+        except (ValueError, TypeError) as error:
+            self._set_aside(note, type(error).__name__)
+            return None
+        if self._path(delivery.job_id, ".json") != note:
+            self._set_aside(note, "it names another job")
+            return None
+        if not data.exists():
+            if note.exists():
+                self._set_aside(note, "its bytes are gone")
+            return None
+        return delivery
+
+    def _set_aside(self, note: Path, problem: str) -> None:
+        aside = self._folder / "unreadable"
+        log.error(
+            "picture cannot be delivered and is set aside",
+            extra=_facts(note, error=problem, to=str(aside)),
+        )
+        # On a full or failing disk it stays, and is passed over.
+        with contextlib.suppress(OSError):
+            aside.mkdir(mode=0o700, exist_ok=True)
+            # The bytes first: without their note the next start would take them for a left-over.
+            for path in (note.with_suffix(".data"), note):
+                if path.exists():
+                    path.replace(aside / path.name)
 
     def holds(self, job_id: str) -> bool:
         return self._path(job_id, ".json").exists()
@@ -145,7 +189,21 @@ class Outbox:
 
     def _path(self, job_id: str, suffix: str) -> Path:
         # Job ids come from the studio: they are hashed so that none can name a path.
-        return self._folder / (hashlib.sha256(job_id.encode()).hexdigest()[:32] + suffix)
+        digest = hashlib.sha256(job_id.encode("utf-8", "surrogatepass"))
+        return self._folder / (digest.hexdigest()[:32] + suffix)
+
+
+_DELIVERY = TypeAdapter(Delivery)
+
+
+def _facts(path: Path, **more: object) -> dict[str, object]:
+    return {"op": "spool", "path": str(path), **more}
+
+
+def _make_private(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    remove_temporaries(folder)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -153,7 +211,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError:
-        log.warning("spool file is unreadable and ignored", extra={"op": "spool", "path": str(path)})
+    except (OSError, ValueError):
+        log.warning("spool file is unreadable and ignored", extra=_facts(path))
         return None
     return value if isinstance(value, dict) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
@@ -136,7 +137,17 @@ class Worker:
             raise
         except Exception as error:
             # The one broad catch: whatever one job did to a library must not end the others.
-            log.exception("job crashed", extra={"op": "job", "job_id": job.job_id, "model": job.model})
+            # Logged by its frames, without its text: a library's error may quote the prompt.
+            log.error(
+                "job crashed",
+                extra={
+                    "op": "job",
+                    "job_id": job.job_id,
+                    "model": job.model,
+                    "error": type(error).__name__,
+                    "traceback": "".join(traceback.format_tb(error.__traceback__)),
+                },
+            )
             self._report(job, f"internal error: {type(error).__name__}", retryable=True)
         finally:
             self._stepped_at = None

@@ -24,6 +24,9 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     DO_NOT_TRACK="1",
+    # Prompts must never reach a log: diffusers warns with the very words that it cuts off a long one.
+    DIFFUSERS_VERBOSITY="error",
+    TRANSFORMERS_VERBOSITY="error",
     # The engine runs in one thread of a process with others; tokenizers would warn about forks it never
     # makes.
     TOKENIZERS_PARALLELISM="false",

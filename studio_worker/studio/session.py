@@ -8,6 +8,7 @@ the job in hand.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import random
@@ -278,8 +279,9 @@ class StudioSession:
     async def _read(self, socket_: ClientConnection, protocol: SessionProtocol, backoff: Backoff) -> None:
         while True:
             try:
-                silence_s = protocol.dead_at - time.monotonic()
-                message = await asyncio.wait_for(socket_.recv(), max(0.0, silence_s))
+                # Not wait_for: in Python 3.11 it can swallow a cancellation that meets a message.
+                async with asyncio.timeout(max(0.0, protocol.dead_at - time.monotonic())):
+                    message = await socket_.recv()
             except TimeoutError:
                 raise ProtocolError(f"no frame from the studio for {self._timings.dead_peer_s:g} s") from None
             try:
@@ -384,10 +386,9 @@ def explain(error: Exception) -> ProtocolError:
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), timeout_s)
-    except TimeoutError:
-        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
 
 
 def _facts(job_id: str, **more: object) -> dict[str, object]:

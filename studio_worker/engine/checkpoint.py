@@ -1,0 +1,121 @@
+"""What a weights file holds, read from its header alone: tensor names and shapes, never the tensors.
+
+This module owns which kinds of file are weights at all. Pickle in any wrapping is refused by name: loading
+it runs code. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import gguf
+from safetensors import SafetensorError, safe_open
+
+from studio_worker.errors import JobError
+
+_MAGIC_BYTES = 512
+"""Enough for every signature below; tar's stands at 257."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A weights file: its format and the shape of every tensor, outermost dimension first as in torch."""
+
+    path: Path
+    format: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def elements(self) -> int:
+        """Numbers in all tensors together."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The header of the weights file at ``path``.
+
+    Raises:
+        JobError: it is no safetensors or GGUF file (not retryable), or it is damaged or cannot be read
+        (retryable:
+            another copy may be whole).
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(_MAGIC_BYTES)
+    except OSError as error:
+        raise JobError(f"{path.name} cannot be read: {error.strerror}", retryable=True) from error
+    foreign = _foreign_kind(path, start)
+    if foreign:
+        raise JobError(
+            f"{path.name} is {foreign}; weights must be safetensors or GGUF files", retryable=False
+        )
+    if start.startswith(b"GGUF"):
+        return _gguf(path)
+    if len(start) > 8 and start[8:9] != b"{":  # eight bytes of length, then JSON
+        raise JobError(f"{path.name} is neither a safetensors nor a GGUF file", retryable=False)
+    return _safetensors(path)
+
+
+def _foreign_kind(path: Path, start: bytes) -> str:
+    """What the file is where it is a known kind that is no weights file, else an empty string."""
+    if start.startswith(b"\x80") and start[1:2] in {b"\x02", b"\x03", b"\x04", b"\x05"}:  # PROTO opcode
+        return "a Python pickle (.pt, .ckpt, .bin), which can run code when loaded"
+    if start.startswith(b"PK\x03\x04"):
+        return _zip_kind(path)
+    if start[257:262] == b"ustar":
+        return "a tar archive (an old .pt or .ckpt holds pickle), which can run code when loaded"
+    if start.startswith(b"\x89HDF\r\n"):
+        return "an HDF5 (Keras) file"
+    if start.startswith((b"lmgg", b"tjgg", b"fmgg")):
+        return "a GGML file from before GGUF"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file it points to"
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not weights; the address may want a login"
+    if text.startswith((b"{", b"[")):
+        return "JSON text, not weights"
+    return ""
+
+
+def _zip_kind(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        names = []  # cut short: still a zip, whatever was in it
+    if any(name.endswith(".pkl") for name in names):
+        return "a torch pickle archive (.pt, .ckpt, .bin), which can run code when loaded"
+    return "a zip archive (a .pt or .ckpt is one and holds pickle)"
+
+
+def _safetensors(path: Path) -> Checkpoint:
+    try:
+        # The numpy framework: nothing here may import torch, and no tensor is read.
+        with safe_open(path, framework="numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        # The library names its checks (InvalidHeaderLength, MetadataIncompleteBuffer, …), never the content.
+        raise JobError(
+            f"{path.name} is not a whole safetensors file ({path.stat().st_size} bytes): {error}",
+            retryable=True,
+        ) from error
+    return Checkpoint(path, "safetensors", shapes)
+
+
+def _gguf(path: Path) -> Checkpoint:
+    try:
+        reader = gguf.GGUFReader(path)
+        # GGUF counts dimensions from the innermost.
+        shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
+    # The reader indexes into the mapped file unchecked: a damaged one shows as whatever that leads to.
+    except (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, UnicodeDecodeError) as error:
+        raise JobError(
+            f"{path.name} is not a whole GGUF file ({path.stat().st_size} bytes): {type(error).__name__}",
+            retryable=True,
+        ) from error
+    return Checkpoint(path, "gguf", shapes)

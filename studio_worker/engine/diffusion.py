@@ -1,0 +1,185 @@
+"""The engine for ``sd-cpp`` sources: one image task to one picture, with torch and diffusers, offline.
+
+This module owns the order of things: every input is checked before a model is loaded, cancellation is
+looked at between stages and at every step, and what the libraries raise is translated. Which model it is,
+which sampler, what stays loaded and how a picture is encoded are its neighbours' business.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import diffusers
+import torch
+import transformers
+from PIL import Image
+
+from studio_worker.engine import Inputs, Progress, Request
+from studio_worker.engine.checkpoint import Checkpoint, read_checkpoint
+from studio_worker.engine.encoding import check_ext, encode, generation_meta
+from studio_worker.engine.families import Family, identify, recognise
+from studio_worker.engine.faults import translated, usable_device
+from studio_worker.engine.images import decode_mask, decode_picture
+from studio_worker.engine.parameters import Parameters, printable, resolve
+from studio_worker.engine.rendering import LoadedModel, Rendered, Starting
+from studio_worker.engine.residency import Residency, default_budget_bytes
+from studio_worker.errors import JobError
+from studio_worker.jobs import Cancel, ImageTask, Picture
+from studio_worker.models import LocalFile
+
+_LOG = logging.getLogger(__name__)
+
+
+class DiffusionEngine:
+    """Makes pictures on one device. Called from one thread only.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        budget_bytes: how many bytes of weights may stay loaded; by default a share of the device's memory.
+
+    Raises:
+        DeviceError: torch cannot use ``device``.
+    """
+
+    def __init__(self, device: str, budget_bytes: int | None = None) -> None:
+        _silence_libraries()
+        self._device = usable_device(device)
+        # Half precision halves memory and time on a GPU; CPUs compute it slower than single precision.
+        self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
+        self._residency = Residency(
+            self._device, default_budget_bytes(self._device) if budget_bytes is None else budget_bytes
+        )
+
+    def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
+        """See :meth:`studio_worker.engine.Engine.generate`."""
+        prompts = (printable(request.task.prompt), printable(request.task.negative_prompt or ""))
+        with translated(self._device, prompts, on_exhausted=self._residency.clear):
+            return self._generate(request, progress, cancel)
+
+    def _generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
+        cancel.check()
+        check_ext(request.task.ext)
+        _check_inputs(request.task, request.inputs)
+        weights = _whole_checkpoint(request.files)
+        checkpoint = read_checkpoint(weights.path)
+        family = identify(checkpoint)
+        from_image = request.inputs.init_image is not None
+        parameters = resolve(request.task, request.defaults, family.defaults, from_image=from_image)
+        family.check(parameters)
+        starting = _starting(request.inputs, parameters)
+
+        model, load_s = self._model(weights, checkpoint, family)
+        cancel.check()
+        started = time.perf_counter()
+        rendered = _render(model, parameters, starting, progress, cancel)
+        generated = time.perf_counter()
+        cancel.check()
+        data = encode(rendered.picture, parameters, request.model)
+        timings_s = {
+            "load": load_s,
+            "generate": generated - started,
+            "encode": time.perf_counter() - generated,
+        }
+        meta = generation_meta(
+            parameters,
+            model=request.model,
+            engine="sd-cpp",
+            family=family.name,
+            timings_s=timings_s,
+            device=str(self._device),
+            dtype=str(self._dtype).removeprefix("torch."),
+            **rendered.facts,
+        )
+        return Picture(data, parameters.ext, meta, timings_s)
+
+    def _model(self, weights: LocalFile, checkpoint: Checkpoint, family: Family) -> tuple[LoadedModel, float]:
+        """The loaded model and the seconds that loading took, 0 where it was resident."""
+        key = (family.name, weights.content)
+        model = self._residency.get(key)
+        if model is not None:
+            return model, 0.0
+        started = time.perf_counter()
+        self._residency.make_room(checkpoint.elements * self._dtype.itemsize)
+        model = family.load(checkpoint, self._device, self._dtype)
+        self._residency.add(key, model)
+        load_s = time.perf_counter() - started
+        _LOG.info(
+            "model loaded",
+            extra={"family": family.name, "load_s": load_s, "resident_bytes": self._residency.size_bytes},
+        )
+        return model, load_s
+
+
+def _render(
+    model: LoadedModel, parameters: Parameters, starting: Starting, progress: Progress, cancel: Cancel
+) -> Rendered:
+    """The picture, of which nothing but what the task allows differs from the initial one."""
+    if starting.picture is not None and parameters.denoise == 0:
+        return Rendered(starting.picture)  # nothing may change, and diffusers cannot run zero steps
+    rendered = model.render(parameters, starting, progress, cancel)
+    if starting.picture is None or starting.mask is None:
+        return rendered
+    # Inpainting keeps what the mask protects only to within what the VAE does to it; here it stays exactly.
+    return Rendered(Image.composite(rendered.picture, starting.picture, starting.mask), rendered.facts)
+
+
+def _check_inputs(task: ImageTask, inputs: Inputs) -> None:
+    """Whether the pictures fit the task and each other, before anything is decoded."""
+    if task.ref_image_url is not None or inputs.ref_image is not None:
+        raise JobError(
+            "this model family cannot edit by reference (refImageUrl); use initImageUrl", retryable=False
+        )
+    for name, url, data in (
+        ("initImageUrl", task.init_image_url, inputs.init_image),
+        ("maskUrl", task.mask_url, inputs.mask),
+    ):
+        if (url is None) != (data is None):
+            # Without this a picture that was never fetched would silently become text-to-image.
+            raise JobError(f"{name} and the fetched inputs do not agree", retryable=True)
+    if inputs.mask is not None and inputs.init_image is None:
+        raise JobError("maskUrl without initImageUrl: there is no picture to change", retryable=False)
+
+
+def _whole_checkpoint(files: Sequence[LocalFile]) -> LocalFile:
+    """The one file of a source that is a whole checkpoint.
+
+    Raises:
+        JobError: the source is made otherwise; not retryable.
+    """
+    checkpoints = [file for file in files if file.role == "model"]
+    others = sorted({file.role for file in files if file.role != "model"})
+    if len(checkpoints) == 1 and not others:
+        return checkpoints[0]
+    if len(checkpoints) > 1:
+        raise JobError(f"the source names {len(checkpoints)} files of role model", retryable=False)
+    if checkpoints:
+        raise JobError(
+            f"files of role {', '.join(others)} beside a whole checkpoint are not served", retryable=False
+        )
+    for file in files:
+        if file.role == "diffusion-model":
+            family = recognise(read_checkpoint(file.path)) or "a family that is not known"
+            raise JobError(f"models in parts are not served; this one is {family}", retryable=False)
+    raise JobError("the source names no file of role model", retryable=False)
+
+
+def _starting(inputs: Inputs, parameters: Parameters) -> Starting:
+    size = (parameters.width, parameters.height)
+    if inputs.init_image is None:
+        return Starting()
+    picture = decode_picture(inputs.init_image, "initial picture", *size)
+    mask = None if inputs.mask is None else decode_mask(inputs.mask, *size)
+    return Starting(picture, mask)
+
+
+def _silence_libraries() -> None:
+    """Keep prompts out of every log, and progress bars off standard error.
+
+    The package sets the same in the environment, which holds only for libraries imported after it. Neither
+    library says anything below ERROR that an operator could act on.
+    """
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

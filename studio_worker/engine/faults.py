@@ -1,0 +1,123 @@
+"""What goes wrong inside torch and the libraries, as the worker's own errors.
+
+This module owns the translation: memory that ran out, a device that is lost, and everything else. No prompt
+text leaves it, in a message or in a traceback.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from studio_worker.engine.residency import free_bytes, total_bytes
+from studio_worker.errors import DeviceError, JobError, StudioWorkerError
+
+_MEMORY_SIGNS = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "out of memory")
+"""How a failed allocation is worded where it is a plain RuntimeError: in RAM, or inside a CUDA library."""
+
+_LOST_DEVICE_SIGNS = ("CUDA error", "CUDA driver", "cuDNN error", "CUBLAS_STATUS", "device-side assert")
+
+_PRIVATE_CHARS = 8
+"""Shorter prompts are found in any message by chance, and give nothing away."""
+
+
+@contextmanager
+def translated(
+    device: torch.device, private: tuple[str, ...], on_exhausted: Callable[[], None]
+) -> Iterator[None]:
+    """Let only :exc:`StudioWorkerError` out of the block.
+
+    Args:
+        device: where the block computes.
+        private: texts that must not appear in what is raised, i.e. the prompts.
+        on_exhausted: frees what can be freed, called when memory ran out.
+
+    Raises:
+        DeviceError: the device is lost; the process must end, since CUDA keeps failing after such an error.
+        JobError: memory ran out, or a library failed; retryable.
+    """
+    try:
+        yield
+    except StudioWorkerError:
+        raise
+    except Exception as error:
+        translation = _translate(error, device, on_exhausted)
+        # The cause is logged with its traceback; a library that quotes its input would put the prompt there.
+        quoted = any(len(text) >= _PRIVATE_CHARS and text in str(error) for text in private)
+        cause = None if quoted else error
+        raise translation from cause
+
+
+def _translate(
+    error: Exception, device: torch.device, on_exhausted: Callable[[], None]
+) -> DeviceError | JobError:
+    if _is_exhausted(error):
+        # The traceback's frames hold the very tensors that did not fit.
+        traceback.clear_frames(error.__traceback__)
+        on_exhausted()
+        free_gb, total_gb = free_bytes(device) / 2**30, total_bytes(device) / 2**30
+        return JobError(
+            f"out of memory on {device}: {free_gb:.1f} of {total_gb:.1f} GiB free with all models unloaded; "
+            "a smaller picture or a device with more memory is needed",
+            retryable=True,
+        )
+    if is_device_lost(error):
+        return DeviceError(
+            f"{device} failed ({type(error).__name__}: {_first_line(error)}); the process must be restarted. "
+            "If it happens again: look for Xid errors in the kernel log, reload the driver or reboot"
+        )
+    return JobError(f"the picture could not be made: {type(error).__name__}", retryable=True)
+
+
+def _is_exhausted(error: Exception) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _MEMORY_SIGNS)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no message")
+
+
+def is_device_lost(error: Exception) -> bool:
+    """Whether CUDA failed in a way that every later call would fail in too."""
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_DEVICE_SIGNS)
+
+
+def usable_device(name: str) -> torch.device:
+    """The torch device ``name`` (``cpu``, ``cuda``, ``cuda:N``), tried out.
+
+    Raises:
+        DeviceError: torch cannot use it; the text names the cure. Nothing falls back to the CPU.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"unknown device {name!r}; write cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise DeviceError(f"device {name!r} is not supported; write cpu, cuda or cuda:N")
+    if torch.version.cuda is None:
+        raise DeviceError(
+            f"device {name!r} needs a torch with CUDA, and torch {torch.__version__} here has none; "
+            "install studio-worker-torch-cuda in place of studio-worker-torch-cpu"
+        )
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        count = torch.cuda.device_count()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= count:
+            raise DeviceError(f"there is no {name}: this machine has {count} CUDA device(s), cuda:0 and up")
+        torch.ones(1, device=f"cuda:{index}").add_(1).cpu()
+    except RuntimeError as error:
+        raise DeviceError(
+            f"{name} cannot be used ({_first_line(error)}); check that nvidia-smi runs, that the driver "
+            f"is new enough for CUDA {torch.version.cuda}, and reboot after a driver upgrade"
+        ) from error
+    return torch.device("cuda", index)

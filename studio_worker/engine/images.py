@@ -1,0 +1,110 @@
+"""Input pictures: from untrusted bytes to RGB pictures and masks of the job's size.
+
+This module owns what may come in (formats, bytes, pixels) and how it is laid onto the picture to be made. It
+imports no torch. Nothing here trusts a file name or a content type.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from studio_worker.errors import JobError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""Only these of Pillow's decoders are tried: each further one is attack surface without use here."""
+
+MAX_BYTES = 64 * 2**20
+MAX_PIXELS = 64_000_000
+"""192 MB decoded: beyond any sensible input, and below what would hurt a worker (decompression bombs)."""
+
+MASK_THRESHOLD = 128
+"""Grey level from which a mask pixel counts as white, i.e. may change."""
+
+
+def decode_picture(data: bytes, what: str, width: int, height: int) -> Image.Image:
+    """The picture in ``data`` upright, without alpha, as RGB of ``width`` x ``height`` px.
+
+    Transparent parts become white: the background that game assets are drawn on.
+
+    Args:
+        what: what the picture is for, to name it in errors.
+
+    Raises:
+        JobError: not a picture of a known format, damaged, or too large; not retryable.
+    """
+    picture = _flatten(_open(data, what), background="white")
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return picture
+
+
+def decode_mask(data: bytes, width: int, height: int) -> Image.Image:
+    """The mask in ``data`` as a picture of mode L, ``width`` x ``height`` px, of 0 (keep) and 255 (may
+    change).
+
+    Transparent parts keep. A mask of another size is resized without inventing grey levels.
+
+    Raises:
+        JobError: as :func:`decode_picture`, or no pixel is white; not retryable.
+    """
+    grey = _flatten(_open(data, "mask"), background="black").convert("L")
+    mask = grey.point([255 if level >= MASK_THRESHOLD else 0 for level in range(256)])
+    if mask.size != (width, height):
+        mask = mask.resize((width, height), Image.Resampling.NEAREST)
+    if mask.getbbox() is None:
+        raise JobError("the mask is black everywhere: white marks what may change", retryable=False)
+    return mask
+
+
+def _open(data: bytes, what: str) -> Image.Image:
+    if not data:
+        raise _bad(what, "is empty")
+    if len(data) > MAX_BYTES:
+        raise _bad(what, f"has {len(data)} bytes; at most {MAX_BYTES} are read")
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns where a picture is twice too large; the size is checked below, before
+            # decoding.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise _bad(what, f"has {picture.width}x{picture.height} px; at most {MAX_PIXELS} pixels are read")
+        picture.load()
+        return ImageOps.exif_transpose(picture)
+    except UnidentifiedImageError as error:
+        known = ", ".join(FORMATS)
+        raise _bad(what, f"is not a picture in a known format ({known})") from error
+    except Image.DecompressionBombError as error:
+        raise _bad(what, f"has more than {MAX_PIXELS} pixels") from error
+    # Pillow's decoders raise whatever a damaged file leads them to; there is no narrower common base.
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        IndexError,
+        KeyError,
+        TypeError,
+        EOFError,
+        OverflowError,
+    ) as error:
+        raise _bad(what, "is damaged or cut short") from error
+
+
+def _flatten(picture: Image.Image, background: str) -> Image.Image:
+    """``picture`` as RGB, laid onto ``background`` where it is transparent."""
+    if picture.mode.startswith(("I", "F")):  # 16-bit grey: Pillow would clip at 255 instead of scaling
+        levels = np.asarray(picture, dtype=np.float64) / 257.0
+        picture = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    with_alpha = picture.convert("RGBA")
+    ground = Image.new("RGBA", with_alpha.size, background)
+    return Image.alpha_composite(ground, with_alpha).convert("RGB")
+
+
+def _bad(what: str, problem: str) -> JobError:
+    return JobError(f"bad input: the {what} {problem}", retryable=False)

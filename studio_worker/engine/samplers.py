@@ -1,0 +1,87 @@
+"""Samplers: stable-diffusion.cpp's names, and the diffusers scheduler behind each.
+
+This module owns the names a task may use for models of the Stable Diffusion kind. Every scheduler is made
+from the one the model's configuration ships, so that its noise schedule and prediction type hold for all of
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    TCDScheduler,
+)
+
+from studio_worker.engine.solvers import IPNDM, DPMSolver2Mv2, DPMSolver2SAncestral, IPNDMVariable
+from studio_worker.errors import JobError
+
+_DISTILLED_STEPS = 50
+"""Steps of the grid that LCM and TCD models were distilled on: both schedulers' own default."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The scheduler behind one of stable-diffusion.cpp's names.
+
+    Every one is the published method of that name. ``differs`` says where it is not, number for number, what
+    stable-diffusion.cpp computes; the noise itself differs in any case, since the random generators do.
+    """
+
+    scheduler: type[SchedulerMixin]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    differs: str = ""
+
+
+SAMPLERS: Mapping[str, Sampler] = {
+    "euler": Sampler(EulerDiscreteScheduler),
+    "euler_a": Sampler(EulerAncestralDiscreteScheduler),
+    "heun": Sampler(HeunDiscreteScheduler),
+    "dpm2": Sampler(KDPM2DiscreteScheduler),
+    "dpm++2s_a": Sampler(
+        DPMSolver2SAncestral, differs="the middle evaluation is told its own noise level, not the next step's"
+    ),
+    "dpm++2m": Sampler(
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "dpmsolver++", "solver_order": 2},
+        differs="even steps over one more point, of which the last is left out",
+    ),
+    "dpm++2mv2": Sampler(DPMSolver2Mv2),
+    "ipndm": Sampler(IPNDM),
+    "ipndm_v": Sampler(IPNDMVariable, differs="weights follow uneven noise levels at orders 3 and 4 too"),
+    "lcm": Sampler(LCMScheduler, differs="the paper's timesteps and boundary scalings"),
+    "ddim_trailing": Sampler(
+        DDIMScheduler, {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False}
+    ),
+    "tcd": Sampler(TCDScheduler, differs="the paper's timesteps"),
+}
+
+
+def sampler(name: str) -> Sampler:
+    """
+    Raises:
+        JobError: no sampler of that name; not retryable.
+    """
+    if name not in SAMPLERS:
+        raise JobError(f"unknown samplingMethod {name!r}; known: {', '.join(SAMPLERS)}", retryable=False)
+    return SAMPLERS[name]
+
+
+def make_scheduler(name: str, shipped: SchedulerMixin, steps: int) -> SchedulerMixin:
+    """The scheduler for ``steps`` steps of the sampler ``name``, on the noise schedule of ``shipped``."""
+    chosen = sampler(name)
+    options = dict(chosen.options)
+    if chosen.scheduler in (LCMScheduler, TCDScheduler):
+        # More steps than the grid has points would be refused; the grid grows with them.
+        options["original_inference_steps"] = max(_DISTILLED_STEPS, steps)
+    return chosen.scheduler.from_config(shipped.config, **options)

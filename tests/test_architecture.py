@@ -1,0 +1,268 @@
+"""The house rules that nobody should have to check by hand: who may import whom, how tests are written.
+
+Everything is read from the source with ``ast``, so that imports inside functions count too.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "studio_worker"
+
+LAYERS: tuple[frozenset[str], ...] = tuple(
+    frozenset(rooms.split())
+    for rooms in (
+        "__init__ errors sample_model",
+        "files logs notify models lock config_files",
+        "jobs required staging transport",
+        "attempts config device spool",
+        "download",
+        "store",
+        "provision engine studio",
+        "worker local_studio",
+        "service service_process",
+        "demo",
+        "cli",
+        "__main__",
+    )
+)
+"""A room imports only from lines above its own; rooms on one line do not know each other."""
+
+STRANGERS = (
+    (
+        "worker",
+        {"studio", "store", "spool", "download", "config", "notify"},
+        "it declares what it needs of them",
+    ),
+    (
+        "engine",
+        {"store", "download", "spool", "logs", "config", "notify"},
+        "it gets files and gives a picture",
+    ),
+    ("studio", {"store", "download", "device", "config", "notify"}, "it gets told the situation"),
+    ("download", {"notify"}, "progress goes out through a callback"),
+    ("transport", {"notify"}, "it knows one GET and nothing else"),
+    ("store", {"notify", "config"}, "progress goes out through a callback"),
+    ("provision", {"notify"}, "progress goes out through a callback"),
+    ("local_studio", {"store", "spool", "download", "config", "notify"}, "it is a program of its own"),
+)
+"""Rooms above each other that still do not know each other, and why."""
+
+LIBRARIES = {
+    "torch": {"engine"},
+    "diffusers": {"engine"},
+    "transformers": {"engine"},
+    "accelerate": {"engine"},
+    "safetensors": {"engine"},
+    "gguf": {"engine"},
+    "websockets": {"studio.session"},
+    "sdnotify": {"notify"},
+    "requests": {"transport", "studio.api"},
+    "starlette": {"local_studio"},
+    "uvicorn": {"local_studio"},
+    "typer": {"cli"},
+    "rich": {"cli", "demo"},
+    "pydantic_settings": {"config"},
+}
+"""The libraries that only certain rooms (or one module of a room) may use."""
+
+
+class Import(NamedTuple):
+    """One import: ``module`` (``studio.session``) wants ``target`` (``studio_worker.logs``)."""
+
+    module: str
+    target: str
+    line: int
+    in_function: bool
+    for_types_only: bool
+
+    @property
+    def room(self) -> str:
+        return self.module.partition(".")[0]
+
+    @property
+    def library(self) -> str:
+        return self.target.partition(".")[0]
+
+    @property
+    def target_room(self) -> str | None:
+        """The room of ours that is imported, or ``None`` for a library."""
+        parts = self.target.split(".")
+        return (parts[1] if len(parts) > 1 else "__init__") if parts[0] == "studio_worker" else None
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.line} imports {self.target}"
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    """Every module of the package, by its name below the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        yield name, ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(module: str, tree: ast.AST, *, inside: bool = False, types: bool = False) -> Iterator[Import]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield Import(module, name.name, node.lineno, inside, types)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: relative imports are not used in this house"
+            source = node.module or ""
+            for name in node.names:
+                whole = f"{source}.{name.name}"
+                # "from studio_worker import logs" names a room; "from studio_worker import __version__" none.
+                target = whole if source == "studio_worker" and not name.name.startswith("__") else source
+                yield Import(module, target, node.lineno, inside, types)
+        else:
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            is_guard = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            yield from imports(module, node, inside=inside or is_function, types=types or is_guard)
+
+
+ALL = [found for name, tree in modules() for found in imports(name, tree)]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+
+
+def test_reader_of_imports_sees_every_kind() -> None:
+    """The rules below judge all imports: of modules, of names, inside functions and behind guards."""
+    source = """
+import torch.nn
+from studio_worker import logs, __version__
+from studio_worker.studio.wire import Claim
+if TYPE_CHECKING:
+    import diffusers
+class A:
+    async def f(self):
+        with x:
+            from studio_worker.store import Store
+"""
+    found = [
+        (each.target, each.target_room, each.in_function, each.for_types_only)
+        for each in imports("x", ast.parse(source))
+    ]
+    assert found == [
+        ("torch.nn", None, False, False),
+        ("studio_worker.logs", "logs", False, False),
+        ("studio_worker", "__init__", False, False),
+        ("studio_worker.studio.wire", "studio", False, False),
+        ("diffusers", None, False, True),
+        ("studio_worker.store", "store", True, False),
+    ]
+
+
+def test_every_room_has_its_place() -> None:
+    """A new module of the package is given a place in the order before it is used."""
+    assert {name.partition(".")[0] for name, _ in modules()} <= LEVEL.keys()
+    assert sum(map(len, LAYERS)) == len(LEVEL), "a room stands on two lines"
+
+
+def test_imports_run_one_way() -> None:
+    """A room imports only rooms below it, so that each can be read and changed by itself."""
+    wrong = [
+        str(found)
+        for found in ALL
+        if found.target_room is not None
+        and found.target_room != found.room
+        and LEVEL[found.target_room] >= LEVEL[found.room]
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(("room", "strangers", "why"), STRANGERS, ids=[room for room, _, _ in STRANGERS])
+def test_rooms_do_not_know_each_other(room: str, strangers: set[str], why: str) -> None:
+    """The worker, the source, the files and the engine are joined in the service and nowhere else."""
+    wrong = [str(found) for found in ALL if found.room == room and found.target_room in strangers]
+    assert wrong == [], why
+
+
+def test_local_studio_shares_only_the_wire_with_the_worker() -> None:
+    """The local studio knows of the worker's studio room nothing but the frames and bodies."""
+    shared = {f.target for f in ALL if f.room == "local_studio" and f.target_room == "studio"}
+    assert {target.split(".")[:3][-1] for target in shared} <= {"studio", "wire"}
+    names = {
+        name.name
+        for module, tree in modules()
+        if module.startswith("local_studio")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "studio_worker.studio"
+        for name in node.names
+    }
+    assert names <= {"wire"}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_library_stays_in_its_rooms(library: str) -> None:
+    """torch is the engine's, the WebSocket is the session's, and so on: each library has its rooms."""
+    allowed = LIBRARIES[library]
+    users = {found.module for found in ALL if found.library == library}
+    if library in {"torch", "websockets", "sdnotify"}:
+        assert users, "nobody uses it: this rule is out of date"
+    wrong = {module for module in users if module not in allowed and module.partition(".")[0] not in allowed}
+    assert wrong == set()
+
+
+def test_imports_inside_functions_are_for_what_is_heavy() -> None:
+    """Only the commands and the engine import late; elsewhere a missing library shows at once."""
+    wrong = [str(f) for f in ALL if f.in_function and f.room not in {"cli", "engine", "demo"}]
+    assert wrong == []
+
+
+def test_imports_for_types_only_hide_no_cycle() -> None:
+    """Nothing of our own is imported for type checking only: such an import hides a cycle."""
+    assert [str(f) for f in ALL if f.for_types_only and f.target_room is not None] == []
+
+
+@pytest.mark.parametrize("module", ["service", "engine", "cli", "studio.session", "local_studio"])
+def test_importing_what_starts_loads_no_torch(module: str) -> None:
+    """The service, its session and its commands start without torch: it is loaded for the first job."""
+    script = f"import sys, studio_worker.{module}\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "studio_worker" in loaded
+    assert not loaded & {"torch", "diffusers", "transformers"}
+
+
+def test_every_module_says_what_it_owns() -> None:
+    """Each module that holds anything opens with a docstring."""
+    assert [name for name, tree in modules() if tree.body and not ast.get_docstring(tree)] == []
+
+
+# --- the tests themselves ---
+
+
+def test_every_test_states_its_promise() -> None:
+    """Each test has a docstring of one sentence, so that the tests can be read as the manual."""
+    wrong = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if node.name.startswith("test") and not (ast.get_docstring(node) or "").endswith((".", "?", "!")):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert wrong == []
+
+
+def test_every_test_file_is_run() -> None:
+    """A file with tests in it is named so that pytest finds it."""
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if not path.name.startswith("test_")
+        and any(
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+        )
+    ]
+    assert wrong == []

@@ -1,0 +1,396 @@
+"""The commands, as an operator types them: what they print, how they end, and what they never do."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from studio_worker import cli, config
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = b"weights " * 4096
+HEAVY = {"torch", "diffusers", "transformers", "numpy"}
+
+
+def environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(config.ENV_PREFIX)}
+    return kept | {"COLUMNS": "200"}
+
+
+def start(*args: str | Path, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "studio_worker", *map(str, args)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def command(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    with start(*args) as process:
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+
+def mistake(*args: str | Path) -> str:
+    """What a command says of an operator's mistake in the configuration: one line, status 78."""
+    done = command(*args)
+    assert done.returncode == 78, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    return done.stderr
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A valid configuration, without required models, whose own folders lie below ``tmp_path``."""
+    directory = tmp_path / "etc"
+    (directory / "models.d").mkdir(parents=True)
+    (directory / "config.toml").write_text(
+        f'[models]\nroot = "{tmp_path}/models"\n\n[state]\ndir = "{tmp_path}/state"\n'
+    )
+    return directory
+
+
+@pytest.fixture
+def required(folder: Path, tmp_path: Path) -> Iterator[Path]:
+    """The same with one required model, whose file a mirror on loopback serves; gives the file's place."""
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / "a.safetensors").write_bytes(WEIGHTS)
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "mirror"))
+    sha256 = hashlib.sha256(WEIGHTS).hexdigest()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as mirror:
+        thread = threading.Thread(target=mirror.serve_forever)
+        thread.start()
+        entry = {
+            "id": "sample",
+            "engine": "diffusion",
+            "files": [
+                {
+                    "role": "model",
+                    "url": f"http://127.0.0.1:{mirror.server_port}/a.safetensors",
+                    "filename": "a.safetensors",
+                    "approxBytes": len(WEIGHTS),
+                    "sha256": sha256,
+                }
+            ],
+        }
+        (folder / "models.d" / "sample.json").write_text(json.dumps(entry))
+        yield tmp_path / "models" / sha256 / "a.safetensors"
+        mirror.shutdown()
+        thread.join()
+
+
+# --- help ---
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, below in getattr(group, "commands", {}).items():
+        yield (*path, name), below
+        yield from commands(below, (*path, name))
+
+
+COMMANDS = dict(commands(typer.main.get_command(cli.app)))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help_explains_every_command(path: tuple[str, ...]) -> None:
+    """--help of every command says in a sentence what it does and explains each of its options."""
+    done = CliRunner().invoke(cli.app, [*path, "--help"], env={"COLUMNS": "200"}, terminal_width=200)
+    assert done.exit_code == 0
+    assert COMMANDS[path].help.splitlines()[0] in done.output
+    for option in COMMANDS[path].params:
+        assert getattr(option, "help", None), f"{option.name} is not explained"
+        assert option.opts[0] in done.output
+
+
+def test_help_is_shown_where_no_command_is_given() -> None:
+    """studio-worker alone lists the commands."""
+    done = command()
+    assert "Traceback" not in done.stderr
+    for name in ("run", "check-config", "models", "register", "local-studio", "demo"):
+        assert name in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_commands_that_read_the_configuration_take_its_folder(path: tuple[str, ...]) -> None:
+    """Every command that works with the service's configuration takes --config DIR."""
+    options = {name for parameter in COMMANDS[path].params for name in parameter.opts}
+    without = {("models",), ("demo",), ("local-studio",), ("version",)}
+    assert ("--config" in options) is (path not in without)
+
+
+@pytest.mark.parametrize("args", [("run", "--confg", "x"), ("rnu",), ("models", "list", "extra")])
+def test_mistyped_command_ends_with_usage(args: tuple[str, ...]) -> None:
+    """A mistyped command or option ends with status 2 and how to get help."""
+    done = command(*args)
+    assert done.returncode == 2
+    assert "--help' for help" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_version_is_the_package_version() -> None:
+    """version prints the version that the package is built with."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert command("version").stdout == f"studio-worker {project['version']}\n"
+
+
+# --- light ---
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["check-config"], ["models", "list"], ["models", "verify"], ["register"]], ids=" ".join
+)
+def test_commands_load_no_torch(folder: Path, arguments: list[str]) -> None:
+    """Neither the command line itself nor a command that only looks loads torch or its friends."""
+    if arguments:
+        arguments = [*arguments, "--config", str(folder)]
+    script = """
+import sys
+from studio_worker.cli import main
+if sys.argv[1:]:
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
+print(*sys.modules, file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = {name.partition(".")[0] for name in done.stderr.split()}
+    assert "studio_worker" in loaded
+    assert not loaded & HEAVY
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    "args", [("check-config",), ("register",), ("models", "list"), ("models", "pull"), ("models", "verify")]
+)
+def test_missing_configuration_is_one_line(tmp_path: Path, args: tuple[str, ...]) -> None:
+    """Without a configuration every command ends with status 78 and names the file it looked for."""
+    assert f"{tmp_path}/none/config.toml: no such file" in mistake(*args, "--config", tmp_path / "none")
+
+
+def test_run_without_configuration_ends_with_78(tmp_path: Path) -> None:
+    """The service ends with status 78 and one line that journald can read."""
+    done = command("run", "--config", tmp_path / "none")
+    assert done.returncode == 78
+    line = json.loads(done.stderr)
+    assert (line["level"], line["exit_status"]) == ("CRITICAL", 78)
+    assert "config.toml: no such file" in line["error"]
+
+
+def test_run_with_an_unusable_device_ends_with_69(folder: Path) -> None:
+    """The service ends with status 69, and no traceback, where its device cannot be used."""
+    (folder / "conf.d").mkdir()
+    (folder / "conf.d" / "device.toml").write_text('[worker]\ndevice = "cuda:99"\n')
+    done = command("run", "--config", folder)
+    assert done.returncode == 69
+    last = json.loads(done.stderr.splitlines()[-1])
+    assert (last["level"], last["exit_status"]) == ("CRITICAL", 69)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("occupied", "args"),
+    [("models/ledger.json", ("models", "list")), ("state/identity.json", ("register",))],
+)
+def test_file_that_cannot_be_used_is_one_line(
+    folder: Path, tmp_path: Path, occupied: str, args: tuple[str, ...]
+) -> None:
+    """A fault of the disk (here a folder where a file should be) is one line that names the file."""
+    (tmp_path / occupied).mkdir(parents=True)
+    done = command(*args, "--config", folder)
+    assert done.returncode in {os.EX_IOERR, os.EX_CONFIG}
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"studio-worker: {tmp_path / occupied}: ")
+    assert "Is a directory" in done.stderr
+
+
+def test_local_studio_names_a_token_file_that_is_missing(tmp_path: Path) -> None:
+    """A token file that is not there is one line that names it."""
+    assert f"{tmp_path}/token: " in mistake("local-studio", "--token-file", tmp_path / "token")
+
+
+@pytest.mark.parametrize("content", [b"short\n", b"", b"\xff\xfe" * 20])
+def test_local_studio_refuses_a_token_that_is_none(tmp_path: Path, content: bytes) -> None:
+    """A token that is too short to be one, or no text, is refused with the way to make one."""
+    (tmp_path / "token").write_bytes(content)
+    said = mistake("local-studio", "--data", tmp_path / "data", "--token-file", tmp_path / "token")
+    assert "openssl rand -hex 32" in said
+
+
+def test_local_studio_needs_a_token_beyond_loopback(tmp_path: Path) -> None:
+    """A studio that listens to the network without a token does not start."""
+    assert "--token-file" in mistake("local-studio", "--host", "0.0.0.0", "--data", tmp_path / "data")
+
+
+def test_local_studio_prints_its_address_and_stops_when_asked(tmp_path: Path) -> None:
+    """The local studio says where it listens once it does, and a SIGTERM ends it with status 0."""
+    with start("local-studio", "--port", "0", "--data", tmp_path / "data") as studio:
+        assert studio.stdout is not None
+        said = studio.stdout.readline()
+        studio.send_signal(signal.SIGTERM)
+        _, err = studio.communicate(timeout=60)
+    assert said.startswith("local studio: http://127.0.0.1:"), err
+    assert not said.strip().endswith(":0")
+    assert studio.returncode == 0
+    assert "Traceback" not in err
+
+
+# --- register ---
+
+
+def test_register_shows_who_the_worker_is(folder: Path, tmp_path: Path) -> None:
+    """register says where the worker stands with the studio, without its secrets."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "identity.json").write_text(
+        json.dumps({"install_id": "i", "worker_id": "w-7", "auth_token": "very-secret-token"})
+    )
+    done = command("register", "--config", folder)
+    assert done.stdout == "approved as worker w-7\n"
+    assert "very-secret-token" not in done.stdout + done.stderr
+
+
+def test_register_reset_forgets_the_identity(folder: Path) -> None:
+    """register --reset forgets the worker's identity; what comes next is a new worker."""
+    before = command("register", "--config", folder).stdout
+    assert "not registered yet" in before
+    assert command("register", "--reset", "--config", folder).returncode == 0
+    assert command("register", "--config", folder).stdout != before
+
+
+def test_register_reset_mends_a_damaged_identity(folder: Path, tmp_path: Path) -> None:
+    """A damaged identity is one line with its cure, and the cure works."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "identity.json").write_text("{")
+    assert "register --reset" in mistake("register", "--config", folder)
+    assert command("register", "--reset", "--config", folder).returncode == 0
+    assert command("register", "--config", folder).returncode == 0
+
+
+def test_register_reset_refuses_while_the_service_runs(folder: Path, tmp_path: Path) -> None:
+    """While a service holds the state folder, its identity is not taken from under it."""
+    command("register", "--config", folder)
+    before = (tmp_path / "state" / "identity.json").read_bytes()
+    hold = """
+import sys
+from pathlib import Path
+from studio_worker.lock import state_lock
+with state_lock(Path(sys.argv[1])):
+    print(flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "state")],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as service:
+        assert service.stdout is not None
+        assert service.stdout.readline()
+        said = mistake("register", "--reset", "--config", folder)
+        assert service.poll() is None
+    assert "systemctl stop studio-worker" in said
+    assert (tmp_path / "state" / "identity.json").read_bytes() == before
+
+
+# --- models ---
+
+
+def test_models_list_tells_what_is_missing(folder: Path, required: Path) -> None:
+    """models list --json names every required file, its state and its place."""
+    done = command("models", "list", "--json", "--config", folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [
+        {
+            "model": "sample",
+            "role": "model",
+            "file": "a.safetensors",
+            "state": "missing",
+            "path": str(required),
+        }
+    ]
+
+
+def test_models_list_is_a_table_for_people(folder: Path, required: Path) -> None:
+    """models list without --json shows model, role, file and state."""
+    done = command("models", "list", "--config", folder)
+    for word in ("sample", "model", required.name, "missing"):
+        assert word in done.stdout
+
+
+def test_models_verify_fails_while_a_required_file_is_missing(folder: Path, required: Path) -> None:
+    """models verify counts a required file that was never fetched as missing, not as nothing to check."""
+    done = command("models", "verify", "--config", folder)
+    assert done.returncode == 1
+    assert f"missing          0.0 MB  {required}" in done.stdout
+    assert "models pull" in done.stdout
+
+
+def test_models_pull_brings_what_verify_then_finds_whole(folder: Path, required: Path) -> None:
+    """models pull fetches and verifies; verify then reads everything and ends with status 0."""
+    pulled = command("models", "pull", "--config", folder)
+    assert pulled.returncode == 0, pulled.stderr
+    assert pulled.stdout == "1 required model(s) verified\n"
+    assert required.read_bytes() == WEIGHTS
+    assert (
+        json.loads(command("models", "list", "--json", "--config", folder).stdout)[0]["state"] == "verified"
+    )
+    verified = command("models", "verify", "--config", folder)
+    assert (verified.returncode, verified.stdout.splitlines()[-1]) == (0, "1 file(s) verified")
+
+
+def test_models_verify_removes_a_damaged_file(folder: Path, required: Path) -> None:
+    """verify finds damage that left size and time as they were, and the next pull mends it."""
+    command("models", "pull", "--config", folder)
+    stat = required.stat()
+    required.write_bytes(b"damaged " + WEIGHTS[8:])
+    os.utime(required, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    done = command("models", "verify", "--config", folder)
+    assert done.returncode == 1
+    assert "damaged" in done.stdout.splitlines()[0]
+    assert not required.exists()
+    assert command("models", "pull", "--config", folder).returncode == 0
+    assert required.read_bytes() == WEIGHTS
+
+
+def test_models_pull_ends_with_74_where_the_mirror_has_not_got_it(
+    folder: Path, required: Path, tmp_path: Path
+) -> None:
+    """A file that cannot be fetched ends with status 74 and one line that names its address."""
+    (tmp_path / "mirror" / "a.safetensors").unlink()
+    done = command("models", "pull", "--config", folder)
+    assert done.returncode == 74
+    assert "studio-worker: GET http://127.0.0.1:" in done.stderr
+    assert "404" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not required.exists()

@@ -1,0 +1,213 @@
+"""The device: which one is used, and what an operator is told where it cannot be.
+
+The GPU alone is faked: by a driver library of our own that the dynamic linker finds first, and by a folder
+that looks like /sys.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from studio_worker.device import find_device, has_nvidia_gpu
+from studio_worker.errors import DeviceError
+
+ROOT = Path(__file__).parents[1]
+
+FAKE_DRIVER = r"""
+#include <stdlib.h>
+#include <string.h>
+static int number(const char *name) { const char *v = getenv(name); return v ? atoi(v) : 0; }
+int cuInit(unsigned flags) { return number("FAKE_INIT"); }
+int cuDeviceGetCount(int *count) { *count = number("FAKE_COUNT"); return 0; }
+int cuDeviceGet(int *handle, int index) { *handle = 40 + index; return number("FAKE_GET"); }
+int cuDeviceGetName(char *name, int size, int handle) {
+    strncpy(name, handle == 41 ? "Fake GPU B" : "Fake GPU A", size); return 0; }
+int cuDeviceTotalMem_v2(size_t *bytes, int handle) {
+    *bytes = handle == 41 ? 48000000000 : 24000000000; return 0; }
+int cuGetErrorName(int status, const char **text) {
+    *text = status == 777 ? NULL : "CUDA_ERROR_FAKE"; return status == 777; }
+"""
+
+ASK = """
+import sys
+from studio_worker.device import find_device
+from studio_worker.errors import DeviceError
+try:
+    print(find_device(sys.argv[1]))
+except DeviceError as error:
+    print(error)
+    sys.exit(error.exit_status)
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with a libcuda.so.1 that says what the environment tells it to."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler to build the fake driver with")
+    folder = tmp_path_factory.mktemp("driver")
+    (folder / "cuda.c").write_text(FAKE_DRIVER)
+    library = folder / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", "-o", library, folder / "cuda.c"], check=True)
+    return folder
+
+
+def ask(driver: Path, setting: str, **environment: object) -> subprocess.CompletedProcess[str]:
+    told = {name.upper(): str(value) for name, value in environment.items()}
+    return subprocess.run(
+        [sys.executable, "-c", ASK, setting],
+        cwd=ROOT,
+        env=os.environ | {"LD_LIBRARY_PATH": str(driver)} | told,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def bus(root: Path, *devices: tuple[str, str]) -> Path:
+    """A PCI bus with ``(vendor, class)`` devices below ``root``."""
+    for number, (vendor, kind) in enumerate(devices):
+        folder = root / "sys/bus/pci/devices" / f"0000:01:00.{number}"
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text(f"{vendor}\n")
+        (folder / "class").write_text(f"{kind}\n")
+    return root
+
+
+# --- the CPU ---
+
+
+def test_cpu_is_used_where_it_is_asked_for() -> None:
+    """device = "cpu" gives the CPU with the machine's memory."""
+    device = find_device("cpu")
+    assert (device.name, device.is_gpu) == ("cpu", False)
+    assert device.memory_gb * 1e9 == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert "CPU" in device.description
+
+
+def test_auto_without_a_gpu_is_an_error_that_names_the_cure() -> None:
+    """A machine without GPU never falls back to the CPU by itself: the operator is told what to write."""
+    if has_nvidia_gpu():
+        pytest.skip("this machine has an NVIDIA GPU")
+    with pytest.raises(DeviceError, match='device = "cpu"') as caught:
+        find_device("auto")
+    assert caught.value.exit_status == 69
+
+
+def test_unknown_device_is_refused() -> None:
+    """A device name that means nothing is refused with the ones that mean something."""
+    with pytest.raises(DeviceError, match="auto, cuda, cuda:N or cpu"):
+        find_device("gpu")
+
+
+# --- is there a GPU ---
+
+
+def test_gpu_is_seen_behind_its_sound_function(tmp_path: Path) -> None:
+    """A graphics card is found although its sound function stands on the bus before it."""
+    assert has_nvidia_gpu(
+        bus(tmp_path, ("0x8086", "0x060000"), ("0x10de", "0x040300"), ("0x10de", "0x030000"))
+    )
+
+
+def test_gpu_without_a_display_output_is_seen(tmp_path: Path) -> None:
+    """A data centre card (3D controller, no output) counts as a GPU."""
+    assert has_nvidia_gpu(bus(tmp_path, ("0x10de", "0x030200")))
+
+
+@pytest.mark.parametrize("device", [("0x1002", "0x030000"), ("0x10de", "0x020000")])
+def test_other_cards_are_no_gpu(tmp_path: Path, device: tuple[str, str]) -> None:
+    """Another maker's display, or NVIDIA's network card, is no GPU for us."""
+    assert not has_nvidia_gpu(bus(tmp_path, device))
+
+
+def test_machine_without_a_pci_bus_has_no_gpu(tmp_path: Path) -> None:
+    """A machine without PCI bus is one without GPU, not an error."""
+    assert not has_nvidia_gpu(tmp_path)
+
+
+def test_card_that_leaves_the_bus_is_passed_over(tmp_path: Path) -> None:
+    """A device whose files vanish while they are read does not end the service."""
+    bus(tmp_path, ("0x10de", "0x030000"))
+    (tmp_path / "sys/bus/pci/devices/0000:01:00.0/class").unlink()
+    assert not has_nvidia_gpu(tmp_path)
+
+
+@pytest.mark.parametrize("trace", ["dev/nvidia0", "proc/driver/nvidia/version"])
+def test_loaded_driver_counts_as_a_gpu(tmp_path: Path, trace: str) -> None:
+    """In a container that shows no bus, the driver's own traces tell of the GPU."""
+    (tmp_path / trace).parent.mkdir(parents=True)
+    (tmp_path / trace).touch()
+    assert has_nvidia_gpu(tmp_path)
+
+
+# --- the driver ---
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "model", "memory"),
+    [
+        ("cuda", "cuda:0", "Fake GPU A", "24.0"),
+        ("cuda:0", "cuda:0", "Fake GPU A", "24.0"),
+        ("cuda:1", "cuda:1", "Fake GPU B", "48.0"),
+    ],
+)
+def test_cuda_device_is_the_one_asked_for(
+    driver: Path, setting: str, name: str, model: str, memory: str
+) -> None:
+    """cuda means the first GPU, cuda:N the one with that number, each with its name and memory."""
+    done = ask(driver, setting, fake_count=2)
+    assert done.stdout.strip() == f"Device(name={name!r}, description={model!r}, memory_gb={memory})", (
+        done.stderr
+    )
+
+
+def test_cuda_device_that_does_not_exist_is_refused(driver: Path) -> None:
+    """A GPU number beyond the last is an error that says how many there are."""
+    done = ask(driver, "cuda:2", fake_count=2)
+    assert done.returncode == 69
+    assert "this machine has 2" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("status", "cure"),
+    [
+        (100, "CUDA_VISIBLE_DEVICES"),
+        (304, "/dev/nvidia"),
+        (802, "fabric manager"),
+        (803, "reboot"),
+        (999, "nvidia-uvm"),
+        (2, "nvidia-smi"),
+        (777, "error 777"),
+    ],
+)
+def test_unusable_driver_names_the_cure(driver: Path, status: int, cure: str) -> None:
+    """A driver that does not start ends with status 69 and the cure for its error, never with the CPU."""
+    done = ask(driver, "cuda", fake_init=status)
+    assert done.returncode == 69
+    assert cure in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_gpu_that_cannot_be_opened_is_refused(driver: Path) -> None:
+    """A GPU that is listed but cannot be opened is an error that names it."""
+    done = ask(driver, "cuda:1", fake_count=2, fake_get=101)
+    assert done.returncode == 69
+    assert "cannot open cuda:1" in done.stdout
+
+
+def test_missing_driver_library_names_the_cure(tmp_path: Path) -> None:
+    """Without the driver's library the operator is told to install the driver."""
+    (tmp_path / "libcuda.so.1").write_text("not a library")
+    done = ask(tmp_path, "cuda")
+    if done.returncode == 0:
+        pytest.skip("the linker went on to the real driver of this machine")
+    assert done.returncode == 69
+    assert "install the driver" in done.stdout

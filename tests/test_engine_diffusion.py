@@ -1,0 +1,479 @@
+"""The engine as a whole, on the embedded sample model: real weights, no network, no GPU."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from studio_worker import __version__, sample_model
+from studio_worker.engine import Inputs, Request
+from studio_worker.engine.checkpoint import read_checkpoint
+from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.families import identify
+from studio_worker.engine.parameters import EngineDefaults, resolve
+from studio_worker.engine.rendering import Starting
+from studio_worker.engine.samplers import SAMPLERS, make_scheduler
+from studio_worker.engine.stable_diffusion import strength
+from studio_worker.errors import DeviceError, JobCancelled, JobError
+from studio_worker.jobs import Cancel, Picture
+from studio_worker.models import CliDefaults, LocalFile
+from tests.engine_lab import (
+    PROMPT,
+    SAMPLE,
+    changed_sample,
+    decoded,
+    encoded,
+    refuse_network,
+    request,
+    scene,
+    write_header,
+)
+
+torch.set_num_threads(1)
+
+# diffusers meets numpy 2 in thousands of places that are not ours.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
+UNET_BIAS = "model.diffusion_model.out.2.bias"
+VAE_BIAS = "first_stage_model.decoder.conv_out.bias"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_network(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def engine() -> DiffusionEngine:
+    return DiffusionEngine("cpu")
+
+
+@pytest.fixture(scope="module")
+def stock() -> StableDiffusionPipeline:
+    """diffusers' own pipeline from the same weights, without anything of ours."""
+    pipeline = StableDiffusionPipeline.from_single_file(
+        str(sample_model.WEIGHTS),
+        config=str(sample_model.CONFIG_DIR),
+        local_files_only=True,
+        safety_checker=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def ignore(_done: int, _total: int) -> None:
+    """A progress callback for tests of something else."""
+
+
+def make(engine: DiffusionEngine, asked: Request | None = None, **task: Any) -> Picture:
+    return engine.generate(asked or request(**task), ignore, Cancel())
+
+
+def pixels(picture: Picture | Image.Image) -> np.ndarray:
+    image = decoded(picture.data) if isinstance(picture, Picture) else picture
+    return np.asarray(image.convert("RGB"), dtype=int)
+
+
+def stock_arguments(stock: Any, sampler: str = "euler_a", steps: int = 4) -> dict[str, Any]:
+    """What the engine should pass for :func:`request`; sets the scheduler on ``stock``."""
+    stock.scheduler = make_scheduler(sampler, stock.scheduler, steps)
+    return {
+        "prompt": PROMPT,
+        "negative_prompt": "",
+        "num_inference_steps": steps,
+        "guidance_scale": 4.0,
+        "generator": torch.Generator().manual_seed(7),
+    }
+
+
+@pytest.mark.parametrize("sampler", ["euler_a", "heun", "dpm++2m", "lcm"])
+def test_picture_is_the_stock_pipelines(
+    engine: DiffusionEngine, stock: StableDiffusionPipeline, sampler: str
+) -> None:
+    """Pixel for pixel, a picture is what diffusers alone makes from the same weights and parameters."""
+    expected = stock(**stock_arguments(stock, sampler), width=64, height=64).images[0]
+    assert (pixels(make(engine, sampling_method=sampler)) == pixels(expected)).all()
+
+
+def test_picture_from_picture_is_the_stock_pipelines(
+    engine: DiffusionEngine, stock: StableDiffusionPipeline
+) -> None:
+    """Pixel for pixel, image-to-image is what diffusers alone makes."""
+    variant = StableDiffusionImg2ImgPipeline(**stock.components, requires_safety_checker=False)
+    variant.set_progress_bar_config(disable=True)
+    expected = variant(**stock_arguments(variant), image=scene(), strength=0.6).images[0]
+    picture = make(engine, inputs=Inputs(encoded(scene())), denoise=0.6)
+    assert (pixels(picture) == pixels(expected)).all()
+    assert picture.meta["denoise"] == 0.6
+
+
+def test_inpainting_changes_what_is_white_and_nothing_else(
+    engine: DiffusionEngine, stock: StableDiffusionPipeline
+) -> None:
+    """Inside the mask the picture is diffusers' own; outside, every pixel is the initial picture's."""
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (16, 16, 48, 48))
+    variant = StableDiffusionInpaintPipeline(**stock.components, requires_safety_checker=False)
+    variant.set_progress_bar_config(disable=True)
+    expected = variant(
+        **stock_arguments(variant), image=scene(), mask_image=mask, strength=1.0, width=64, height=64
+    ).images[0]
+    found = pixels(make(engine, inputs=Inputs(encoded(scene()), encoded(mask)), denoise=1.0))
+    inside = np.asarray(mask) > 0
+    assert (found[inside] == pixels(expected)[inside]).all()
+    assert (found[~inside] == pixels(scene())[~inside]).all()
+    assert (found[inside] != pixels(scene())[inside]).any()
+
+
+@pytest.mark.parametrize(
+    "starting", [Starting(), Starting(scene()), Starting(scene(), Image.new("L", (64, 64), 255))]
+)
+def test_half_precision_makes_nearly_the_same_picture(starting: Starting) -> None:
+    """With weights in half precision, as on a GPU, every kind of job gives nearly the same picture."""
+    checkpoint = read_checkpoint(sample_model.WEIGHTS)
+    asked = request(denoise=0.75)
+    from_image = starting.picture is not None
+    parameters = resolve(asked.task, asked.defaults, EngineDefaults(), from_image=from_image)
+    single, half = (
+        identify(checkpoint)
+        .load(checkpoint, torch.device("cpu"), dtype)
+        .render(parameters, starting, ignore, Cancel())
+        for dtype in (torch.float32, torch.float16)
+    )
+    assert np.abs(pixels(single.picture) - pixels(half.picture)).mean() < 1
+
+
+def test_denoise_zero_gives_the_picture_back(engine: DiffusionEngine) -> None:
+    """With a denoise of 0 nothing may change, and nothing does."""
+    assert (pixels(make(engine, inputs=Inputs(encoded(scene())), denoise=0)) == pixels(scene())).all()
+
+
+@settings(deadline=None)
+@given(steps=st.integers(1, 150), denoise=st.floats(0, 1, exclude_min=True))
+def test_denoise_always_leaves_a_step(steps: int, denoise: float) -> None:
+    """However little denoise of however few steps is asked for, at least one step is made, and never too
+    many.
+    """
+    made = int(steps * strength(steps, denoise))
+    assert made == max(1, int(steps * denoise))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_little_denoise_works_with_every_sampler(engine: DiffusionEngine, sampler: str) -> None:
+    """Image-to-image with hardly any denoise makes a picture near the initial one, with every sampler."""
+    picture = make(engine, inputs=Inputs(encoded(scene())), denoise=0.05, steps=3, sampling_method=sampler)
+    assert decoded(picture.data).size == (64, 64)
+
+
+@pytest.mark.parametrize("sampler", ["euler_a", "dpm++2s_a", "lcm"])
+def test_same_seed_same_bytes(engine: DiffusionEngine, sampler: str) -> None:
+    """The same seed gives the same file, with samplers that draw noise at every step too; another seed does
+    not.
+    """
+    first = make(engine, sampling_method=sampler, ext="webp")
+    torch.manual_seed(99)  # whatever else the process drew
+    assert make(engine, sampling_method=sampler, ext="webp").data == first.data
+    assert make(engine, sampling_method=sampler, ext="webp", seed=8).data != first.data
+
+
+def test_drawn_seed_is_reported_and_makes_the_picture_again(engine: DiffusionEngine) -> None:
+    """Without a seed one is drawn; asking with the reported one gives the same picture."""
+    first = make(engine, seed=None)
+    assert make(engine, seed=first.meta["seed"]).data == first.data
+
+
+def test_negative_prompt_and_guidance_matter(engine: DiffusionEngine) -> None:
+    """A negative prompt changes the picture, as does the guidance."""
+    plain = make(engine).data
+    assert make(engine, negative_prompt="green, grass").data != plain
+    assert make(engine, cfg_scale=1.5).data != plain
+
+
+def test_meta_tells_what_made_the_picture(engine: DiffusionEngine) -> None:
+    """generationMeta tells everything that was decided, and where and how long it was computed."""
+    meta = dict(make(engine, width=70, steps=3, ext="jpg").meta)
+    times = meta.pop("times")
+    assert meta == {
+        "seed": 7,
+        "steps": 3,
+        "sampler": "euler_a",
+        "guidance": 4.0,
+        "width": 72,
+        "height": 64,
+        "model": "sample-model",
+        "workerVersion": __version__,
+        "engine": "sd-cpp",
+        "family": "sample",
+        "device": "cpu",
+        "dtype": "float32",
+        "scheduler": "EulerAncestralDiscreteScheduler",
+    }
+    assert set(times) == {"load", "generate", "encode"}
+    assert times["generate"] > 0
+
+
+@pytest.mark.parametrize(("ext", "format_"), [("webp", "WEBP"), ("png", "PNG"), ("jpg", "JPEG")])
+def test_picture_comes_in_the_format_and_size_asked_for(
+    engine: DiffusionEngine, ext: str, format_: str
+) -> None:
+    """webp, png and jpg come out as such, at the size that is reported."""
+    picture = make(engine, ext=ext, width=70, steps=1)
+    image = Image.open(io.BytesIO(picture.data))
+    assert (picture.ext, image.format, image.size) == (ext, format_, (72, 64))
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [("euler", 4), ("heun", 7), ("dpm++2s_a", 7)])
+def test_progress_counts_every_evaluation(engine: DiffusionEngine, sampler: str, calls: int) -> None:
+    """Progress comes at every model evaluation and ends at its total, for samplers that make two a step
+    too.
+    """
+    seen: list[tuple[int, int]] = []
+    engine.generate(
+        request(sampling_method=sampler), lambda done, total: seen.append((done, total)), Cancel()
+    )
+    assert seen == [(done, calls) for done in range(1, calls + 1)]
+
+
+@settings(max_examples=6, deadline=None)
+@given(step=st.integers(0, 4))
+def test_cancellation_stops_at_that_step(engine: DiffusionEngine, step: int) -> None:
+    """A job stops at the very step at which it is cancelled, and the engine works on."""
+    seen: list[int] = []
+    cancel = Cancel()
+
+    def progress(done: int, _total: int) -> None:
+        seen.append(done)
+        if done == step:
+            cancel.set("enough")
+
+    if step == 0:
+        cancel.set("enough")
+    with pytest.raises(JobCancelled, match="enough"):
+        engine.generate(request(), progress, cancel)
+    assert seen == list(range(1, step + 1))
+    assert make(engine).data == make(engine).data
+
+
+def test_long_prompt_is_cut_and_says_so(engine: DiffusionEngine) -> None:
+    """A prompt longer than the text encoder's window still makes a picture, and generationMeta says it was
+    cut.
+    """
+    assert make(engine, prompt=f"{PROMPT} " * 40, steps=1).meta["promptTruncated"] is True
+    assert "promptTruncated" not in make(engine, steps=1).meta
+
+
+def test_prompts_never_reach_a_log(
+    engine: DiffusionEngine, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No word of a prompt is logged or printed, not even of one that is cut off."""
+    caplog.set_level(logging.DEBUG)
+    libraries = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for library in libraries:
+        library.addHandler(caplog.handler)  # theirs do not propagate to the root
+    try:
+        make(engine, prompt="secretword " * 200, negative_prompt="secretword " * 200, steps=1)
+        with pytest.raises(JobError):
+            make(engine, prompt="secretword " * 200, sampling_method="nonsense")
+    finally:
+        for library in libraries:
+            library.removeHandler(caplog.handler)
+    printed = capfd.readouterr()
+    assert "secretword" not in caplog.text + printed.out + printed.err
+    assert "%|" not in printed.err  # no progress bars either
+
+
+def test_lone_surrogates_in_a_prompt_are_survived(engine: DiffusionEngine) -> None:
+    """A prompt with half a character, which JSON can carry, makes a picture."""
+    asked = request(steps=1)
+    task = asked.task.model_copy(update={"prompt": "a \ud800 potion", "negative_prompt": "\udfff"})
+    assert make(engine, Request("job", "m", task, asked.defaults, asked.files)).data
+
+
+class TestWhatIsRefused:
+    """Requests that no try will mend; the engine says why, and works on."""
+
+    @pytest.mark.parametrize(
+        ("task", "says"),
+        [
+            ({"sampling_method": "nonsense"}, "unknown samplingMethod 'nonsense'"),
+            ({"ext": "gif"}, "unknown ext 'gif'"),
+            ({"width": 100_000}, "100000 px"),
+            ({"steps": 151}, "151 steps"),
+            ({"inputs": Inputs(ref_image=b"x")}, "cannot edit by reference"),
+            ({"ref_image_url": "https://studio/r"}, "cannot edit by reference"),
+            ({"inputs": Inputs(mask=encoded(scene()))}, "maskUrl without initImageUrl"),
+            ({"inputs": Inputs(init_image=b"no picture")}, "initial picture is not a picture"),
+            (
+                {"inputs": Inputs(encoded(scene()), encoded(Image.new("L", (8, 8))))},
+                "mask is black everywhere",
+            ),
+            ({"files": ()}, "no file of role model"),
+            ({"files": (SAMPLE, SAMPLE)}, "2 files of role model"),
+            ({"files": (SAMPLE, SAMPLE._replace(role="lora"))}, "role lora"),
+            ({"files": (SAMPLE, SAMPLE._replace(role="vae"))}, "role vae"),
+        ],
+    )
+    def test_request_is_refused(self, engine: DiffusionEngine, task: dict[str, Any], says: str) -> None:
+        """A request that cannot be met is refused in words that say which part of it."""
+        with pytest.raises(JobError, match=says) as caught:
+            make(engine, **task)
+        assert not caught.value.retryable
+
+    def test_picture_that_was_not_fetched(self, engine: DiffusionEngine) -> None:
+        """A task with an initial picture that never arrived is not silently done without it."""
+        with pytest.raises(JobError, match="initImageUrl") as caught:
+            make(engine, init_image_url="https://studio/picture")
+        assert caught.value.retryable
+
+    def test_model_in_parts(self, engine: DiffusionEngine, tmp_path: Path) -> None:
+        """A source that brings its model in parts is refused by the name of its family."""
+        path = write_header(
+            tmp_path / "z.safetensors",
+            {"layers.0.adaLN_modulation.0.weight": (8, 8), "cap_embedder.0.weight": (8,)},
+        )
+        with pytest.raises(JobError, match=r"in parts .* Z-Image") as caught:
+            make(engine, files=(LocalFile("diffusion-model", path, "z"),))
+        assert not caught.value.retryable
+
+    def test_unknown_device(self) -> None:
+        """An engine for a device that cannot be used is never made, on the CPU least of all."""
+        with pytest.raises(DeviceError):
+            DiffusionEngine("cuda:7" if not torch.cuda.is_available() else "cuda:99")
+
+
+class TestBadWeights:
+    """Weights that are not what they should be."""
+
+    @pytest.mark.parametrize("tensor", [UNET_BIAS, VAE_BIAS])
+    def test_nan_is_no_black_picture(self, engine: DiffusionEngine, tmp_path: Path, tensor: str) -> None:
+        """A model that computes NaN fails the job instead of delivering black."""
+
+        def spoil(tensors: dict[str, Any]) -> None:
+            tensors[tensor][0] = float("nan")
+
+        with pytest.raises(JobError, match="not finite") as caught:
+            make(engine, files=(changed_sample(tmp_path / "nan.safetensors", spoil),))
+        assert not caught.value.retryable
+
+    @pytest.mark.parametrize(
+        "part", ["model.diffusion_model.mid", "first_stage_model.enc", "cond_stage_model"]
+    )
+    def test_missing_tensor(self, engine: DiffusionEngine, tmp_path: Path, part: str) -> None:
+        """A checkpoint that lacks a tensor is refused before it makes anything."""
+
+        def drop(tensors: dict[str, Any]) -> None:
+            del tensors[next(name for name in tensors if name.startswith(part) and "norm" in name)]
+
+        with pytest.raises(JobError) as caught:
+            make(engine, files=(changed_sample(tmp_path / "incomplete.safetensors", drop),))
+        assert not caught.value.retryable
+        assert "incomplete.safetensors" in str(caught.value)
+
+    def test_misshapen_tensor(self, engine: DiffusionEngine, tmp_path: Path) -> None:
+        """A checkpoint with a tensor of another shape is refused before it makes anything."""
+
+        def reshape(tensors: dict[str, Any]) -> None:
+            name = "model.diffusion_model.time_embed.0.weight"
+            tensors[name] = tensors[name][:, :-1].contiguous()
+
+        with pytest.raises(JobError, match=r"misshapen\.safetensors") as caught:
+            make(engine, files=(changed_sample(tmp_path / "misshapen.safetensors", reshape),))
+        assert not caught.value.retryable
+
+    def test_engine_works_on(self, engine: DiffusionEngine, tmp_path: Path) -> None:
+        """After a bad file the engine makes the next picture as if nothing had been."""
+        before = make(engine).data
+        broken = tmp_path / "broken.safetensors"
+        broken.write_bytes(b"\x80\x04pickle")
+        with pytest.raises(JobError, match="pickle"):
+            make(engine, files=(LocalFile("model", broken, "broken"),))
+        assert make(engine).data == before
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[LocalFile]:
+    """Three models that differ in one number."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def change(by: int) -> LocalFile:
+        def add(tensors: dict[str, Any]) -> None:
+            tensors[VAE_BIAS] += by / 100
+
+        return changed_sample(folder / f"{by}.safetensors", add)
+
+    return [change(by) for by in (1, 2, 3)]
+
+
+class TestResidency:
+    """Loaded models stay loaded, within a budget."""
+
+    @staticmethod
+    def loads(engine: DiffusionEngine, model: LocalFile) -> bool:
+        """Whether a picture of ``model`` had to load it."""
+        return make(engine, files=(model,), steps=1).timings_s["load"] > 0
+
+    def test_second_picture_loads_nothing(self, models: list[LocalFile]) -> None:
+        """The second picture of a model reports a loading time of 0, image-to-image and inpainting
+        included.
+        """
+        engine = DiffusionEngine("cpu")
+        assert self.loads(engine, models[0])
+        assert not self.loads(engine, models[0])
+        for inputs in (
+            Inputs(encoded(scene())),
+            Inputs(encoded(scene()), encoded(Image.new("L", (64, 64), 255))),
+        ):
+            assert make(engine, files=(models[0],), inputs=inputs).timings_s["load"] == 0
+
+    def test_contents_count_not_names(self, models: list[LocalFile], tmp_path: Path) -> None:
+        """The same bytes under another name are not loaded twice; other bytes under the same name are."""
+        engine = DiffusionEngine("cpu")
+        assert self.loads(engine, models[0])
+        renamed = tmp_path / "other-name.safetensors"
+        renamed.write_bytes(models[0].path.read_bytes())
+        assert not self.loads(engine, models[0]._replace(path=renamed))
+        assert self.loads(engine, models[0]._replace(content="new"))
+
+    def test_least_recently_used_leaves(self, models: list[LocalFile]) -> None:
+        """When the budget is full, the model that was not used for longest leaves, and no other."""
+        size = 4 * sum(parameter.numel() for parameter in sample_tensors())
+        engine = DiffusionEngine("cpu", budget_bytes=int(2.5 * size))
+        a, b, c = models
+        assert [self.loads(engine, m) for m in (a, b, a)] == [True, True, False]
+        assert self.loads(engine, c)  # b leaves
+        assert [self.loads(engine, m) for m in (a, c)] == [False, False]
+        assert self.loads(engine, b)
+
+    def test_model_larger_than_the_budget_works_alone(self, models: list[LocalFile]) -> None:
+        """A model that exceeds the budget by itself still makes pictures; nothing stays beside it."""
+        engine = DiffusionEngine("cpu", budget_bytes=1)
+        a, b, _ = models
+        assert [self.loads(engine, m) for m in (a, a, b, a)] == [True, False, True, True]
+
+
+def sample_tensors() -> list[torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return list(load_file(sample_model.WEIGHTS).values())
+
+
+def test_models_default_sampler_wins_over_the_engines(engine: DiffusionEngine) -> None:
+    """What a source's cliDefaults say holds where the task is silent."""
+    defaults = CliDefaults(width=48, height=80, steps=2, cfg_scale=3.0, sampling_method="dpm++2m")
+    meta = make(engine, defaults=defaults, steps=20).meta
+    decided = [meta[name] for name in ("width", "height", "steps", "guidance", "sampler")]
+    assert decided == [48, 80, 2, 3.0, "dpm++2m"]

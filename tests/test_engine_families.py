@@ -1,0 +1,297 @@
+"""Weights files: which are weights at all, which family they are, and which are refused by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import pickle
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from studio_worker import sample_model
+from studio_worker.engine.checkpoint import read_checkpoint
+from studio_worker.engine.families import FAMILIES, TOKEN_EMBEDDING, identify
+from studio_worker.errors import JobError
+from tests.engine_lab import refuse_network, write_header
+
+
+def ldm_layout() -> ModuleType:
+    """The inverse of diffusers' renaming, from the sample model's training script."""
+    path = Path(__file__).parents[1] / "packaging" / "sample-model" / "ldm_layout.py"
+    spec = importlib.util.spec_from_file_location("ldm_layout", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sd1_parts() -> tuple[Any, Any, Any]:
+    """UNet, VAE and text encoder of Stable Diffusion 1.x without memory for weights."""
+    with init_empty_weights():
+        return (
+            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(SD1.config_dir / "unet")),
+            AutoencoderKL.from_config(AutoencoderKL.load_config(SD1.config_dir / "vae")),
+            CLIPTextModel(CLIPTextConfig.from_pretrained(SD1.config_dir / "text_encoder")),
+        )
+
+
+def shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+SD1 = next(family for family in FAMILIES if family.name == "sd1")
+
+SD1_KEYS = {
+    "model.diffusion_model.time_embed.0.weight": (1280, 320),
+    "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+    "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 768),
+    "model.diffusion_model.input_blocks.4.0.skip_connection.weight": (640, 320, 1, 1),
+    "model.diffusion_model.middle_block.1.proj_in.weight": (1280, 1280, 1, 1),
+    "model.diffusion_model.output_blocks.11.0.skip_connection.weight": (320, 640, 1, 1),
+    "model.diffusion_model.out.2.weight": (4, 320, 3, 3),
+    "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3),
+    "first_stage_model.encoder.conv_out.weight": (8, 512, 3, 3),
+    "first_stage_model.quant_conv.weight": (8, 8, 1, 1),
+    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
+    "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight": (77, 768),
+    "cond_stage_model.transformer.text_model.encoder.layers.11.mlp.fc1.weight": (3072, 768),
+}
+"""Some tensors of the published Stable Diffusion 1.x checkpoints (v1-5-pruned-emaonly), as their headers
+have them.
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_network(monkeypatch)
+
+
+def test_sample_model_is_known() -> None:
+    """The embedded model is recognised by its tensors."""
+    assert identify(read_checkpoint(sample_model.WEIGHTS)).name == "sample"
+
+
+def test_sd1_checkpoint_is_known(tmp_path: Path) -> None:
+    """A Stable Diffusion 1.x checkpoint is recognised by its tensors."""
+    assert identify(read_checkpoint(write_header(tmp_path / "x.safetensors", SD1_KEYS))).name == "sd1"
+
+
+def test_file_name_is_not_looked_at(tmp_path: Path) -> None:
+    """A checkpoint called after another family is still what its tensors say."""
+    path = write_header(tmp_path / "sd_xl_base_1.0.safetensors", SD1_KEYS)
+    assert identify(read_checkpoint(path)).name == "sd1"
+
+
+def test_sd1_configuration_builds_the_published_model() -> None:
+    """The carried configuration builds the 859,520,964 UNet parameters of Stable Diffusion 1.x, and its
+    other parts.
+    """
+    unet, vae, text_encoder = sd1_parts()
+    counts = [sum(p.numel() for p in part.parameters()) for part in (unet, vae, text_encoder)]
+    assert counts == [859_520_964, 83_653_863, 123_060_480]
+
+
+def test_sd1_configuration_is_what_a_checkpoint_fills() -> None:
+    """The tensors of a checkpoint, renamed by diffusers, are exactly those that the configuration builds."""
+    unet, vae, text_encoder = sd1_parts()
+    checkpoint = ldm_layout().single_file_state(
+        unet.state_dict(), vae.state_dict(), text_encoder.state_dict(), layers_per_block=2, vae_levels=4
+    )
+    assert {name: tuple(checkpoint[name].shape) for name in SD1_KEYS} == SD1_KEYS
+
+    renamed_unet = convert_ldm_unet_checkpoint(dict(checkpoint), config=dict(unet.config))
+    renamed_vae = convert_ldm_vae_checkpoint(dict(checkpoint), config=dict(vae.config))
+    renamed_text = convert_ldm_clip_checkpoint(dict(checkpoint))
+    assert shapes(renamed_unet) == shapes(unet.state_dict())
+    assert shapes(renamed_vae) == shapes(vae.state_dict())
+    assert {
+        name.removeprefix("text_model."): shape for name, shape in shapes(renamed_text).items()
+    } == shapes(text_encoder.state_dict())
+
+
+def test_clip_tokenizer_knows_its_words() -> None:
+    """The tokenizer carried for Stable Diffusion 1.x gives OpenAI CLIP's ids, lower-cased, within 77
+    tokens.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(SD1.config_dir, subfolder="tokenizer", local_files_only=True)
+    assert len(tokenizer) == 49408
+    assert tokenizer.model_max_length == 77
+    assert tokenizer("A photo of a CAT").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokenizer("hello world!").input_ids == [49406, 3306, 1002, 256, 49407]
+
+
+PREFIX = "model.diffusion_model."
+FOREIGN = {
+    "Stable Diffusion 2.x": {
+        PREFIX + "input_blocks.0.0.weight": (320, 4, 3, 3),
+        PREFIX + "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+        "cond_stage_model.model.token_embedding.weight": (49408, 1024),
+    },
+    "Stable Diffusion XL": {
+        PREFIX + "input_blocks.0.0.weight": (320, 4, 3, 3),
+        PREFIX + "label_emb.0.0.weight": (1280, 2816),
+        PREFIX + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
+        "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
+        "conditioner.embedders.1.model.text_projection": (1280, 1280),
+    },
+    "Stable Diffusion XL refiner": {
+        PREFIX + "input_blocks.0.0.weight": (384, 4, 3, 3),
+        PREFIX + "label_emb.0.0.weight": (1536, 2560),
+        PREFIX + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (768, 1280),
+        "conditioner.embedders.0.model.text_projection": (1280, 1280),
+    },
+    "Stable Diffusion 1.x for inpainting": SD1_KEYS | {PREFIX + "input_blocks.0.0.weight": (320, 9, 3, 3)},
+    "InstructPix2Pix": SD1_KEYS | {PREFIX + "input_blocks.0.0.weight": (320, 8, 3, 3)},
+    "Stable Diffusion 3": {PREFIX + "joint_blocks.0.context_block.adaLN_modulation.1.bias": (9216,)},
+    "FLUX.1": {"double_blocks.0.img_attn.norm.key_norm.scale": (128,), "img_in.weight": (3072, 64)},
+    "FLUX.2": {"single_stream_modulation.lin.weight": (18432, 6144)},
+    "Chroma": {
+        "distilled_guidance_layer.in_proj.bias": (5120,),
+        "double_blocks.0.img_attn.norm.key_norm.scale": (128,),
+    },
+    "Z-Image": {
+        PREFIX + "layers.0.adaLN_modulation.0.weight": (15360, 256),
+        PREFIX + "cap_embedder.0.weight": (2560,),
+    },
+    "Lumina Image 2": {"cap_embedder.0.weight": (2304,), "layers.0.adaLN_modulation.1.weight": (9216, 1024)},
+    "Qwen-Image": {"transformer_blocks.0.img_mod.1.weight": (18432, 3072), "txt_norm.weight": (3584,)},
+    "a VAE alone": {"decoder.conv_in.weight": (512, 4, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)},
+    "a ControlNet": {"control_model.time_embed.0.weight": (1280, 320)},
+}
+"""Telling tensors of the published checkpoints of families that are not served."""
+
+
+@pytest.mark.parametrize(("name", "tensors"), FOREIGN.items())
+def test_foreign_family_is_refused_by_name(
+    name: str, tensors: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    """A checkpoint of a known family that is not served is refused by that family's name."""
+    checkpoint = read_checkpoint(write_header(tmp_path / "model.safetensors", tensors))
+    with pytest.raises(JobError, match=f"is {name}.*does not serve") as caught:
+        identify(checkpoint)
+    assert not caught.value.retryable
+
+
+def test_unknown_family_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
+    """A checkpoint of no known family is refused, saying what was looked for among how many tensors."""
+    checkpoint = read_checkpoint(write_header(tmp_path / "model.safetensors", {"encoder.weight": (3, 3)}))
+    with pytest.raises(JobError, match=f"looked for {TOKEN_EMBEDDING}.* among 1 tensors") as caught:
+        identify(checkpoint)
+    assert not caught.value.retryable
+
+
+def test_strange_shapes_are_refused_with_the_shapes(tmp_path: Path) -> None:
+    """A checkpoint with Stable Diffusion's names and other shapes is refused with the shapes that were
+    found.
+    """
+    tensors = SD1_KEYS | {"first_stage_model.decoder.conv_in.weight": (512, 16, 3, 3)}
+    with pytest.raises(JobError, match=r"\[512, 16, 3, 3\]"):
+        identify(read_checkpoint(write_header(tmp_path / "model.safetensors", tensors)))
+
+
+def test_gguf_is_read_and_named(tmp_path: Path) -> None:
+    """A GGUF file of a family that is not served is refused by that family's name too."""
+    path = tmp_path / "z.gguf"
+    writer = gguf.GGUFWriter(path, "lumina2")
+    for name in ("layers.0.adaLN_modulation.0.weight", "cap_embedder.0.weight"):
+        writer.add_tensor(name, np.zeros((2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.shapes["cap_embedder.0.weight"] == (2, 32)
+    with pytest.raises(JobError, match="is Z-Image"):
+        identify(checkpoint)
+
+
+class Payload:
+    """A pickle that runs code when loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("the pickle was loaded",))
+
+
+def torch_archive() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"state_dict": Payload()}, buffer)
+    return buffer.getvalue()
+
+
+def tar_archive() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (pickle.dumps(Payload()), "a Python pickle"),
+        (torch_archive(), "a torch pickle archive"),
+        (torch_archive()[:100], "a zip archive"),
+        (tar_archive(), "a tar archive"),
+        (b"<!DOCTYPE html><title>Sign in</title>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
+        (b'{"error": "not found"}', "JSON text"),
+        (b"\x89HDF\r\n\x1a\n", "HDF5"),
+        (b"just some words that are no weights", "neither a safetensors nor a GGUF file"),
+    ],
+)
+def test_wrong_kind_of_file_is_refused_by_name(content: bytes, says: str, tmp_path: Path) -> None:
+    """Pickle in any wrapping, and whatever else is no weights file, is refused by name and never loaded."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(JobError, match=says) as caught:
+        read_checkpoint(path)
+    assert not caught.value.retryable
+
+
+@settings(max_examples=40, deadline=None)
+@example(length=0)
+@example(length=5)
+@given(length=st.integers(0, sample_model.WEIGHTS.stat().st_size - 1))
+def test_checkpoint_cut_short_is_an_error(length: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Weights cut short anywhere are a clear error that another copy may mend."""
+    path = tmp_path_factory.mktemp("cut") / "model.safetensors"
+    with sample_model.WEIGHTS.open("rb") as whole:
+        path.write_bytes(whole.read(length))
+    with pytest.raises(JobError, match=r"model\.safetensors is not a whole safetensors file") as caught:
+        read_checkpoint(path)
+    assert caught.value.retryable
+
+
+def test_gguf_cut_short_is_an_error(tmp_path: Path) -> None:
+    """A damaged GGUF file is a clear error that another copy may mend."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 40)
+    with pytest.raises(JobError, match="not a whole GGUF file") as caught:
+        read_checkpoint(path)
+    assert caught.value.retryable
+
+
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
+    """A weights file that is gone is a clear error that another try may mend."""
+    with pytest.raises(JobError, match="cannot be read") as caught:
+        read_checkpoint(tmp_path / "gone.safetensors")
+    assert caught.value.retryable

@@ -1,0 +1,115 @@
+"""What goes wrong inside the libraries, and what the worker and the studio are told."""
+
+from __future__ import annotations
+
+import traceback
+
+import pytest
+import torch
+
+from studio_worker.engine.faults import translated, usable_device
+from studio_worker.errors import DeviceError, JobCancelled, JobError, StudioWorkerError
+
+CPU = torch.device("cpu")
+SECRET = "a dragon that nobody may know of"
+
+
+def raised_by(error: Exception, on_exhausted: list[str] | None = None) -> StudioWorkerError:
+    freed = [] if on_exhausted is None else on_exhausted
+    with (
+        pytest.raises(StudioWorkerError) as caught,
+        translated(CPU, (SECRET, ""), on_exhausted=lambda: freed.append("freed")),
+    ):
+        raise error
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ],
+)
+def test_exhausted_memory_is_freed_and_reported(error: Exception) -> None:
+    """When memory runs out, models are let go, and the job fails with the figures so that another may try."""
+    freed: list[str] = []
+    translation = raised_by(error, freed)
+    assert isinstance(translation, JobError)
+    assert translation.retryable
+    assert "out of memory on cpu" in str(translation)
+    assert "GiB" in str(translation)
+    assert freed == ["freed"]
+
+
+def test_torch_itself_running_out_is_understood() -> None:
+    """Torch's own failure to allocate RAM is told from other errors."""
+    with (
+        pytest.raises(JobError, match="out of memory"),
+        translated(CPU, (), on_exhausted=lambda: None),
+    ):
+        torch.empty(2**52)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    ],
+)
+def test_lost_device_ends_the_process_with_a_cure(error: Exception) -> None:
+    """A device that is lost is no job's fault: the error says to restart, and what to look at."""
+    translation = raised_by(error)
+    assert isinstance(translation, DeviceError)
+    assert "must be restarted" in str(translation)
+    assert "driver" in str(translation)
+
+
+def test_other_errors_are_the_jobs() -> None:
+    """Whatever else a library raises fails the job by its type, keeps the cause for the log, and may be
+    retried.
+    """
+    error = TypeError("something inside")
+    translation = raised_by(error)
+    assert isinstance(translation, JobError)
+    assert translation.retryable
+    assert "TypeError" in str(translation)
+    assert translation.__cause__ is error
+
+
+def test_own_errors_pass_through() -> None:
+    """The worker's own errors are not wrapped."""
+    error = JobCancelled("enough")
+    assert raised_by(error) is error
+
+
+def test_prompt_in_an_error_is_not_passed_on() -> None:
+    """A library that quotes the prompt in its error does not get it into a log or to the studio."""
+    translation = raised_by(ValueError(f"cannot tokenize {SECRET!r}"))
+    assert SECRET not in "".join(traceback.format_exception(translation))
+
+
+@pytest.mark.parametrize("name", ["mps", "gpu", "", "cuda:x", "meta"])
+def test_unknown_device_is_refused(name: str) -> None:
+    """A device that is no CPU and no CUDA device is refused, saying what to write."""
+    with pytest.raises(DeviceError, match="write cpu, cuda or cuda:N"):
+        usable_device(name)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_cuda_without_cuda_is_an_error_with_a_cure(name: str) -> None:
+    """A GPU that this torch cannot use is an error that names the package to install, never the CPU
+    instead.
+    """
+    with pytest.raises(DeviceError, match="install studio-worker-torch-cuda"):
+        usable_device(name)
+
+
+def test_cpu_is_usable() -> None:
+    """The CPU is used where the CPU was asked for."""
+    assert usable_device("cpu") == CPU

@@ -1,0 +1,406 @@
+"""What the models folder promises: verified once and trusted after, stored once, never too full."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from studio_worker.download import Policy
+from studio_worker.errors import DownloadError, StoreError
+from studio_worker.models import ModelFile
+from studio_worker.store import Store
+from tests.servers import FileServer, ServedFile, refused_url
+
+BODY = b"a tiny pretend model"
+WRONG = b"a tiny pretend modem"
+QUICK = Policy(connect_s=5, stall_s=5, delays_s=(0.0,))
+
+KILLED_BEFORE_LEDGER = """
+import os, signal, sys
+from pathlib import Path
+from studio_worker.models import ModelFile
+from studio_worker.store import Store
+url, root, sha256 = sys.argv[1:]
+store = Store(Path(root))
+
+def die(event, arguments):
+    if event == "os.rename" and str(arguments[1]).endswith("ledger.json"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(die)
+store.ensure([ModelFile(role="model", url=url, filename="model.gguf", sha256=sha256 or None)])
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with FileServer() as running:
+        yield running
+
+
+@pytest.fixture
+def served(server: FileServer) -> ServedFile:
+    return server.serve("/model.gguf", BODY)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "models", QUICK)
+
+
+def model_file(served: ServedFile, **changes: Any) -> ModelFile:
+    facts: dict[str, Any] = {
+        "role": "model",
+        "url": served.url,
+        "filename": "model.gguf",
+        "sha256": served.sha256,
+    }
+    return ModelFile(**(facts | changes))
+
+
+def reopened(store: Store, file: ModelFile) -> Store:
+    """The store as the next process sees it."""
+    return Store(root_of(store, file), QUICK)
+
+
+def root_of(store: Store, file: ModelFile) -> Path:
+    return store.path(file).parent.parent
+
+
+def change_unseen(path: Path, content: bytes) -> None:
+    """Change the content of a file, but nothing that ``stat`` shows."""
+    stat = path.stat()
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def change_seen(path: Path, content: bytes) -> None:
+    """Change the content of a file as any program would."""
+    stat = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+# --- fetching ---
+
+
+def test_store_fetches_what_is_missing(store: Store, served: ServedFile) -> None:
+    """A missing file is downloaded and verified, and nothing of the way it took is left."""
+    file = model_file(served, role="vae")
+
+    (local,) = store.ensure([file])
+
+    assert local == ("vae", store.path(file), served.sha256)
+    assert local.path.read_bytes() == BODY
+    assert store.is_verified(file)
+    assert list((root_of(store, file) / ".staging").iterdir()) == []
+
+
+def test_store_reports_a_file_that_cannot_be_fetched(store: Store, served: ServedFile) -> None:
+    """A failed download is an error, and the file is not taken for verified."""
+    served.answers = [(404, {})]
+    file = model_file(served)
+
+    with pytest.raises(DownloadError, match="404"):
+        store.ensure([file])
+
+    assert not store.is_verified(file)
+
+
+def test_store_holds_equal_content_once(store: Store, server: FileServer, served: ServedFile) -> None:
+    """Two models that share a file share its download, and under two names its bytes on disk."""
+    other = server.serve("/other.safetensors", BODY)
+    same = model_file(other)
+    renamed = model_file(other, filename="other.safetensors")
+
+    first, second, third = store.ensure([model_file(served), same, renamed])
+
+    assert first.path == second.path
+    assert first.path.samefile(third.path)
+    assert third.path.name == "other.safetensors"
+    assert (len(served.requests), len(other.requests)) == (1, 0)
+    assert store.is_verified(renamed)
+
+
+def test_store_holds_files_without_a_hash_by_their_address(
+    store: Store, server: FileServer, served: ServedFile
+) -> None:
+    """Without a hash two addresses are two contents, though their names are equal."""
+    other = server.serve("/other/model.gguf", WRONG)
+
+    first, second = store.ensure([model_file(served, sha256=None), model_file(other, sha256=None)])
+
+    assert (first.path.read_bytes(), second.path.read_bytes()) == (BODY, WRONG)
+
+
+# --- trust ---
+
+
+def test_store_trusts_a_verified_file_without_reading_it(store: Store, served: ServedFile) -> None:
+    """A file whose size, mtime and inode are unchanged is not read again, by the next process either."""
+    file = model_file(served)
+    store.ensure([file])
+    change_unseen(store.path(file), WRONG)  # reading it would show
+
+    again = reopened(store, file)
+    (local,) = again.ensure([file])
+
+    assert local.path.read_bytes() == WRONG
+    assert len(served.requests) == 1
+
+
+@pytest.mark.parametrize("has_hash", [True, False])
+def test_store_repairs_a_file_that_was_changed(store: Store, served: ServedFile, has_hash: bool) -> None:
+    """A file that looks changed is hashed again, and fetched anew where it is."""
+    file = model_file(served) if has_hash else model_file(served, sha256=None)
+    store.ensure([file])
+    change_seen(store.path(file), WRONG)
+    assert not store.is_verified(file)
+
+    store.ensure([file])
+
+    assert store.path(file).read_bytes() == BODY
+    assert len(served.requests) == 2
+
+
+@pytest.mark.parametrize("has_hash", [True, False])
+def test_store_keeps_a_file_that_only_looks_changed(store: Store, served: ServedFile, has_hash: bool) -> None:
+    """A touched or copied file with the right bytes costs a hash, not a download."""
+    file = model_file(served) if has_hash else model_file(served, sha256=None)
+    store.ensure([file])
+    change_seen(store.path(file), BODY)
+
+    store.ensure([file])
+
+    assert store.is_verified(file)
+    assert len(served.requests) == 1
+
+
+def test_store_hashes_a_file_it_does_not_know(store: Store, served: ServedFile) -> None:
+    """A file that somebody put there is taken if its hash is right, and replaced if not."""
+    right = model_file(served)
+    store.path(right).parent.mkdir()
+    store.path(right).write_bytes(BODY)
+    store.ensure([right])
+    assert served.requests == []
+
+    wrong = model_file(served, filename="wrong.gguf")
+    other = Store(root_of(store, right).with_name("other"), QUICK)
+    other.path(wrong).parent.mkdir()
+    other.path(wrong).write_bytes(WRONG)
+    other.ensure([wrong])
+    assert other.path(wrong).read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    "ledger", ["", "[]", "{", '{"x": 1}', '{"x": {"size": 1}}', "\0\0\0\0", '{"x": {"colour": "blue"}}']
+)
+def test_store_rebuilds_a_corrupt_ledger(
+    store: Store, served: ServedFile, caplog: pytest.LogCaptureFixture, ledger: str
+) -> None:
+    """A ledger that cannot be read costs one reading of the files and a warning, no download."""
+    caplog.set_level(logging.INFO, logger="studio_worker")
+    file = model_file(served)
+    store.ensure([file])
+    (root_of(store, file) / "ledger.json").write_text(ledger)
+
+    rebuilt = reopened(store, file)
+    assert not rebuilt.is_verified(file)
+    rebuilt.ensure([file])
+
+    assert rebuilt.is_verified(file)
+    assert reopened(store, file).is_verified(file)
+    assert len(served.requests) == 1
+    assert "ledger is unreadable" in caplog.messages
+
+
+@pytest.mark.parametrize("has_hash", [True, False])
+def test_store_survives_a_kill_between_rename_and_ledger(
+    store: Store, served: ServedFile, has_hash: bool
+) -> None:
+    """A process that dies with the file in place and the ledger not yet written costs no second download."""
+    file = model_file(served) if has_hash else model_file(served, sha256=None)
+    arguments = [served.url, str(root_of(store, file)), file.sha256 or ""]
+    child = subprocess.run([sys.executable, "-c", KILLED_BEFORE_LEDGER, *arguments], check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert store.path(file).read_bytes() == BODY
+
+    again = reopened(store, file)
+    assert not again.is_verified(file)
+    again.ensure([file])
+
+    assert again.is_verified(file)
+    assert len(served.requests) == 1
+    assert sorted(path.name for path in root_of(store, file).iterdir()) == sorted(
+        [".ledger.lock", ".staging", "ledger.json", store.path(file).parent.name]
+    )
+
+
+def test_stores_of_two_processes_keep_each_others_entries(
+    store: Store, server: FileServer, served: ServedFile
+) -> None:
+    """What one process verifies is not forgotten when another writes the ledger."""
+    first = model_file(served)
+    second = model_file(server.serve("/second.gguf", WRONG), filename="second.gguf")
+    other = reopened(store, first)
+
+    store.ensure([first])
+    other.ensure([second])
+
+    after = reopened(store, first)
+    assert after.is_verified(first)
+    assert after.is_verified(second)
+
+
+# --- verify ---
+
+
+def test_verify_finds_a_flipped_byte_and_the_next_ensure_repairs_it(
+    store: Store, server: FileServer, served: ServedFile
+) -> None:
+    """Damage that the ledger cannot see is found by reading everything, and mended by the next start."""
+    damaged = model_file(served)
+    sound = model_file(server.serve("/sound.gguf", WRONG), filename="sound.gguf")
+    gone = model_file(server.serve("/gone.gguf", b"gone"), filename="gone.gguf")
+    store.ensure([damaged, sound, gone])
+    change_unseen(store.path(damaged), WRONG)
+    store.path(gone).unlink()
+
+    states = {checked.path.name: checked.state for checked in store.verify()}
+
+    assert states == {"model.gguf": "damaged", "sound.gguf": "verified", "gone.gguf": "missing"}
+    assert not store.is_verified(damaged)
+    assert not store.path(damaged).exists()
+    assert reopened(store, damaged).is_verified(sound)
+
+    store.ensure([damaged, gone])
+    assert store.path(damaged).read_bytes() == BODY
+    assert {checked.state for checked in store.verify()} == {"verified"}
+
+
+def test_verify_renews_the_trust_in_a_touched_file(store: Store, served: ServedFile) -> None:
+    """A file that only looks changed is trusted again after it was read."""
+    file = model_file(served)
+    store.ensure([file])
+    change_seen(store.path(file), BODY)
+
+    assert [checked.state for checked in store.verify()] == ["verified"]
+    assert store.is_verified(file)
+
+
+# --- space ---
+
+
+def test_store_refuses_what_the_disk_cannot_hold_before_any_request(store: Store, served: ServedFile) -> None:
+    """A model larger than the disk is refused at once, with the room that is missing."""
+    file = model_file(served, approx_bytes=10**18)
+
+    assert store.shortfall_bytes([file]) > 10**17
+    with pytest.raises(
+        StoreError, match=r"1000000000\.0 GB more and \d+\.\d GB of it are missing"
+    ) as failure:
+        store.ensure([file])
+
+    assert str(root_of(store, file)) in str(failure.value)
+    assert served.requests == []
+
+
+def test_shortfall_counts_only_what_has_yet_to_come(store: Store, served: ServedFile) -> None:
+    """Room is asked neither for files that are here, nor twice for one content, nor for kept bytes."""
+    free = shutil.disk_usage(root_of(store, model_file(served))).free
+    large = free - 300 * 1024 * 1024
+    file = model_file(served, approx_bytes=large)
+    twin = model_file(served, approx_bytes=large, filename="twin.gguf")
+    assert store.shortfall_bytes([file]) == 0
+    assert store.shortfall_bytes([file, twin]) == 0
+
+    too_large = model_file(served, approx_bytes=free * 2)
+    assert store.shortfall_bytes([too_large]) > 0
+    staging = root_of(store, file) / ".staging"
+    staging.mkdir()
+    with (staging / f"{served.sha256}.part").open("wb") as part:
+        part.truncate(free * 2)  # sparse: it takes no room
+    assert store.shortfall_bytes([too_large]) == 0
+    (staging / f"{served.sha256}.part").unlink()
+
+    store.ensure([model_file(served)])
+    assert store.shortfall_bytes([too_large, model_file(served, approx_bytes=free * 2, filename="b")]) == 0
+
+
+def test_shortfall_is_none_where_no_size_is_declared(store: Store, served: ServedFile) -> None:
+    """A source that declares no size is tried."""
+    assert store.shortfall_bytes([model_file(served)]) == 0
+
+
+# --- the folder ---
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "..", ".", "", "a/b", "/etc/passwd", "a\\b", "a\0b", "a\nb", "x" * 300]
+)
+def test_file_names_cannot_leave_the_folder(served: ServedFile, name: str) -> None:
+    """A source whose file name is a path is refused before anything is done with it."""
+    with pytest.raises(ValidationError):
+        model_file(served, filename=name)
+
+
+@pytest.mark.parametrize("name", ["ledger.json", ".staging", ".ledger.lock", "…", "a b", "-rf"])
+def test_odd_file_names_stay_in_their_own_folder(store: Store, served: ServedFile, name: str) -> None:
+    """A name that means something elsewhere, or looks odd, is just a name."""
+    file = model_file(served, filename=name)
+
+    (local,) = store.ensure([file])
+
+    assert local.path == root_of(store, file) / served.sha256 / name
+    assert reopened(store, file).is_verified(file)
+
+
+def test_store_tells_when_its_folder_cannot_be_used(tmp_path: Path) -> None:
+    """A models folder that cannot be made is an error of the store that names it."""
+    (tmp_path / "file").write_bytes(b"")
+
+    with pytest.raises(StoreError, match=str(tmp_path / "file")):
+        Store(tmp_path / "file" / "models")
+
+
+def test_store_tells_when_a_file_is_in_its_way(store: Store, served: ServedFile) -> None:
+    """What the file system refuses during a download is an error, not a crash."""
+    file = model_file(served)
+    store.path(file).mkdir(parents=True)
+
+    with pytest.raises(DownloadError, match="directory"):
+        store.ensure([file])
+
+
+def test_ledger_names_no_secret_of_an_address(store: Store, served: ServedFile) -> None:
+    """The ledger tells where a file came from without the query string of its address."""
+    file = model_file(served, url=f"{served.url}?token=hunter2hunter2")
+    store.ensure([file])
+
+    ledger = (root_of(store, file) / "ledger.json").read_text()
+
+    assert json.loads(ledger)[f"{served.sha256}/model.gguf"]["url"] == served.url
+    assert "hunter2" not in ledger
+
+
+def test_store_fetches_nothing_for_a_verified_file_when_the_server_is_gone(
+    store: Store, served: ServedFile
+) -> None:
+    """A box starts without the network when its models are here."""
+    store.ensure([model_file(served)])
+
+    (local,) = store.ensure([model_file(served, url=refused_url())])
+
+    assert local.path.read_bytes() == BODY
