@@ -10,10 +10,10 @@ import email.utils
 import threading
 from pathlib import Path
 
-from studio_worker.errors import DownloadCancelled, DownloadError
+from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused
 from studio_worker.logs import safe_url
 from studio_worker.staging import Origin, Progress, Staged, boot_id
-from studio_worker.transport import Answer, Policy, Refused, UnwantedStatus
+from studio_worker.transport import Answer, Policy, UnwantedStatus
 
 _RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 _FRESH_STARTS = 2
@@ -66,7 +66,7 @@ class Attempts:
         while True:
             try:
                 return self._try_once(staged)
-            except (DownloadCancelled, Refused):
+            except (DownloadCancelled, DownloadRefused):
                 raise
             except DownloadError as error:
                 if error.reason in {"size mismatch", "sha256 mismatch"}:
@@ -129,7 +129,7 @@ class Attempts:
         if total is None and not answer.is_chunked:
             self.is_doubtful = True
             if self.sha256 is None:
-                raise Refused(
+                raise DownloadRefused(
                     "size mismatch",
                     f"GET {self.name}: size mismatch: neither the server nor the model's source says how "
                     "long the file is or what it hashes to: a broken one would look like a whole one",
@@ -220,7 +220,7 @@ def _validator(answer: Answer) -> str | None:
 
 def _is_passing(error: DownloadError) -> bool:
     """Whether another try may help: the one place that decides."""
-    if isinstance(error, Refused):
+    if isinstance(error, DownloadRefused):
         return False
     if error.reason == "non-success status":
         return error.status in _RETRIED_STATUSES

@@ -6,6 +6,7 @@
   * :exc:`DeviceError` — the device asked for cannot be used; exit status 69
   * :exc:`DownloadError` — a file could not be fetched or verified; exit status 74 while provisioning
 
+    * :exc:`DownloadRefused` — another try would end the same
     * :exc:`DownloadCancelled` — the caller asked the download to stop
     * :exc:`StoreError` — the models folder cannot hold or give what is asked
 
@@ -89,6 +90,10 @@ class DownloadError(StudioWorkerError):
         super().__init__(message)
         self.reason = reason
         self.status = status
+
+
+class DownloadRefused(DownloadError):
+    """A request that must not be made, or an answer that would be the same on another try."""
 
 
 class DownloadCancelled(DownloadError):

@@ -84,6 +84,11 @@ class Cancel:
     def is_set(self) -> bool:
         return self._event.is_set()
 
+    @property
+    def reason(self) -> str:
+        """Why the job was asked to stop; empty while it was not."""
+        return self._reason
+
     def check(self) -> None:
         """Raises JobCancelled if the job was asked to stop."""
         if self._event.is_set():

@@ -75,7 +75,7 @@ class Service:
         self._required = loaded.required
         self._notifier = Notifier()
         self._stop = threading.Event()
-        self._stages: queue.SimpleQueue[StudioWorkerError | None] = queue.SimpleQueue()
+        self._stages: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._fatal: StudioWorkerError | None = None
         self._courier_thread: threading.Thread | None = None
 
@@ -131,7 +131,9 @@ class Service:
             engines=self._engines,
             in_hand=self._in_hand,
             results=self._outbox,
-            fetch=lambda url: fetch_bytes(url, max_bytes=_MAX_INPUT_BYTES, policy=policy),
+            fetch=lambda url, cancel: fetch_bytes(
+                url, max_bytes=_MAX_INPUT_BYTES, policy=policy, cancel=cancel
+            ),
             step_timeout_s=settings.worker.step_timeout_s,
         )
 
@@ -181,7 +183,7 @@ class Service:
             try:
                 provision(self._store, self._required, progress, self._stop)
                 self._stages.put(None)
-            except StudioWorkerError as error:
+            except Exception as error:  # whatever it is, the main thread waits for it
                 self._stages.put(error)
 
         _thread("provision", work)

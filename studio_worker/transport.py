@@ -22,7 +22,7 @@ from urllib.parse import urljoin
 import requests
 import urllib3
 
-from studio_worker.errors import DownloadCancelled, DownloadError
+from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused
 from studio_worker.logs import safe_url
 from studio_worker.models import url_problem
 
@@ -33,10 +33,6 @@ _QUEUED_CHUNKS = 8
 _LOOK_AGAIN_S = 0.1
 _MAX_REDIRECTS = 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-
-
-class Refused(DownloadError):
-    """A request or an answer that would be the same on another try."""
 
 
 class UnwantedStatus(DownloadError):
@@ -198,7 +194,9 @@ def _ask(url: str, headers: Mapping[str, str], policy: Policy) -> requests.Respo
         if response.status_code not in _REDIRECTS or location is None:
             if (coding := response.headers.get("Content-Encoding", "identity").lower()) != "identity":
                 response.close()
-                raise Refused("request error", f"GET {name}: {via}the server insists on coding {coding[:40]}")
+                raise DownloadRefused(
+                    "request error", f"GET {name}: {via}the server insists on coding {coding[:40]}"
+                )
             return response
         response.close()
         try:
@@ -206,7 +204,7 @@ def _ask(url: str, headers: Mapping[str, str], policy: Policy) -> requests.Respo
         except ValueError:
             url = ""
         via = f"redirected to {safe_url(url)}, "
-    raise Refused("request error", f"GET {name}: more than {_MAX_REDIRECTS} redirects")
+    raise DownloadRefused("request error", f"GET {name}: more than {_MAX_REDIRECTS} redirects")
 
 
 def _checked(url: str, name: str, via: str, policy: Policy) -> str:
@@ -214,10 +212,10 @@ def _checked(url: str, name: str, via: str, policy: Policy) -> str:
     try:
         used = requests.Request("GET", url).prepare().url or ""
     except (requests.RequestException, ValueError):
-        raise Refused("request error", f"GET {name}: {via}is not a valid URL") from None
+        raise DownloadRefused("request error", f"GET {name}: {via}is not a valid URL") from None
     for spelling in (url, used):
         if problem := url_problem(spelling, allow_insecure=policy.allow_insecure):
-            raise Refused("request error", f"GET {name}: {via}{problem}")
+            raise DownloadRefused("request error", f"GET {name}: {via}{problem}")
     return used
 
 

@@ -15,7 +15,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from studio_worker.engine import Engine, Inputs, Request
-from studio_worker.errors import DeviceError, DownloadError, JobError, StoreError
+from studio_worker.errors import (
+    DeviceError,
+    DownloadCancelled,
+    DownloadError,
+    DownloadRefused,
+    JobError,
+)
 from studio_worker.jobs import Cancel, Job, Picture
 from studio_worker.models import LocalFile, ModelFile, ModelSource
 
@@ -74,7 +80,7 @@ class Worker:
     """The loop.
 
     Args:
-        fetch: gets an input picture's bytes; raises DownloadError.
+        fetch: gets an input picture's bytes, given up when the event is set; raises DownloadError.
         step_timeout_s: how long one step, or one gap between two signs of progress, may take.
     """
 
@@ -86,7 +92,7 @@ class Worker:
         engines: Engines,
         in_hand: InHand,
         results: Results,
-        fetch: Callable[[str], bytes],
+        fetch: Callable[[str, threading.Event], bytes],
         step_timeout_s: float,
     ) -> None:
         self._source = source
@@ -130,6 +136,8 @@ class Worker:
             self._results.add(job, picture, timings_s)
         except JobError as error:
             self._report(job, str(error), retryable=error.retryable)
+        except DownloadCancelled:
+            self._report(job, self._cancel.reason, retryable=True)
         except DownloadError as error:
             self._report(job, str(error), retryable=_may_pass(error))
         except DeviceError as error:
@@ -180,7 +188,7 @@ class Worker:
         return picture, timings_s
 
     def _fetched(self, url: str | None) -> bytes | None:
-        return None if url is None else self._fetch(url)
+        return None if url is None else self._fetch(url, self._cancel_download)
 
     def _moved(self, done: int, total: int | None) -> None:  # noqa: ARG002  (the shape of a progress callback)
         self._stepped_at = time.monotonic()
@@ -203,8 +211,8 @@ class Worker:
 
 def _may_pass(error: DownloadError) -> bool:
     """Whether a failed download may succeed on another try or another worker: network yes, wrong hash no."""
-    if isinstance(error, StoreError):
-        return True
+    if isinstance(error, DownloadRefused):
+        return False
     if error.status is not None:
         return error.status in {401, 403, 408, 429} or error.status >= 500
     return error.reason not in {"sha256 mismatch", "size mismatch"}

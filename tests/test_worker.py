@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from studio_worker.engine import Engine, Progress, Request, Router
-from studio_worker.errors import DeviceError, DownloadError, JobError, StoreError
+from studio_worker.errors import DeviceError, DownloadError, DownloadRefused, JobError, StoreError
 from studio_worker.jobs import Cancel, ImageTask, Job, Picture
 from studio_worker.models import LocalFile, ModelFile, ModelSource
 from studio_worker.spool import JobInHand, Outbox
@@ -81,7 +81,7 @@ def make(
     script: Mapping[str, Callable[[Request, Progress, Cancel], None]] | None = None,
     *,
     files: NoFiles | None = None,
-    fetch: Callable[[str], bytes] = lambda url: b"input",
+    fetch: Callable[[str, threading.Event], bytes] = lambda url, cancel: b"input",
     step_timeout_s: float = 60.0,
 ) -> tuple[Worker, Outbox, JobInHand]:
     """A worker with a real spool and a scripted engine."""
@@ -161,6 +161,7 @@ def test_worker_reports_a_crash_without_the_prompt(tmp_path: Path, caplog: pytes
         (DownloadError("non-success status", "GET x -> 404", status=404), False),
         (DownloadError("non-success status", "GET x -> 503", status=503), True),
         (DownloadError("sha256 mismatch", "GET x: sha256 mismatch"), False),
+        (DownloadRefused("request error", "GET x: is plain http"), False),
         (StoreError("disk full"), True),
     ],
 )
@@ -179,7 +180,10 @@ def test_worker_fetches_the_inputs_of_a_task(tmp_path: Path) -> None:
     seen: list[Request] = []
     source = Source(job("a", init_image_url="https://x/i.png", mask_url="https://x/m.png"))
     worker, _, _ = make(
-        tmp_path, source, {"a": lambda request, progress, cancel: seen.append(request)}, fetch=str.encode
+        tmp_path,
+        source,
+        {"a": lambda request, progress, cancel: seen.append(request)},
+        fetch=lambda url, cancel: url.encode(),
     )
     worker.run()
     assert seen[0].inputs.init_image == b"https://x/i.png"

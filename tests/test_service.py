@@ -1,0 +1,311 @@
+"""The whole service as systemd starts it: a process, a configuration folder, a notify socket, signals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from studio_worker.demo import MODEL_ID, sample_source, write_configuration
+from studio_worker.local_studio import LocalStudio
+from studio_worker.sample_model import WEIGHTS, prompt
+from studio_worker.service_process import ServiceProcess
+from tests.servers import FileServer, ServedFile
+
+READY_S = 60.0
+DONE_S = 120.0
+
+SYNTHETIC = {"engine": "synthetic", "files": [], "cliDefaults": {"width": 64, "height": 64, "steps": 4}}
+LONG = {"kind": "image", "prompt": "a hidden castle", "width": 512, "height": 512, "steps": 150}
+"""Tens of seconds of work for the sample model: a job to be interrupted in."""
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Iterator[LocalStudio]:
+    """A local studio that lets every worker in."""
+    with LocalStudio(tmp_path / "studio.sqlite3", models_dir=WEIGHTS.parent, auto_approve=True) as running:
+        yield running
+
+
+@pytest.fixture
+def config(tmp_path: Path, studio: LocalStudio) -> Path:
+    """A configuration for that studio; no model is required, so that READY comes at once."""
+    (tmp_path / "work").mkdir()
+    folder = write_configuration(studio, tmp_path / "work")
+    (folder / "models.d" / "sample.json").unlink()
+    return folder
+
+
+def service(config: Path, log_path: Path) -> ServiceProcess:
+    return ServiceProcess(config, log_path)
+
+
+def override(config: Path, toml: str) -> None:
+    """Site values, as an operator would give them."""
+    (config / "conf.d").mkdir(exist_ok=True)
+    (config / "conf.d" / "50-test.toml").write_text(toml)
+
+
+def require(config: Path, name: str, *files: ServedFile, sha256: str | None = None) -> None:
+    """Make files from a test server a required model."""
+    entry = {
+        "id": name,
+        "engine": "sd-cpp",
+        "files": [
+            {
+                "role": "model",
+                "url": file.url,
+                "filename": file.url.rpartition("/")[2],
+                "sha256": sha256 or hashlib.sha256(file.content).hexdigest(),
+            }
+            for file in files
+        ],
+    }
+    (config / "models.d" / f"{name}.json").write_text(json.dumps(entry))
+
+
+def queue_synthetic(studio: LocalStudio, **task: Any) -> str:
+    return studio.queue_job(
+        model="placeholder",
+        task={"kind": "image", "prompt": "a hidden castle", **task},
+        model_source=SYNTHETIC,
+    )
+
+
+def await_status(studio: LocalStudio, job_id: str, *statuses: str) -> None:
+    studio.wait_for(lambda: studio.job(job_id).status in statuses, DONE_S)
+
+
+def await_file(path: Path) -> None:
+    """Until the service has written ``path``; it tells nobody, so it is looked for."""
+    deadline = time.monotonic() + DONE_S
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} was not written"
+        time.sleep(0.005)
+
+
+def await_online(studio: LocalStudio) -> str:
+    """The id of the one worker, once its session is open."""
+    studio.wait_for(lambda: any(studio.is_online(w.worker_id) for w in studio.workers()), READY_S)
+    return studio.workers()[0].worker_id
+
+
+# --- READY ------------------------------------------------------------------------------------------
+
+
+def test_service_is_not_ready_before_the_last_file_is_verified(config: Path, tmp_path: Path) -> None:
+    """READY waits for the last byte of the last required file, and comes when it is there."""
+    with FileServer() as server:
+        first = server.serve("/first.safetensors", b"first" * 1000)
+        last = server.serve("/last.safetensors", b"last" * 1000, hold_after=100)
+        require(config, "two", first, last)
+        with service(config, tmp_path / "log") as running:
+            assert last.held.wait(READY_S)
+            assert (tmp_path / "work" / "models" / hashlib.sha256(first.content).hexdigest()).is_dir()
+            assert not any(line.startswith("READY") for line in running.messages)
+            last.release()
+            running.await_message("READY=1", READY_S)
+            assert running.stop() == 0
+    messages = [line["message"] for line in running.log_lines()]
+    assert messages.index("required models verified") < messages.index("service ready")
+
+
+def test_service_with_a_wrong_hash_is_never_ready(config: Path, tmp_path: Path) -> None:
+    """A file that is not what was required ends the start: exit status 74, and the last line says why."""
+    with FileServer() as server:
+        require(config, "bad", server.serve("/bad.safetensors", b"evil bytes"), sha256="0" * 64)
+        with service(config, tmp_path / "log") as running:
+            assert running.wait(READY_S) == 74
+    assert not any(line.startswith("READY") for line in running.messages)
+    last = running.log_lines()[-1]
+    assert (last["message"], last["exit_status"]) == ("service ends with an error", 74)
+    assert "sha256 mismatch" in last["error"]
+    assert not list((tmp_path / "work" / "models").rglob("*.safetensors"))
+
+
+def test_service_stopped_while_it_provisions_ends_cleanly_at_once(config: Path, tmp_path: Path) -> None:
+    """A stop does not wait for a mirror that stalls."""
+    with FileServer() as server:
+        slow = server.serve("/slow.safetensors", b"x" * 10_000, hold_after=100)
+        require(config, "slow", slow)
+        with service(config, tmp_path / "log") as running:
+            assert slow.held.wait(READY_S)
+            assert running.stop(20) == 0
+        slow.release()
+    assert not any(line.startswith("READY") for line in running.messages)
+
+
+def test_service_is_ready_while_it_waits_for_approval(tmp_path: Path) -> None:
+    """Approval may take days: READY comes before, and STATUS says what is waited for and where."""
+    with LocalStudio(tmp_path / "studio.sqlite3") as studio:
+        (tmp_path / "work").mkdir()
+        config = write_configuration(studio, tmp_path / "work")
+        (config / "models.d" / "sample.json").unlink()
+        with service(config, tmp_path / "log") as running:
+            running.await_message("READY=1", READY_S)
+            running.await_message("STATUS=ready, waiting for approval: approve ", READY_S)
+            assert any(studio.base_url in line for line in running.messages)
+            assert running.stop(20) == 0
+
+
+# --- jobs and stops ---------------------------------------------------------------------------------
+
+
+def test_service_does_a_job_and_stops_cleanly(config: Path, studio: LocalStudio, tmp_path: Path) -> None:
+    """A job goes from the queue to the gallery; SIGTERM ends with STOPPING=1 and exit status 0."""
+    with service(config, tmp_path / "log") as running:
+        running.await_message("READY=1", READY_S)
+        job_id = queue_synthetic(studio, ext="png", seed=7)
+        await_status(studio, job_id, "done")
+        assert running.stop() == 0
+        running.await_message("STOPPING=1", 1.0)
+    assert studio.result(job_id).startswith(b"\x89PNG")
+    assert studio.job(job_id).completions == 1
+    result = studio.queue.result(job_id)
+    assert result is not None
+    assert result.generation_meta is not None
+    assert result.generation_meta["seed"] == 7
+
+
+def test_service_logs_one_summary_line_a_job_with_every_stage(
+    config: Path, studio: LocalStudio, tmp_path: Path
+) -> None:
+    """A finished job is one line with wait, file, load, generation, encode and upload times."""
+    with service(config, tmp_path / "log") as running:
+        job_id = queue_synthetic(studio)
+        await_status(studio, job_id, "done")
+        assert running.stop() == 0
+    lines = [line for line in running.log_lines() if line["message"] == "job done"]
+    assert [line["job_id"] for line in lines] == [job_id]
+    stages = {key.removesuffix("_ms") for key in lines[0] if key.endswith("_ms")}
+    assert stages == {"wait", "files", "load", "generate", "encode", "upload"}
+
+
+def test_service_told_to_stop_finishes_the_job_in_hand(
+    config: Path, studio: LocalStudio, tmp_path: Path
+) -> None:
+    """SIGTERM in a job: the job is finished and delivered, no other is taken, exit status 0."""
+    with service(config, tmp_path / "log") as running:
+        task = {"kind": "image", "prompt": prompt("red", "gem", "sky"), "width": 128, "height": 128}
+        first = studio.queue_job(model=MODEL_ID, task=task, model_source=sample_source(studio))
+        second = queue_synthetic(studio)
+        await_status(studio, first, "running")
+        assert running.stop(DONE_S) == 0
+    assert studio.job(first).status == "done"
+    assert studio.job(second).status == "queued"
+    assert studio.job(second).attempts == 0
+
+
+def test_service_told_twice_hands_the_job_back(config: Path, studio: LocalStudio, tmp_path: Path) -> None:
+    """A second SIGTERM stops the job at its next step: the studio may give it to another worker."""
+    with service(config, tmp_path / "log") as running:
+        job_id = studio.queue_job(model=MODEL_ID, task=LONG, model_source=sample_source(studio))
+        await_status(studio, job_id, "running")
+        running.signal(signal.SIGTERM)
+        running.await_message("STOPPING=1", 10.0)
+        assert running.stop(DONE_S) == 0
+    job = studio.job(job_id)
+    assert job.status == "queued"
+    assert job.reason == "the worker is stopping"
+
+
+def test_service_past_its_stop_limit_hands_the_job_back(
+    config: Path, studio: LocalStudio, tmp_path: Path
+) -> None:
+    """A job longer than stop_timeout_s is handed back, so that systemd need not kill the service."""
+    override(config, "[worker]\nstop_timeout_s = 0.2\n")
+    with service(config, tmp_path / "log") as running:
+        job_id = studio.queue_job(model=MODEL_ID, task=LONG, model_source=sample_source(studio))
+        await_status(studio, job_id, "running")
+        assert running.stop(DONE_S) == 0
+    assert studio.job(job_id).reason == "the worker is stopping"
+    back = [line for line in running.log_lines() if line["message"] == "handing the job in hand back"]
+    assert [line["reason"] for line in back] == ["stop limit"]
+
+
+def test_service_killed_in_a_job_says_so_at_the_next_start(
+    config: Path, studio: LocalStudio, tmp_path: Path
+) -> None:
+    """After kill -9 the next start names the job that was in hand, and the job is done in the end, once."""
+    with service(config, tmp_path / "log") as running:
+        task = {"kind": "image", "prompt": prompt("red", "gem", "sky")}
+        job_id = studio.queue_job(model=MODEL_ID, task=task, model_source=sample_source(studio))
+        await_file(tmp_path / "work" / "state" / "spool" / "job-in-hand.json")
+        running.kill()
+    with service(config, tmp_path / "log2") as running:
+        await_status(studio, job_id, "done", "failed")
+        assert running.stop(DONE_S) == 0
+    job = studio.job(job_id)
+    assert (job.status, job.completions) == ("done", 1)
+    found = [
+        line for line in running.log_lines() if line["message"].startswith("the last process ended with")
+    ]
+    assert [line["job_id"] for line in found] == [job_id]
+
+
+def test_service_refuses_a_job_that_was_in_hand_at_two_crashes(
+    config: Path, studio: LocalStudio, tmp_path: Path
+) -> None:
+    """A job that kills twice is not tried a third time, and the next job is."""
+    job_id = studio.queue_job(model=MODEL_ID, task=LONG, model_source=sample_source(studio), max_attempts=9)
+    note = tmp_path / "work" / "state" / "spool" / "job-in-hand.json"
+    for number in range(2):
+        with service(config, tmp_path / f"log{number}") as running:
+            await_file(note)
+            running.kill()
+        studio.wait_for(lambda: studio.job(job_id).status == "queued", READY_S)
+    with service(config, tmp_path / "log") as running:
+        await_status(studio, job_id, "failed")
+        after = queue_synthetic(studio)
+        await_status(studio, after, "done")
+        assert running.stop() == 0
+    assert "crashed twice" in (studio.job(job_id).reason or "")
+
+
+# --- ends -------------------------------------------------------------------------------------------
+
+
+def test_service_deleted_at_the_studio_ends_with_its_own_status(
+    config: Path, studio: LocalStudio, tmp_path: Path
+) -> None:
+    """A worker that was deleted ends with 77, which systemd does not restart, and names the cure."""
+    with service(config, tmp_path / "log") as running:
+        studio.delete_worker(await_online(studio))
+        assert running.wait(READY_S) == 77
+    assert "register --reset" in running.log_lines()[-1]["error"]
+
+
+def test_service_without_the_gpu_it_was_asked_for_does_not_start(config: Path, tmp_path: Path) -> None:
+    """No GPU, no CPU instead: exit status 69 and what to write into the configuration."""
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("this machine has a GPU")
+    override(config, '[worker]\ndevice = "auto"\n')
+    with service(config, tmp_path / "log") as running:
+        assert running.wait(READY_S) == 69
+    assert 'device = "cpu"' in running.log_lines()[-1]["error"]
+
+
+def test_service_does_not_share_its_state_folder(config: Path, tmp_path: Path) -> None:
+    """A second service on the same state folder ends with 78 instead of fighting with the first."""
+    with service(config, tmp_path / "log") as first:
+        first.await_message("READY=1", READY_S)
+        with service(config, tmp_path / "log2") as second:
+            assert second.wait(READY_S) == 78
+        assert "in use by a running service" in second.log_lines()[-1]["error"]
+        assert first.stop() == 0
+
+
+def test_service_with_bad_configuration_ends_with_one_clear_line(config: Path, tmp_path: Path) -> None:
+    """An unknown key ends the start with 78; the line names file, key and the nearest known one."""
+    override(config, "[worker]\ndevcie = 1\n")
+    with service(config, tmp_path / "log") as running:
+        assert running.wait(READY_S) == 78
+    assert len(running.log_lines()) == 1
+    error = running.log_lines()[0]["error"]
+    assert "50-test.toml:2: worker.devcie: unknown key; did you mean device?" in error
