@@ -257,6 +257,7 @@ def test_service_refuses_a_job_that_was_in_hand_at_two_crashes(
     note = tmp_path / "work" / "state" / "spool" / "job-in-hand.json"
     for number in range(2):
         with service(config, tmp_path / f"log{number}") as running:
+            await_status(studio, job_id, "running")  # by then the last process's note is gone
             await_file(note)
             running.kill()
         studio.wait_for(lambda: studio.job(job_id).status == "queued", READY_S)
