@@ -1,0 +1,191 @@
+"""Measurements, each beside a peer in the same run where there is one. ``make bench`` prints them.
+
+Speed is never asserted in the test suite: machines differ and are shared. What is printed here is for the
+changelog and for whoever suspects a regression.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from studio_worker import sample_model
+from studio_worker.demo import MODEL_ID, sample_source, write_configuration
+from studio_worker.local_studio import LocalStudio
+from studio_worker.service_process import ServiceProcess
+
+REPEATS = 5
+IDLE_S = 30.0
+
+
+def main() -> None:
+    """Run everything and print one table."""
+    table = Table("what", "measured", "beside", title=f"{os.cpu_count()} cores")
+    for bench in (commands, engine_overhead, heartbeats, idle):
+        for row in bench():
+            table.add_row(*row)
+    Console().print(table)
+
+
+def _median_s(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def commands() -> list[tuple[str, str, str]]:
+    """Start of the command line and of check-config, beside a bare interpreter."""
+
+    def run(*words: str) -> float:
+        return _median_s(lambda: subprocess.run([sys.executable, *words], check=True, capture_output=True))
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.toml").write_text(
+            f'[state]\ndir = "{folder}/state"\n[models]\nroot = "{folder}/models"\n'
+        )
+        bare = run("-c", "pass")
+        imported = run("-c", "import studio_worker.cli")
+        checked = run("-m", "studio_worker", "check-config", "--config", folder)
+    beside = f"python -c pass: {bare:.3f} s"
+    return [
+        ("import of the command line", f"{imported:.3f} s", beside),
+        ("check-config", f"{checked:.3f} s", beside),
+    ]
+
+
+def engine_overhead() -> list[tuple[str, str, str]]:
+    """One job of the sample model through the engine, beside the plain pipeline called in a loop."""
+    from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+
+    from studio_worker.engine import Request
+    from studio_worker.engine.diffusion import DiffusionEngine
+    from studio_worker.jobs import Cancel, ImageTask
+    from studio_worker.models import CliDefaults, LocalFile
+
+    engine = DiffusionEngine("cpu")
+    prompt = sample_model.prompt("red", "potion", "grass")
+    request = Request(
+        job_id="bench",
+        model=MODEL_ID,
+        task=ImageTask(prompt=prompt, seed=1, steps=24, ext="png"),
+        defaults=CliDefaults(cfg_scale=4.0, steps=20, width=64, height=64),
+        files=(LocalFile("model", sample_model.WEIGHTS, sample_model.SHA256),),
+    )
+    first = engine.generate(request, lambda done, total: None, Cancel())
+    plain = StableDiffusionPipeline.from_single_file(
+        str(sample_model.WEIGHTS),
+        config=str(sample_model.CONFIG_DIR),
+        local_files_only=True,
+        safety_checker=None,
+    )
+    plain.scheduler = EulerAncestralDiscreteScheduler.from_config(plain.scheduler.config)
+    plain.set_progress_bar_config(disable=True)
+
+    def through_engine() -> None:
+        engine.generate(request, lambda done, total: None, Cancel())
+
+    def through_pipeline() -> None:
+        plain(prompt, num_inference_steps=24, guidance_scale=4.0, width=64, height=64)
+
+    through_pipeline()
+    ours, theirs = _median_s(through_engine), _median_s(through_pipeline)
+    return [
+        (
+            "one 64 x 64 job, 24 steps, encoded",
+            f"{ours:.3f} s",
+            f"plain pipeline: {theirs:.3f} s; ratio {ours / theirs:.2f}",
+        ),
+        ("load of the sample model", f"{first.timings_s['load']:.2f} s", ""),
+    ]
+
+
+def heartbeats() -> list[tuple[str, str, str]]:
+    """The longest gap between two heartbeats while torch is imported, a model loads, and pictures are made."""
+    gaps: list[float] = []
+    with tempfile.TemporaryDirectory() as folder, _running(Path(folder)) as (studio, service):
+        worker_id = studio.workers()[0].worker_id
+        ended = threading.Event()
+
+        def watch() -> None:
+            beats = []
+            while not ended.wait(0.05):
+                session = studio.sessions.live.get(worker_id)
+                if session is not None and session.heartbeat_at not in beats[-1:]:
+                    beats.append(session.heartbeat_at)
+            gaps.extend(b - a for a, b in itertools.pairwise(beats))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        task = {"kind": "image", "prompt": "a red potion", "width": 256, "height": 256, "steps": 60}
+        ids = [
+            studio.queue_job(model=MODEL_ID, task=task, model_source=sample_source(studio)) for _ in range(4)
+        ]
+        studio.wait_for(lambda: all(studio.job(i).status == "done" for i in ids), 600.0)
+        ended.set()
+        watcher.join()
+        service.stop()
+    return [
+        ("longest gap between heartbeats, 4 large jobs", f"{max(gaps):.2f} s of {len(gaps)}", "interval: 5 s")
+    ]
+
+
+def idle() -> list[tuple[str, str, str]]:
+    """CPU and memory of a connected worker without jobs."""
+    with tempfile.TemporaryDirectory() as folder, _running(Path(folder)) as (_, service):
+        before = _cpu_s(service.process.pid)
+        time.sleep(IDLE_S)
+        share = (_cpu_s(service.process.pid) - before) / IDLE_S
+        status = Path(f"/proc/{service.process.pid}/status").read_text()
+        rss_mib = int(status.partition("VmRSS:")[2].split()[0]) / 1024
+        service.stop()
+    return [
+        ("idle worker", f"{100 * share:.2f}% of a core", "goal: under 1%"),
+        ("idle worker's memory before torch", f"{rss_mib:.0f} MiB", ""),
+    ]
+
+
+def _cpu_s(pid: int) -> float:
+    """User and system time of a process so far (proc_pid_stat(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class _running:
+    """A local studio and a connected service."""
+
+    def __init__(self, folder: Path) -> None:
+        self._studio = LocalStudio(
+            folder / "studio.sqlite3", models_dir=sample_model.WEIGHTS.parent, auto_approve=True
+        )
+        self._folder = folder
+
+    def __enter__(self) -> tuple[LocalStudio, ServiceProcess]:
+        studio = self._studio.start()
+        (self._folder / "work").mkdir()
+        config = write_configuration(studio, self._folder / "work")
+        self._service = ServiceProcess(config, self._folder / "service.log")
+        self._service.await_message("READY=1", 120.0)
+        studio.wait_for(lambda: any(studio.is_online(w.worker_id) for w in studio.workers()), 60.0)
+        return studio, self._service
+
+    def __exit__(self, *_: object) -> None:
+        self._service.__exit__(None, None, None)
+        self._studio.stop()
+
+
+if __name__ == "__main__":
+    main()
