@@ -29,9 +29,10 @@ from studio_worker.spool import JobInHand, Outbox
 from studio_worker.store import Store
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.delivery import Courier
+from studio_worker.studio.desk import Desk
 from studio_worker.studio.offers import Situation
 from studio_worker.studio.registration import IdentityFile, Registration
-from studio_worker.studio.session import Desk, StudioSession
+from studio_worker.studio.session import StudioSession
 from studio_worker.studio.wire import Capabilities
 from studio_worker.worker import Worker
 
@@ -75,6 +76,7 @@ class Service:
         self._required = loaded.required
         self._notifier = Notifier()
         self._stop = threading.Event()
+        self._ended = threading.Event()
         self._stages: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._fatal: StudioWorkerError | None = None
         self._courier_thread: threading.Thread | None = None
@@ -162,6 +164,7 @@ class Service:
                 self._courier_thread.join(_LAST_DELIVERY_S)
             self._session.stop()
             studio.join(_LAST_DELIVERY_S)
+            self._ended.set()
         if self._fatal is not None:
             raise self._fatal
 
@@ -233,7 +236,7 @@ class Service:
 
     def _feed_watchdog(self, interval_s: float) -> None:
         """WATCHDOG=1 only while the session's loop turns and the job in hand makes steps."""
-        while not self._stop.wait(interval_s):
+        while not self._ended.wait(interval_s):  # also while a stop waits for the job in hand
             if self._worker.is_stuck():
                 log.error("the job in hand makes no progress", extra={"op": "watchdog"})
             elif self._session.is_silent(_LOOP_SILENCE_S):

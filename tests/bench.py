@@ -114,7 +114,7 @@ def engine_overhead() -> list[tuple[str, str, str]]:
 
 
 def heartbeats() -> list[tuple[str, str, str]]:
-    """The longest gap between two heartbeats while torch is imported, a model loads, and pictures are made."""
+    """The longest gap between heartbeats while torch is imported, a model loads and pictures are made."""
     gaps: list[float] = []
     with tempfile.TemporaryDirectory() as folder, _running(Path(folder)) as (studio, service):
         worker_id = studio.workers()[0].worker_id

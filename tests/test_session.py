@@ -15,8 +15,9 @@ import pytest
 from studio_worker.errors import DuplicateWorker, ReconnectExhausted, RefusedByStudio
 from studio_worker.logs import ShippingBuffer
 from studio_worker.studio.api import StudioApi
+from studio_worker.studio.desk import Desk
 from studio_worker.studio.registration import Credentials
-from studio_worker.studio.session import Desk, StudioSession, Timings
+from studio_worker.studio.session import StudioSession, Timings
 from tests.scripted import LIMIT_S, ScriptedStudio
 from tests.test_offers import CLAIM, IDLE
 from tests.test_wire import CAPABILITIES

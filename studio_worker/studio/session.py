@@ -1,4 +1,4 @@
-"""The socket around the session's rules, and the desk where the worker's thread and the session's meet.
+"""The socket around the session's rules.
 
 The session runs in an asyncio loop on a thread of its own, so that heartbeats go out on time whatever
 torch does. It reconnects for as long as reconnecting makes sense; a dropped connection does not touch
@@ -10,18 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import queue
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
-import websockets
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.exceptions import WebSocketException
 from websockets.typing import Subprotocol
 
 from studio_worker.errors import (
@@ -32,8 +28,10 @@ from studio_worker.errors import (
     RefusedByStudio,
 )
 from studio_worker.jobs import Job
-from studio_worker.logs import ShippingBuffer, facts, redact
+from studio_worker.logs import ShippingBuffer
 from studio_worker.studio.api import StudioApi
+from studio_worker.studio.desk import Desk
+from studio_worker.studio.endings import explain
 from studio_worker.studio.offers import AlreadyOurs, Ignore, Impossible, Refuse, Situation, Take, judge
 from studio_worker.studio.protocol import (
     Backoff,
@@ -41,9 +39,9 @@ from studio_worker.studio.protocol import (
     SessionProtocol,
     State,
     Welcomed,
-    error_for_code,
 )
 from studio_worker.studio.registration import Credentials
+from studio_worker.studio.shipping import next_batch
 from studio_worker.studio.wire import (
     DEAD_PEER_S,
     HEARTBEAT_INTERVAL_S,
@@ -51,48 +49,12 @@ from studio_worker.studio.wire import (
     SUBPROTOCOL,
     Body,
     Capabilities,
-    LogEntry,
 )
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 15.0
 _MAX_FRAME_BYTES = 16 * 1024 * 1024
-_LOG_ENTRIES_A_BATCH = 100
-
-
-class Desk:
-    """Where the session puts an accepted job and the worker takes it: room for one.
-
-    Safe from any thread; also from a signal handler, since :class:`queue.SimpleQueue` is reentrant.
-    """
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._current: str | None = None
-        self.is_paused = False
-
-    @property
-    def current_job_id(self) -> str | None:
-        """The job accepted and not yet finished."""
-        return self._current
-
-    def put(self, job: Job) -> None:
-        self._current = job.job_id
-        self._jobs.put(job)
-
-    def take(self) -> Job | None:
-        """The next job; waits for one. ``None`` = there will be no more."""
-        return self._jobs.get()
-
-    def clear(self) -> None:
-        """The job in hand has ended."""
-        self._current = None
-
-    def close(self) -> None:
-        """No more jobs: offers are refused as ``paused`` and :meth:`take` returns ``None``."""
-        self.is_paused = True
-        self._jobs.put(None)
 
 
 @dataclass(frozen=True)
@@ -340,12 +302,8 @@ class StudioSession:
             await asyncio.sleep(self._timings.log_batch_s)
             if protocol.state is not State.OPEN:
                 continue
-            records, lost = self._shipping.take(_LOG_ENTRIES_A_BATCH)
-            entries = [_entry(record) for record in records]
-            if lost:
-                entries.append(_lost_entry(lost))
-            if entries:
-                self._outgoing.put_nowait(protocol.log_batch(tuple(entries)))
+            if entries := next_batch(self._shipping):
+                self._outgoing.put_nowait(protocol.log_batch(entries))
 
     def _fail(self, job_id: str, error: str, retryable: bool) -> None:
         frame = None
@@ -361,30 +319,6 @@ class StudioSession:
             self._protocol.delivered(job_id)
 
 
-def explain(error: Exception) -> ProtocolError:
-    """A connection's end as one of our own errors: the one place that maps the library's."""
-    if isinstance(error, ProtocolError):
-        return error
-    if isinstance(error, ConnectionClosed):
-        close = error.rcvd
-        if close is None:
-            return ProtocolError("the connection broke")
-        return error_for_code(close.code, close.reason or f"close code {close.code}")
-    if isinstance(error, InvalidStatus):
-        status = error.response.status_code
-        if status == 401:
-            return error_for_code(4001, "HTTP 401")
-        return ProtocolError(f"the studio answered HTTP {status} to the connection")
-    if isinstance(error, socket.gaierror):
-        return ProtocolError("the studio's name cannot be resolved")
-    if isinstance(error, TimeoutError):
-        return ProtocolError("the studio did not answer in time")
-    if isinstance(error, websockets.exceptions.InvalidHandshake):
-        return ProtocolError(f"the studio's answer is no session: {type(error).__name__}")
-    text = getattr(error, "strerror", None) or type(error).__name__
-    return ProtocolError(f"the studio cannot be reached: {text}")
-
-
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
@@ -393,35 +327,3 @@ async def _wait(event: asyncio.Event, timeout_s: float) -> None:
 
 def _facts(job_id: str, **more: object) -> dict[str, object]:
     return {"op": "job", "job_id": job_id, **{k: v for k, v in more.items() if v is not None}}
-
-
-def _entry(record: logging.LogRecord) -> LogEntry:
-    """A log line as the studio wants it; facts are appended to the constant message."""
-    fields = facts(record)
-    job_id = fields.pop("job_id", None)
-    category = str(fields.pop("op", record.name.rpartition(".")[2]))
-    text = " ".join([record.getMessage(), *(f"{key}={value}" for key, value in fields.items())])
-    if record.levelno >= logging.ERROR:
-        level = "error"
-    else:
-        level = "warn" if record.levelno >= logging.WARNING else "info"
-    return LogEntry(
-        ts=_iso(record.created),
-        level=level,
-        category=category,
-        message=redact(text),
-        job_id=None if job_id is None else str(job_id),
-    )
-
-
-def _lost_entry(lost: int) -> LogEntry:
-    return LogEntry(
-        ts=_iso(time.time()),
-        level="warn",
-        category="log",
-        message=f"{lost} log lines were lost: more than the buffer holds",
-    )
-
-
-def _iso(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,41 @@
+"""The desk where the session's thread puts an accepted job and the worker's thread takes it."""
+
+from __future__ import annotations
+
+import queue
+
+from studio_worker.jobs import Job
+
+
+class Desk:
+    """Where the session puts an accepted job and the worker takes it: room for one.
+
+    Safe from any thread; also from a signal handler, since :class:`queue.SimpleQueue` is reentrant.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._current: str | None = None
+        self.is_paused = False
+
+    @property
+    def current_job_id(self) -> str | None:
+        """The job accepted and not yet finished."""
+        return self._current
+
+    def put(self, job: Job) -> None:
+        self._current = job.job_id
+        self._jobs.put(job)
+
+    def take(self) -> Job | None:
+        """The next job; waits for one. ``None`` = there will be no more."""
+        return self._jobs.get()
+
+    def clear(self) -> None:
+        """The job in hand has ended."""
+        self._current = None
+
+    def close(self) -> None:
+        """No more jobs: offers are refused as ``paused`` and :meth:`take` returns ``None``."""
+        self.is_paused = True
+        self._jobs.put(None)
