@@ -63,7 +63,7 @@ LIBRARIES = {
     "accelerate": {"engine"},
     "safetensors": {"engine"},
     "gguf": {"engine"},
-    "websockets": {"studio.session"},
+    "websockets": {"studio.session", "studio.endings"},  # endings only names its exceptions
     "sdnotify": {"notify"},
     "requests": {"transport", "studio.api"},
     "starlette": {"local_studio"},
