@@ -74,6 +74,9 @@ def run_demo(output: Path, *, keep: bool = False) -> int:
             _check(studio, jobs)
             sheet = _save(studio, jobs, output)
             console.print(_table(jobs, studio, output))
+            for shown, job_id in jobs:
+                if shown.must_fail:
+                    console.print(f"{shown.title}: {studio.job(job_id).reason}")
             console.print(f"contact sheet: {sheet}")
             if keep:
                 _keep(studio, console)
@@ -157,7 +160,7 @@ def shown_jobs(init_url: str, mask_url: str) -> list[Shown]:
         Shown(
             "negative prompt",
             say("pink", "heart", "sky"),
-            {"seed": 6, "negativePrompt": "green, dark, blurry"},
+            {"seed": 6, "negativePrompt": "night background"},
         ),
         Shown(
             "sampler dpm++2m",
@@ -302,11 +305,11 @@ def _save(studio: LocalStudio, jobs: list[tuple[Shown, str]], output: Path) -> P
 def _table(jobs: list[tuple[Shown, str]], studio: LocalStudio, output: Path) -> Table:
     table = Table(title="pictures")
     for name in ("job", "prompt", "seconds", "size", "file"):
-        table.add_column(name, overflow="fold", no_wrap=name in {"job", "size"})
+        table.add_column(name, no_wrap=name != "prompt")
     for index, (shown, job_id) in enumerate(jobs, 1):
         job = studio.job(job_id)
         if job.status is JobStatus.FAILED:
-            table.add_row(shown.title, shown.prompt, "", "", f"[yellow]failed, as it must: {job.reason}[/]")
+            table.add_row(shown.title, shown.prompt, "", "", "[yellow]failed, as it must[/]")
             continue
         path = output / _file_name(index, shown, job)
         with Image.open(path) as picture:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import studio_worker.engine  # noqa: F401  (before torch: it sets how torch's threads wait)
 from studio_worker import sample_model
 from studio_worker.local_studio import LocalStudio
 
