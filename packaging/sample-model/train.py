@@ -1,8 +1,9 @@
 """Trains the embedded sample model from nothing but drawn sprites, and writes it where the package looks.
 
-Three networks, one after the other: an autoencoder (VAE), then text encoder and UNet together on its
-latents. Every random number comes from the seed and the step, so an interrupted training continues from
-its last checkpoint as if nothing had happened. Needs torch, diffusers and transformers, and a CPU.
+Three networks: an autoencoder (VAE), then text encoder and UNet together on its latents; at last the
+autoencoder learns empty backgrounds. Every random number comes from the seed and the step, so an
+interrupted training continues from its last checkpoint as if nothing had happened. Needs torch, diffusers
+and transformers, and a CPU.
 
     python packaging/sample-model/train.py --work /tmp/sample-model
 """
@@ -331,7 +332,7 @@ def settle_vae(
             latents = vae.encode(pictures).latent_dist.mean
             made = vae.decode(latents + torch.randn(latents.shape) * LATENT_NOISE).sample
         of_full, of_empty = latents.float().chunk(2)
-        away = F.mse_loss(of_full, wanted) + ((of_empty - wanted).square() * free).mean()
+        away: Tensor = F.mse_loss(of_full, wanted) + ((of_empty - wanted).square() * free).mean()
         return picture_loss(made.float(), pictures) + away
 
     training.run(loss_of_step)
