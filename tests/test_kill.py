@@ -49,6 +49,7 @@ def test_service_killed_at_ten_random_moments_loses_nothing_and_does_nothing_twi
                 assert service.process.returncode is None, service.last_line()
                 service.kill()
         with ServiceProcess(config, tmp_path / "service.log") as service:
+            service.await_message("READY=1", 60.0)
             studio.wait_for(lambda: all(studio.job(i).status in ENDED for i in ids), 200.0)
             assert service.stop() == 0
         jobs = [studio.job(job_id) for job_id in ids]
