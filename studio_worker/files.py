@@ -1,4 +1,7 @@
-"""Writing files so that a crash leaves either the old content or the new one, never a part."""
+"""Writing files so that a crash leaves either the old content or the new one, never a part.
+
+What root writes into a folder of the service user is given to that user, or the service could not read it.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o600) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        own_like_folder(temporary)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -40,3 +44,21 @@ def remove_temporaries(folder: Path) -> None:
     """Remove what :func:`write_atomic` left in ``folder`` when the process was killed in the middle."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def own_like_folder(path: Path) -> None:
+    """What root has just made in the folder of a service user belongs to that user, who has to read it."""
+    if os.geteuid() != 0:
+        return
+    folder = path.parent.stat()
+    if folder.st_uid != 0 and path.lstat().st_uid == 0:
+        os.chown(path, folder.st_uid, folder.st_gid, follow_symlinks=False)
+
+
+def make_folder(path: Path) -> None:
+    """Make ``path`` and the folders above it, each owned like the one it lies in."""
+    if not path.is_dir():
+        if path.parent != path:
+            make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        own_like_folder(path)

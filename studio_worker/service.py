@@ -24,9 +24,8 @@ from studio_worker.engine import default_router
 from studio_worker.errors import StudioWorkerError
 from studio_worker.lock import state_lock
 from studio_worker.notify import Notifier, watchdog_interval_s
-from studio_worker.provision import ProvisionProgress, provision
+from studio_worker.provision import ProvisionProgress, open_store, provision
 from studio_worker.spool import JobInHand, Outbox
-from studio_worker.store import Store
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.delivery import Courier
 from studio_worker.studio.desk import Desk
@@ -96,7 +95,7 @@ class Service:
         shipping = logs.ShippingBuffer()
         logging.getLogger().addHandler(shipping)
         self._engines = default_router(self._device.name)
-        self._store = Store(settings.models.root, policy)
+        self._store = open_store(loaded, policy)
         self._in_hand = JobInHand(settings.state.dir / "spool")
         self._outbox = Outbox(settings.state.dir / "outbox")
         self._desk = Desk()
@@ -171,6 +170,7 @@ class Service:
     # --- before READY ---
 
     def _recover(self) -> None:
+        self._store.clean_staging()
         job_id = self._in_hand.recover()
         if job_id is not None:
             log.warning(

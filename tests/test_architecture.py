@@ -20,11 +20,12 @@ PACKAGE = ROOT / "studio_worker"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
-        "__init__ errors sample_model",
-        "files logs notify models lock config_files",
-        "jobs required staging transport",
-        "attempts config device spool",
+        "__init__ errors sample_model files",
+        "logs notify models lock config_files",
+        "jobs required staging transport ledger leftovers",
+        "attempts config device spool space pool",
         "download",
+        "fetching checking",
         "store",
         "provision engine studio",
         "worker local_studio",

@@ -13,7 +13,7 @@ from studio_worker.download import Policy
 from studio_worker.errors import DownloadCancelled, DownloadError, StoreError
 from studio_worker.logs import facts
 from studio_worker.models import ModelFile, RequiredModel
-from studio_worker.provision import ProvisionProgress, provision
+from studio_worker.provision import ProvisionProgress, provision, show_duration
 from studio_worker.store import Store
 from tests.servers import FileServer, ServedFile
 
@@ -69,10 +69,41 @@ def required(model_id: str, *files: ServedFile, size: int | None = None) -> Requ
 def test_progress_says_how_far_it_is(watched: Watched) -> None:
     """The status line names the model, the share and the whole, or what has come where that is unknown."""
     watched.progress(2_730_000, 6_500_000)
+    watched.progress.label = "other"
     watched.clock.now += 1
     watched.progress(3_000_000, None)
 
-    assert watched.lines == ["sample: 42% of 6.5 MB", "sample: 3.0 MB"]
+    assert watched.lines == ["downloading sample: 42% of 6.5 MB", "downloading other: 3.0 MB"]
+
+
+def test_progress_says_how_fast_it_is_and_how_long_it_takes(watched: Watched) -> None:
+    """The status line has the rate of the last seconds and the time that is left at it."""
+    watched.progress.label = "z-image"
+    total = 7_300_000_000
+    for seconds_left in (120, 115, 110):
+        watched.progress(total - seconds_left * 38_000_000, total)
+        watched.clock.now += 5
+
+    assert watched.lines[-1] == "downloading z-image: 42% of 7.3 GB, 38 MB/s, 1 min 50 s left"
+
+
+def test_progress_that_begins_anew_speaks_only_of_what_comes_again(watched: Watched) -> None:
+    """A download that starts over shows its new count, and a count that falls is no sign of life."""
+    watched.progress(5_000_000, 6_000_000)
+    watched.clock.now += 1
+    watched.progress(0, 6_000_000)
+    assert watched.advances == 1
+
+    watched.progress(1_000_000, 6_000_000)
+    assert watched.lines[-1] == "downloading sample: 16% of 6.0 MB"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.4, "0 s"), (59, "59 s"), (110, "1 min 50 s"), (7500, "2 h 5 min")]
+)
+def test_duration_is_shown_as_people_say_it(seconds: float, shown: str) -> None:
+    """Seconds, then minutes and seconds, then hours and minutes."""
+    assert show_duration(seconds) == shown
 
 
 def test_progress_speaks_once_a_second(watched: Watched) -> None:
@@ -100,6 +131,8 @@ def test_progress_logs_every_ten_seconds(watched: Watched, caplog: pytest.LogCap
         "bytes": 1000,
         "bytes_total": 2_000_000,
     }
+    assert facts(caplog.records[1])["bytes_per_s"] == 1000
+    assert facts(caplog.records[1])["left_s"] == 1989
 
 
 def test_progress_gives_no_sign_of_life_while_nothing_advances(watched: Watched) -> None:
@@ -132,7 +165,7 @@ def test_provision_fetches_every_file_of_every_model(
     told = [facts(record).get("model") for record in caplog.records if record.message == "model verified"]
     assert told == ["one", "two"]
     assert caplog.messages[-1] == "required models verified"
-    assert watched.lines[0].startswith("one: ")
+    assert watched.lines[0].startswith("downloading one: ")
 
 
 def test_provision_of_nothing_is_done(tmp_path: Path, watched: Watched) -> None:
