@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import uuid
 from pathlib import Path
 
@@ -50,9 +51,20 @@ def own_like_folder(path: Path) -> None:
     """What root has just made in the folder of a service user belongs to that user, who has to read it."""
     if os.geteuid() != 0:
         return
-    folder = path.parent.stat()
-    if folder.st_uid != 0 and path.lstat().st_uid == 0:
+    folder, made = path.parent.stat(), path.lstat()
+    # A file with a second name may be somebody else's that was linked here to be given away.
+    is_only_name = made.st_nlink == 1 or stat.S_ISDIR(made.st_mode)
+    if folder.st_uid != 0 and made.st_uid == 0 and is_only_name:
         os.chown(path, folder.st_uid, folder.st_gid, follow_symlinks=False)
+
+
+def own_tree(root: Path) -> None:
+    """The same for everything below ``root``."""
+    if os.geteuid() == 0 and root.is_dir() and root.stat().st_uid != 0:
+        for folder, folders, names in os.walk(root):
+            for name in (*folders, *names):
+                with contextlib.suppress(FileNotFoundError):
+                    own_like_folder(Path(folder, name))
 
 
 def make_folder(path: Path) -> None:

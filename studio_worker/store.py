@@ -23,7 +23,7 @@ from studio_worker.checking import OnDamage, check_file
 from studio_worker.download import Policy, Progress
 from studio_worker.errors import StoreError
 from studio_worker.fetching import Fetcher
-from studio_worker.files import fsync_directory, make_folder
+from studio_worker.files import fsync_directory, make_folder, own_like_folder
 from studio_worker.ledger import Ledger, Verified, content_key, file_name, is_verified
 from studio_worker.leftovers import find_staging, find_strangers, remove_abandoned, remove_staging
 from studio_worker.models import LocalFile, ModelFile
@@ -197,14 +197,25 @@ class Store:
         with store_errors(self.root):
             remove_abandoned(self._staging)
 
-    def adopt(self, file: ModelFile, temporary: Path, sha256: str, models: Iterable[str]) -> None:
-        """Give ``temporary``, which the caller has verified to hash to ``sha256``, its place as ``file``."""
-        path = self.path(file)
-        with self._space.holding([content_key(file)]):
+    def holds(self, name: str, sha256: str) -> bool:
+        """Whether the file ``name`` is here, verified to hash to ``sha256``. Reads no content."""
+        entry = self._ledger.get(name)
+        return entry is not None and entry.sha256 == sha256 and self._ledger.is_unchanged(name)
+
+    @contextlib.contextmanager
+    def holding(self, names: Iterable[str]) -> Iterator[None]:
+        """While this lasts no process removes the files ``names``."""
+        with self._space.holding(name.partition("/")[0] for name in names):
+            yield
+
+    def adopt(self, name: str, temporary: Path, sha256: str, url: str, models: Iterable[str]) -> None:
+        """Give ``temporary``, which the caller has verified to hash to ``sha256``, the name ``name``."""
+        path = self.root / name
+        with self.holding([name]):
+            own_like_folder(temporary)
             temporary.replace(path)
             fsync_directory(path.parent)
-            now = self._clock()
-            self._ledger.remember(file_name(file), sha256, file.url, dict.fromkeys(models, now))
+            self._ledger.remember(name, sha256, url, dict.fromkeys(models, self._clock()))
 
     def make_room(self, files: Iterable[ModelFile]) -> None:
         """Remove on-demand models until ``files`` have room.

@@ -412,7 +412,7 @@ def test_full_disk_in_the_middle_of_a_required_model_keeps_what_came(small_disk:
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * 2_000_000)
 
-    with pytest.raises(StoreError, match="no space left on the disk.*goes on from there"):
+    with pytest.raises(StoreError, match=r"no space left on the disk.*goes on from there"):
         store.ensure([required])
     ballast.unlink()
     store.ensure([required])
