@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from studio_worker.config import Config
-from studio_worker.download import Policy
-from studio_worker.models import RequiredModel
+from studio_worker.download import Policy, Progress
+from studio_worker.models import LocalFile, ModelFile, RequiredModel
 from studio_worker.store import Store
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,54 @@ def provision(
             "elapsed_ms": round((time.monotonic() - began) * 1000),
         },
     )
+
+
+class SeenFiles:
+    """The store for jobs: what has to come for one is shown as it is at the start.
+
+    Args:
+        on_status: gets the status lines.
+        on_end: called when the files of a job are there, or will not be, after lines were shown.
+    """
+
+    def __init__(self, store: Store, on_status: Callable[[str], None], on_end: Callable[[], None]) -> None:
+        self._store = store
+        self._on_status = on_status
+        self._on_end = on_end
+
+    @contextlib.contextmanager
+    def taken(
+        self,
+        model: str,
+        files: Iterable[ModelFile],
+        *,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[tuple[LocalFile, ...]]:
+        """As :meth:`Store.taken`."""
+        lines = 0
+
+        def show(line: str) -> None:
+            nonlocal lines
+            lines += 1
+            self._on_status(line)
+
+        seen = ProvisionProgress(show, lambda: None)
+        seen.label = model
+
+        def moved(done: int, total: int | None) -> None:
+            seen(done, total)
+            if progress is not None:
+                progress(done, total)
+
+        with contextlib.ExitStack() as held:
+            try:
+                taken = self._store.taken(model, files, progress=moved, cancel=cancel)
+                local = held.enter_context(taken)
+            finally:
+                if lines:
+                    self._on_end()
+            yield local
 
 
 def show_bytes(count: float) -> str:

@@ -13,7 +13,7 @@ from studio_worker.download import Policy
 from studio_worker.errors import DownloadCancelled, DownloadError, StoreError
 from studio_worker.logs import facts
 from studio_worker.models import ModelFile, RequiredModel
-from studio_worker.provision import ProvisionProgress, provision, show_duration
+from studio_worker.provision import ProvisionProgress, SeenFiles, provision, show_duration
 from studio_worker.store import Store
 from tests.servers import FileServer, ServedFile
 
@@ -237,3 +237,34 @@ def test_provision_can_be_stopped(server: FileServer, tmp_path: Path, watched: W
         provision(Store(tmp_path), [required("one", file)], watched.progress, stop)
 
     stopper.join()
+
+
+def test_files_of_a_job_are_shown_while_they_come(server: FileServer, tmp_path: Path) -> None:
+    """A model that a job brings is shown like a required one; one that is here is not mentioned."""
+    file = server.serve("/a", b"a" * 4000)
+    (wanted,) = required("one", file, size=4000).files
+    shown: list[str] = []
+    moved: list[int] = []
+    files = SeenFiles(Store(tmp_path, QUICK), shown.append, lambda: shown.append("ready"))
+
+    with files.taken("one", [wanted], progress=lambda done, total: moved.append(done)) as (local,):
+        assert local.path.read_bytes() == b"a" * 4000
+    with files.taken("one", [wanted]):
+        pass
+
+    assert shown[0].startswith("downloading one: ")
+    assert shown[-1] == "ready"
+    assert shown.count("ready") == 1
+    assert moved[-1] == 4000
+
+
+def test_files_of_a_job_that_cannot_be_had_leave_no_line_behind(server: FileServer, tmp_path: Path) -> None:
+    """After a failed download the status line is what it was."""
+    file = server.serve("/a", b"a" * 40_000, flip_at=3)
+    shown: list[str] = []
+    files = SeenFiles(Store(tmp_path, QUICK), shown.append, lambda: shown.append("ready"))
+
+    with pytest.raises(DownloadError), files.taken("one", required("one", file).files):
+        pass
+
+    assert shown[-1] == "ready"
