@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -71,13 +72,19 @@ def _is_shared(opened: IO[bytes], source: Path, dest: Path, *, may_link: bool) -
 def copy(source: IO[bytes], dest: Path, told: Told | None) -> str:
     """Write what ``source`` still gives to the new file ``dest``; returns its hash."""
     reader = HashingReader(source, told)
-    with dest.open("xb") as made:
-        own_like_folder(dest)
-        fcntl.flock(made, fcntl.LOCK_EX)  # nobody takes it for an abandoned one
-        while chunk := reader.read(_READ_BYTES):
-            made.write(chunk)
-        made.flush()
-        os.fsync(made.fileno())
+    try:
+        with dest.open("xb", buffering=0) as made:
+            own_like_folder(dest)
+            fcntl.flock(made, fcntl.LOCK_EX)  # nobody takes it for an abandoned one
+            while chunk := reader.read(_READ_BYTES):
+                rest = memoryview(chunk)
+                while rest:  # an unbuffered file may take less than it is given
+                    rest = rest[made.write(rest) :]
+            os.fsync(made.fileno())
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise StoreError(f"{dest.parent}: no space left on the disk; free some and try again") from error
+        raise
     return reader.digest.hexdigest()
 
 

@@ -150,6 +150,7 @@ class Fetcher:
 
 
 def _is_disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind ``error``."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
             return True

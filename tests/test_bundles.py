@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tarfile
@@ -285,6 +286,42 @@ def test_import_respects_the_budget(full: Store, required: RequiredModel, tmp_pa
         import_bundle(Store(tmp_path / "empty", budget_bytes=5100), bundle)
 
     assert not list((tmp_path / "empty").rglob("*.gguf"))
+
+
+def test_import_to_a_full_disk_says_so(
+    full: Store, required: RequiredModel, tmp_path: Path, small_disk: Path
+) -> None:
+    """A disk that fills during the copy is named, keeps what is whole, and the import can be repeated."""
+    bundle = exported(full, required, tmp_path / "bundle.tar")
+    ballast = small_disk / "ballast"
+    empty = Store(small_disk / "models", spare_bytes=0)
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+
+    with pytest.raises(StoreError, match=f"{small_disk}/models.*(space|fetch|missing)"):
+        import_bundle(empty, bundle)
+
+    ballast.unlink()
+    import_bundle(empty, bundle)
+    assert all(empty.is_verified(file) for file in required.files)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what others own")
+@SUFFIXES
+def test_import_by_root_leaves_everything_to_the_service_user(
+    full: Store, required: RequiredModel, tmp_path: Path, suffix: str
+) -> None:
+    """What root imports belongs to the owner of the models folder, and the bundle to whom it did before."""
+    bundle = exported(full, required, tmp_path / f"bundle{suffix}")
+    root = tmp_path / "models"
+    root.mkdir()
+    os.chown(root, 65534, 65534)
+
+    import_bundle(Store(root, QUICK), bundle)
+
+    assert {path.stat().st_uid for path in root.rglob("*")} == {65534}
+    assert {path.stat().st_uid for path in (bundle, *bundle.rglob("*"))} == {0}
 
 
 @SUFFIXES

@@ -375,20 +375,6 @@ def test_staging_of_a_running_download_is_not_removed(box: Box) -> None:
 # --- a disk that fills ---
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of four megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 def test_full_disk_in_the_middle_of_an_on_demand_model(small_disk: Path, box: Box) -> None:
     """A model that turns out too large is one clear error; the disk is usable, and the next model comes."""
     box.root = small_disk / "models"
