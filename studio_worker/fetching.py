@@ -154,5 +154,7 @@ def _is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
             return True
+        if "no space left" in str(error).lower():  # whoever raised it no longer had the cause
+            return True
         error = error.__cause__
     return False

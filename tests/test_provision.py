@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from studio_worker import config
 from studio_worker.download import Policy
 from studio_worker.errors import DownloadCancelled, DownloadError, StoreError
 from studio_worker.logs import facts
 from studio_worker.models import ModelFile, RequiredModel
-from studio_worker.provision import ProvisionProgress, SeenFiles, provision, show_duration
+from studio_worker.provision import ProvisionProgress, SeenFiles, open_store, provision, show_duration
 from studio_worker.store import Store
 from tests.servers import FileServer, ServedFile
 
@@ -237,6 +238,23 @@ def test_provision_can_be_stopped(server: FileServer, tmp_path: Path, watched: W
         provision(Store(tmp_path), [required("one", file)], watched.progress, stop)
 
     stopper.join()
+
+
+def test_configured_budget_and_required_models_reach_the_store(server: FileServer, tmp_path: Path) -> None:
+    """[models] budget_gb limits what jobs may bring, and what models.d names is never removed for it."""
+    wanted = required("one", server.serve("/a", b"a" * 2000), size=2000)
+    (tmp_path / "etc" / "models.d").mkdir(parents=True)
+    (tmp_path / "etc" / "models.d" / "one.json").write_text(wanted.model_dump_json(by_alias=True))
+    (tmp_path / "etc" / "config.toml").write_text(f'[models]\nroot = "{tmp_path}/models"\nbudget_gb = 3e-6\n')
+    store = open_store(config.load(tmp_path / "etc"), QUICK)
+    store.ensure(wanted.files, model="one")
+    other = required("two", server.serve("/b", b"b" * 2000), size=2000)
+
+    with pytest.raises(StoreError, match="budget_gb"):
+        store.ensure(other.files, model="two")
+
+    assert store.prune().models == ()
+    assert store.is_verified(wanted.files[0])
 
 
 def test_files_of_a_job_are_shown_while_they_come(server: FileServer, tmp_path: Path) -> None:
