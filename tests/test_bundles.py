@@ -107,8 +107,8 @@ def test_bundle_names_models_sources_and_hashes(full: Store, required: RequiredM
 @SUFFIXES
 def test_bundle_carries_one_content_once(server: FileServer, tmp_path: Path, suffix: str) -> None:
     """A content under two names, and one whose source names no hash, arrive under all their names."""
-    served = server.serve("/a.gguf", b"a" * 5000)
-    twin = server.serve("/twin.gguf", b"a" * 5000)
+    served = server.serve("/a.bin", b"a" * 5000)
+    twin = server.serve("/twin.bin", b"a" * 5000)
     models = [model(served, twin), model(twin, model_id="unhashed", sha256=None)]
     full = Store(tmp_path / "full", QUICK)
     for each in models:
