@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from studio_worker import __version__, config, logs
+from studio_worker.cli_models import models_app
+from studio_worker.cli_options import ConfigDir, Json
 from studio_worker.errors import ConfigError, StudioWorkerError
 
 app = typer.Typer(
@@ -22,13 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-models_app = typer.Typer(no_args_is_help=True, help="The required models on this box.")
 app.add_typer(models_app, name="models")
-
-ConfigDir = Annotated[
-    Path, typer.Option("--config", metavar="DIR", help="Configuration folder.", show_default=True)
-]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 def main() -> None:
@@ -86,90 +80,6 @@ def register(
         typer.echo("identity forgotten; the next start of the service asks to be registered anew")
         return
     typer.echo(file.load().describe())
-
-
-@models_app.command("list")
-def models_list(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> None:
-    """Show every file of the required models and whether it is verified."""
-    import json
-
-    from studio_worker.store import Store
-
-    loaded = config.load(directory)
-    config.check_folders(loaded.settings)
-    store = Store(loaded.settings.models.root)
-    rows = [
-        {
-            "model": model.id,
-            "role": file.role,
-            "file": file.filename,
-            "state": "verified" if store.is_verified(file) else "missing",
-            "path": str(store.path(file)),
-        }
-        for model in loaded.required
-        for file in model.files
-    ]
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-        return
-    table = Table("model", "role", "file", "state")
-    for row in rows:
-        table.add_row(row["model"], row["role"], row["file"], row["state"])
-    Console().print(table)
-
-
-@models_app.command("pull")
-def models_pull(directory: ConfigDir = config.DEFAULT_DIR) -> None:
-    """Download and verify every required model now, with a progress bar on a terminal."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    from studio_worker.download import Policy
-    from studio_worker.store import Store
-
-    loaded = config.load(directory)
-    config.check_folders(loaded.settings)
-    logs.configure("warning")
-    store = Store(
-        loaded.settings.models.root, Policy(allow_insecure=loaded.settings.models.allow_insecure_urls)
-    )
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        for model in loaded.required:
-            for file in model.files:
-                bar = bars.add_task(f"{model.id}: {file.filename}", total=file.approx_bytes)
-                store.ensure(
-                    [file],
-                    progress=lambda done, total, bar=bar: bars.update(bar, completed=done, total=total),  # type: ignore[misc]
-                )
-                size = store.path(file).stat().st_size
-                bars.update(bar, completed=size, total=size)
-    typer.echo(f"{len(loaded.required)} required model(s) verified")
-
-
-@models_app.command("verify")
-def models_verify(directory: ConfigDir = config.DEFAULT_DIR) -> None:
-    """Read every model file and compare its hash; a damaged one is removed and fetched at the next start."""
-    from studio_worker.store import Checked, Store
-
-    loaded = config.load(directory)
-    config.check_folders(loaded.settings)
-    store = Store(loaded.settings.models.root)
-    states: dict[Path, str] = {}
-
-    def tell(checked: Checked) -> None:
-        states[checked.path] = checked.state
-        typer.echo(f"{checked.state:9} {checked.size_bytes / 1e6:10.1f} MB  {checked.path}")
-
-    for checked in store.verify():
-        tell(checked)
-    for path in (store.path(file) for model in loaded.required for file in model.files):
-        if path not in states:  # required, and never verified here
-            tell(Checked(path, "missing", 0))
-    wrong = sum(state != "verified" for state in states.values())
-    typer.echo(f"{len(states) - wrong} file(s) verified")
-    if wrong:
-        typer.echo(f"{wrong} file(s) damaged or missing; `studio-worker models pull` fetches them")
-        raise typer.Exit(1)
 
 
 @app.command("local-studio")

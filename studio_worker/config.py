@@ -21,6 +21,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from studio_worker.config_files import Document, list_files, read_document, user
 from studio_worker.errors import ConfigError
+from studio_worker.files import own_like_folder
 from studio_worker.models import RequiredModel, url_problem
 from studio_worker.required import read_required
 
@@ -64,6 +65,7 @@ class WorkerSection(_Section):
 class ModelsSection(_Section):
     root: Path = Path("/var/lib/studio-worker/models")
     on_demand: bool = True
+    budget_gb: float | None = Field(default=None, gt=0)
     allow_insecure_urls: bool = False
 
 
@@ -162,7 +164,9 @@ def check_folders(settings: Settings) -> None:
         ("models.root", settings.models.root, 0o755),
     ):
         try:
-            folder.mkdir(mode=mode, parents=True, exist_ok=True)
+            if not folder.is_dir():
+                folder.mkdir(mode=mode, parents=True, exist_ok=True)
+                own_like_folder(folder)
             usable = os.access(folder, os.R_OK | os.W_OK | os.X_OK)
             problem = "cannot be read and written by this user"
         except OSError as error:

@@ -1,9 +1,13 @@
-"""Writing files so that a crash leaves either the old content or the new one, never a part."""
+"""Writing files so that a crash leaves either the old content or the new one, never a part.
+
+What root writes into a folder of the service user is given to that user, or the service could not read it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import uuid
 from pathlib import Path
 
@@ -19,6 +23,7 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o600) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        own_like_folder(temporary)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -40,3 +45,32 @@ def remove_temporaries(folder: Path) -> None:
     """Remove what :func:`write_atomic` left in ``folder`` when the process was killed in the middle."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def own_like_folder(path: Path) -> None:
+    """What root has just made in the folder of a service user belongs to that user, who has to read it."""
+    if os.geteuid() != 0:
+        return
+    folder, made = path.parent.stat(), path.lstat()
+    # A file with a second name may be somebody else's that was linked here to be given away.
+    is_only_name = made.st_nlink == 1 or stat.S_ISDIR(made.st_mode)
+    if folder.st_uid != 0 and made.st_uid == 0 and is_only_name:
+        os.chown(path, folder.st_uid, folder.st_gid, follow_symlinks=False)
+
+
+def own_tree(root: Path) -> None:
+    """The same for everything below ``root``."""
+    if os.geteuid() == 0 and root.is_dir() and root.stat().st_uid != 0:
+        for folder, folders, names in os.walk(root):
+            for name in (*folders, *names):
+                with contextlib.suppress(FileNotFoundError):
+                    own_like_folder(Path(folder, name))
+
+
+def make_folder(path: Path) -> None:
+    """Make ``path`` and the folders above it, each owned like the one it lies in."""
+    if not path.is_dir():
+        if path.parent != path:
+            make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        own_like_folder(path)

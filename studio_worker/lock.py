@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from studio_worker.errors import ConfigError
+from studio_worker.files import own_like_folder
 
 
 @contextlib.contextmanager
@@ -20,6 +21,7 @@ def state_lock(folder: Path) -> Iterator[None]:
     path = folder / "lock"
     try:
         file = path.open("a")
+        own_like_folder(path)
     except OSError as error:
         raise ConfigError(
             f"cannot be opened: {error.strerror}",

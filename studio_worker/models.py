@@ -42,6 +42,12 @@ def _sha256(value: str) -> str:
     return value.lower()
 
 
+FileName = Annotated[str, AfterValidator(_plain_name)]
+"""A file's name without folders, as every file system takes it."""
+Sha256 = Annotated[str, AfterValidator(_sha256)]
+"""64 hexadecimal digits; lower case is kept."""
+
+
 @dataclass(frozen=True, config=ConfigDict(alias_generator=to_camel, populate_by_name=True))
 class ModelFile:
     """One file of a model.
@@ -52,9 +58,9 @@ class ModelFile:
 
     role: FileRole
     url: str
-    filename: Annotated[str, AfterValidator(_plain_name)]
+    filename: FileName
     approx_bytes: int | None = None
-    sha256: Annotated[str, AfterValidator(_sha256)] | None = None
+    sha256: Sha256 | None = None
 
 
 class LocalFile(NamedTuple):

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from studio_worker.models import RequiredModel
+from studio_worker.config import Config
+from studio_worker.download import Policy, Progress
+from studio_worker.models import LocalFile, ModelFile, RequiredModel
 from studio_worker.store import Store
 
 log = logging.getLogger(__name__)
 
 _STATUS_EVERY_S = 1.0
 _LOG_EVERY_S = 10.0
+_RATE_OVER_S = 10.0
+
+
+def open_store(loaded: Config, policy: Policy | None = None) -> Store:
+    """The models folder as the configuration has it."""
+    models = loaded.settings.models
+    return Store(
+        models.root,
+        policy or Policy(allow_insecure=models.allow_insecure_urls),
+        required=[file for model in loaded.required for file in model.files],
+        budget_bytes=None if models.budget_gb is None else int(models.budget_gb * 1e9),
+    )
 
 
 class ProvisionProgress:
     """Turns the store's byte counts into a status line, log lines and signs of life.
 
     Args:
-        on_status: gets a line such as ``sample: 42% of 6.5 MB``, at most once a second.
+        on_status: gets a line such as ``downloading sample: 42% of 7.3 GB, 38 MB/s, 1 min 50 s left``, at
+            most once a second.
         on_advance: called with it, and only when bytes have advanced, so that a stalled mirror lets the
             start time out instead of hanging it.
     """
@@ -36,22 +53,47 @@ class ProvisionProgress:
         self._clock = clock
         self._said_at = self._logged_at = float("-inf")
         self._last = 0
-        self.label = ""
+        self._label = ""
+        self._history: deque[tuple[float, int]] = deque()
+
+    @property
+    def label(self) -> str:
+        """What is fetched now; the count begins anew when it is set."""
+        return self._label
+
+    @label.setter
+    def label(self, label: str) -> None:
+        self._label = label
+        self._last = 0
+        self._history.clear()
 
     def __call__(self, done: int, total: int | None) -> None:
         now = self._clock()
+        if done < self._last:  # begun anew: what comes now has come before, but it does come
+            self._last = done
+            self._history.clear()
         if done == self._last or now - self._said_at < _STATUS_EVERY_S:
             return
         self._last, self._said_at = done, now
+        rate = self._rate(now, done)
         self._on_advance()
-        line = f"{self.label}: {_share(done, total)}"
-        self._on_status(line)
+        self._on_status(f"downloading {self._label}: {_share(done, total)}{_speed(rate, done, total)}")
         if now - self._logged_at >= _LOG_EVERY_S:
             self._logged_at = now
-            log.info(
-                "provisioning",
-                extra={"op": "provision", "model": self.label, "bytes": done, "bytes_total": total},
-            )
+            facts = {"op": "provision", "model": self._label, "bytes": done, "bytes_total": total}
+            if rate:
+                facts["bytes_per_s"] = round(rate)
+                if total is not None:
+                    facts["left_s"] = round((total - done) / rate)
+            log.info("provisioning", extra=facts)
+
+    def _rate(self, now: float, done: int) -> float | None:
+        """Bytes a second of late, or ``None`` while there is nothing to compare with."""
+        self._history.append((now, done))
+        while now - self._history[0][0] > _RATE_OVER_S:
+            self._history.popleft()
+        since, before = self._history[0]
+        return (done - before) / (now - since) if now > since else None
 
 
 def provision(
@@ -65,7 +107,7 @@ def provision(
     began = time.monotonic()
     for model in required:
         progress.label = model.id
-        store.ensure(model.files, progress=progress, cancel=cancel)
+        store.ensure(model.files, model=model.id, progress=progress, cancel=cancel)
         log.info("model verified", extra={"op": "provision", "model": model.id, "files": len(model.files)})
     log.info(
         "required models verified",
@@ -77,7 +119,82 @@ def provision(
     )
 
 
+class SeenFiles:
+    """The store for jobs: what has to come for one is shown as it is at the start.
+
+    Args:
+        on_status: gets the status lines.
+        on_end: called when the files of a job are there, or will not be, after lines were shown.
+    """
+
+    def __init__(self, store: Store, on_status: Callable[[str], None], on_end: Callable[[], None]) -> None:
+        self._store = store
+        self._on_status = on_status
+        self._on_end = on_end
+
+    @contextlib.contextmanager
+    def taken(
+        self,
+        model: str,
+        files: Iterable[ModelFile],
+        *,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[tuple[LocalFile, ...]]:
+        """As :meth:`Store.taken`."""
+        lines = 0
+
+        def show(line: str) -> None:
+            nonlocal lines
+            lines += 1
+            self._on_status(line)
+
+        seen = ProvisionProgress(show, lambda: None)
+        seen.label = model
+
+        def moved(done: int, total: int | None) -> None:
+            seen(done, total)
+            if progress is not None:
+                progress(done, total)
+
+        with contextlib.ExitStack() as held:
+            try:
+                taken = self._store.taken(model, files, progress=moved, cancel=cancel)
+                local = held.enter_context(taken)
+            finally:
+                if lines:
+                    self._on_end()
+            yield local
+
+
+def show_bytes(count: float) -> str:
+    """``7.3 GB``, ``38 MB``: a size or a rate for people."""
+    unit = next((each for each in ("GB", "MB") if count >= _UNITS[each]), "kB")
+    value = count / _UNITS[unit]
+    return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+
+
+_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+
+
+def show_duration(seconds: float) -> str:
+    """``50 s``, ``1 min 50 s``, ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def _share(done: int, total: int | None) -> str:
     if not total:
-        return f"{done / 1e6:.1f} MB"
-    return f"{100 * done // total}% of {total / 1e6:.1f} MB"
+        return show_bytes(done)
+    return f"{min(100, 100 * done // total)}% of {show_bytes(total)}"
+
+
+def _speed(rate: float | None, done: int, total: int | None) -> str:
+    if not rate:
+        return ""
+    left = "" if total is None else f", {show_duration(max(0, total - done) / rate)} left"
+    return f", {show_bytes(rate)}/s{left}"

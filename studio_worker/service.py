@@ -24,9 +24,8 @@ from studio_worker.engine import default_router
 from studio_worker.errors import StudioWorkerError
 from studio_worker.lock import state_lock
 from studio_worker.notify import Notifier, watchdog_interval_s
-from studio_worker.provision import ProvisionProgress, provision
+from studio_worker.provision import ProvisionProgress, SeenFiles, open_store, provision
 from studio_worker.spool import JobInHand, Outbox
-from studio_worker.store import Store
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.delivery import Courier
 from studio_worker.studio.desk import Desk
@@ -75,6 +74,7 @@ class Service:
         self._settings = settings = loaded.settings
         self._required = loaded.required
         self._notifier = Notifier()
+        self._state = ""
         self._stop = threading.Event()
         self._ended = threading.Event()
         self._stages: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
@@ -96,7 +96,7 @@ class Service:
         shipping = logs.ShippingBuffer()
         logging.getLogger().addHandler(shipping)
         self._engines = default_router(self._device.name)
-        self._store = Store(settings.models.root, policy)
+        self._store = open_store(loaded, policy)
         self._in_hand = JobInHand(settings.state.dir / "spool")
         self._outbox = Outbox(settings.state.dir / "outbox")
         self._desk = Desk()
@@ -108,7 +108,7 @@ class Service:
             capabilities=self._capabilities,
             uploading=lambda: self._courier.uploading,
             on_redelivery=self._outbox.wake,
-            on_state=lambda state: self._notifier.status(f"ready, {state}"),
+            on_state=self._say_ready,
             shipping=shipping,
             reconnect_attempts=settings.studio.reconnect_attempts,
         )
@@ -124,12 +124,12 @@ class Service:
             api,
             IdentityFile(settings.state.dir / "identity.json"),
             self._capabilities,
-            on_waiting=lambda line: self._notifier.status(f"ready, {line}"),
+            on_waiting=self._say_ready,
             stop=self._stop,
         )
         self._worker = Worker(
             source=self._session,
-            files=self._store,
+            files=SeenFiles(self._store, self._notifier.status, self._say_ready),
             engines=self._engines,
             in_hand=self._in_hand,
             results=self._outbox,
@@ -171,6 +171,7 @@ class Service:
     # --- before READY ---
 
     def _recover(self) -> None:
+        self._store.clean_staging()
         job_id = self._in_hand.recover()
         if job_id is not None:
             log.warning(
@@ -197,6 +198,11 @@ class Service:
         if error is not None:
             raise error
         return True
+
+    def _say_ready(self, state: str | None = None) -> None:
+        """The status line is what it was again, or ``state`` from now."""
+        self._state = state or self._state
+        self._notifier.status(f"ready, {self._state}" if self._state else "ready")
 
     # --- threads ---
 

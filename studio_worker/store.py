@@ -10,48 +10,40 @@ may use one folder at once.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
-import json
 import logging
-import os
-import shutil
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from studio_worker.download import Policy, Progress, ensure_file, hash_file
+from studio_worker.checking import Checked as Checked
+from studio_worker.checking import OnDamage, check_file
+from studio_worker.download import Policy, Progress
 from studio_worker.errors import StoreError
-from studio_worker.files import fsync_directory, remove_temporaries, write_atomic
-from studio_worker.logs import safe_url
+from studio_worker.fetching import Fetcher
+from studio_worker.files import fsync_directory, make_folder, own_like_folder
+from studio_worker.ledger import Ledger, Verified, content_key, file_name, is_verified
+from studio_worker.leftovers import find_staging, find_strangers, remove_abandoned, remove_staging
 from studio_worker.models import LocalFile, ModelFile
-from studio_worker.staging import kept_bytes, staging_key
+from studio_worker.pool import FileWatch, Tally
+from studio_worker.space import SPARE_BYTES, Removal, Space
+from studio_worker.staging import staging_key
 
 log = logging.getLogger(__name__)
 
-_SPARE_BYTES = 256 * 1024 * 1024
-"""Kept free on the disk beyond what a download needs."""
-
 
 @dataclass(frozen=True)
-class Verified:
-    """A ledger entry: what the file looked like when it was last verified."""
+class Pruned:
+    """What ``models prune`` removes (or would): on-demand models and downloads nobody goes on with.
 
-    size: int
-    mtime_ns: int
-    inode: int
-    sha256: str
-    url: str
+    ``strangers`` are files that it does not know and leaves alone.
+    """
 
-
-@dataclass(frozen=True)
-class Checked:
-    """One line of ``models verify``; ``state`` is ``verified`` or ``damaged`` or ``missing``."""
-
-    path: Path
-    state: str
-    size_bytes: int
+    models: tuple[Removal, ...]
+    staging_bytes: int
+    strangers: tuple[Path, ...]
 
 
 class Store:
@@ -60,213 +52,210 @@ class Store:
     Args:
         root: made where missing.
         policy: how patient downloads are, and which addresses they may use.
+        required: files that are never removed to make room.
+        budget_bytes: how much all files together may be long; ``None`` = no limit.
+        spare_bytes: kept free on the disk beyond what a download needs.
+        clock: seconds since the epoch, for the last use of models.
     """
 
-    def __init__(self, root: Path, policy: Policy | None = None) -> None:
-        self._root = root
-        self._policy = policy or Policy()
+    def __init__(
+        self,
+        root: Path,
+        policy: Policy | None = None,
+        *,
+        required: Iterable[ModelFile] = (),
+        budget_bytes: int | None = None,
+        spare_bytes: int = SPARE_BYTES,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.root = root
         self._staging = root / ".staging"
-        self._ledger_path = root / "ledger.json"
-        with _store_errors(root):
-            root.mkdir(parents=True, exist_ok=True)
-            with self._ledger_locked():
-                remove_temporaries(root)
-                self._ledger = self._read_ledger()
+        self._required = tuple(required)
+        self._clock = clock
+        with store_errors(root):
+            make_folder(root)
+            self._ledger = Ledger(root)
+        self._space = Space(
+            root, self._ledger, required=self._required, budget_bytes=budget_bytes, spare_bytes=spare_bytes
+        )
+        self._fetcher = Fetcher(root, self._ledger, self._space, policy or Policy())
 
     def ensure(
         self,
         files: Iterable[ModelFile],
         *,
+        model: str | None = None,
         progress: Progress | None = None,
+        watch: FileWatch | None = None,
         cancel: threading.Event | None = None,
     ) -> tuple[LocalFile, ...]:
-        """Every one of ``files`` on disk and verified; what is missing is downloaded.
+        """Every one of ``files`` on disk and verified; what is missing is downloaded, several at once.
+
+        Args:
+            model: the model that they are; it is noted with them.
+            progress: gets the sum of what is fetched or read.
+            watch: gets each file by itself.
 
         Raises:
             DownloadError: a file could not be fetched or does not match its hash.
-            StoreError: the disk has not enough room, or cannot be read or written.
+            StoreError: the disk or the budget has not enough room, or the disk cannot be read or written.
         """
         wanted = list(files)
-        with _store_errors(self._root):
-            self._check_space(wanted)
-            return tuple(self._ensure_one(file, progress, cancel) for file in wanted)
+        with store_errors(self.root), self._space.holding(map(content_key, wanted)):
+            return self._ensure_held(wanted, model, progress, watch, cancel)
+
+    @contextlib.contextmanager
+    def taken(
+        self,
+        model: str,
+        files: Iterable[ModelFile],
+        *,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[tuple[LocalFile, ...]]:
+        """As :meth:`ensure`, for a job: a use of ``model`` is noted, and no process removes it meanwhile."""
+        wanted = list(files)
+        with contextlib.ExitStack() as held:
+            with store_errors(self.root):
+                held.enter_context(self._space.holding(map(content_key, wanted)))
+                local = self._ensure_held(wanted, model, progress, None, cancel)
+            try:
+                self._ledger.note_use(model, [file_name(file) for file in wanted], self._clock())
+            except OSError as error:  # a full disk: the job itself can be done
+                log.warning("use of a model not noted", extra={"op": "store", "error": str(error)})
+            yield local
 
     def is_verified(self, file: ModelFile) -> bool:
         """Whether ``file`` is on disk, unchanged since it was verified. Reads no content."""
-        entry = self._ledger.get(_name(file))
-        return (
-            entry is not None
-            and file.sha256 in {None, entry.sha256}
-            and _is_unchanged(self.path(file), entry)
-        )
+        return is_verified(self._ledger, file)
 
     def path(self, file: ModelFile) -> Path:
         """Where ``file`` is, or would be."""
-        return self._root / _content(file) / file.filename
+        return self.root / file_name(file)
+
+    def entries(self) -> dict[str, Verified]:
+        """What the ledger knows, by the files' names below the folder."""
+        with store_errors(self.root):
+            return self._ledger.reload()
 
     def shortfall_bytes(self, files: Iterable[ModelFile]) -> int:
-        """How many bytes of disk are missing to fetch what of ``files`` is not here yet; 0 = enough."""
-        missing = self._missing_bytes(files)
-        if not missing:
-            return 0
-        return max(0, missing + _SPARE_BYTES - shutil.disk_usage(self._root).free)
+        """How many bytes are missing to fetch what of ``files`` is not here yet; 0 = enough.
 
-    def verify(self, progress: Progress | None = None) -> Iterator[Checked]:
-        """Read every file of the ledger and compare; what is damaged is removed, to be fetched anew.
+        What on-demand models take that may be removed for it is not missing.
+        """
+        return self._space.shortfall_bytes(files)
+
+    def verify(
+        self, progress: Progress | None = None, *, on_damage: OnDamage = "remove"
+    ) -> Iterator[Checked]:
+        """Read every file of the ledger and compare.
+
+        Args:
+            on_damage: ``remove`` what is damaged, to be fetched anew when it is needed; ``repair`` it now
+                from where it came; or ``leave`` everything as it is.
 
         Raises:
             StoreError: the folder cannot be written.
         """
-        for name, entry in sorted(self._ledger.copy().items()):
-            path = self._root / name
-            with _store_errors(self._root):
-                checked = self._verify_one(name, path, entry, progress)
+        urls = {file_name(file): file.url for file in self._required}
+        for name, entry in sorted(self._ledger.entries.items()):
+            with store_errors(self.root), self._space.holding([name.partition("/")[0]]):
+                checked = check_file(
+                    self.root,
+                    self._ledger,
+                    name,
+                    entry,
+                    progress=progress,
+                    on_damage=on_damage,
+                    fetch_again=partial(
+                        self._fetcher.fetch_again, name, entry, urls.get(name, entry.url), progress
+                    ),
+                )
             yield checked
 
-    def _verify_one(self, name: str, path: Path, entry: Verified, progress: Progress | None) -> Checked:
-        if not path.is_file():
-            self._forget(name)
-            return Checked(path, "missing", 0)
-        try:
-            is_right = hash_file(path, progress=progress) == entry.sha256
-        except OSError:  # the disk cannot read it back
-            is_right = False
-        if is_right:
-            self._remember(name, path, entry.sha256, entry.url)
-            return Checked(path, "verified", entry.size)
-        self._forget(name)
-        path.unlink(missing_ok=True)
-        return Checked(path, "damaged", entry.size)
+    def prune(self, *, dry_run: bool = False) -> Pruned:
+        """Remove the on-demand models that nobody holds, and downloads that nobody goes on with.
 
-    def _ensure_one(
-        self, file: ModelFile, progress: Progress | None, cancel: threading.Event | None
-    ) -> LocalFile:
-        path = self.path(file)
-        self._drop_changed(file, progress, cancel)
-        if not self.is_verified(file) and not self._link_twin(file):
-            ensure_file(
-                path.parent,
-                file,
-                staging=self._staging,
-                progress=progress,
-                cancel=cancel,
-                policy=self._policy,
-            )
-            sha256 = file.sha256 or hash_file(path, progress=progress, cancel=cancel)
-            self._remember(_name(file), path, sha256, safe_url(file.url))
-        return LocalFile(file.role, path, _content(file))
+        What has come of a required model's files is kept for a while.
+        """
+        with store_errors(self.root):
+            removals = self._space.removals()
+            going = [each for each in removals if dry_run or self._space.remove(each, "prune")]
+            kept = {staging_key(file.url, file.sha256) for file in self._required}
+            staged = [each for each in find_staging(self._staging) if each.key not in kept]
+            freed = sum(each.size_bytes for each in staged if dry_run or remove_staging(each))
+            if not dry_run:
+                self.clean_staging()
+                gone = [name for name in self._ledger.entries if not (self.root / name).exists()]
+                if gone:
+                    self._ledger.forget(*gone)
+            known = {*self._ledger.entries, *(file_name(file) for file in self._required)}
+            return Pruned(tuple(going), freed, tuple(find_strangers(self.root, known)))
 
-    def _drop_changed(
-        self, file: ModelFile, progress: Progress | None, cancel: threading.Event | None
-    ) -> None:
-        """Remove a file whose source names no hash and which is not what the ledger once verified."""
-        path = self.path(file)
-        entry = self._ledger.get(_name(file))
-        if file.sha256 is not None or entry is None or not path.is_file() or self.is_verified(file):
-            return
-        if hash_file(path, progress=progress, cancel=cancel) != entry.sha256:
-            log.warning("cached file is damaged", extra={"op": "store", "dest": str(path)})
-            path.unlink(missing_ok=True)
+    def clean_staging(self) -> None:
+        """Remove the bytes of downloads that nobody has gone on with for two weeks."""
+        with store_errors(self.root):
+            remove_abandoned(self._staging)
 
-    def _link_twin(self, file: ModelFile) -> bool:
-        """Whether the same content was here under another name; it has this one too then."""
-        path = self.path(file)
-        twin = self._twin(file)
-        if twin is None or path.exists():
-            return False
-        try:
-            os.link(twin, path)
-        except OSError:  # a file system without hard links: it is fetched a second time
-            return False
-        fsync_directory(path.parent)
-        self._remember(
-            _name(file), path, self._ledger[str(twin.relative_to(self._root))].sha256, safe_url(file.url)
-        )
-        return True
-
-    def _twin(self, file: ModelFile) -> Path | None:
-        """A verified file of the same content under another name."""
-        for name, entry in self._ledger.copy().items():
-            path = self._root / name
-            if path.parent == self.path(file).parent and _is_unchanged(path, entry):
-                return path
-        return None
-
-    def _missing_bytes(self, files: Iterable[ModelFile]) -> int:
-        """What has yet to be fetched, as far as sizes are declared; bytes that wait in staging are not."""
-        missing: dict[str, int] = {}
-        for file in files:
-            path = self.path(file)
-            if file.approx_bytes is None or self.is_verified(file) or path.is_file() or self._twin(file):
-                continue
-            here = kept_bytes(self._staging, staging_key(file.url, file.sha256))
-            missing[_content(file)] = max(0, file.approx_bytes - here)
-        return sum(missing.values())
-
-    def _check_space(self, files: list[ModelFile]) -> None:
-        if short := self.shortfall_bytes(files):
-            need = self._missing_bytes(files)
-            raise StoreError(
-                f"{self._root} needs {need / 1e9:.1f} GB more and {short / 1e9:.1f} GB of it are missing; "
-                "free some space or set another [models] root"
-            )
-
-    # --- the ledger ---
-
-    def _remember(self, name: str, path: Path, sha256: str, url: str) -> None:
-        stat = path.stat()
-        self._change(name, Verified(stat.st_size, stat.st_mtime_ns, stat.st_ino, sha256, url))
-
-    def _forget(self, name: str) -> None:
-        self._change(name, None)
-
-    def _change(self, name: str, entry: Verified | None) -> None:
-        """Change one entry, and learn what other processes have written since."""
-        with self._ledger_locked():
-            ledger = self._read_ledger()
-            ledger.pop(name, None)
-            if entry is not None:
-                ledger[name] = entry
-            text = json.dumps({name: asdict(entry) for name, entry in ledger.items()}, indent=1)
-            write_atomic(self._ledger_path, text.encode(), mode=0o644)
-            self._ledger = ledger
+    def holds(self, name: str, sha256: str) -> bool:
+        """Whether the file ``name`` is here, verified to hash to ``sha256``. Reads no content."""
+        entry = self._ledger.get(name)
+        return entry is not None and entry.sha256 == sha256 and self._ledger.is_unchanged(name)
 
     @contextlib.contextmanager
-    def _ledger_locked(self) -> Iterator[None]:
-        with (self._root / ".ledger.lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    def holding(self, names: Iterable[str]) -> Iterator[None]:
+        """While this lasts no process removes the files ``names``."""
+        with self._space.holding(name.partition("/")[0] for name in names):
             yield
 
-    def _read_ledger(self) -> dict[str, Verified]:
-        try:
-            raw = json.loads(self._ledger_path.read_text())
-            return {name: Verified(**entry) for name, entry in raw.items()}
-        except FileNotFoundError:
-            return {}
-        except (ValueError, TypeError, AttributeError):
-            # Nothing is lost: what stands in no ledger is hashed again.
-            log.warning("ledger is unreadable", extra={"op": "store", "path": str(self._ledger_path)})
-            return {}
+    def adopt(self, name: str, temporary: Path, sha256: str, url: str, models: Iterable[str]) -> None:
+        """Give ``temporary``, which the caller has verified to hash to ``sha256``, the name ``name``."""
+        path = self.root / name
+        with self.holding([name]):
+            own_like_folder(temporary)
+            temporary.replace(path)
+            fsync_directory(path.parent)
+            self._ledger.remember(name, sha256, url, dict.fromkeys(models, self._clock()))
 
+    def make_room(self, files: Iterable[ModelFile]) -> None:
+        """Remove on-demand models until ``files`` have room.
 
-def _content(file: ModelFile) -> str:
-    return file.sha256 or "url-" + hashlib.sha256(file.url.encode()).hexdigest()
+        Raises:
+            StoreError: that is not enough.
+        """
+        self._space.make_room(files)
 
+    # --- one call of ensure ---
 
-def _name(file: ModelFile) -> str:
-    return f"{_content(file)}/{file.filename}"
+    def _ensure_held(
+        self,
+        wanted: list[ModelFile],
+        model: str | None,
+        progress: Progress | None,
+        watch: FileWatch | None,
+        cancel: threading.Event | None,
+    ) -> tuple[LocalFile, ...]:
+        missing = [file for file in wanted if not self.is_verified(file)]
+        if watch is not None:
+            for file in (each for each in wanted if each not in missing):
+                watch.verified(file, self.path(file).stat().st_size)
+        if missing:
+            self._space.make_room(wanted)
+            tally = Tally(missing, progress, watch)
+            self._fetcher.fetch(missing, wanted, tally, cancel)
+            self._space.trim()
+        if model is not None:
+            new = [name for name in map(file_name, wanted) if model not in self._models_of(name)]
+            self._ledger.note_use(model, new, self._clock())
+        return tuple(LocalFile(file.role, self.path(file), content_key(file)) for file in wanted)
 
-
-def _is_unchanged(path: Path, entry: Verified) -> bool:
-    try:
-        stat = path.stat()
-    except OSError:
-        return False
-    return (stat.st_size, stat.st_mtime_ns, stat.st_ino) == (entry.size, entry.mtime_ns, entry.inode)
+    def _models_of(self, name: str) -> Iterable[str]:
+        entry = self._ledger.get(name)
+        return entry.models if entry is not None else ()
 
 
 @contextlib.contextmanager
-def _store_errors(root: Path) -> Iterator[None]:
+def store_errors(root: Path) -> Iterator[None]:
     """What the file system refuses is an error of the store, with the path in its text."""
     try:
         yield

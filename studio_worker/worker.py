@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from studio_worker.engine import Engine, Inputs, Request
@@ -47,13 +48,16 @@ class JobSource(Protocol):
 class Files(Protocol):
     """Where model files come from."""
 
-    def ensure(
+    def taken(
         self,
+        model: str,
         files: Iterable[ModelFile],
         *,
         progress: Callable[[int, int | None], None] | None = None,
         cancel: threading.Event | None = None,
-    ) -> tuple[LocalFile, ...]: ...
+    ) -> AbstractContextManager[tuple[LocalFile, ...]]:
+        """Every one of ``files`` on disk; they stay there until the context ends."""
+        ...
 
 
 class Engines(Protocol):
@@ -167,25 +171,27 @@ class Worker:
 
     def _make(self, job: Job) -> tuple[Picture, dict[str, float]]:
         began = time.monotonic()
-        files = self._files.ensure(job.source.files, progress=self._moved, cancel=self._cancel_download)
-        inputs = Inputs(
-            init_image=self._fetched(job.task.init_image_url),
-            mask=self._fetched(job.task.mask_url),
-            ref_image=self._fetched(job.task.ref_image_url),
-        )
-        ready = time.monotonic()
-        request = Request(
-            job_id=job.job_id,
-            model=job.model,
-            task=job.task,
-            defaults=job.source.cli_defaults,
-            files=files,
-            inputs=inputs,
-        )
-        self._cancel.check()
-        picture = self._engines.for_source(job.source).generate(request, self._moved, self._cancel)
-        timings_s = {"wait": began - job.taken_at, "files": ready - began, **picture.timings_s}
-        return picture, timings_s
+        with self._files.taken(
+            job.model, job.source.files, progress=self._moved, cancel=self._cancel_download
+        ) as files:
+            inputs = Inputs(
+                init_image=self._fetched(job.task.init_image_url),
+                mask=self._fetched(job.task.mask_url),
+                ref_image=self._fetched(job.task.ref_image_url),
+            )
+            ready = time.monotonic()
+            request = Request(
+                job_id=job.job_id,
+                model=job.model,
+                task=job.task,
+                defaults=job.source.cli_defaults,
+                files=files,
+                inputs=inputs,
+            )
+            self._cancel.check()
+            picture = self._engines.for_source(job.source).generate(request, self._moved, self._cancel)
+            timings_s = {"wait": began - job.taken_at, "files": ready - began, **picture.timings_s}
+            return picture, timings_s
 
     def _fetched(self, url: str | None) -> bytes | None:
         return None if url is None else self._fetch(url, self._cancel_download)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -120,7 +122,8 @@ def test_help_explains_every_command(path: tuple[str, ...]) -> None:
     assert COMMANDS[path].help.splitlines()[0] in done.output
     for option in COMMANDS[path].params:
         assert getattr(option, "help", None), f"{option.name} is not explained"
-        assert option.opts[0] in done.output
+        is_argument = option.param_type_name == "argument"
+        assert (option.metavar if is_argument else option.opts[0]) in done.output
 
 
 def test_help_is_shown_where_no_command_is_given() -> None:
@@ -327,7 +330,7 @@ with state_lock(Path(sys.argv[1])):
 
 
 def test_models_list_tells_what_is_missing(folder: Path, required: Path) -> None:
-    """models list --json names every required file, its state and its place."""
+    """models list --json names every required file, its state, its size and its place."""
     done = command("models", "list", "--json", "--config", folder)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [
@@ -336,24 +339,56 @@ def test_models_list_tells_what_is_missing(folder: Path, required: Path) -> None
             "role": "model",
             "file": "a.safetensors",
             "state": "missing",
+            "size_bytes": len(WEIGHTS),
+            "required": True,
+            "last_used": None,
             "path": str(required),
         }
     ]
 
 
 def test_models_list_is_a_table_for_people(folder: Path, required: Path) -> None:
-    """models list without --json shows model, role, file and state."""
+    """models list without --json shows model, role, file, state, size, why it is kept, and its last use."""
     done = command("models", "list", "--config", folder)
-    for word in ("sample", "model", required.name, "missing"):
+    for word in ("sample", "model", required.name, "missing", "33 kB", "required", "never"):
         assert word in done.stdout
 
 
-def test_models_verify_fails_while_a_required_file_is_missing(folder: Path, required: Path) -> None:
-    """models verify counts a required file that was never fetched as missing, not as nothing to check."""
-    done = command("models", "verify", "--config", folder)
+def test_models_list_shows_on_demand_models(folder: Path, required: Path) -> None:
+    """What a job has brought, or models.d no longer names, is listed as on demand, with its last use."""
+    command("models", "pull", "--config", folder)
+    (folder / "models.d" / "sample.json").unlink()
+    (row,) = json.loads(command("models", "list", "--json", "--config", folder).stdout)
+    assert (row["model"], row["state"], row["required"]) == ("sample", "verified", False)
+    assert row["last_used"].endswith("+00:00")
+    assert row["path"] == str(required)
+
+
+def test_models_verify_only_looks_where_told_to(folder: Path, required: Path) -> None:
+    """verify --no-repair counts a required file that was never fetched as missing, and fetches nothing."""
+    done = command("models", "verify", "--no-repair", "--config", folder)
     assert done.returncode == 1
     assert f"missing          0.0 MB  {required}" in done.stdout
-    assert "models pull" in done.stdout
+    assert not required.exists()
+
+
+def damage(path: Path) -> None:
+    """Change the content of a file, but neither its size nor its time."""
+    stat = path.stat()
+    path.write_bytes(b"damaged " + WEIGHTS[8:])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_models_verify_without_repair_leaves_damage_as_it_is(folder: Path, required: Path) -> None:
+    """verify --no-repair names what is damaged, ends with status 1 and changes nothing."""
+    command("models", "pull", "--config", folder)
+    damage(required)
+    ledger = (required.parents[1] / "ledger.json").read_bytes()
+    done = command("models", "verify", "--no-repair", "--json", "--config", folder)
+    assert done.returncode == 1
+    assert [(line["path"], line["state"]) for line in json.loads(done.stdout)] == [(str(required), "damaged")]
+    assert required.read_bytes().startswith(b"damaged")
+    assert (required.parents[1] / "ledger.json").read_bytes() == ledger
 
 
 def test_models_pull_brings_what_verify_then_finds_whole(folder: Path, required: Path) -> None:
@@ -369,18 +404,112 @@ def test_models_pull_brings_what_verify_then_finds_whole(folder: Path, required:
     assert (verified.returncode, verified.stdout.splitlines()[-1]) == (0, "1 file(s) verified")
 
 
-def test_models_verify_removes_a_damaged_file(folder: Path, required: Path) -> None:
-    """verify finds damage that left size and time as they were, and the next pull mends it."""
+@pytest.mark.parametrize("still_required", [True, False])
+def test_models_verify_repairs_a_damaged_file(folder: Path, required: Path, still_required: bool) -> None:
+    """verify finds damage that left size and time as they were, and fetches the file again."""
     command("models", "pull", "--config", folder)
-    stat = required.stat()
-    required.write_bytes(b"damaged " + WEIGHTS[8:])
-    os.utime(required, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    damage(required)
+    if not still_required:
+        (folder / "models.d" / "sample.json").unlink()
+    done = command("models", "verify", "--config", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[0].startswith("repaired")
+    assert required.read_bytes() == WEIGHTS
+
+
+def test_models_verify_fetches_a_required_file_that_is_missing(folder: Path, required: Path) -> None:
+    """After verify every required file is there, also one that never was before."""
+    done = command("models", "verify", "--config", folder)
+    assert done.returncode == 0, done.stderr
+    assert required.read_bytes() == WEIGHTS
+
+
+def test_models_verify_says_what_it_could_not_repair(folder: Path, required: Path, tmp_path: Path) -> None:
+    """A damaged file whose source has gone ends with status 1 and the reason; the next try may succeed."""
+    command("models", "pull", "--config", folder)
+    damage(required)
+    mirrored = tmp_path / "mirror" / "a.safetensors"
+    mirrored.rename(tmp_path / "away")
     done = command("models", "verify", "--config", folder)
     assert done.returncode == 1
-    assert "damaged" in done.stdout.splitlines()[0]
+    assert done.stdout.splitlines()[0].startswith("damaged")
+    assert "404" in done.stdout
+    (tmp_path / "away").rename(mirrored)
+    assert command("models", "verify", "--config", folder).returncode == 0
+
+
+def test_models_pull_writes_log_lines_into_a_pipe(folder: Path, required: Path) -> None:
+    """Without a terminal pull tells its progress in log lines and draws no bar."""
+    done = command("models", "pull", "--config", folder)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert "model verified" in [line["message"] for line in lines]
+    assert "\x1b" not in done.stderr
+
+
+def test_models_pull_shows_a_bar_for_each_file_on_a_terminal(folder: Path, required: Path) -> None:
+    """On a terminal pull shows each file by its name, and says when it is verified."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "studio_worker", "models", "pull", "--config", str(folder)],
+        cwd=ROOT,
+        env=environment() | {"TERM": "xterm"},
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # a terminal that the last process has left
+            while piece := os.read(ours, 65536):
+                shown += piece
+        assert process.wait(60) == 0
+    os.close(ours)
+    assert b"a.safetensors" in shown
+    assert b"verified" in shown
+    assert b'"message"' not in shown
+
+
+def test_models_prune_tells_what_it_removes(folder: Path, required: Path) -> None:
+    """prune removes what models.d does not name; with --dry-run it only says so."""
+    command("models", "pull", "--config", folder)
+    assert command("models", "prune", "--config", folder).stdout == "0.0 kB freed\n"
+    (folder / "models.d" / "sample.json").unlink()
+    stranger = required.parents[1] / "notes.txt"
+    stranger.write_text("mine")
+
+    would = command("models", "prune", "--dry-run", "--config", folder).stdout
+    assert "would be removed: sample, 33 kB" in would
+    assert required.exists()
+
+    did = command("models", "prune", "--config", folder).stdout
+    assert did.splitlines() == [
+        "removed: sample, 33 kB",
+        f"unknown, left alone: {stranger}",
+        "33 kB freed",
+    ]
     assert not required.exists()
-    assert command("models", "pull", "--config", folder).returncode == 0
-    assert required.read_bytes() == WEIGHTS
+    assert stranger.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what others own")
+@pytest.mark.parametrize("mirror_works", [True, False])
+def test_models_pull_by_root_leaves_everything_to_the_service_user(
+    folder: Path, required: Path, tmp_path: Path, mirror_works: bool
+) -> None:
+    """What root makes in folders of the service user belongs to that user, whether the command succeeds."""
+    for name in ("models", "state"):
+        (tmp_path / name).mkdir()
+        os.chown(tmp_path / name, 65534, 65534)
+    if not mirror_works:
+        (tmp_path / "mirror" / "a.safetensors").unlink()
+
+    done = command("models", "pull", "--config", folder)
+    command("register", "--config", folder)
+
+    assert done.returncode == (0 if mirror_works else 74)
+    made = [path for name in ("models", "state") for path in (tmp_path / name).rglob("*")]
+    assert (tmp_path / "models" / ".ledger.lock") in made
+    assert (tmp_path / "state" / "identity.json") in made
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(65534, 65534)}
 
 
 def test_models_pull_ends_with_74_where_the_mirror_has_not_got_it(

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from studio_worker import config
 from studio_worker.download import Policy
 from studio_worker.errors import DownloadCancelled, DownloadError, StoreError
 from studio_worker.logs import facts
 from studio_worker.models import ModelFile, RequiredModel
-from studio_worker.provision import ProvisionProgress, provision
+from studio_worker.provision import ProvisionProgress, SeenFiles, open_store, provision, show_duration
 from studio_worker.store import Store
 from tests.servers import FileServer, ServedFile
 
@@ -69,10 +70,41 @@ def required(model_id: str, *files: ServedFile, size: int | None = None) -> Requ
 def test_progress_says_how_far_it_is(watched: Watched) -> None:
     """The status line names the model, the share and the whole, or what has come where that is unknown."""
     watched.progress(2_730_000, 6_500_000)
+    watched.progress.label = "other"
     watched.clock.now += 1
     watched.progress(3_000_000, None)
 
-    assert watched.lines == ["sample: 42% of 6.5 MB", "sample: 3.0 MB"]
+    assert watched.lines == ["downloading sample: 42% of 6.5 MB", "downloading other: 3.0 MB"]
+
+
+def test_progress_says_how_fast_it_is_and_how_long_it_takes(watched: Watched) -> None:
+    """The status line has the rate of the last seconds and the time that is left at it."""
+    watched.progress.label = "z-image"
+    total = 7_300_000_000
+    for seconds_left in (120, 115, 110):
+        watched.progress(total - seconds_left * 38_000_000, total)
+        watched.clock.now += 5
+
+    assert watched.lines[-1] == "downloading z-image: 42% of 7.3 GB, 38 MB/s, 1 min 50 s left"
+
+
+def test_progress_that_begins_anew_speaks_only_of_what_comes_again(watched: Watched) -> None:
+    """A download that starts over shows its new count, and a count that falls is no sign of life."""
+    watched.progress(5_000_000, 6_000_000)
+    watched.clock.now += 1
+    watched.progress(0, 6_000_000)
+    assert watched.advances == 1
+
+    watched.progress(1_000_000, 6_000_000)
+    assert watched.lines[-1] == "downloading sample: 16% of 6.0 MB"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.4, "0 s"), (59, "59 s"), (110, "1 min 50 s"), (7500, "2 h 5 min")]
+)
+def test_duration_is_shown_as_people_say_it(seconds: float, shown: str) -> None:
+    """Seconds, then minutes and seconds, then hours and minutes."""
+    assert show_duration(seconds) == shown
 
 
 def test_progress_speaks_once_a_second(watched: Watched) -> None:
@@ -100,6 +132,8 @@ def test_progress_logs_every_ten_seconds(watched: Watched, caplog: pytest.LogCap
         "bytes": 1000,
         "bytes_total": 2_000_000,
     }
+    assert facts(caplog.records[1])["bytes_per_s"] == 1000
+    assert facts(caplog.records[1])["left_s"] == 1989
 
 
 def test_progress_gives_no_sign_of_life_while_nothing_advances(watched: Watched) -> None:
@@ -132,7 +166,7 @@ def test_provision_fetches_every_file_of_every_model(
     told = [facts(record).get("model") for record in caplog.records if record.message == "model verified"]
     assert told == ["one", "two"]
     assert caplog.messages[-1] == "required models verified"
-    assert watched.lines[0].startswith("one: ")
+    assert watched.lines[0].startswith("downloading one: ")
 
 
 def test_provision_of_nothing_is_done(tmp_path: Path, watched: Watched) -> None:
@@ -204,3 +238,51 @@ def test_provision_can_be_stopped(server: FileServer, tmp_path: Path, watched: W
         provision(Store(tmp_path), [required("one", file)], watched.progress, stop)
 
     stopper.join()
+
+
+def test_configured_budget_and_required_models_reach_the_store(server: FileServer, tmp_path: Path) -> None:
+    """[models] budget_gb limits what jobs may bring, and what models.d names is never removed for it."""
+    wanted = required("one", server.serve("/a", b"a" * 2000), size=2000)
+    (tmp_path / "etc" / "models.d").mkdir(parents=True)
+    (tmp_path / "etc" / "models.d" / "one.json").write_text(wanted.model_dump_json(by_alias=True))
+    (tmp_path / "etc" / "config.toml").write_text(f'[models]\nroot = "{tmp_path}/models"\nbudget_gb = 3e-6\n')
+    store = open_store(config.load(tmp_path / "etc"), QUICK)
+    store.ensure(wanted.files, model="one")
+    other = required("two", server.serve("/b", b"b" * 2000), size=2000)
+
+    with pytest.raises(StoreError, match="budget_gb"):
+        store.ensure(other.files, model="two")
+
+    assert store.prune().models == ()
+    assert store.is_verified(wanted.files[0])
+
+
+def test_files_of_a_job_are_shown_while_they_come(server: FileServer, tmp_path: Path) -> None:
+    """A model that a job brings is shown like a required one; one that is here is not mentioned."""
+    file = server.serve("/a", b"a" * 4000)
+    (wanted,) = required("one", file, size=4000).files
+    shown: list[str] = []
+    moved: list[int] = []
+    files = SeenFiles(Store(tmp_path, QUICK), shown.append, lambda: shown.append("ready"))
+
+    with files.taken("one", [wanted], progress=lambda done, total: moved.append(done)) as (local,):
+        assert local.path.read_bytes() == b"a" * 4000
+    with files.taken("one", [wanted]):
+        pass
+
+    assert shown[0].startswith("downloading one: ")
+    assert shown[-1] == "ready"
+    assert shown.count("ready") == 1
+    assert moved[-1] == 4000
+
+
+def test_files_of_a_job_that_cannot_be_had_leave_no_line_behind(server: FileServer, tmp_path: Path) -> None:
+    """After a failed download the status line is what it was."""
+    file = server.serve("/a", b"a" * 40_000, flip_at=3)
+    shown: list[str] = []
+    files = SeenFiles(Store(tmp_path, QUICK), shown.append, lambda: shown.append("ready"))
+
+    with pytest.raises(DownloadError), files.taken("one", required("one", file).files):
+        pass
+
+    assert shown[-1] == "ready"

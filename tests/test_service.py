@@ -116,6 +116,20 @@ def test_service_is_not_ready_before_the_last_file_is_verified(config: Path, tmp
     assert messages.index("required models verified") < messages.index("service ready")
 
 
+def test_service_shows_systemd_what_it_downloads(config: Path, tmp_path: Path) -> None:
+    """While a required model comes, STATUS says how far it is, and more time is asked for with it."""
+    with FileServer() as server:
+        held = server.serve("/held.safetensors", b"held" * 100_000, hold_after=200_000)
+        require(config, "large", held)
+        with service(config, tmp_path / "log") as running:
+            running.await_message("STATUS=downloading large: ", READY_S)
+            assert not any(line.startswith("READY") for line in running.messages)
+            assert any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in running.messages)
+            held.release()
+            running.await_message("READY=1", READY_S)
+            assert running.stop() == 0
+
+
 def test_service_with_a_wrong_hash_is_never_ready(config: Path, tmp_path: Path) -> None:
     """A file that is not what was required ends the start: exit status 74, and the last line says why."""
     with FileServer() as server:

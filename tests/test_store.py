@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from studio_worker.download import Policy
 from studio_worker.errors import DownloadError, StoreError
 from studio_worker.models import ModelFile
 from studio_worker.store import Store
+from tests.bench_store import large_models
 from tests.servers import FileServer, ServedFile, refused_url
 
 BODY = b"a tiny pretend model"
@@ -159,6 +161,29 @@ def test_store_trusts_a_verified_file_without_reading_it(store: Store, served: S
 
     assert local.path.read_bytes() == WRONG
     assert len(served.requests) == 1
+
+
+def test_store_checks_twenty_gigabytes_without_opening_a_file(tmp_path: Path) -> None:
+    """The start of a box with five models of 4 GB opens no model file, so it takes no time that grows."""
+    files = large_models(tmp_path, count=5, size_bytes=4_000_000_000)
+    script = """
+import json, sys
+from pathlib import Path
+from studio_worker.models import ModelFile
+from studio_worker.store import Store
+files = [ModelFile(**facts) for facts in json.loads(sys.argv[2])]
+opened = []
+sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+store = Store(Path(sys.argv[1]), required=files)
+store.clean_staging()
+store.ensure(files, model="large")
+print(json.dumps([path for path in opened if path.endswith(".gguf")]), all(map(store.is_verified, files)))
+"""
+    facts = json.dumps([asdict(file) for file in files])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), facts], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[] True\n"
 
 
 @pytest.mark.parametrize("has_hash", [True, False])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,18 @@ class NoFiles:
     def __init__(self, error: Exception | None = None) -> None:
         self._error = error
 
-    def ensure(
+    @contextlib.contextmanager
+    def taken(
         self,
+        model: str,
         files: Iterable[ModelFile],
         *,
         progress: Callable[[int, int | None], None] | None = None,
         cancel: threading.Event | None = None,
-    ) -> tuple[LocalFile, ...]:
+    ) -> Iterator[tuple[LocalFile, ...]]:
         if self._error is not None:
             raise self._error
-        return ()
+        yield ()
 
 
 class ScriptedEngine:

@@ -119,7 +119,7 @@ def _judge_content(claim: Claim, situation: Situation) -> Judgement:
     if not situation.on_demand and not situation.is_on_box(source.files):
         return Refuse(job_id, f"model {claim.model} is not on this box")
     if short := situation.shortfall_bytes(source.files):
-        return Refuse(job_id, f"the disk has {short / 1e9:.1f} GB too little for this model")
+        return Refuse(job_id, f"the models folder has {short / 1e9:.1f} GB too little room for this model")
     return Take(
         Job(
             job_id=job_id,

@@ -1,0 +1,270 @@
+"""The commands about the models on this box. What root makes with them belongs to the service's user."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from studio_worker import config, logs
+from studio_worker.cli_options import ConfigDir, Json
+from studio_worker.files import own_tree
+
+models_app = typer.Typer(no_args_is_help=True, help="The models on this box.")
+
+
+@models_app.command("list")
+def models_list(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> None:
+    """Show every model file: state, size, required or on demand, last use."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from studio_worker.provision import show_bytes
+
+    with _opened(directory) as (loaded, store):
+        rows = _rows(loaded, store)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table("model", "role", "file", "state", "size", "kept", "last use")
+    for row in rows:
+        table.add_row(
+            row["model"],
+            row["role"],
+            row["file"],
+            row["state"],
+            show_bytes(row["size_bytes"]) if row["size_bytes"] else "",
+            "required" if row["required"] else "on demand",
+            (row["last_used"] or "never").replace("T", " ").removesuffix("+00:00"),
+        )
+    Console().print(table)
+
+
+@models_app.command("pull")
+def models_pull(directory: ConfigDir = config.DEFAULT_DIR) -> None:
+    """Download and verify every required model now: a progress bar for each file, or log lines in a pipe."""
+    from studio_worker.provision import ProvisionProgress, provision
+
+    with _opened(directory) as (loaded, store):
+        if sys.stderr.isatty():
+            logs.configure("warning")
+            with _Bars() as bars:
+                for model in loaded.required:
+                    store.ensure(model.files, model=model.id, watch=bars)
+        else:
+            logs.configure("info", loaded.settings.log.format)
+            progress = ProvisionProgress(lambda _: None, lambda: None)
+            provision(store, loaded.required, progress, threading.Event())
+    typer.echo(f"{len(loaded.required)} required model(s) verified")
+
+
+@models_app.command("verify")
+def models_verify(
+    directory: ConfigDir = config.DEFAULT_DIR,
+    repair: Annotated[
+        bool, typer.Option("--repair/--no-repair", help="Fetch damaged files again, or only look.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Read every model file and compare its hash; damaged and missing ones are fetched again."""
+    from studio_worker.errors import DownloadError
+    from studio_worker.store import Checked
+
+    results: list[Checked] = []
+
+    def tell(checked: Checked) -> None:
+        results.append(checked)
+        if not as_json:
+            typer.echo(f"{checked.state:9} {checked.size_bytes / 1e6:10.1f} MB  {checked.path}")
+            if checked.error:
+                typer.echo(f"{'':9} {checked.error}")
+
+    with _opened(directory) as (loaded, store), _Bars() as bars:
+        logs.configure("error" if sys.stderr.isatty() else "warning", loaded.settings.log.format)
+        for checked in store.verify(bars.whole("reading"), on_damage="repair" if repair else "leave"):
+            tell(checked)
+        seen = {checked.path for checked in results}
+        for file in (file for model in loaded.required for file in model.files):
+            if (path := store.path(file)) in seen:  # required, and never verified here
+                continue
+            seen.add(path)
+            try:
+                if repair:
+                    store.ensure([file], progress=bars.whole("fetching"))
+                    tell(Checked(path, "repaired", path.stat().st_size))
+                else:
+                    tell(Checked(path, "missing", 0))
+            except DownloadError as error:
+                tell(Checked(path, "missing", 0, str(error)))
+    wrong = sum(not checked.is_right for checked in results)
+    if as_json:
+        shown = [{**vars(checked), "path": str(checked.path)} for checked in results]
+        typer.echo(json.dumps(shown, indent=2))
+    else:
+        typer.echo(f"{len(results) - wrong} file(s) verified")
+        if wrong:
+            cure = "see above" if repair else "`studio-worker models verify` fetches them again"
+            typer.echo(f"{wrong} file(s) damaged or missing; {cure}")
+    if wrong:
+        raise typer.Exit(1)
+
+
+@models_app.command("prune")
+def models_prune(
+    directory: ConfigDir = config.DEFAULT_DIR,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    """Remove on-demand models that are not in use, and downloads nobody goes on with."""
+    from studio_worker.provision import show_bytes
+
+    with _opened(directory) as (_, store):
+        pruned = store.prune(dry_run=dry_run)
+    would = "would be " if dry_run else ""
+    for removal in pruned.models:
+        typer.echo(f"{would}removed: {removal.model}, {show_bytes(removal.size_bytes)}")
+    if pruned.staging_bytes:
+        typer.echo(f"{would}removed: unfinished downloads, {show_bytes(pruned.staging_bytes)}")
+    for path in pruned.strangers:
+        typer.echo(f"unknown, left alone: {path}")
+    freed = pruned.staging_bytes + sum(removal.size_bytes for removal in pruned.models)
+    typer.echo(f"{show_bytes(freed)} {would}freed")
+
+
+@models_app.command("export")
+def models_export(
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="A folder, or a file that ends in .tar.")],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Which models; default: the required ones."),
+    ] = None,
+    directory: ConfigDir = config.DEFAULT_DIR,
+) -> None:
+    """Write models into a bundle, for a box without network."""
+    from studio_worker.bundles import export_bundle
+
+    with _opened(directory) as (loaded, store), _Bars() as bars:
+        manifest = export_bundle(store, dest, loaded.required, models or (), bars.of_bundle)
+    typer.echo(f"{dest}: {len(manifest.files)} file(s)")
+
+
+@models_app.command("import")
+def models_import(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A bundle: a folder or a tar file.")],
+    directory: ConfigDir = config.DEFAULT_DIR,
+) -> None:
+    """Verify a bundle's files and place them; can be repeated."""
+    from studio_worker.bundles import import_bundle
+
+    with _opened(directory) as (_, store), _Bars() as bars:
+        manifest = import_bundle(store, source, bars.of_bundle)
+    typer.echo(f"{len(manifest.files)} file(s) verified and placed")
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[tuple[config.Config, Any]]:
+    """The configuration and the models folder; what root has made there is the service user's in the end."""
+    from studio_worker.provision import open_store
+
+    loaded = config.load(directory)
+    config.check_folders(loaded.settings)
+    try:
+        yield loaded, open_store(loaded)
+    finally:
+        own_tree(loaded.settings.models.root)
+
+
+def _rows(loaded: config.Config, store: Any) -> list[dict[str, Any]]:
+    from studio_worker.ledger import file_name
+
+    entries = store.entries()
+
+    def row(model: str, role: str, name: str, state: str, size: int, *, required: bool) -> dict[str, Any]:
+        at = entries[name].models.get(model) if name in entries else None
+        return {
+            "model": model,
+            "role": role,
+            "file": name.partition("/")[2],
+            "state": state,
+            "size_bytes": size,
+            "required": required,
+            "last_used": datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds") if at else None,
+            "path": str(store.root / name),
+        }
+
+    rows = []
+    for model in loaded.required:
+        for file in model.files:
+            name = file_name(file)
+            is_verified = store.is_verified(file)
+            size = entries[name].size if is_verified else file.approx_bytes or 0
+            state = "verified" if is_verified else "missing"
+            rows.append(row(model.id, file.role, name, state, size, required=True))
+    named = {row["path"] for row in rows}
+    for name, entry in sorted(entries.items()):
+        if str(store.root / name) not in named:
+            state = "verified" if store.holds(name, entry.sha256) else "missing"
+            rows += [
+                row(model, "", name, state, entry.size, required=False) for model in entry.models or ("",)
+            ]
+    return rows
+
+
+class _Bars:
+    """One progress bar for each file, on a terminal; nothing in a pipe."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._tasks: dict[tuple[str, str], Any] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> _Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def moved(self, file: Any, done: int, total: int | None) -> None:
+        self._show(file.filename, done, total or file.approx_bytes, key=file.sha256 or file.url)
+
+    def verified(self, file: Any, size_bytes: int) -> None:
+        self._show(file.filename, size_bytes, size_bytes, "verified", key=file.sha256 or file.url)
+
+    def of_bundle(self, file: Any, done: int) -> None:
+        self._show(file.filename, done, file.size, "read" if done == file.size else "", key=file.sha256)
+
+    def whole(self, name: str) -> Callable[[int, int | None], None]:
+        """One bar for all files, one after the other."""
+        return lambda done, total: self._show(name, done, total)
+
+    def _show(self, name: str, done: int, total: int | None, state: str = "", *, key: str = "") -> None:
+        with self._lock:
+            if (name, key) not in self._tasks:
+                self._tasks[name, key] = self._bars.add_task(name, total=total, state="")
+            self._bars.update(self._tasks[name, key], completed=done, total=total, state=state)
