@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
 from studio_worker.studio.wire import SUBPROTOCOL
@@ -90,7 +92,8 @@ class Conversation:
             if frame["type"] == wanted:
                 return frame
             if frame["type"] == "heartbeat":
-                self.send(type="heartbeatAck")
+                with contextlib.suppress(ConnectionClosed):  # it may be closing by now
+                    self.send(type="heartbeatAck")
 
     def send(self, **frame: Any) -> None:
         self.send_raw(json.dumps(frame))
