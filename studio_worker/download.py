@@ -85,7 +85,12 @@ def download_file(
     facts["elapsed_ms"] = _elapsed_ms(started)
     log.info(
         "download done",
-        extra={**facts, "bytes": length, "resumed_from": attempts.resumed_from, "connections": 1},
+        extra={
+            **facts,
+            "bytes": length,
+            "resumed_from": attempts.resumed_from,
+            "connections": attempts.connections,
+        },
     )
     return dest
 
@@ -106,7 +111,7 @@ def _run_held(attempts: Attempts, staging: Path) -> int:
             try:
                 return attempts.run(staged)
             except (DownloadError, OSError):
-                if not staged.length or not attempts.may_resume(staged):
+                if not staged.kept or not attempts.may_resume(staged):
                     staged.drop()
                 raise
     except OSError as error:

@@ -190,7 +190,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(416, {"Content-Range": f"bytes */{whole}", "Content-Length": "0"})
             return
         first = start or 0
-        last = whole if start is None or file.range_cap is None else min(whole, first + file.range_cap)
+        last = whole if start is None else self._end_byte(file)
+        if start is not None and file.range_cap is not None:
+            last = min(last, first + file.range_cap)
         if start is not None and file.bare_ranges:
             headers = dict(file.extra_headers)
         if start is not None:
@@ -214,6 +216,11 @@ class _Handler(BaseHTTPRequestHandler):
         if condition is not None and condition not in {headers.get("ETag"), headers.get("Last-Modified")}:
             return None
         return int(asked.removeprefix("bytes=").partition("-")[0])
+
+    def _end_byte(self, file: ServedFile) -> int:
+        """Behind the last byte that was asked for."""
+        last = self.headers.get("Range", "").partition("-")[2]
+        return min(int(last) + 1, len(file.content)) if last else len(file.content)
 
     def _send_body(self, file: ServedFile, body: bytes) -> None:
         end = len(body) if file.drop_after is None else min(len(body), file.drop_after)

@@ -21,8 +21,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
         "__init__ errors sample_model",
-        "files logs notify models lock config_files",
-        "jobs required staging transport",
+        "files logs notify models lock config_files spans policy pace formats",
+        "jobs required staging request",
+        "transport",
+        "line",
+        "ranges",
         "attempts config device spool",
         "download",
         "store",
@@ -65,7 +68,7 @@ LIBRARIES = {
     "gguf": {"engine"},
     "websockets": {"studio.session", "studio.endings"},  # endings only names its exceptions
     "sdnotify": {"notify"},
-    "requests": {"transport", "studio.api"},
+    "requests": {"transport", "request", "studio.api"},
     "starlette": {"local_studio"},
     "uvicorn": {"local_studio"},
     "typer": {"cli"},
