@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused
+from studio_worker.formats import header_problem, impostor
 from studio_worker.line import FileChanged
 from studio_worker.logs import safe_url
 from studio_worker.ranges import PARALLEL_BYTES, Ranges
@@ -201,9 +202,14 @@ class Attempts:
         if self.size not in {None, staged.length}:
             raise self._size_error(staged.length, self.size)
         if self.sha256 not in {None, digest := staged.hexdigest()}:
+            what = impostor(staged.path)
             raise DownloadError(
-                "sha256 mismatch", f"GET {self.name}: sha256 mismatch: {digest} instead of {self.sha256}"
+                "sha256 mismatch",
+                f"GET {self.name}: sha256 mismatch: "
+                + (f"this is {what}" if what else f"{digest} instead of {self.sha256}"),
             )
+        if self.sha256 is None and (problem := header_problem(staged.path, self.dest.name)):
+            raise DownloadError("size mismatch", f"GET {self.name}: size mismatch: {problem}")
         staged.commit(self.dest)
         return staged.length
 
