@@ -123,15 +123,13 @@ def models_pull(directory: ConfigDir = config.DEFAULT_DIR) -> None:
     """Download and verify every required model now, with a progress bar on a terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from studio_worker.download import Policy
+    from studio_worker.reach import policy_from
     from studio_worker.store import Store
 
     loaded = config.load(directory)
     config.check_folders(loaded.settings)
     logs.configure("warning")
-    store = Store(
-        loaded.settings.models.root, Policy(allow_insecure=loaded.settings.models.allow_insecure_urls)
-    )
+    store = Store(loaded.settings.models.root, policy_from(loaded.settings))
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
         for model in loaded.required:

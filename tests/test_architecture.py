@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "line",
         "ranges",
         "attempts config device spool",
-        "download",
+        "download reach",
         "store",
         "provision engine studio",
         "worker local_studio",

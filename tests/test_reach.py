@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from studio_worker.config import ModelsSection, Settings
 from studio_worker.download import Policy, download_file
-from studio_worker.errors import DownloadError
+from studio_worker.errors import ConfigError, DownloadError
 from studio_worker.logs import facts
 from studio_worker.policy import Limit
+from studio_worker.reach import policy_from
 from tests.servers import FileServer, refused_url
 
 BODY = b"a tiny pretend model" * 1000
@@ -169,3 +171,78 @@ def test_download_with_a_limit_is_whole(server: FileServer, tmp_path: Path) -> N
 
     policy = quick(limit=Limit(40_000_000))
     assert download_file(file.url, tmp_path / "m.bin", sha256=file.sha256, policy=policy).is_file()
+
+
+# --- from the configuration ---
+
+
+def settings(**models: object) -> Settings:
+    return Settings(models=ModelsSection.model_validate(models))
+
+
+def test_policy_holds_what_the_configuration_says(tmp_path: Path) -> None:
+    """Every key that concerns downloads arrives in their policy."""
+    bundle = tmp_path / "ca.pem"
+    bundle.touch()
+
+    policy = policy_from(
+        settings(
+            allow_insecure_urls=True,
+            max_connections=4,
+            download_limit_mb_s=2.5,
+            mirrors={"https://a.example/": "https://b.example/a/"},
+            ca_bundle=bundle,
+            proxy="http://proxy.example:3128",
+        )
+    )
+
+    assert policy.allow_insecure
+    assert policy.max_connections == 4
+    assert policy.limit is not None
+    assert policy.limit.bytes_per_s == 2_500_000
+    assert policy.ways("https://a.example/m") == ("https://b.example/a/m", "https://a.example/m")
+    assert (policy.ca_bundle, policy.proxy) == (bundle, "http://proxy.example:3128")
+
+
+def test_tokens_come_from_credentials_and_from_a_private_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token is a file named after its host; systemd's credential comes before the folder's."""
+    folder, credentials = tmp_path / "tokens", tmp_path / "credentials"
+    for place, host, token in (
+        (folder, "One.example", "first"),
+        (folder, "two", "x"),
+        (credentials, "two", "y"),
+    ):
+        place.mkdir(exist_ok=True)
+        (place / f"download-token.{host}").write_text(f"{token}\n")
+        (place / f"download-token.{host}").chmod(0o600)
+    (folder / "README").write_text("not a token")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(credentials))
+
+    assert policy_from(settings(token_dir=folder)).tokens == {"one.example": "first", "two": "y"}
+
+
+@pytest.mark.parametrize("fault", ["readable", "two lines", "no folder", "no bundle"])
+def test_configuration_of_downloads_that_cannot_be_used_is_refused(tmp_path: Path, fault: str) -> None:
+    """A token that others can read, or none, and files that are missing are told at the start."""
+    token = tmp_path / "download-token.example"
+    token.write_text(f"{TOKEN}\n{TOKEN}" if fault == "two lines" else TOKEN)
+    token.chmod(0o644 if fault == "readable" else 0o600)
+    keys = {
+        "no folder": {"token_dir": tmp_path / "none"},
+        "no bundle": {"ca_bundle": tmp_path / "none"},
+    }.get(fault, {"token_dir": tmp_path})
+
+    with pytest.raises(ConfigError) as failure:
+        policy_from(settings(**keys))
+
+    assert failure.value.key.startswith("models.")
+    assert TOKEN not in str(failure.value)
+
+
+@pytest.mark.parametrize("keys", [{"mirrors": {"a": "https://b/"}}, {"proxy": "proxy:3128"}])
+def test_addresses_of_mirrors_and_proxies_are_checked(keys: dict[str, object]) -> None:
+    """A mirror or proxy that is no address is a fault of the configuration."""
+    with pytest.raises(ValueError, match="URL"):
+        settings(**keys)
