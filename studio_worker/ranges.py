@@ -23,7 +23,7 @@ from studio_worker.transport import Body, UnwantedStatus
 PARALLEL_BYTES = 16 * 1024 * 1024
 """What is smaller is fetched by one connection, as a plain stream."""
 
-_TICK_S = 0.05
+_TICK_S = 0.02
 _HASH_TICK_S = 0.005
 _LARGEST_PIECE = 32 * 1024 * 1024
 _SMALLEST_PIECE = 4 * 1024 * 1024
