@@ -25,7 +25,7 @@ SHA256 = hashlib.sha256(LARGE).hexdigest()
 QUICK = Policy(connect_s=5, stall_s=5, delays_s=(0.0, 0.0, 0.0))
 PACE = 6_000_000
 """Bytes a second of one connection, where a test wants several of them."""
-KILLS = int(os.environ.get("STUDIO_WORKER_TEST_KILLS", "8"))
+KILLS = int(os.environ.get("DOWNLOAD_TEST_KILLS", "8"))
 
 CHILD = """
 import sys
