@@ -28,6 +28,7 @@ lint: $(STAMP) ## ruff and mypy --strict
 
 bench: $(STAMP) ## Measure, beside a peer in the same run; prints ratios
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench_download
 
 check: lint test ## lint and test
 

@@ -6,12 +6,14 @@ the final hash covers them, or the server says that they are still those of its 
 
 from __future__ import annotations
 
-import email.utils
 import threading
 from pathlib import Path
 
 from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused
+from studio_worker.formats import header_problem, impostor
+from studio_worker.line import FileChanged
 from studio_worker.logs import safe_url
+from studio_worker.ranges import PARALLEL_BYTES, Ranges
 from studio_worker.staging import Origin, Progress, Staged, boot_id
 from studio_worker.transport import Answer, Policy, UnwantedStatus
 
@@ -47,8 +49,11 @@ class Attempts:
         self.progress = progress
         self.cancel = cancel
         self.policy = policy
+        self.most_connections = policy.max_connections
         self.resumed_from = 0
         """How many bytes of an earlier call are in the file."""
+        self.connections = 1
+        """The largest number of connections that were used at once."""
         self.is_doubtful = False
         """Whether bytes of several answers, or of one without a length, are put together."""
 
@@ -56,10 +61,10 @@ class Attempts:
         """Try until the file is whole, nothing new comes any more, or another try would not help."""
         if self.may_resume(staged, in_new_process=True):
             staged.hash_kept(self.progress)
-            self.resumed_from = staged.length
+            self.resumed_from = staged.kept
         else:
             staged.discard()
-        most = staged.length
+        most = staged.kept
         fresh_starts = 0
         delays = iter(self.policy.delays_s)
         worst: DownloadError | None = None
@@ -76,16 +81,17 @@ class Attempts:
                     if not is_first:
                         raise
                     fresh_starts, most = _FRESH_STARTS, 0
+                    self.most_connections = 1
                     continue
                 if not _is_passing(error):
                     raise
                 # A broken body says more than the refused connection that may follow it.
                 if worst is None or error.reason == "streaming body":
                     worst = error
-                if staged.length < most and fresh_starts < _FRESH_STARTS:
+                if staged.kept < most and fresh_starts < _FRESH_STARTS:
                     fresh_starts, most = fresh_starts + 1, 0
-                if staged.length > most:
-                    most = staged.length
+                if staged.kept > most:
+                    most = staged.kept
                     delays = iter(self.policy.delays_s)
                 delay = next(delays, None)
                 if delay is None:
@@ -98,30 +104,57 @@ class Attempts:
         """One request; returns the length of the verified, renamed file."""
         if not self.may_resume(staged) or (self.size is not None and staged.length > self.size):
             self._discard(staged)
-        have = staged.length
-        self.is_doubtful = have > 0
+        have, until = staged.length, staged.gap_end()
+        is_partial = self.is_doubtful = staged.kept > 0
         known = self._known(staged)
-        headers = {"Range": f"bytes={have}-"} if have else {}
-        if have and known.validator:
+        headers = {"Range": f"bytes={have}-{'' if until is None else until - 1}"} if is_partial else {}
+        if is_partial and known.validator:
             headers["If-Range"] = known.validator
         with Answer(self.url, headers, self.policy, self.cancel) as answer:
-            if answer.status == 416 and have:
+            if answer.status == 416 and is_partial:
                 return self._finish_unsatisfiable(staged, answer)
-            if answer.status == 206 and have:
+            if answer.status == 206 and is_partial:
                 total = self._continued_total(staged, answer)
             elif answer.status == 200:
-                if have:
+                if is_partial:
                     self._discard(staged)
                     self.is_doubtful = False
+                    until = None
                 total = answer.length
             else:
                 raise answer.unwanted()
             if None not in {total, self.size} and total != self.size:
                 raise self._size_error(total, self.size)
             # An answer to If-Range need not repeat the validator that it confirms.
-            validator = _validator(answer) or (known.validator if answer.status == 206 else None)
+            validator = answer.validator or (known.validator if answer.status == 206 else None)
             staged.note(Origin(self.name, validator, total, boot_id()))
+            if total is not None and (staged.is_split or total - staged.kept >= PARALLEL_BYTES):
+                return self._receive_ranges(staged, answer, total, until or total)
             return self._receive(staged, answer, total)
+
+    def _receive_ranges(self, staged: Staged, answer: Answer, total: int, until: int) -> int:
+        """Large files: in place, over as many connections as are of use."""
+        validator = self._known(staged).validator
+        is_single = answer.headers.get("Accept-Ranges", "").lower() == "none" or not self.may_resume(staged)
+        ranges = Ranges(
+            staged,
+            url=self.url,
+            total=total,
+            validator=validator,
+            policy=self.policy,
+            cancel=self.cancel,
+            progress=self.progress,
+            most=1 if is_single else self.most_connections,
+        )
+        try:
+            ranges.receive(answer.detach(), staged.length, until)
+        except FileChanged:
+            self._discard(staged)
+            raise
+        finally:
+            self.connections = max(self.connections, ranges.largest)
+            self.is_doubtful = self.is_doubtful or ranges.requests > 1
+        return self._commit(staged)
 
     def _receive(self, staged: Staged, answer: Answer, total: int | None) -> int:
         if total is None:
@@ -160,7 +193,7 @@ class Attempts:
         _, total = answer.content_range
         if total is None:
             total = self._known(staged).total or self.size
-        if self.sha256 is None and total != staged.length:
+        if (self.sha256 is None and total != staged.length) or staged.kept != staged.length:
             self._discard(staged)
             raise self.broken("the file has changed on the server")
         return self._commit(staged)
@@ -169,9 +202,14 @@ class Attempts:
         if self.size not in {None, staged.length}:
             raise self._size_error(staged.length, self.size)
         if self.sha256 not in {None, digest := staged.hexdigest()}:
+            what = impostor(staged.path)
             raise DownloadError(
-                "sha256 mismatch", f"GET {self.name}: sha256 mismatch: {digest} instead of {self.sha256}"
+                "sha256 mismatch",
+                f"GET {self.name}: sha256 mismatch: "
+                + (f"this is {what}" if what else f"{digest} instead of {self.sha256}"),
             )
+        if self.sha256 is None and (problem := header_problem(staged.path, self.dest.name)):
+            raise DownloadError("size mismatch", f"GET {self.name}: size mismatch: {problem}")
         staged.commit(self.dest)
         return staged.length
 
@@ -201,21 +239,6 @@ class Attempts:
         return DownloadError(
             "size mismatch", f"GET {self.name}: size mismatch: {length} bytes instead of {wanted}"
         )
-
-
-def _validator(answer: Answer) -> str | None:
-    """What ``If-Range`` may hold: a strong ETag, else a date that is strong (RFC 9110, 8.8 and 13.1.5)."""
-    etag = answer.headers.get("ETag", "")
-    if etag:
-        return etag if etag.startswith('"') else None
-    modified = answer.headers.get("Last-Modified", "")
-    try:
-        age = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
-        age_s = (age - email.utils.parsedate_to_datetime(modified)).total_seconds()
-    except (ValueError, TypeError):
-        return None
-    # A file that changed twice within the second has one date for two contents.
-    return modified if age_s >= 1 else None
 
 
 def _is_passing(error: DownloadError) -> bool:

@@ -46,6 +46,19 @@ def _studio_url(value: str) -> str:
     return value
 
 
+def _mirrors(value: dict[str, str]) -> dict[str, str]:
+    for url in (*value, *value.values()):
+        if problem := url_problem(url, allow_insecure=True):
+            raise ValueError(f"an address of a mirror {problem}")
+    return value
+
+
+def _proxy(value: str) -> str:
+    if problem := url_problem(value, allow_insecure=True):
+        raise ValueError(problem)
+    return value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
@@ -67,6 +80,12 @@ class ModelsSection(_Section):
     on_demand: bool = True
     budget_gb: float | None = Field(default=None, gt=0)
     allow_insecure_urls: bool = False
+    max_connections: int = Field(default=32, ge=1, le=32)
+    download_limit_mb_s: float | None = Field(default=None, gt=0)
+    mirrors: Annotated[dict[str, str], AfterValidator(_mirrors)] = {}
+    token_dir: Path | None = None
+    ca_bundle: Path | None = None
+    proxy: Annotated[str, AfterValidator(_proxy)] | None = None
 
 
 class StateSection(_Section):

@@ -8,11 +8,13 @@ under its final name before its hash, or where none is known its length, is righ
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.logs import safe_url
 from studio_worker.models import ModelFile
 from studio_worker.staging import Progress as Progress
-from studio_worker.staging import hash_into, hold, staging_key
+from studio_worker.staging import Staged, hash_into, hold, staging_key
 from studio_worker.transport import Answer
 from studio_worker.transport import Policy as Policy
 
@@ -56,19 +58,25 @@ def download_file(
     """
     started = time.monotonic()
     cancel = cancel or threading.Event()
-    attempts = Attempts(
-        url=url,
-        dest=dest,
-        sha256=sha256.lower() if sha256 else None,
-        size=size,
-        progress=_until(cancel, safe_url(url), progress or _unseen),
-        cancel=cancel,
-        policy=policy or Policy(),
-    )
-    facts: dict[str, Any] = {"op": "download", "url": attempts.name, "dest": str(dest)}
+    policy = policy or Policy()
+    progress = _until(cancel, safe_url(url), progress or _unseen)
+    impatient = dataclasses.replace(policy, delays_s=policy.delays_s[:1])  # another way is left
+    ways = [
+        Attempts(
+            url=way,
+            dest=dest,
+            sha256=sha256.lower() if sha256 else None,
+            size=size,
+            progress=progress,
+            cancel=cancel,
+            policy=policy if way == url else impatient,
+        )
+        for way in policy.ways(url)
+    ]
+    facts: dict[str, Any] = {"op": "download", "url": safe_url(url), "dest": str(dest)}
     log.info("download starting", extra=facts)
     try:
-        length = _run_held(attempts, staging or dest.parent / ".staging")
+        length, attempts = _run_held(ways, staging or dest.parent / ".staging")
     except DownloadCancelled:
         log.info("download stopped", extra={**facts, "elapsed_ms": _elapsed_ms(started)})
         raise
@@ -85,13 +93,22 @@ def download_file(
     facts["elapsed_ms"] = _elapsed_ms(started)
     log.info(
         "download done",
-        extra={**facts, "bytes": length, "resumed_from": attempts.resumed_from, "connections": 1},
+        extra={
+            **facts,
+            "bytes": length,
+            "resumed_from": attempts.resumed_from,
+            "connections": attempts.connections,
+        },
     )
     return dest
 
 
-def _run_held(attempts: Attempts, staging: Path) -> int:
-    """Take the kept bytes for ourselves; another process that works on them is waited for."""
+def _run_held(ways: Sequence[Attempts], staging: Path) -> tuple[int, Attempts]:
+    """Take the kept bytes for ourselves; another process that works on them is waited for.
+
+    Returns the length and the way that led there.
+    """
+    attempts = ways[-1]
 
     def wait_for_other(length: int) -> None:
         attempts.progress(length, attempts.size)
@@ -102,11 +119,11 @@ def _run_held(attempts: Attempts, staging: Path) -> int:
         attempts.dest.parent.mkdir(parents=True, exist_ok=True)
         with hold(staging, key, attempts.dest, wait_for_other) as staged:
             if staged is None:
-                return attempts.dest.stat().st_size
+                return attempts.dest.stat().st_size, attempts
             try:
-                return attempts.run(staged)
+                return _run_ways(ways, staged)
             except (DownloadError, OSError):
-                if not staged.length or not attempts.may_resume(staged):
+                if not staged.kept or not any(way.may_resume(staged) for way in ways):
                     staged.drop()
                 raise
     except OSError as error:
@@ -116,6 +133,18 @@ def _run_held(attempts: Attempts, staging: Path) -> int:
             else f"{error.strerror}: {error.filename or staging}"
         )
         raise attempts.broken(what) from error
+
+
+def _run_ways(ways: Sequence[Attempts], staged: Staged) -> tuple[int, Attempts]:
+    """The mirrors in their order, then the address itself, whose error is the one that counts."""
+    for way in ways[:-1]:
+        try:
+            return way.run(staged), way
+        except DownloadCancelled:
+            raise
+        except DownloadError as error:
+            log.info("mirror failed", extra={"op": "download", "url": way.name, "error": str(error)})
+    return ways[-1].run(staged), ways[-1]
 
 
 def _unseen(done: int, total: int | None) -> None:

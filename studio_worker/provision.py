@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from studio_worker.config import Config
 from studio_worker.download import Policy, Progress
 from studio_worker.models import LocalFile, ModelFile, RequiredModel
+from studio_worker.reach import policy_from
 from studio_worker.store import Store
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def open_store(loaded: Config, policy: Policy | None = None) -> Store:
     models = loaded.settings.models
     return Store(
         models.root,
-        policy or Policy(allow_insecure=models.allow_insecure_urls),
+        policy or policy_from(loaded.settings),
         required=[file for model in loaded.required for file in model.files],
         budget_bytes=None if models.budget_gb is None else int(models.budget_gb * 1e9),
     )

@@ -19,12 +19,13 @@ from pathlib import Path
 
 from studio_worker import __version__, config, logs
 from studio_worker.device import find_device
-from studio_worker.download import Policy, fetch_bytes
+from studio_worker.download import fetch_bytes
 from studio_worker.engine import default_router
 from studio_worker.errors import StudioWorkerError
 from studio_worker.lock import state_lock
 from studio_worker.notify import Notifier, watchdog_interval_s
 from studio_worker.provision import ProvisionProgress, SeenFiles, open_store, provision
+from studio_worker.reach import policy_from
 from studio_worker.spool import JobInHand, Outbox
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.delivery import Courier
@@ -92,7 +93,7 @@ class Service:
                 "memory_gb": round(self._device.memory_gb, 1),
             },
         )
-        policy = Policy(allow_insecure=settings.models.allow_insecure_urls)
+        policy = policy_from(settings)
         shipping = logs.ShippingBuffer()
         logging.getLogger().addHandler(shipping)
         self._engines = default_router(self._device.name)

@@ -1,4 +1,4 @@
-"""Bytes on their way: a file and a note for each download, kept when the process ends before them.
+"""Bytes on their way: a file and its notes for each download, kept when the process ends before them.
 
 One process at a time holds them; the lock ends with it, however it ends. Decides nothing about when kept
 bytes are of use; refuses to give a file its final name other than by a rename of what is on disk for good.
@@ -7,16 +7,19 @@ bytes are of use; refuses to give a file its final name other than by a rename o
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 from studio_worker.files import fsync_directory
+from studio_worker.spans import BLOCK_BYTES, BlockMap, Spans
 
 Progress = Callable[[int, int | None], None]
 """Called as bytes arrive or are checked: (bytes so far, bytes in all where known)."""
@@ -40,67 +43,152 @@ class Origin:
 
 
 class Staged:
-    """The kept bytes of one download, open and locked; made by :func:`hold`."""
+    """The kept bytes of one download, open and locked; made by :func:`hold`.
+
+    Bytes come one behind the other (:meth:`append`), or, after :meth:`split`, at any place from several
+    threads (:meth:`write_at`); then a map on disk says which are there.
+    """
 
     def __init__(self, part: Path, file: IO[bytes]) -> None:
         self._part = part
         self._note = part.with_suffix(".json")
+        self._map_path = part.with_suffix(".map")
         self._file = file
-        self._digest = hashlib.sha256()
+        self._lock = threading.Lock()
+        self._spans = Spans()
+        self._map: BlockMap | None = None
+        self._buffer = memoryview(bytearray(_READ_BYTES))
+        self._reset_hash()
         self.origin = self._read_origin()
-        self.length = os.fstat(file.fileno()).st_size
+        self._read_map(os.fstat(file.fileno()).st_size)
+
+    @property
+    def length(self) -> int:
+        """How many bytes are there from the first one on, without a gap."""
+        return self._spans.end_from(0)
+
+    @property
+    def kept(self) -> int:
+        """How many bytes are there."""
+        return self._spans.total
+
+    @property
+    def is_split(self) -> bool:
+        """Whether bytes may come at any place."""
+        return self._map is not None
+
+    def missing(self, total: int) -> list[tuple[int, int]]:
+        """The ranges that are not there."""
+        with self._lock:
+            return list(self._spans.gaps(total))
+
+    def gap_end(self) -> int | None:
+        """Where the first gap ends, if bytes follow it."""
+        return self._spans.start_after(self.length)
 
     def hash_kept(self, progress: Progress) -> None:
         """Read what an earlier process has kept, so that the final hash covers it."""
-        self._digest = hashlib.sha256()
-        self._file.seek(0)
-        self.length = hash_into(self._digest, self._file, progress)
+        self._reset_hash()
+        while self.hash_more():
+            progress(self.hashed, self.kept)
+
+    def hash_more(self) -> int:
+        """Hash on, a megabyte at most; returns how many bytes that were, 0 where the next is not there."""
+        with self._lock:
+            count = min(self._spans.end_from(self.hashed) - self.hashed, len(self._buffer))
+        if count > 0:
+            count = os.preadv(self._file.fileno(), [self._buffer[:count]], self.hashed)
+            if not count:
+                raise OSError(errno.EIO, "bytes that were written are gone", str(self._part))
+            self._digest.update(self._buffer[:count])
+            self.hashed += count
+        return count
+
+    def split(self, total: int) -> None:
+        """From now on bytes come at any place of a file of ``total`` bytes."""
+        if self._map is None:
+            self._map = BlockMap.create(self._map_path, self._spans, total)
 
     def append(self, chunk: bytes) -> None:
-        """Write ``chunk`` behind the others."""
+        """Write ``chunk`` behind the others and hash it."""
+        assert self._map is None
+        at = self.length
+        self._write(chunk, at)
+        self._spans.add(at, at + len(chunk))
+        if self.hashed == at:
+            self._digest.update(chunk)
+            self.hashed += len(chunk)
+
+    def write_at(self, chunk: bytes | memoryview, at: int) -> None:
+        """Write ``chunk`` at its place; from any thread."""
+        assert self._map is not None
+        self._write(chunk, at)
+        with self._lock:
+            start, end = self._spans.add(at, at + len(chunk))
+            self._map.mark(max(start, at - BLOCK_BYTES), min(end, at + len(chunk) + BLOCK_BYTES))
+
+    def _write(self, chunk: bytes | memoryview, at: int) -> None:
         rest = memoryview(chunk)
-        while rest:  # an unbuffered file may take less than it is given
-            rest = rest[self._file.write(rest) :]
-        self._digest.update(chunk)
-        self.length += len(chunk)
+        while rest:  # a write may take less than it is given
+            written = os.pwrite(self._file.fileno(), rest, at)
+            rest, at = rest[written:], at + written
 
     def hexdigest(self) -> str:
-        """The SHA-256 of everything so far."""
+        """The SHA-256 of everything from the first byte to the first gap."""
+        while self.hash_more():
+            pass
         return self._digest.hexdigest()
 
     def note(self, origin: Origin) -> None:
         """Remember where the bytes come from, before they come."""
         if origin != self.origin:
             # No fsync: a note that a power cut takes or tears is one that is not trusted.
-            temporary = self._note.with_suffix(".tmp")
+            temporary = self._note.with_suffix(".json.tmp")
             temporary.write_text(json.dumps(asdict(origin)))
             temporary.replace(self._note)
             self.origin = origin
 
     def discard(self) -> None:
         """Forget the bytes, keep the hold."""
-        self._file.truncate(0)
-        self._file.seek(0)
-        self._digest = hashlib.sha256()
-        self.length = 0
-        self._forget_origin()
+        self._file.truncate(0)  # first: no map is believed beyond the file's length
+        self._spans = Spans()
+        self._reset_hash()
+        self._forget()
 
     def drop(self) -> None:
         """Remove the bytes and the hold."""
         self._part.unlink(missing_ok=True)
-        self._forget_origin()
+        self._forget()
 
     def commit(self, dest: Path) -> None:
         """Give the bytes their final name, for good."""
         os.fsync(self._file.fileno())
         self._part.replace(dest)
         fsync_directory(dest.parent)
-        self._forget_origin()
+        self._forget()
 
-    def _forget_origin(self) -> None:
+    def close(self) -> None:
+        """Let go of what is open beside the file."""
+        if self._map is not None:
+            self._map.close()
+
+    @property
+    def path(self) -> Path:
+        """Where the bytes are."""
+        return self._part
+
+    def _reset_hash(self) -> None:
+        self._digest = hashlib.sha256()
+        self.hashed = 0
+        """How far the bytes are hashed."""
+
+    def _forget(self) -> None:
+        self.close()
+        self._map = None
         self.origin = None
-        for path in (self._note, self._note.with_suffix(".tmp")):
+        for path in (self._map_path, self._note):
             path.unlink(missing_ok=True)
+            path.with_suffix(path.suffix + ".tmp").unlink(missing_ok=True)
 
     def _read_origin(self) -> Origin | None:
         try:
@@ -108,6 +196,19 @@ class Staged:
         except (FileNotFoundError, ValueError, TypeError):
             return None
         return origin if isinstance(origin.validator, str | None) else None
+
+    def _read_map(self, size: int) -> None:
+        """Believe the map where there is one; without it the bytes came one behind the other."""
+        if not self._map_path.exists():
+            self._spans.add(0, size)
+            return
+        total = self.origin.total if self.origin is not None else None
+        if isinstance(total, int):
+            with contextlib.suppress(OSError, ValueError):
+                self._map = BlockMap(self._map_path, total)
+                self._spans = self._map.spans(size)
+        if not self._spans:
+            self.discard()
 
 
 @contextlib.contextmanager
@@ -129,7 +230,8 @@ def hold(folder: Path, key: str, dest: Path, waiting: Callable[[int], None]) -> 
             while not _lock(file):
                 waiting(os.fstat(file.fileno()).st_size)
             if _names(part, file):
-                yield Staged(part, file)
+                with contextlib.closing(Staged(part, file)) as staged:
+                    yield staged
                 return
             if _names(dest, file):
                 yield None
@@ -144,7 +246,9 @@ def staging_key(url: str, sha256: str | None) -> str:
 def kept_bytes(folder: Path, key: str) -> int:
     """How many bytes of ``key`` are on disk already."""
     try:
-        return (folder / f"{key}.part").stat().st_size
+        found = (folder / f"{key}.part").stat()
+        has_gaps = (folder / f"{key}.map").exists()
+        return min(found.st_size, found.st_blocks * 512) if has_gaps else found.st_size
     except OSError:
         return 0
 

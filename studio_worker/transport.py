@@ -1,8 +1,7 @@
-"""One GET: its address checked at every hop, its body as chunks, given up at once when a cancel comes.
+"""One answer: what its head says, and its body as chunks, given up at once when a cancel comes.
 
-Refuses what the rules for addresses refuse, before anything is asked of it, and bodies in another coding
-than the file's own bytes. Knows nothing of files and hashes. No error text holds a query string, a
-fragment or user info, and no error carries the library's own, whose texts do.
+How it is asked for is request.py's work. Knows nothing of files and hashes. No error text holds a query
+string, a fragment or user info, and no error carries the library's own, whose texts do.
 """
 
 from __future__ import annotations
@@ -13,26 +12,23 @@ import http.client
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Self
-from urllib.parse import urljoin
 
 import requests
 import urllib3
 
-from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused
+from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.logs import safe_url
-from studio_worker.models import url_problem
+from studio_worker.policy import Policy as Policy
+from studio_worker.request import Session, ask, cause
 
 CHUNK_BYTES = 256 * 1024
 """Measured: larger buffers do not make one connection faster."""
 
 _QUEUED_CHUNKS = 8
 _LOOK_AGAIN_S = 0.1
-_MAX_REDIRECTS = 10
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
 class UnwantedStatus(DownloadError):
@@ -47,59 +43,13 @@ class UnwantedStatus(DownloadError):
         self.retry_after_s = retry_after_s
 
 
-@dataclass(frozen=True)
-class Policy:
-    """How patient a download is. Times are seconds.
+class Head:
+    """The status line and headers of an answer."""
 
-    ``delays_s`` are the waits between tries; a try that brought new bytes starts them again, so that a
-    mirror which drops every connection is outlasted as long as it gives something each time. ``wait``
-    waits for that long and says whether the event was set meanwhile; tests put their own there.
-    """
-
-    connect_s: float = 15.0
-    stall_s: float = 30.0
-    delays_s: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
-    retry_after_cap_s: float = 120.0
-    allow_insecure: bool = False
-    wait: Callable[[threading.Event, float], bool] = threading.Event.wait
-
-
-class Answer:
-    """The answer to one GET; a context manager.
-
-    A thread of its own reads the network: hashing and writing go on beside it, and whoever takes the
-    chunks can leave at any moment, however silent the server is. Such a thread ends with its next
-    bytes, or at its time limit.
-
-    Raises:
-        DownloadError: ``request error`` here; ``streaming body`` from :meth:`chunks`.
-        DownloadCancelled: ``cancel`` was set.
-    """
-
-    def __init__(self, url: str, headers: Mapping[str, str], policy: Policy, cancel: threading.Event) -> None:
-        self.name = safe_url(url)
-        self._cancel = cancel
-        self._items: queue.Queue[requests.Response | bytes | DownloadError | None] = queue.Queue(
-            _QUEUED_CHUNKS
-        )
-        self._left = threading.Event()
-        threading.Thread(target=self._read, args=(url, headers, policy), name="download", daemon=True).start()
-        try:
-            head = self._take()
-        except BaseException:
-            self._left.set()
-            raise
-        assert isinstance(head, requests.Response)
-        self.status: int = head.status_code
-        self.headers: Mapping[str, str] = head.headers
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._left.set()
+    def __init__(self, name: str, response: requests.Response) -> None:
+        self.name = name
+        self.status: int = response.status_code
+        self.headers: Mapping[str, str] = response.headers
 
     @property
     def length(self) -> int | None:
@@ -121,15 +71,120 @@ class Answer:
             return None, None
         return _number(first), _number(whole)
 
+    @property
+    def validator(self) -> str | None:
+        """What ``If-Range`` may hold: a strong ETag, else a date that is strong (RFC 9110, 8.8, 13.1.5)."""
+        etag = self.headers.get("ETag", "")
+        if etag:
+            return etag if etag.startswith('"') else None
+        modified = self.headers.get("Last-Modified", "")
+        try:
+            age = email.utils.parsedate_to_datetime(self.headers.get("Date", ""))
+            age_s = (age - email.utils.parsedate_to_datetime(modified)).total_seconds()
+        except (ValueError, TypeError):
+            return None
+        # A file that changed twice within the second has one date for two contents.
+        return modified if age_s >= 1 else None
+
     def unwanted(self) -> UnwantedStatus:
         """The error for a status that the caller cannot use."""
         return UnwantedStatus(self.name, self.status, _retry_after_s(self.headers.get("Retry-After", "")))
 
+
+class Body(Head):
+    """An answer that is read in the caller's own thread."""
+
+    def __init__(self, name: str, response: requests.Response) -> None:
+        super().__init__(name, response)
+        self._response = response
+
+    def read(self) -> bytes:
+        """What has arrived, ``b""`` at the end. Raises DownloadError where the connection breaks."""
+        return _next_chunk(self._response, self.name)
+
+    def finish(self) -> None:
+        """All that is wanted has come: read the end too, so that the connection can be used again."""
+        if self.length is not None:
+            with contextlib.suppress(DownloadError):
+                self.read()
+
+    def close(self) -> None:
+        """Done with it; a body that was read to its end leaves its connection for the next request."""
+        self._response.close()
+
+
+class Connection:
+    """Asks again and again, over one connection where the server keeps it; for one thread."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._session = Session()
+
+    def ask(self, url: str, headers: Mapping[str, str]) -> Body:
+        """The answer to one GET. Raises DownloadError."""
+        return Body(safe_url(url), ask(url, headers, self._policy, self._session))
+
+    def close(self) -> None:
+        """Close it."""
+        self._session.close()
+
+
+class Answer(Head):
+    """The answer to one GET; a context manager.
+
+    A thread of its own reads the network: hashing and writing go on beside it, and whoever takes the
+    chunks can leave at any moment, however silent the server is. Such a thread ends with its next
+    bytes, or at its time limit.
+
+    Raises:
+        DownloadError: ``request error`` here; ``streaming body`` from :meth:`chunks`.
+        DownloadCancelled: ``cancel`` was set.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str], policy: Policy, cancel: threading.Event) -> None:
+        self.name = safe_url(url)
+        self._cancel = cancel
+        self._items: queue.Queue[requests.Response | bytes | DownloadError | None] = queue.Queue(
+            _QUEUED_CHUNKS
+        )
+        self._left = threading.Event()
+        self._decided = threading.Event()
+        self._is_detached = False
+        self._limit = policy.limit
+        threading.Thread(target=self._read, args=(url, headers, policy), name="download", daemon=True).start()
+        try:
+            head = self._take()
+        except BaseException:
+            self._leave()
+            raise
+        assert isinstance(head, requests.Response)
+        self._response = head
+        super().__init__(self.name, head)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def detach(self) -> Body:
+        """The same answer with its body still unread, for a thread of the caller's, who closes it."""
+        self._is_detached = True
+        self._decided.set()
+        return Body(self.name, self._response)
+
     def chunks(self) -> Iterator[bytes]:
         """The body as it arrives."""
+        self._decided.set()
         while (chunk := self._take()) is not None:
             assert isinstance(chunk, bytes)
             yield chunk
+
+    def _leave(self) -> None:
+        self._left.set()
+        self._decided.set()
 
     def _take(self) -> requests.Response | bytes | None:
         while not self._cancel.is_set():
@@ -146,77 +201,27 @@ class Answer:
 
     def _read(self, url: str, headers: Mapping[str, str], policy: Policy) -> None:
         try:
-            with contextlib.closing(_ask(url, headers, policy)) as response:
-                going = self._put(response)
-                while going and (chunk := _next_chunk(response, self.name)):
-                    going = self._put(chunk)
+            response = ask(url, headers, policy)
+            self._put(response)
+            self._decided.wait()
+            if self._is_detached:
+                return
+            with contextlib.closing(response):
+                while not self._left.is_set() and (chunk := _next_chunk(response, self.name)):
+                    if self._limit is not None:
+                        self._limit.take(len(chunk), self._left)
+                    self._put(chunk)
             self._put(None)
         except DownloadError as error:
             self._put(error)
         except Exception as error:  # whatever it is, the taker must not wait for ever
-            self._put(DownloadError("request error", f"GET {self.name}: {_cause(error)}"))
+            self._put(DownloadError("request error", f"GET {self.name}: {cause(error)}"))
 
-    def _put(self, item: requests.Response | bytes | DownloadError | None) -> bool:
+    def _put(self, item: requests.Response | bytes | DownloadError | None) -> None:
         while not self._left.is_set():
-            try:
+            with contextlib.suppress(queue.Full):
                 self._items.put(item, timeout=_LOOK_AGAIN_S)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-
-class _Session(requests.Session):
-    """Follows no redirect, and does not read a redirect's body, which may be endless, into memory."""
-
-    def get_redirect_target(self, resp: requests.Response) -> None:  # noqa: ARG002  (requests' signature)
-        return None
-
-
-def _ask(url: str, headers: Mapping[str, str], policy: Policy) -> requests.Response:
-    """Send the request, and on to where it is redirected; no address is asked before it is checked."""
-    name = safe_url(url)
-    via = ""
-    for _ in range(_MAX_REDIRECTS + 1):
-        url = _checked(url, name, via, policy)
-        try:
-            with _Session() as session:
-                response = session.get(
-                    url,
-                    headers={"Accept-Encoding": "identity", **headers},
-                    stream=True,
-                    timeout=(policy.connect_s, policy.stall_s),
-                    allow_redirects=False,
-                )
-        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
-            raise DownloadError("request error", f"GET {name}: {via}{_cause(error)}") from None
-        location = response.headers.get("Location")
-        if response.status_code not in _REDIRECTS or location is None:
-            if (coding := response.headers.get("Content-Encoding", "identity").lower()) != "identity":
-                response.close()
-                raise DownloadRefused(
-                    "request error", f"GET {name}: {via}the server insists on coding {coding[:40]}"
-                )
-            return response
-        response.close()
-        try:
-            url = urljoin(url, location.encode("latin-1").decode("utf-8", "replace"))
-        except ValueError:
-            url = ""
-        via = f"redirected to {safe_url(url)}, "
-    raise DownloadRefused("request error", f"GET {name}: more than {_MAX_REDIRECTS} redirects")
-
-
-def _checked(url: str, name: str, via: str, policy: Policy) -> str:
-    """``url`` as it will be used. That spelling is checked too: parsers disagree on some host names."""
-    try:
-        used = requests.Request("GET", url).prepare().url or ""
-    except (requests.RequestException, ValueError):
-        raise DownloadRefused("request error", f"GET {name}: {via}is not a valid URL") from None
-    for spelling in (url, used):
-        if problem := url_problem(spelling, allow_insecure=policy.allow_insecure):
-            raise DownloadRefused("request error", f"GET {name}: {via}{problem}")
-    return used
+                return
 
 
 def _next_chunk(response: requests.Response, name: str) -> bytes:
@@ -224,20 +229,7 @@ def _next_chunk(response: requests.Response, name: str) -> bytes:
         # read1: what has arrived, so that a connection that breaks loses nothing of it.
         return bytes(response.raw.read1(CHUNK_BYTES))
     except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
-        raise DownloadError("streaming body", f"GET {name}: streaming body: {_cause(error)}") from None
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost reason of a requests error, which wraps urllib3's, which wraps the system's.
-
-    Their texts quote whole URLs, query strings and all; the innermost one's ``strerror`` does not.
-    """
-    while (inner := getattr(error, "reason", None) or error.__cause__ or error.__context__) is not None:
-        if not isinstance(inner, BaseException):
-            break
-        error = inner
-    text = getattr(error, "strerror", None)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        raise DownloadError("streaming body", f"GET {name}: streaming body: {cause(error)}") from None
 
 
 def _number(text: str) -> int | None:

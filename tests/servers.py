@@ -51,6 +51,9 @@ class ServedFile:
         bare_ranges: a 206 does not repeat the file's validators.
         range_cap: a range is answered with at most so many bytes.
         flip_at: the byte at this offset is sent wrong.
+        rate: every connection gets so many bytes a second.
+        range_answers: as ``answers``, for requests of a range alone.
+        hold_request: the request with this number (from 0) is held before its answer's first byte.
         extra_headers: sent with every 200 and 206.
         on_request: called before each answer with the number of earlier requests.
     """
@@ -72,12 +75,17 @@ class ServedFile:
     bare_ranges: bool = False
     range_cap: int | None = None
     flip_at: int | None = None
+    rate: float | None = None
+    range_answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    hold_request: int | None = None
     extra_headers: dict[str, str] = field(default_factory=dict)
     on_request: Callable[[int], None] | None = None
 
     requests: list[Asked] = field(default_factory=list)
     bytes_sent: int = 0
     held: threading.Event = field(default_factory=threading.Event)
+    pause: threading.Event = field(default_factory=threading.Event)
+    """Never set: what a slow connection waits on."""
     _hangs_up: bool = False
     _released: threading.Event = field(default_factory=threading.Event)
 
@@ -162,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
             file.on_request(earlier)
         # Whoever was cancelled or killed has closed the connection.
         with contextlib.suppress(ConnectionError):
-            if file.hold_head:
+            if file.hold_head or earlier == file.hold_request:
                 file.hold()
             self._answer(file)
 
@@ -172,6 +180,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, file: ServedFile) -> None:
         if file.answers:
             status, headers = file.answers.pop(0)
+            self._head(status, {"Content-Length": "0", **headers})
+        elif file.range_answers and "Range" in self.headers:
+            status, headers = file.range_answers.pop(0)
             self._head(status, {"Content-Length": "0", **headers})
         elif file.redirect is not None:
             self._head(302, {"Location": file.redirect, "Content-Length": "0"})
@@ -190,7 +201,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(416, {"Content-Range": f"bytes */{whole}", "Content-Length": "0"})
             return
         first = start or 0
-        last = whole if start is None or file.range_cap is None else min(whole, first + file.range_cap)
+        last = whole if start is None else self._end_byte(file)
+        if start is not None and file.range_cap is not None:
+            last = min(last, first + file.range_cap)
         if start is not None and file.bare_ranges:
             headers = dict(file.extra_headers)
         if start is not None:
@@ -215,6 +228,11 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return int(asked.removeprefix("bytes=").partition("-")[0])
 
+    def _end_byte(self, file: ServedFile) -> int:
+        """Behind the last byte that was asked for."""
+        last = self.headers.get("Range", "").partition("-")[2]
+        return min(int(last) + 1, len(file.content)) if last else len(file.content)
+
     def _send_body(self, file: ServedFile, body: bytes) -> None:
         end = len(body) if file.drop_after is None else min(len(body), file.drop_after)
         hold_at = file.hold_after
@@ -230,6 +248,8 @@ class _Handler(BaseHTTPRequestHandler):
             piece = body[at:stop]
             self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if file.chunked else piece)
             file.bytes_sent += len(piece)
+            if file.rate is not None:
+                file.pause.wait(len(piece) / file.rate)
             at = stop
         if file.chunked and end == len(body):
             self.wfile.write(b"0\r\n\r\n")

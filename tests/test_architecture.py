@@ -21,10 +21,13 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
         "__init__ errors sample_model files",
-        "logs notify models lock config_files",
-        "jobs required staging transport ledger leftovers copying",
+        "logs notify models lock config_files spans policy pace formats",
+        "jobs required staging request ledger leftovers copying",
+        "transport",
+        "line",
+        "ranges",
         "attempts config device spool space pool",
-        "download",
+        "download reach",
         "fetching checking",
         "store",
         "provision bundles engine studio",
@@ -68,7 +71,7 @@ LIBRARIES = {
     "gguf": {"engine"},
     "websockets": {"studio.session", "studio.endings"},  # endings only names its exceptions
     "sdnotify": {"notify"},
-    "requests": {"transport", "studio.api"},
+    "requests": {"transport", "request", "studio.api"},
     "starlette": {"local_studio"},
     "uvicorn": {"local_studio"},
     "typer": {"cli", "cli_models", "cli_options"},

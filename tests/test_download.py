@@ -119,8 +119,8 @@ def leave_part(file: ServedFile, dest: Path, count: int, **options: Any) -> None
 
 def test_download_file_writes_the_served_bytes(server: FileServer, tmp_path: Path) -> None:
     """A download holds exactly the bytes that were served, and leaves nothing else behind."""
-    file = server.serve("/model.gguf", BODY)
-    dest = tmp_path / "models" / "model.gguf"
+    file = server.serve("/model.bin", BODY)
+    dest = tmp_path / "models" / "model.bin"
 
     assert download_file(file.url, dest) == dest
 
@@ -262,10 +262,10 @@ def test_ensure_file_downloads_when_missing_then_reuses_the_cache(server: FileSe
 
 def test_ensure_file_replaces_a_damaged_cached_file(server: FileServer, tmp_path: Path) -> None:
     """A file on disk that does not match its hash is fetched anew."""
-    file = server.serve("/model.gguf", BODY)
-    (tmp_path / "model.gguf").write_bytes(b"a tiny pretend modem")
+    file = server.serve("/model.bin", BODY)
+    (tmp_path / "model.bin").write_bytes(b"a tiny pretend modem")
 
-    assert ensure_file(tmp_path, model_file("model.gguf", file.url, BODY_SHA256)).read_bytes() == BODY
+    assert ensure_file(tmp_path, model_file("model.bin", file.url, BODY_SHA256)).read_bytes() == BODY
 
 
 # --- sizes and lengths ---
@@ -275,10 +275,10 @@ def test_download_refuses_a_file_of_another_size_before_its_bytes(
     server: FileServer, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     """A declared length that differs from the size asked for is an error at once."""
-    file = server.serve("/model.gguf", BIG, hold_after=0)
+    file = server.serve("/model.bin", BIG, hold_after=0)
 
     with pytest.raises(DownloadError) as failure:
-        download_file(file.url, tmp_path / "model.gguf", size=len(BIG) - 1, policy=QUICK)
+        download_file(file.url, tmp_path / "model.bin", size=len(BIG) - 1, policy=QUICK)
 
     assert failure.value.reason == "size mismatch"
     assert [record.message for record in warnings(logged)] == ["download failed: size mismatch"]
@@ -287,10 +287,10 @@ def test_download_refuses_a_file_of_another_size_before_its_bytes(
 
 def test_download_stops_a_body_that_outgrows_its_size(server: FileServer, tmp_path: Path) -> None:
     """A body of unknown length cannot fill the disk beyond the size asked for."""
-    file = server.serve("/model.gguf", BIG, chunked=True, hold_after=500_000)
+    file = server.serve("/model.bin", BIG, chunked=True, hold_after=500_000)
 
     with pytest.raises(DownloadError) as failure:
-        download_file(file.url, tmp_path / "model.gguf", size=1000, policy=QUICK)
+        download_file(file.url, tmp_path / "model.bin", size=1000, policy=QUICK)
 
     assert failure.value.reason == "size mismatch"
     assert files_in(tmp_path) == set()
@@ -298,10 +298,10 @@ def test_download_stops_a_body_that_outgrows_its_size(server: FileServer, tmp_pa
 
 def test_download_refuses_a_body_whose_end_cannot_be_known(server: FileServer, tmp_path: Path) -> None:
     """Without length, size and hash a broken file would look whole, so it is refused."""
-    file = server.serve("/model.gguf", BODY, no_length=True)
+    file = server.serve("/model.bin", BODY, no_length=True)
 
     with pytest.raises(DownloadError, match="neither") as failure:
-        download_file(file.url, tmp_path / "model.gguf", policy=QUICK)
+        download_file(file.url, tmp_path / "model.bin", policy=QUICK)
 
     assert failure.value.reason == "size mismatch"
     assert len(file.requests) == 1
@@ -312,17 +312,17 @@ def test_download_takes_a_body_without_length_where_hash_or_size_is_known(
     server: FileServer, tmp_path: Path, known: dict[str, Any]
 ) -> None:
     """A server that declares no length is good enough where the file can be checked otherwise."""
-    file = server.serve("/model.gguf", BODY, no_length=True)
+    file = server.serve("/model.bin", BODY, no_length=True)
 
-    assert download_file(file.url, tmp_path / "model.gguf", policy=QUICK, **known).read_bytes() == BODY
+    assert download_file(file.url, tmp_path / "model.bin", policy=QUICK, **known).read_bytes() == BODY
 
 
 def test_download_notices_a_break_where_no_length_is_declared(server: FileServer, tmp_path: Path) -> None:
     """A connection that ends early without a length never makes a file, and is tried once more."""
-    file = server.serve("/model.gguf", BIG, no_length=True, drop_after=400_000, ranges=False)
+    file = server.serve("/model.bin", BIG, no_length=True, drop_after=400_000, ranges=False)
 
     with pytest.raises(DownloadError) as failure:
-        download_file(file.url, tmp_path / "model.gguf", sha256=file.sha256, policy=QUICK)
+        download_file(file.url, tmp_path / "model.bin", sha256=file.sha256, policy=QUICK)
 
     assert failure.value.reason == "sha256 mismatch"
     assert len(file.requests) == 2
@@ -331,17 +331,17 @@ def test_download_notices_a_break_where_no_length_is_declared(server: FileServer
 
 def test_download_reads_chunked_bodies(server: FileServer, tmp_path: Path) -> None:
     """A chunked body is a file like any other."""
-    file = server.serve("/model.gguf", BIG, chunked=True)
+    file = server.serve("/model.bin", BIG, chunked=True)
 
-    assert download_file(file.url, tmp_path / "model.gguf", policy=QUICK).read_bytes() == BIG
+    assert download_file(file.url, tmp_path / "model.bin", policy=QUICK).read_bytes() == BIG
 
 
 def test_download_rejects_a_chunked_body_that_breaks(server: FileServer, tmp_path: Path) -> None:
     """A chunked body without its last chunk never becomes a file."""
-    file = server.serve("/model.gguf", BIG, chunked=True, drop_after=100_000, ranges=False, etag=None)
+    file = server.serve("/model.bin", BIG, chunked=True, drop_after=100_000, ranges=False, etag=None)
 
     with pytest.raises(DownloadError) as failure:
-        download_file(file.url, tmp_path / "model.gguf", policy=QUICK)
+        download_file(file.url, tmp_path / "model.bin", policy=QUICK)
 
     assert failure.value.reason == "streaming body"
     assert files_in(tmp_path) == set()
@@ -349,10 +349,10 @@ def test_download_rejects_a_chunked_body_that_breaks(server: FileServer, tmp_pat
 
 def test_download_refuses_an_encoded_body(server: FileServer, tmp_path: Path) -> None:
     """Compressed bytes are not taken for the file's own."""
-    file = server.serve("/model.gguf", BODY, extra_headers={"Content-Encoding": "gzip"})
+    file = server.serve("/model.bin", BODY, extra_headers={"Content-Encoding": "gzip"})
 
     with pytest.raises(DownloadError, match="gzip"):
-        download_file(file.url, tmp_path / "model.gguf", policy=QUICK)
+        download_file(file.url, tmp_path / "model.bin", policy=QUICK)
 
     assert len(file.requests) == 1
 
@@ -360,10 +360,10 @@ def test_download_refuses_an_encoded_body(server: FileServer, tmp_path: Path) ->
 @pytest.mark.parametrize("status", [204, 206, 300, 304])
 def test_download_takes_no_other_answer_for_the_file(server: FileServer, tmp_path: Path, status: int) -> None:
     """Only a 200, or a range that was asked for, is a file."""
-    file = server.serve("/model.gguf", BODY, answers=[(status, {})])
+    file = server.serve("/model.bin", BODY, answers=[(status, {})])
 
     with pytest.raises(DownloadError, match=str(status)):
-        download_file(file.url, tmp_path / "model.gguf", policy=QUICK)
+        download_file(file.url, tmp_path / "model.bin", policy=QUICK)
 
     assert files_in(tmp_path) == set()
 
@@ -377,10 +377,10 @@ def test_download_outlasts_a_server_that_drops_every_connection(
     server: FileServer, tmp_path: Path, is_hash_known: bool, bare_ranges: bool
 ) -> None:
     """A mirror that closes after every 70 kB is outlasted, and no byte is fetched twice."""
-    file = server.serve("/model.gguf", BIG, drop_after=70_000, bare_ranges=bare_ranges)
+    file = server.serve("/model.bin", BIG, drop_after=70_000, bare_ranges=bare_ranges)
     sha256 = file.sha256 if is_hash_known else None
 
-    dest = download_file(file.url, tmp_path / "model.gguf", sha256=sha256, policy=QUICK)
+    dest = download_file(file.url, tmp_path / "model.bin", sha256=sha256, policy=QUICK)
 
     assert dest.read_bytes() == BIG
     assert file.bytes_sent == len(BIG)
@@ -391,10 +391,10 @@ def test_download_gives_up_on_a_server_that_drops_and_cannot_resume(
     server: FileServer, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     """Bytes that are fetched again and again are no progress: the download ends with an error."""
-    file = server.serve("/model.gguf", BIG, drop_after=70_000, ranges=False)
+    file = server.serve("/model.bin", BIG, drop_after=70_000, ranges=False)
 
     with pytest.raises(DownloadError, match="streaming body"):
-        download_file(file.url, tmp_path / "model.gguf", sha256=file.sha256, policy=QUICK)
+        download_file(file.url, tmp_path / "model.bin", sha256=file.sha256, policy=QUICK)
 
     assert len(file.requests) < 20
     assert len(warnings(logged)) == 1
@@ -402,9 +402,9 @@ def test_download_gives_up_on_a_server_that_drops_and_cannot_resume(
 
 def test_download_takes_a_range_that_was_cut_short_as_one_step(server: FileServer, tmp_path: Path) -> None:
     """A server may answer a range with less than asked; the file is still whole in the end."""
-    file = server.serve("/model.gguf", BIG, drop_after=300_000, range_cap=300_000)
+    file = server.serve("/model.bin", BIG, drop_after=300_000, range_cap=300_000)
 
-    dest = download_file(file.url, tmp_path / "model.gguf", policy=QUICK)
+    dest = download_file(file.url, tmp_path / "model.bin", policy=QUICK)
 
     assert dest.read_bytes() == BIG
     assert file.bytes_sent == len(BIG)
@@ -415,8 +415,8 @@ def test_download_resumes_in_a_later_call(
     server: FileServer, tmp_path: Path, logged: pytest.LogCaptureFixture, is_hash_known: bool
 ) -> None:
     """What an earlier call has kept is not fetched again, and the log says how much that was."""
-    file = server.serve("/model.gguf", BIG)
-    dest = tmp_path / "model.gguf"
+    file = server.serve("/model.bin", BIG)
+    dest = tmp_path / "model.bin"
     options: dict[str, Any] = {"sha256": file.sha256} if is_hash_known else {}
     leave_part(file, dest, 600_000, **options)
     file.bytes_sent = 0
@@ -428,13 +428,13 @@ def test_download_resumes_in_a_later_call(
     assert file.requests[-1].headers["if-range"] == file.current_etag()
     assert file.bytes_sent == 400_000
     assert facts(logged.records[-1])["resumed_from"] == 600_000
-    assert files_in(tmp_path) == {"model.gguf"}
+    assert files_in(tmp_path) == {"model.bin"}
 
 
 def test_download_resumes_after_a_kill(server: FileServer, tmp_path: Path) -> None:
     """A process killed in the middle loses nothing: the next fetches only the rest."""
-    file = server.serve("/model.gguf", BIG, hold_after=600_000)
-    dest = tmp_path / "model.gguf"
+    file = server.serve("/model.bin", BIG, hold_after=600_000)
+    dest = tmp_path / "model.bin"
     child = start_child(file, dest, sha256=file.sha256)
     await_bytes(child, 600_000)
     assert file.held.wait(10)
@@ -453,11 +453,11 @@ def test_download_resumes_from_another_address_of_the_same_content(
     server: FileServer, tmp_path: Path
 ) -> None:
     """Kept bytes belong to the content: another mirror can go on where the first stopped."""
-    first = server.serve("/one/model.gguf", BIG)
-    second = server.serve("/two/model.gguf", BIG, etag='"another"')
-    leave_part(first, tmp_path / "model.gguf", 600_000, sha256=first.sha256)
+    first = server.serve("/one/model.bin", BIG)
+    second = server.serve("/two/model.bin", BIG, etag='"another"')
+    leave_part(first, tmp_path / "model.bin", 600_000, sha256=first.sha256)
 
-    dest = download_file(second.url, tmp_path / "model.gguf", sha256=first.sha256, policy=QUICK)
+    dest = download_file(second.url, tmp_path / "model.bin", sha256=first.sha256, policy=QUICK)
 
     assert dest.read_bytes() == BIG
     assert second.bytes_sent == 400_000
@@ -466,10 +466,10 @@ def test_download_resumes_from_another_address_of_the_same_content(
 
 def test_download_resumes_by_date_where_there_is_no_etag(server: FileServer, tmp_path: Path) -> None:
     """A date that is old enough to stand for one content guards a resume too."""
-    file = server.serve("/model.gguf", BIG, etag=None, last_modified=1_700_000_000)
-    leave_part(file, tmp_path / "model.gguf", 600_000)
+    file = server.serve("/model.bin", BIG, etag=None, last_modified=1_700_000_000)
+    leave_part(file, tmp_path / "model.bin", 600_000)
 
-    download_file(file.url, tmp_path / "model.gguf", policy=QUICK)
+    download_file(file.url, tmp_path / "model.bin", policy=QUICK)
 
     assert file.requests[-1].headers["if-range"] == "Tue, 14 Nov 2023 22:13:20 GMT"
     assert file.requests[-1].range == "bytes=600000-"
@@ -484,10 +484,10 @@ def test_download_starts_over_where_nothing_vouches_for_the_kept_bytes(
     server: FileServer, tmp_path: Path, validators: dict[str, Any]
 ) -> None:
     """Without a hash and a strong validator nothing is put together from two answers."""
-    file = server.serve("/model.gguf", BIG, drop_after=600_000, **validators)
+    file = server.serve("/model.bin", BIG, drop_after=600_000, **validators)
     file.on_request = lambda earlier: setattr(file, "drop_after", None) if earlier else None
 
-    dest = download_file(file.url, tmp_path / "model.gguf", policy=QUICK)
+    dest = download_file(file.url, tmp_path / "model.bin", policy=QUICK)
 
     assert dest.read_bytes() == BIG
     assert [asked.range for asked in file.requests] == [None, None]
@@ -498,43 +498,43 @@ def test_download_notices_a_file_that_changed_between_two_requests(
     server: FileServer, tmp_path: Path, validators: dict[str, Any]
 ) -> None:
     """Halves of two versions are never put together: the new version is fetched whole."""
-    file = server.serve("/model.gguf", BIG, **validators)
-    leave_part(file, tmp_path / "model.gguf", 600_000)
+    file = server.serve("/model.bin", BIG, **validators)
+    leave_part(file, tmp_path / "model.bin", 600_000)
     file.content = BIG[::-1]
     if validators:
         file.last_modified = 1_700_000_001
 
-    dest = download_file(file.url, tmp_path / "model.gguf", policy=QUICK)
+    dest = download_file(file.url, tmp_path / "model.bin", policy=QUICK)
 
     assert dest.read_bytes() == BIG[::-1]
 
 
 def test_download_notices_another_length_behind_the_same_etag(server: FileServer, tmp_path: Path) -> None:
     """A server that forgets to change its ETag is found out by the length."""
-    file = server.serve("/model.gguf", BIG, etag='"never changes"')
-    leave_part(file, tmp_path / "model.gguf", 600_000)
+    file = server.serve("/model.bin", BIG, etag='"never changes"')
+    leave_part(file, tmp_path / "model.bin", 600_000)
     file.content = BIG[::-1] + b"!"
 
-    dest = download_file(file.url, tmp_path / "model.gguf", policy=QUICK)
+    dest = download_file(file.url, tmp_path / "model.bin", policy=QUICK)
 
     assert dest.read_bytes() == BIG[::-1] + b"!"
 
 
 def test_download_notices_a_shorter_file_behind_the_same_etag(server: FileServer, tmp_path: Path) -> None:
     """Kept bytes that reach beyond the end of the file are not taken for the file."""
-    file = server.serve("/model.gguf", BIG, etag='"never changes"')
-    leave_part(file, tmp_path / "model.gguf", 600_000)
+    file = server.serve("/model.bin", BIG, etag='"never changes"')
+    leave_part(file, tmp_path / "model.bin", 600_000)
     file.content = BIG[:500_000]
 
-    dest = download_file(file.url, tmp_path / "model.gguf", policy=QUICK)
+    dest = download_file(file.url, tmp_path / "model.bin", policy=QUICK)
 
     assert dest.read_bytes() == BIG[:500_000]
 
 
 def test_download_replaces_kept_bytes_that_are_damaged(server: FileServer, tmp_path: Path) -> None:
     """A byte that flipped on disk is found by the final hash, and the file is fetched again whole."""
-    file = server.serve("/model.gguf", BIG)
-    dest = tmp_path / "model.gguf"
+    file = server.serve("/model.bin", BIG)
+    dest = tmp_path / "model.bin"
     leave_part(file, dest, 600_000, sha256=file.sha256)
     with staged(tmp_path).open("r+b") as part:
         part.seek(1234)
@@ -552,8 +552,8 @@ def test_download_replaces_a_whole_part_that_is_damaged(
     server: FileServer, tmp_path: Path, length: int, size: int | None
 ) -> None:
     """Kept bytes that leave nothing to ask for, and are wrong, are fetched again in the same call."""
-    file = server.serve("/model.gguf", BIG)
-    dest = tmp_path / "model.gguf"
+    file = server.serve("/model.bin", BIG)
+    dest = tmp_path / "model.bin"
     leave_part(file, dest, 600_000, sha256=file.sha256)
     staged(tmp_path).write_bytes(b"x" * length)
 
@@ -567,8 +567,8 @@ def test_download_finishes_a_whole_part_without_fetching_it_again(
     server: FileServer, tmp_path: Path, is_hash_known: bool
 ) -> None:
     """A process that died before the rename leaves nothing to fetch."""
-    file = server.serve("/model.gguf", BIG)
-    dest = tmp_path / "model.gguf"
+    file = server.serve("/model.bin", BIG)
+    dest = tmp_path / "model.bin"
     options: dict[str, Any] = {"sha256": file.sha256} if is_hash_known else {}
     leave_part(file, dest, 600_000, **options)
     staged(tmp_path).write_bytes(BIG)
@@ -584,12 +584,12 @@ def test_download_distrusts_kept_bytes_of_another_boot_without_a_hash(
     server: FileServer, tmp_path: Path
 ) -> None:
     """A power cut may have torn kept bytes; where no hash would show it they are fetched again."""
-    file = server.serve("/model.gguf", BIG)
-    leave_part(file, tmp_path / "model.gguf", 600_000)
+    file = server.serve("/model.bin", BIG)
+    leave_part(file, tmp_path / "model.bin", 600_000)
     note = staged(tmp_path).with_suffix(".json")
     note.write_text(json.dumps(json.loads(note.read_text()) | {"boot": "an earlier one"}))
 
-    download_file(file.url, tmp_path / "model.gguf", policy=QUICK)
+    download_file(file.url, tmp_path / "model.bin", policy=QUICK)
 
     assert file.requests[-1].range is None
 
@@ -597,19 +597,19 @@ def test_download_distrusts_kept_bytes_of_another_boot_without_a_hash(
 @pytest.mark.parametrize("note", ["", "[]", '{"url": 5}', '{"validator": {}, "url": "x"}', "\0\0\0"])
 def test_download_survives_an_unreadable_note(server: FileServer, tmp_path: Path, note: str) -> None:
     """A damaged note costs at most the kept bytes, never the download."""
-    file = server.serve("/model.gguf", BIG)
-    leave_part(file, tmp_path / "model.gguf", 600_000)
+    file = server.serve("/model.bin", BIG)
+    leave_part(file, tmp_path / "model.bin", 600_000)
     staged(tmp_path).with_suffix(".json").write_text(note)
 
-    assert download_file(file.url, tmp_path / "model.gguf", policy=QUICK).read_bytes() == BIG
+    assert download_file(file.url, tmp_path / "model.bin", policy=QUICK).read_bytes() == BIG
 
 
 def test_download_starts_over_when_the_server_sends_another_range(server: FileServer, tmp_path: Path) -> None:
     """Bytes from the wrong place are never appended."""
-    file = server.serve("/model.gguf", BIG, range_shift=7)
-    leave_part(file, tmp_path / "model.gguf", 600_000)
+    file = server.serve("/model.bin", BIG, range_shift=7)
+    leave_part(file, tmp_path / "model.bin", 600_000)
 
-    dest = download_file(file.url, tmp_path / "model.gguf", policy=QUICK)
+    dest = download_file(file.url, tmp_path / "model.bin", policy=QUICK)
 
     assert dest.read_bytes() == BIG
     assert file.requests[-1].range is None
@@ -619,10 +619,10 @@ def test_download_ends_though_ranges_are_wrong_and_connections_drop(
     server: FileServer, tmp_path: Path
 ) -> None:
     """A server that is wrong in every way ends in an error, not in an endless loop."""
-    file = server.serve("/model.gguf", BIG, range_shift=7, drop_after=100_000)
+    file = server.serve("/model.bin", BIG, range_shift=7, drop_after=100_000)
 
     with pytest.raises(DownloadError):
-        download_file(file.url, tmp_path / "model.gguf", sha256=file.sha256, policy=QUICK)
+        download_file(file.url, tmp_path / "model.bin", sha256=file.sha256, policy=QUICK)
 
     assert len(file.requests) < 20
 
@@ -631,10 +631,10 @@ def test_download_ends_though_bytes_are_wrong_and_connections_drop(
     server: FileServer, tmp_path: Path
 ) -> None:
     """Wrong bytes that come in pieces are fetched twice at most."""
-    file = server.serve("/model.gguf", BIG, flip_at=500_000, drop_after=100_000)
+    file = server.serve("/model.bin", BIG, flip_at=500_000, drop_after=100_000)
 
     with pytest.raises(DownloadError) as failure:
-        download_file(file.url, tmp_path / "model.gguf", sha256=file.sha256, policy=QUICK)
+        download_file(file.url, tmp_path / "model.bin", sha256=file.sha256, policy=QUICK)
 
     assert failure.value.reason == "sha256 mismatch"
     assert file.bytes_sent == 2 * len(BIG)
@@ -645,8 +645,8 @@ def test_download_keeps_its_bytes_when_the_file_is_refused_for_now(
     server: FileServer, tmp_path: Path
 ) -> None:
     """An expired address costs a new address, not the bytes that were fetched through it."""
-    file = server.serve("/model.gguf", BIG)
-    dest = tmp_path / "model.gguf"
+    file = server.serve("/model.bin", BIG)
+    dest = tmp_path / "model.bin"
     leave_part(file, dest, 600_000, sha256=file.sha256)
     file.answers = [(403, {})]
 
@@ -674,7 +674,7 @@ class Waits:
 def test_download_tries_again_after_a_passing_status(server: FileServer, tmp_path: Path, status: int) -> None:
     """An overloaded server is asked again, after the waits of the policy."""
     waits = Waits()
-    file = server.serve("/model.gguf", BODY, answers=[(status, {}), (status, {})])
+    file = server.serve("/model.bin", BODY, answers=[(status, {}), (status, {})])
 
     download_file(file.url, tmp_path / "m", policy=Policy(delays_s=(1.0, 2.0, 4.0), wait=waits))
 
@@ -688,7 +688,7 @@ def test_download_waits_as_long_as_the_server_asks(server: FileServer, tmp_path:
     past = "Wed, 21 Oct 2015 07:28:00 GMT"
     future = "Fri, 31 Dec 9999 23:59:59 GMT"
     answers = [(429, {"Retry-After": after}) for after in ("7", "100000", past, future, "soon")]
-    file = server.serve("/model.gguf", BODY, answers=answers)
+    file = server.serve("/model.bin", BODY, answers=answers)
 
     download_file(file.url, tmp_path / "m", policy=Policy(delays_s=(1, 2, 3, 4, 5), wait=waits))
 
@@ -701,7 +701,7 @@ def test_download_asks_once_where_the_answer_is_final(
 ) -> None:
     """A final refusal is not asked for again."""
     waits = Waits()
-    file = server.serve("/model.gguf", BODY, answers=[(status, {})])
+    file = server.serve("/model.bin", BODY, answers=[(status, {})])
 
     with pytest.raises(DownloadError) as failure:
         download_file(file.url, tmp_path / "m", policy=Policy(wait=waits))
@@ -712,7 +712,7 @@ def test_download_asks_once_where_the_answer_is_final(
 
 def test_download_gives_up_on_a_silent_server(server: FileServer, tmp_path: Path) -> None:
     """A server that stops sending is given up after the policy's time, and its bytes are kept."""
-    file = server.serve("/model.gguf", BIG, hold_after=100_000)
+    file = server.serve("/model.bin", BIG, hold_after=100_000)
 
     with pytest.raises(DownloadError, match="streaming body"):
         download_file(file.url, tmp_path / "m", sha256=file.sha256, policy=Policy(stall_s=0.2, delays_s=()))
@@ -728,7 +728,7 @@ def test_download_ends_soon_when_cancelled(
     server: FileServer, tmp_path: Path, logged: pytest.LogCaptureFixture, fault: dict[str, Any]
 ) -> None:
     """A stop does not wait for a silent server; what has come is kept, and it is no failure."""
-    file = server.serve("/model.gguf", BIG, **fault)
+    file = server.serve("/model.bin", BIG, **fault)
     cancel = threading.Event()
     ended = []
 
@@ -751,7 +751,7 @@ def test_download_ends_soon_when_cancelled(
 
 def test_download_ends_soon_when_cancelled_between_two_tries(server: FileServer, tmp_path: Path) -> None:
     """A stop does not wait for the next try."""
-    file = server.serve("/model.gguf", BODY, answers=[(503, {"Retry-After": "60"})])
+    file = server.serve("/model.bin", BODY, answers=[(503, {"Retry-After": "60"})])
     cancel = threading.Event()
 
     def cancel_and_wait(event: threading.Event, seconds: float) -> bool:
@@ -768,7 +768,7 @@ def test_download_keeps_its_bytes_when_cancelled_while_it_reads_them_back(
     server: FileServer, tmp_path: Path
 ) -> None:
     """A stop while kept bytes are hashed does not lose them."""
-    file = server.serve("/model.gguf", BIG)
+    file = server.serve("/model.bin", BIG)
     leave_part(file, tmp_path / "m", 600_000, sha256=file.sha256)
     cancel = threading.Event()
     cancel.set()
@@ -787,7 +787,7 @@ def test_download_shows_nothing_under_the_final_name_before_it_is_verified(
     server: FileServer, tmp_path: Path
 ) -> None:
     """A reader of the folder sees the whole file or none, and never a part beside it."""
-    file = server.serve("/model.gguf", BIG, drop_after=300_000)
+    file = server.serve("/model.bin", BIG, drop_after=300_000)
     folder = tmp_path / "models"
     seen: set[str] = set()
     file.on_request = lambda _: seen.update(path.name for path in folder.iterdir())
@@ -795,18 +795,18 @@ def test_download_shows_nothing_under_the_final_name_before_it_is_verified(
     def look(*_: int | None) -> None:
         seen.update(path.name for path in folder.iterdir())
 
-    download_file(file.url, folder / "model.gguf", sha256=file.sha256, progress=look, policy=QUICK)
+    download_file(file.url, folder / "model.bin", sha256=file.sha256, progress=look, policy=QUICK)
 
     assert seen == {".staging"}
-    assert files_in(folder) == {"model.gguf"}
+    assert files_in(folder) == {"model.bin"}
 
 
 def test_download_leaves_an_earlier_file_alone_until_the_new_one_is_whole(
     server: FileServer, tmp_path: Path
 ) -> None:
     """A failed download does not touch the file that was there."""
-    file = server.serve("/model.gguf", b"evil bytes")
-    dest = tmp_path / "model.gguf"
+    file = server.serve("/model.bin", b"evil bytes")
+    dest = tmp_path / "model.bin"
     dest.write_bytes(BODY)
 
     with pytest.raises(DownloadError):
@@ -820,8 +820,8 @@ def test_download_leaves_an_earlier_file_alone_until_the_new_one_is_whole(
 
 def test_two_processes_share_one_download(server: FileServer, tmp_path: Path) -> None:
     """Of two processes that want one file, one fetches it and the other waits for it."""
-    file = server.serve("/model.gguf", BIG, hold_after=500_000)
-    dest = tmp_path / "model.gguf"
+    file = server.serve("/model.bin", BIG, hold_after=500_000)
+    dest = tmp_path / "model.bin"
     first = start_child(file, dest, sha256=file.sha256)
     await_bytes(first, 500_000)
     second = start_child(file, dest, sha256=file.sha256)
@@ -837,13 +837,13 @@ def test_two_processes_share_one_download(server: FileServer, tmp_path: Path) ->
 
     assert dest.read_bytes() == BIG
     assert len(file.requests) == 1
-    assert files_in(tmp_path) == {"model.gguf"}
+    assert files_in(tmp_path) == {"model.bin"}
 
 
 def test_a_killed_download_does_not_hold_up_the_next(server: FileServer, tmp_path: Path) -> None:
     """A process that waits for another takes over when that one is killed."""
-    file = server.serve("/model.gguf", BIG, hold_after=500_000)
-    dest = tmp_path / "model.gguf"
+    file = server.serve("/model.bin", BIG, hold_after=500_000)
+    dest = tmp_path / "model.bin"
     child = start_child(file, dest, sha256=file.sha256)
     await_bytes(child, 500_000)
     waiting = threading.Event()
@@ -868,8 +868,8 @@ def test_download_can_be_cancelled_while_another_process_has_the_file(
     server: FileServer, tmp_path: Path
 ) -> None:
     """A stop does not wait for somebody else's download."""
-    file = server.serve("/model.gguf", BIG, hold_after=500_000)
-    dest = tmp_path / "model.gguf"
+    file = server.serve("/model.bin", BIG, hold_after=500_000)
+    dest = tmp_path / "model.bin"
     child = start_child(file, dest, sha256=file.sha256)
     await_bytes(child, 500_000)
     cancel = threading.Event()
@@ -888,14 +888,14 @@ def test_download_can_be_cancelled_while_another_process_has_the_file(
 @pytest.mark.parametrize(
     "url",
     [
-        "http://models.example/model.gguf",
-        "http://models.example\\@127.0.0.1/model.gguf",
-        "http://127.0.0.1@models.example/model.gguf",
-        "ftp://127.0.0.1/model.gguf",
+        "http://models.example/model.bin",
+        "http://models.example\\@127.0.0.1/model.bin",
+        "http://127.0.0.1@models.example/model.bin",
+        "ftp://127.0.0.1/model.bin",
         "file:///etc/passwd",
-        "http://[::1/model.gguf",
-        "http:///model.gguf",
-        "model.gguf",
+        "http://[::1/model.bin",
+        "http:///model.bin",
+        "model.bin",
         "",
     ],
 )
@@ -916,8 +916,8 @@ def test_download_refuses_addresses_that_are_not_allowed(
 
 def test_download_follows_redirects(server: FileServer, tmp_path: Path) -> None:
     """A redirect to an allowed address, on another host too, is followed with its range."""
-    file = server.serve("/model.gguf", BIG, drop_after=600_000)
-    there = f"http://localhost:{server.port}/model.gguf"
+    file = server.serve("/model.bin", BIG, drop_after=600_000)
+    there = f"http://localhost:{server.port}/model.bin"
     entry = server.serve("/entry", b"", redirect=there)
     relative = server.serve("/relative", b"", redirect="entry")
 
@@ -931,13 +931,13 @@ def test_download_follows_redirects(server: FileServer, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["http://192.0.2.1/model.gguf", "file:///etc/passwd", "http://192.0.2.1\\@127.0.0.1/", "http://["],
+    ["http://192.0.2.1/model.bin", "file:///etc/passwd", "http://192.0.2.1\\@127.0.0.1/", "http://["],
 )
 def test_download_refuses_a_redirect_to_a_forbidden_address(
     server: FileServer, tmp_path: Path, target: str
 ) -> None:
     """Where a redirect leads is judged before it is asked, and a refusal is final."""
-    file = server.serve("/model.gguf", BODY, redirect=target)
+    file = server.serve("/model.bin", BODY, redirect=target)
 
     with pytest.raises(DownloadError, match="redirected to") as failure:
         download_file(file.url, tmp_path / "m", policy=Policy(connect_s=0.5, delays_s=(0, 0)))
@@ -971,7 +971,7 @@ def test_download_never_tells_the_secrets_of_an_address(
     server: FileServer, tmp_path: Path, logged: pytest.LogCaptureFixture, fault: dict[str, Any]
 ) -> None:
     """Query string and user info are sent to the server, and stand in no error, traceback or log line."""
-    file = server.serve("/model.gguf", BODY, **fault)
+    file = server.serve("/model.bin", BODY, **fault)
     secret_url = file.url.replace("http://", "http://worker:hunter2hunter2@") + "?key=hunter2hunter2#hunter2"
     told = ""
 
@@ -1019,8 +1019,8 @@ def test_download_sends_no_credentials_to_the_host_it_is_redirected_to(
     server: FileServer, tmp_path: Path
 ) -> None:
     """User info of an address goes to that host alone."""
-    file = server.serve("/model.gguf", BODY)
-    entry = server.serve("/entry", b"", redirect=f"http://localhost:{server.port}/model.gguf")
+    file = server.serve("/model.bin", BODY)
+    entry = server.serve("/entry", b"", redirect=f"http://localhost:{server.port}/model.bin")
 
     download_file(entry.url.replace("http://", "http://worker:hunter2@"), tmp_path / "m")
 
@@ -1035,8 +1035,8 @@ def test_download_logs_start_and_end(
     server: FileServer, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     """A good download is two lines: where from and where to, then how much in what time."""
-    file = server.serve("/model.gguf", BODY)
-    dest = tmp_path / "model.gguf"
+    file = server.serve("/model.bin", BODY)
+    dest = tmp_path / "model.bin"
 
     download_file(file.url, dest)
 
@@ -1051,7 +1051,7 @@ def test_download_logs_start_and_end(
 
 def test_download_reports_progress_up_to_the_whole(server: FileServer, tmp_path: Path) -> None:
     """Whoever watches sees rising byte counts, kept bytes included, and the whole length."""
-    file = server.serve("/model.gguf", BIG)
+    file = server.serve("/model.bin", BIG)
     leave_part(file, tmp_path / "m", 600_000, sha256=file.sha256)
     seen: list[tuple[int, int | None]] = []
 
@@ -1085,7 +1085,7 @@ def test_download_tells_when_the_disk_takes_no_more(
     server: FileServer, tmp_path: Path, is_kept: bool
 ) -> None:
     """A disk that refuses bytes is an error with the disk's reason; what cannot be resumed is removed."""
-    file = server.serve("/model.gguf", BIG, etag=None)
+    file = server.serve("/model.bin", BIG, etag=None)
     arguments = [file.url, str(tmp_path / "m"), file.sha256 if is_kept else ""]
 
     child = subprocess.run(
@@ -1109,7 +1109,7 @@ def test_download_tells_when_the_disk_is_full(server: FileServer, tmp_path: Path
     if mount.returncode:
         pytest.skip("a file system of half a megabyte cannot be mounted here")
     try:
-        file = server.serve("/model.gguf", BIG)
+        file = server.serve("/model.bin", BIG)
         with pytest.raises(DownloadError, match="no space left on the disk of") as failure:
             download_file(file.url, mounted / "m", sha256=file.sha256, policy=QUICK)
         assert str(mounted) in str(failure.value)
@@ -1125,7 +1125,7 @@ def test_download_tells_when_its_folder_cannot_be_made(
 ) -> None:
     """A folder that cannot be made is an error of the download like any other."""
     (tmp_path / "file").write_bytes(b"")
-    file = server.serve("/model.gguf", BODY)
+    file = server.serve("/model.bin", BODY)
 
     with pytest.raises(DownloadError, match="Not a directory"):
         download_file(file.url, tmp_path / "file" / "models" / "m")

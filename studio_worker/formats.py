@@ -1,0 +1,148 @@
+"""Whether a file is what its name says: the headers of safetensors and GGUF, and what error pages look like.
+
+For files whose hash is not known, and for the words of an error where it is. Reads headers only, knows
+neither torch nor the network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+_HTML = (b"<!doctype", b"<html", b"<head", b"<body")
+_LFS_POINTER = b"version https://git-lfs"
+_MAX_HEADER = 100_000_000
+"""What the safetensors library itself takes at most."""
+_GGUF_HEAD = 24
+_MAX_COUNT = 10_000_000
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+_GGUF_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_GGUF_BLOCKS = {
+    **{0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40)},
+    **{10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292)},
+    **{24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 30: (1, 2)},
+}
+"""Elements and bytes of a block, by type; a type that is not here counts as at least one byte in all."""
+
+
+class _Wrong(Exception):
+    """The header does not hold."""
+
+
+def impostor(path: Path) -> str | None:
+    """What a file that should be a model is instead, where that is plain to see."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith(_HTML) or (text.startswith(b"<?xml") and b"<html" in text):
+        return "an HTML page"
+    if start.startswith(_LFS_POINTER):
+        return "a git-lfs pointer, not the file it points to"
+    return None
+
+
+def header_problem(path: Path, filename: str) -> str | None:
+    """Why a file is not what ``filename`` says it is, or ``None``; names of other formats are not judged."""
+    check = _check_of(filename)
+    if check is None:
+        return None
+    if what := impostor(path):
+        return f"this is {what}"
+    size = path.stat().st_size
+    if size < _GGUF_HEAD:
+        return None  # too short for a header; nothing of it can be judged but its length
+    try:
+        with path.open("rb") as file:
+            check(file, size)
+    except (_Wrong, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        return f"its header is wrong: {error if isinstance(error, _Wrong) else 'it cannot be read'}"
+    return None
+
+
+def _check_of(filename: str) -> Callable[[IO[bytes], int], None] | None:
+    lower = filename.lower()
+    if lower.endswith(".safetensors"):
+        return _check_safetensors
+    return _check_gguf if lower.endswith(".gguf") else None
+
+
+def _check_safetensors(file: IO[bytes], size: int) -> None:
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > min(_MAX_HEADER, size - 8):
+        raise _Wrong("it is longer than the file")
+    header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise _Wrong("it is no table of tensors")
+    end = max((each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"), default=0)
+    if 8 + length + end != size:
+        raise _Wrong(f"it tells of {8 + length + end} bytes, the file has {size}")
+
+
+def _check_gguf(file: IO[bytes], size: int) -> None:
+    if file.read(4) != b"GGUF":
+        raise _Wrong("it does not begin with GGUF")
+    version, tensors, pairs = struct.unpack("<IQQ", file.read(_GGUF_HEAD - 4))
+    if version not in {2, 3} or max(tensors, pairs) > _MAX_COUNT:
+        raise _Wrong(f"version {version}, {tensors} tensors")
+    alignment = 32
+    for _ in range(pairs):
+        key = _string(file, size)
+        value = _value(file, size, _number(file, "<I"))
+        if key == b"general.alignment" and isinstance(value, int) and value > 0:
+            alignment = value
+    ends = [0]
+    for _ in range(tensors):
+        _string(file, size)
+        shape = [_number(file, "<Q") for _ in range(min(_number(file, "<I"), 8))]
+        kind, offset = _number(file, "<I"), _number(file, "<Q")
+        elements, nbytes = _GGUF_BLOCKS.get(kind, (math.prod(shape) or 1, 1))
+        ends.append(offset + math.prod(shape) // elements * nbytes)
+    start = -(-file.tell() // alignment) * alignment
+    if tensors and start + max(ends) > size:
+        raise _Wrong(f"it tells of {start + max(ends)} bytes, the file has {size}")
+
+
+def _number(file: IO[bytes], code: str) -> int:
+    width = struct.calcsize(code)
+    if len(found := file.read(width)) < width:
+        raise _Wrong("it is longer than the file")
+    return int(struct.unpack(code, found)[0])
+
+
+def _string(file: IO[bytes], size: int) -> bytes:
+    length = _number(file, "<Q")
+    if file.tell() + length > size:
+        raise _Wrong("it is longer than the file")
+    return file.read(length)
+
+
+def _value(file: IO[bytes], size: int, kind: int) -> int | None:
+    """Read past one value; returns it where it is a plain 32-bit number."""
+    if kind == _GGUF_STRING:
+        _string(file, size)
+    elif kind == _GGUF_ARRAY:
+        item, count = _number(file, "<I"), _number(file, "<Q")
+        if item in _GGUF_SCALARS:
+            _skip(file, size, count * _GGUF_SCALARS[item])
+        elif count > size:
+            raise _Wrong("it is longer than the file")
+        else:
+            for _ in range(count):
+                _value(file, size, item)
+    elif kind == 4:
+        return _number(file, "<I")
+    elif kind in _GGUF_SCALARS:
+        _skip(file, size, _GGUF_SCALARS[kind])
+    else:
+        raise _Wrong(f"a value of type {kind}")
+    return None
+
+
+def _skip(file: IO[bytes], size: int, count: int) -> None:
+    if file.tell() + count > size:
+        raise _Wrong("it is longer than the file")
+    file.seek(count, 1)

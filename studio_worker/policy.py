@@ -1,0 +1,66 @@
+"""How a download behaves: its patience, its limits, and the ways it may take. Holds values, does nothing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+_BURST_S = 0.1
+
+
+class Limit:
+    """So many bytes a second over everything that shares this object."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self.bytes_per_s = bytes_per_s
+        self._lock = threading.Lock()
+        self._paid_until = 0.0
+
+    def take(self, count: int, given_up: threading.Event) -> None:
+        """Wait until ``count`` bytes that have come are within the limit, or ``given_up`` is set."""
+        with self._lock:
+            now = time.monotonic()
+            self._paid_until = max(self._paid_until, now - _BURST_S) + count / self.bytes_per_s
+            wait_s = self._paid_until - now
+        if wait_s > 0:
+            given_up.wait(wait_s)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How patient a download is, and which ways it may take. Times are seconds.
+
+    ``delays_s`` are the waits between tries; a try that brought new bytes starts them again, so that a
+    mirror which drops every connection is outlasted as long as it gives something each time. ``wait``
+    waits for that long and says whether the event was set meanwhile; tests put their own there.
+
+    ``stall_s``: a connection without a byte for so long is replaced. ``slow_s``: so often is one compared
+    with the others, and replaced where it is much slower. There is no limit to the whole.
+
+    ``mirrors`` are pairs of URL prefixes: what begins with the first is asked with the second in its place,
+    before it is asked as it is. ``tokens`` are bearer tokens by host name, each sent to its host alone.
+    ``ca_bundle`` and ``proxy`` come before what the usual variables of the environment say.
+    """
+
+    connect_s: float = 15.0
+    stall_s: float = 15.0
+    slow_s: float = 3.0
+    delays_s: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    retry_after_cap_s: float = 120.0
+    allow_insecure: bool = False
+    wait: Callable[[threading.Event, float], bool] = threading.Event.wait
+    max_connections: int = 32
+    limit: Limit | None = None
+    mirrors: tuple[tuple[str, str], ...] = ()
+    tokens: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), repr=False)
+    ca_bundle: Path | None = None
+    proxy: str | None = field(default=None, repr=False)  # may hold a password
+
+    def ways(self, url: str) -> tuple[str, ...]:
+        """The addresses to try for ``url``, in order; the last is ``url`` itself."""
+        mirrored = (there + url.removeprefix(here) for here, there in self.mirrors if url.startswith(here))
+        return (*dict.fromkeys(way for way in mirrored if way != url), url)

@@ -1,0 +1,79 @@
+"""What the configuration says of downloads, as one policy; and the tokens, from files that only we can read.
+
+The one place where settings become a :class:`Policy`. No token stands in the configuration, a log line or
+an error.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from studio_worker.config import Settings
+from studio_worker.errors import ConfigError
+from studio_worker.logs import add_secret
+from studio_worker.policy import Limit, Policy
+
+TOKEN_PREFIX = "download-token."
+"""A token's file is called so, with the host's name behind it."""
+
+
+def policy_from(settings: Settings) -> Policy:
+    """How downloads behave on this box.
+
+    Raises:
+        ConfigError: a token or the CA bundle cannot be read, or others can read a token.
+    """
+    models = settings.models
+    if models.ca_bundle is not None and not os.access(models.ca_bundle, os.R_OK):
+        raise ConfigError(
+            f"file {models.ca_bundle} cannot be read",
+            key="models.ca_bundle",
+            cure="name a file of certificates in PEM format, or leave the key out",
+        )
+    tokens: dict[str, str] = {}
+    if models.token_dir is not None:
+        tokens |= _tokens(models.token_dir, is_ours=True)
+    if credentials := os.environ.get("CREDENTIALS_DIRECTORY"):
+        tokens |= _tokens(Path(credentials), is_ours=False)
+    return Policy(
+        allow_insecure=models.allow_insecure_urls,
+        max_connections=models.max_connections,
+        limit=Limit(models.download_limit_mb_s * 1e6) if models.download_limit_mb_s else None,
+        mirrors=tuple(models.mirrors.items()),
+        tokens=tokens,
+        ca_bundle=models.ca_bundle,
+        proxy=models.proxy,
+    )
+
+
+def _tokens(folder: Path, *, is_ours: bool) -> dict[str, str]:
+    """Tokens by host; systemd guards its own folder, in ours the files must be private."""
+    found = {}
+    try:
+        for path in sorted(folder.iterdir()):
+            if not path.name.startswith(TOKEN_PREFIX):
+                continue
+            if is_ours and path.stat().st_mode & 0o077:
+                raise ConfigError(
+                    f"others can read the token {path}", key="models.token_dir", cure=f"chmod 600 {path}"
+                )
+            token = path.read_text("ascii").strip()
+            if not token.isprintable() or " " in token:
+                raise ValueError
+            if token:
+                add_secret(token)
+                found[path.name.removeprefix(TOKEN_PREFIX).lower()] = token
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename}: {error.strerror}",
+            key="models.token_dir" if is_ours else "",
+            cure="let this user read it",
+        ) from error
+    except ValueError:
+        raise ConfigError(
+            f"{path} holds no token",
+            key="models.token_dir" if is_ours else "",
+            cure="write the token alone into it, on one line",
+        ) from None
+    return found

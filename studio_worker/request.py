@@ -1,0 +1,133 @@
+"""One GET sent: its address checked at every hop, its token and proxy chosen for each host anew.
+
+Refuses what the rules for addresses refuse, before anything is asked of it, and bodies in another coding
+than the file's own bytes. No error text holds a query string, a fragment or user info, and no error carries
+the library's own, whose texts do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from urllib.parse import urljoin, urlsplit
+
+import requests
+import urllib3
+
+from studio_worker.errors import DownloadError, DownloadRefused
+from studio_worker.logs import safe_url
+from studio_worker.models import is_loopback, url_problem
+from studio_worker.policy import Policy
+
+_MAX_REDIRECTS = 10
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_REQUESTS_VARIABLES = {"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}
+
+
+class Session(requests.Session):
+    """Follows no redirect, and does not read a redirect's body, which may be endless, into memory."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:  # noqa: ARG002  (requests' signature)
+        return None
+
+
+class _Bearer(requests.auth.AuthBase):
+    """A bearer token; given as ``auth`` so that no netrc entry takes its place."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def __call__(self, r: requests.PreparedRequest) -> requests.PreparedRequest:
+        r.headers["Authorization"] = f"Bearer {self._token}"
+        return r
+
+
+def ask(
+    url: str, headers: Mapping[str, str], policy: Policy, session: requests.Session | None = None
+) -> requests.Response:
+    """Send the request, and on to where it is redirected; no address is asked before it is checked."""
+    name = safe_url(url)
+    via = ""
+    for _ in range(_MAX_REDIRECTS + 1):
+        url = _checked(url, name, via, policy)
+        try:
+            with contextlib.nullcontext(session) if session else Session() as used:
+                response = used.get(
+                    url,
+                    headers={"Accept-Encoding": "identity", **headers},
+                    stream=True,
+                    timeout=(policy.connect_s, policy.stall_s),
+                    allow_redirects=False,
+                    auth=_auth(url, policy),
+                    proxies=_proxies(url, policy),
+                    verify=_verify(policy),
+                )
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError, OSError) as error:
+            raise DownloadError("request error", f"GET {name}: {via}{cause(error)}") from None
+        location = response.headers.get("Location")
+        if response.status_code not in _REDIRECTS or location is None:
+            if (coding := response.headers.get("Content-Encoding", "identity").lower()) != "identity":
+                response.close()
+                raise DownloadRefused(
+                    "request error", f"GET {name}: {via}the server insists on coding {coding[:40]}"
+                )
+            return response
+        response.close()
+        try:
+            url = urljoin(url, location.encode("latin-1").decode("utf-8", "replace"))
+        except ValueError:
+            url = ""
+        via = f"redirected to {safe_url(url)}, "
+    raise DownloadRefused("request error", f"GET {name}: more than {_MAX_REDIRECTS} redirects")
+
+
+def _checked(url: str, name: str, via: str, policy: Policy) -> str:
+    """``url`` as it will be used. That spelling is checked too: parsers disagree on some host names."""
+    try:
+        used = requests.Request("GET", url).prepare().url or ""
+    except (requests.RequestException, ValueError):
+        raise DownloadRefused("request error", f"GET {name}: {via}is not a valid URL") from None
+    for spelling in (url, used):
+        if problem := url_problem(spelling, allow_insecure=policy.allow_insecure):
+            raise DownloadRefused("request error", f"GET {name}: {via}{problem}")
+    return used
+
+
+def _auth(url: str, policy: Policy) -> _Bearer | None:
+    """The token of the host of ``url``; no other host ever sees it, and nobody on the way reads it."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    token = policy.tokens.get(host)
+    is_private = parts.scheme == "https" or is_loopback(host)
+    return _Bearer(token) if token and is_private else None
+
+
+def _proxies(url: str, policy: Policy) -> dict[str, str] | None:
+    """The proxy of the policy, but not to this machine itself or where ``no_proxy`` names the host."""
+    if policy.proxy is None:
+        return None
+    host = urlsplit(url).hostname or ""
+    if is_loopback(host) or requests.utils.should_bypass_proxies(url, no_proxy=None):
+        return None
+    return {"http": policy.proxy, "https": policy.proxy}
+
+
+def _verify(policy: Policy) -> str | None:
+    """The CA bundle: the policy's, else OpenSSL's variable, which requests does not know; its own follow."""
+    if policy.ca_bundle is not None:
+        return str(policy.ca_bundle)
+    return None if _REQUESTS_VARIABLES & os.environ.keys() else os.environ.get("SSL_CERT_FILE")
+
+
+def cause(error: BaseException) -> str:
+    """The innermost reason of a requests error, which wraps urllib3's, which wraps the system's.
+
+    Their texts quote whole URLs, query strings and all; the innermost one's ``strerror`` does not.
+    """
+    while (inner := getattr(error, "reason", None) or error.__cause__ or error.__context__) is not None:
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    text = getattr(error, "strerror", None)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,248 @@
+"""The ways a download may take: mirrors, tokens, proxies, and how fast."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from studio_worker.config import ModelsSection, Settings
+from studio_worker.download import Policy, download_file
+from studio_worker.errors import ConfigError, DownloadError
+from studio_worker.logs import facts
+from studio_worker.policy import Limit
+from studio_worker.reach import policy_from
+from tests.servers import FileServer, refused_url
+
+BODY = b"a tiny pretend model" * 1000
+TOKEN = "hunter2hunter2"
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with FileServer() as running:
+        yield running
+
+
+def quick(**options: object) -> Policy:
+    return Policy(delays_s=(0.0,), **options)  # type: ignore[arg-type]
+
+
+# --- mirrors ---
+
+
+def test_mirror_is_asked_first(server: FileServer, tmp_path: Path) -> None:
+    """What begins with a mirrored prefix is fetched from the mirror."""
+    file = server.serve("/origin/m.bin", BODY)
+    mirror = server.serve("/mirror/m.bin", BODY)
+    base = f"http://127.0.0.1:{server.port}"
+
+    policy = quick(mirrors=((f"{base}/origin/", f"{base}/mirror/"),))
+    assert download_file(file.url, tmp_path / "m.bin", sha256=file.sha256, policy=policy).read_bytes() == BODY
+
+    assert (len(mirror.requests), len(file.requests)) == (1, 0)
+
+
+@pytest.mark.parametrize("is_hash_known", [True, False])
+@pytest.mark.parametrize("fault", ["missing", "wrong", "refused", "short"])
+def test_origin_is_asked_where_the_mirror_fails(
+    server: FileServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str, is_hash_known: bool
+) -> None:
+    """A mirror that lacks or spoils the file, or is down, costs a line in the log and nothing else."""
+    caplog.set_level(logging.INFO, logger="studio_worker")
+    file = server.serve("/origin/m.bin", BODY)
+    base = f"http://127.0.0.1:{server.port}"
+    there = f"{base}/mirror/"
+    size = len(BODY)
+    if fault == "wrong":
+        server.serve("/mirror/m.bin", BODY[:-1])
+    elif fault == "refused":
+        there = refused_url("/")
+    elif fault == "short":
+        server.serve("/mirror/m.bin", BODY, drop_after=1000, ranges=False)
+
+    policy = quick(mirrors=((f"{base}/origin/", there),))
+    sha256 = file.sha256 if is_hash_known else None
+    download_file(file.url, tmp_path / "m.bin", sha256=sha256, size=size, policy=policy)
+
+    assert (tmp_path / "m.bin").read_bytes() == BODY
+    assert [r.getMessage() for r in caplog.records] == ["download starting", "mirror failed", "download done"]
+    assert facts(caplog.records[-1])["url"] == file.url
+
+
+def test_error_is_that_of_the_address_itself(server: FileServer, tmp_path: Path) -> None:
+    """Where mirror and origin both fail, the error tells of the origin, in one warning."""
+    base = f"http://127.0.0.1:{server.port}"
+
+    policy = quick(mirrors=((f"{base}/origin/", f"{base}/mirror/"),))
+
+    with pytest.raises(DownloadError, match=r"/origin/m\.bin -> 404"):
+        download_file(f"{base}/origin/m.bin", tmp_path / "m.bin", policy=policy)
+
+
+# --- tokens ---
+
+
+def test_token_goes_to_its_host_alone(
+    server: FileServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A host's bearer token is sent to it, not to the host it redirects to, and stands in no log line."""
+    caplog.set_level(logging.DEBUG)
+    file = server.serve("/m.bin", BODY)
+    entry = server.serve("/entry", b"", redirect=f"http://localhost:{server.port}/m.bin")
+
+    policy = quick(tokens={"127.0.0.1": TOKEN})
+    download_file(entry.url, tmp_path / "m.bin", policy=policy)
+
+    assert entry.requests[0].headers["authorization"] == f"Bearer {TOKEN}"
+    assert "authorization" not in file.requests[0].headers
+    assert TOKEN not in caplog.text + repr(policy)
+
+
+def test_token_wins_over_a_netrc(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configured token is not replaced by what a .netrc says of the host."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login a password b\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    file = server.serve("/m.bin", BODY)
+
+    download_file(file.url, tmp_path / "m.bin", policy=quick(tokens={"127.0.0.1": TOKEN}))
+
+    assert file.requests[0].headers["authorization"] == f"Bearer {TOKEN}"
+
+
+# --- proxies, certificates ---
+
+
+def test_proxy_is_not_asked_for_this_machine(server: FileServer, tmp_path: Path) -> None:
+    """Loopback addresses are reached directly, whatever the proxy."""
+    file = server.serve("/m.bin", BODY)
+
+    assert download_file(file.url, tmp_path / "m.bin", policy=quick(proxy=refused_url(""))).is_file()
+
+
+def test_proxy_is_asked_for_other_machines(server: FileServer, tmp_path: Path) -> None:
+    """Other hosts are reached through the proxy of the configuration."""
+    proxied = server.serve("http://models.example/m.bin", BODY)
+
+    policy = quick(proxy=f"http://127.0.0.1:{server.port}", allow_insecure=True)
+    assert download_file("http://models.example/m.bin", tmp_path / "m.bin", policy=policy).is_file()
+
+    assert proxied.requests[0].headers["host"] == "models.example"
+
+
+def test_missing_ca_bundle_is_an_error_of_the_download(tmp_path: Path) -> None:
+    """A certificate file that is not there is told as the reason, not as a crash."""
+    url = refused_url().replace("http://", "https://")
+
+    with pytest.raises(DownloadError) as failure:
+        download_file(url, tmp_path / "m.bin", policy=quick(ca_bundle=tmp_path / "none.pem"))
+
+    assert failure.value.reason == "request error"
+
+
+# --- how fast ---
+
+
+def test_limit_holds_over_all_that_share_it() -> None:
+    """Two that share a limit wait as long as one that takes the sum."""
+
+    class Waits(threading.Event):
+        seconds = 0.0
+
+        def wait(self, timeout: float | None = None) -> bool:
+            self.seconds += timeout or 0.0
+            return False
+
+    limit, first, second = Limit(1000.0), Waits(), Waits()
+    limit.take(5000, first)
+    limit.take(5000, second)
+
+    assert first.seconds == pytest.approx(5.0, abs=0.2)
+    assert second.seconds == pytest.approx(10.0, abs=0.3)
+
+
+def test_download_with_a_limit_is_whole(server: FileServer, tmp_path: Path) -> None:
+    """A limit slows a download down and changes nothing else."""
+    large = BODY * 900  # more than is fetched as a plain stream
+    file = server.serve("/m.bin", large)
+
+    policy = quick(limit=Limit(40_000_000))
+    assert download_file(file.url, tmp_path / "m.bin", sha256=file.sha256, policy=policy).is_file()
+
+
+# --- from the configuration ---
+
+
+def settings(**models: object) -> Settings:
+    return Settings(models=ModelsSection.model_validate(models))
+
+
+def test_policy_holds_what_the_configuration_says(tmp_path: Path) -> None:
+    """Every key that concerns downloads arrives in their policy."""
+    bundle = tmp_path / "ca.pem"
+    bundle.touch()
+
+    policy = policy_from(
+        settings(
+            allow_insecure_urls=True,
+            max_connections=4,
+            download_limit_mb_s=2.5,
+            mirrors={"https://a.example/": "https://b.example/a/"},
+            ca_bundle=bundle,
+            proxy="http://proxy.example:3128",
+        )
+    )
+
+    assert policy.allow_insecure
+    assert policy.max_connections == 4
+    assert policy.limit is not None
+    assert policy.limit.bytes_per_s == 2_500_000
+    assert policy.ways("https://a.example/m") == ("https://b.example/a/m", "https://a.example/m")
+    assert (policy.ca_bundle, policy.proxy) == (bundle, "http://proxy.example:3128")
+
+
+def test_tokens_come_from_credentials_and_from_a_private_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token is a file named after its host; systemd's credential comes before the folder's."""
+    folder, credentials = tmp_path / "tokens", tmp_path / "credentials"
+    for place, host, token in (
+        (folder, "One.example", "first"),
+        (folder, "two", "x"),
+        (credentials, "two", "y"),
+    ):
+        place.mkdir(exist_ok=True)
+        (place / f"download-token.{host}").write_text(f"{token}\n")
+        (place / f"download-token.{host}").chmod(0o600)
+    (folder / "README").write_text("not a token")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(credentials))
+
+    assert policy_from(settings(token_dir=folder)).tokens == {"one.example": "first", "two": "y"}
+
+
+@pytest.mark.parametrize("fault", ["readable", "two lines", "no folder", "no bundle"])
+def test_configuration_of_downloads_that_cannot_be_used_is_refused(tmp_path: Path, fault: str) -> None:
+    """A token that others can read, or none, and files that are missing are told at the start."""
+    token = tmp_path / "download-token.example"
+    token.write_text(f"{TOKEN}\n{TOKEN}" if fault == "two lines" else TOKEN)
+    token.chmod(0o644 if fault == "readable" else 0o600)
+    keys = {
+        "no folder": {"token_dir": tmp_path / "none"},
+        "no bundle": {"ca_bundle": tmp_path / "none"},
+    }.get(fault, {"token_dir": tmp_path})
+
+    with pytest.raises(ConfigError) as failure:
+        policy_from(settings(**keys))
+
+    assert failure.value.key.startswith("models.")
+    assert TOKEN not in str(failure.value)
+
+
+@pytest.mark.parametrize("keys", [{"mirrors": {"a": "https://b/"}}, {"proxy": "proxy:3128"}])
+def test_addresses_of_mirrors_and_proxies_are_checked(keys: dict[str, object]) -> None:
+    """A mirror or proxy that is no address is a fault of the configuration."""
+    with pytest.raises(ValueError, match="URL"):
+        settings(**keys)
