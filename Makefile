@@ -29,6 +29,7 @@ lint: $(STAMP) ## ruff and mypy --strict
 bench: $(STAMP) ## Measure, beside a peer in the same run; prints ratios
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench_download
+	$(BIN)/python -m tests.bench_store
 
 check: lint test ## lint and test
 
