@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
@@ -19,6 +18,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from studio_worker import models
 
 COOKIE = "studio_session"
 COOKIE_AGE_S = 30 * 24 * 3600
@@ -55,13 +56,8 @@ def http_base(connection: HTTPConnection) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address can only be this machine."""
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    """Whether a host name or address, as browsers and people write it, can only be this machine."""
+    return models.is_loopback(host.lower().rstrip("."))
 
 
 class Access:
