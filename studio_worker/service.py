@@ -172,7 +172,6 @@ class Service:
     # --- before READY ---
 
     def _recover(self) -> None:
-        self._store.clean_staging()
         job_id = self._in_hand.recover()
         if job_id is not None:
             log.warning(
@@ -182,6 +181,7 @@ class Service:
 
     def _provision(self) -> bool:
         """Whether the required models are verified; ``False`` = stopped before."""
+        self._store.clean_staging()
         progress = ProvisionProgress(self._notifier.status, self._notifier.extend_timeout)
 
         def work() -> None:

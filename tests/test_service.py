@@ -42,10 +42,6 @@ def config(tmp_path: Path, studio: LocalStudio) -> Path:
     return folder
 
 
-def service(config: Path, log_path: Path) -> ServiceProcess:
-    return ServiceProcess(config, log_path)
-
-
 def override(config: Path, toml: str) -> None:
     """Site values, as an operator would give them."""
     (config / "conf.d").mkdir(exist_ok=True)
@@ -105,7 +101,7 @@ def test_service_is_not_ready_before_the_last_file_is_verified(config: Path, tmp
         first = server.serve("/first.safetensors", b"first" * 1000)
         last = server.serve("/last.safetensors", b"last" * 1000, hold_after=100)
         require(config, "two", first, last)
-        with service(config, tmp_path / "log") as running:
+        with ServiceProcess(config, tmp_path / "log") as running:
             assert last.held.wait(READY_S)
             assert (tmp_path / "work" / "models" / hashlib.sha256(first.content).hexdigest()).is_dir()
             assert not any(line.startswith("READY") for line in running.messages)
@@ -121,7 +117,7 @@ def test_service_shows_systemd_what_it_downloads(config: Path, tmp_path: Path) -
     with FileServer() as server:
         held = server.serve("/held.safetensors", b"held" * 100_000, hold_after=200_000)
         require(config, "large", held)
-        with service(config, tmp_path / "log") as running:
+        with ServiceProcess(config, tmp_path / "log") as running:
             running.await_message("STATUS=downloading large: ", READY_S)
             assert not any(line.startswith("READY") for line in running.messages)
             assert any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in running.messages)
@@ -134,7 +130,7 @@ def test_service_with_a_wrong_hash_is_never_ready(config: Path, tmp_path: Path) 
     """A file that is not what was required ends the start: exit status 74, and the last line says why."""
     with FileServer() as server:
         require(config, "bad", server.serve("/bad.safetensors", b"evil bytes"), sha256="0" * 64)
-        with service(config, tmp_path / "log") as running:
+        with ServiceProcess(config, tmp_path / "log") as running:
             assert running.wait(READY_S) == 74
     assert not any(line.startswith("READY") for line in running.messages)
     last = running.log_lines()[-1]
@@ -148,7 +144,7 @@ def test_service_stopped_while_it_provisions_ends_cleanly_at_once(config: Path, 
     with FileServer() as server:
         slow = server.serve("/slow.safetensors", b"x" * 10_000, hold_after=100)
         require(config, "slow", slow)
-        with service(config, tmp_path / "log") as running:
+        with ServiceProcess(config, tmp_path / "log") as running:
             assert slow.held.wait(READY_S)
             assert running.stop(20) == 0
         slow.release()
@@ -161,7 +157,7 @@ def test_service_is_ready_while_it_waits_for_approval(tmp_path: Path) -> None:
         (tmp_path / "work").mkdir()
         config = write_configuration(studio, tmp_path / "work")
         (config / "models.d" / "sample.json").unlink()
-        with service(config, tmp_path / "log") as running:
+        with ServiceProcess(config, tmp_path / "log") as running:
             running.await_message("READY=1", READY_S)
             running.await_message("STATUS=ready, waiting for approval: approve ", READY_S)
             assert any(studio.base_url in line for line in running.messages)
@@ -173,7 +169,7 @@ def test_service_is_ready_while_it_waits_for_approval(tmp_path: Path) -> None:
 
 def test_service_does_a_job_and_stops_cleanly(config: Path, studio: LocalStudio, tmp_path: Path) -> None:
     """A job goes from the queue to the gallery; SIGTERM ends with STOPPING=1 and exit status 0."""
-    with service(config, tmp_path / "log") as running:
+    with ServiceProcess(config, tmp_path / "log") as running:
         running.await_message("READY=1", READY_S)
         job_id = queue_synthetic(studio, ext="png", seed=7)
         await_status(studio, job_id, "done")
@@ -191,7 +187,7 @@ def test_service_logs_one_summary_line_a_job_with_every_stage(
     config: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
     """A finished job is one line with wait, file, load, generation, encode and upload times."""
-    with service(config, tmp_path / "log") as running:
+    with ServiceProcess(config, tmp_path / "log") as running:
         job_id = queue_synthetic(studio)
         await_status(studio, job_id, "done")
         assert running.stop() == 0
@@ -205,7 +201,7 @@ def test_service_told_to_stop_finishes_the_job_in_hand(
     config: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
     """SIGTERM in a job: the job is finished and delivered, no other is taken, exit status 0."""
-    with service(config, tmp_path / "log") as running:
+    with ServiceProcess(config, tmp_path / "log") as running:
         task = {"kind": "image", "prompt": prompt("red", "gem", "sky"), "width": 128, "height": 128}
         first = studio.queue_job(model=MODEL_ID, task=task, model_source=sample_source(studio))
         second = queue_synthetic(studio)
@@ -218,7 +214,7 @@ def test_service_told_to_stop_finishes_the_job_in_hand(
 
 def test_service_told_twice_hands_the_job_back(config: Path, studio: LocalStudio, tmp_path: Path) -> None:
     """A second SIGTERM stops the job at its next step: the studio may give it to another worker."""
-    with service(config, tmp_path / "log") as running:
+    with ServiceProcess(config, tmp_path / "log") as running:
         job_id = studio.queue_job(model=MODEL_ID, task=LONG, model_source=sample_source(studio))
         await_status(studio, job_id, "running")
         running.signal(signal.SIGTERM)
@@ -234,7 +230,7 @@ def test_service_past_its_stop_limit_hands_the_job_back(
 ) -> None:
     """A job longer than stop_timeout_s is handed back, so that systemd need not kill the service."""
     override(config, "[worker]\nstop_timeout_s = 0.2\n")
-    with service(config, tmp_path / "log") as running:
+    with ServiceProcess(config, tmp_path / "log") as running:
         job_id = studio.queue_job(model=MODEL_ID, task=LONG, model_source=sample_source(studio))
         await_status(studio, job_id, "running")
         assert running.stop(DONE_S) == 0
@@ -247,12 +243,12 @@ def test_service_killed_in_a_job_says_so_at_the_next_start(
     config: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
     """After kill -9 the next start names the job that was in hand, and the job is done in the end, once."""
-    with service(config, tmp_path / "log") as running:
+    with ServiceProcess(config, tmp_path / "log") as running:
         task = {"kind": "image", "prompt": prompt("red", "gem", "sky")}
         job_id = studio.queue_job(model=MODEL_ID, task=task, model_source=sample_source(studio))
         await_file(tmp_path / "work" / "state" / "spool" / "job-in-hand.json")
         running.kill()
-    with service(config, tmp_path / "log2") as running:
+    with ServiceProcess(config, tmp_path / "log2") as running:
         await_status(studio, job_id, "done", "failed")
         assert running.stop(DONE_S) == 0
     job = studio.job(job_id)
@@ -270,12 +266,12 @@ def test_service_refuses_a_job_that_was_in_hand_at_two_crashes(
     job_id = studio.queue_job(model=MODEL_ID, task=LONG, model_source=sample_source(studio), max_attempts=9)
     note = tmp_path / "work" / "state" / "spool" / "job-in-hand.json"
     for number in range(2):
-        with service(config, tmp_path / f"log{number}") as running:
+        with ServiceProcess(config, tmp_path / f"log{number}") as running:
             await_status(studio, job_id, "running")  # by then the last process's note is gone
             await_file(note)
             running.kill()
         studio.wait_for(lambda: studio.job(job_id).status == "queued", READY_S)
-    with service(config, tmp_path / "log") as running:
+    with ServiceProcess(config, tmp_path / "log") as running:
         await_status(studio, job_id, "failed")
         after = queue_synthetic(studio)
         await_status(studio, after, "done")
@@ -290,7 +286,7 @@ def test_service_deleted_at_the_studio_ends_with_its_own_status(
     config: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
     """A worker that was deleted ends with 77, which systemd does not restart, and names the cure."""
-    with service(config, tmp_path / "log") as running:
+    with ServiceProcess(config, tmp_path / "log") as running:
         studio.delete_worker(await_online(studio))
         assert running.wait(READY_S) == 77
     assert "register --reset" in running.log_lines()[-1]["error"]
@@ -301,16 +297,16 @@ def test_service_without_the_gpu_it_was_asked_for_does_not_start(config: Path, t
     if Path("/dev/nvidia0").exists():
         pytest.skip("this machine has a GPU")
     override(config, '[worker]\ndevice = "auto"\n')
-    with service(config, tmp_path / "log") as running:
+    with ServiceProcess(config, tmp_path / "log") as running:
         assert running.wait(READY_S) == 69
     assert 'device = "cpu"' in running.log_lines()[-1]["error"]
 
 
 def test_service_does_not_share_its_state_folder(config: Path, tmp_path: Path) -> None:
     """A second service on the same state folder ends with 78 instead of fighting with the first."""
-    with service(config, tmp_path / "log") as first:
+    with ServiceProcess(config, tmp_path / "log") as first:
         first.await_message("READY=1", READY_S)
-        with service(config, tmp_path / "log2") as second:
+        with ServiceProcess(config, tmp_path / "log2") as second:
             assert second.wait(READY_S) == 78
         assert "in use by a running service" in second.log_lines()[-1]["error"]
         assert first.stop() == 0
@@ -319,7 +315,7 @@ def test_service_does_not_share_its_state_folder(config: Path, tmp_path: Path) -
 def test_service_with_bad_configuration_ends_with_one_clear_line(config: Path, tmp_path: Path) -> None:
     """An unknown key ends the start with 78; the line names file, key and the nearest known one."""
     override(config, "[worker]\ndevcie = 1\n")
-    with service(config, tmp_path / "log") as running:
+    with ServiceProcess(config, tmp_path / "log") as running:
         assert running.wait(READY_S) == 78
     assert len(running.log_lines()) == 1
     error = running.log_lines()[0]["error"]

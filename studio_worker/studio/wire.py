@@ -7,7 +7,6 @@ claim is malformed, so reading the claim is a later step (:class:`Claim`).
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
@@ -270,8 +269,3 @@ MIME_TYPES: dict[str, str] = {
 def mime_type(ext: str) -> str:
     """The MIME type the studio expects for ``ext``."""
     return MIME_TYPES.get(ext, "application/octet-stream")
-
-
-def compact_json(value: Any) -> str:
-    """JSON text without spaces."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
