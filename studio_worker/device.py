@@ -2,21 +2,33 @@
 
 The device asked for is the device used: a GPU that is asked for and cannot be used is an error with its
 cure, never a quiet fall back to the CPU. CUDA is asked through the driver's own library (libcuda), which
-takes milliseconds; torch itself is loaded when the first job comes.
+takes milliseconds; torch itself is loaded when the first job comes. Whether torch can compute on it is tried
+out before READY by :func:`probe`, in a process of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from studio_worker.errors import DeviceError
 
 _NVIDIA_VENDOR = "0x10de"
 """PCI vendor id of NVIDIA (pci.ids)."""
+
+PROBE_TIMEOUT_S = 180.0
+"""Importing torch from a cold, slow disk takes a minute; a GPU that hangs takes for ever."""
+
+_LOOK_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -112,3 +124,44 @@ def _check(cuda: ctypes.CDLL, status: int, doing: str) -> None:
     label = text.value.decode() if text.value else f"error {status}"
     cure = _CURES.get(status, "check nvidia-smi and dmesg, or reboot")
     raise DeviceError(f"cannot {doing}: {label}; {cure}")
+
+
+def probe(
+    name: str, *, timeout_s: float = PROBE_TIMEOUT_S, stop: threading.Event | None = None
+) -> dict[str, Any]:
+    """Have torch compute on the device ``name`` (``cpu``, ``cuda:0``), in a process that may hang or crash.
+
+    Returns the facts that :mod:`studio_worker.engine.probe` lists; ``ok`` and ``error`` are always there.
+    With ``stop`` set it gives up at once, with ``ok`` false.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "studio_worker.engine.probe", name],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    given_up_at = time.monotonic() + timeout_s
+    while True:
+        try:
+            answer, complaints = process.communicate(timeout=_LOOK_AGAIN_S)
+            break
+        except subprocess.TimeoutExpired:
+            was_stopped = stop is not None and stop.is_set()
+            if not was_stopped and time.monotonic() < given_up_at:
+                continue
+        # Not waited for: a process that hangs in the driver cannot be killed before the driver lets it go.
+        process.kill()
+        error = (
+            "stopped" if was_stopped else f"{name} did not answer within {timeout_s:g} s; reboot the machine"
+        )
+        return {"device": name, "ok": False, "error": error}
+    lines = answer.splitlines()
+    try:
+        facts: dict[str, Any] = json.loads(lines[-1] if lines else "")
+    except ValueError:
+        last = (complaints.splitlines() or ["no message"])[-1][:300]
+        how = f"exit status {process.returncode}: {last}"
+        error = f"torch crashed on {name} ({how}); reinstall the driver and torch"
+        return {"device": name, "ok": False, "error": error}
+    return facts

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from studio_worker import __version__, config, logs
-from studio_worker.device import find_device
+from studio_worker.device import find_device, probe
 from studio_worker.download import fetch_bytes
 from studio_worker.engine import default_router
-from studio_worker.errors import StudioWorkerError
+from studio_worker.errors import DeviceError, StudioWorkerError
 from studio_worker.lock import state_lock
 from studio_worker.notify import Notifier, watchdog_interval_s
 from studio_worker.provision import ProvisionProgress, SeenFiles, open_store, provision
@@ -186,6 +186,7 @@ class Service:
 
         def work() -> None:
             try:
+                self._try_device()
                 provision(self._store, self._required, progress, self._stop)
                 self._stages.put(None)
             except Exception as error:  # whatever it is, the main thread waits for it
@@ -199,6 +200,17 @@ class Service:
         if error is not None:
             raise error
         return True
+
+    def _try_device(self) -> None:
+        """Raises DeviceError where torch cannot compute on the GPU, so that READY is never said of one."""
+        if not self._device.is_gpu:
+            return
+        self._notifier.status(f"trying out {self._device.name}")
+        self._notifier.extend_timeout()
+        facts = probe(self._device.name, stop=self._stop)
+        if not facts["ok"]:
+            raise DeviceError(facts["error"])
+        log.info("device tried out", extra={"op": "device", **facts})
 
     def _say_ready(self, state: str | None = None) -> None:
         """The status line is what it was again, or ``state`` from now."""

@@ -7,14 +7,16 @@ that looks like /sys.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from studio_worker.device import find_device, has_nvidia_gpu
+from studio_worker.device import find_device, has_nvidia_gpu, probe
 from studio_worker.errors import DeviceError
 
 ROOT = Path(__file__).parents[1]
@@ -211,3 +213,46 @@ def test_missing_driver_library_names_the_cure(tmp_path: Path) -> None:
         pytest.skip("the linker went on to the real driver of this machine")
     assert done.returncode == 69
     assert "install the driver" in done.stdout
+
+
+# --- is it usable ---
+
+
+def test_probe_computes_on_the_device() -> None:
+    """A device that torch can compute on is found usable, and torch's version is told."""
+    facts = probe("cpu")
+    assert (facts["ok"], facts["error"]) == (True, "")
+    assert facts["torch"]
+
+
+def test_probe_tells_why_a_gpu_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that torch cannot use is found before READY, with the cure in the sentence."""
+    facts = probe("cuda:99")
+    assert not facts["ok"]
+    assert "studio-worker-torch-cuda" in facts["error"] or "there is no cuda:99" in facts["error"]
+
+
+@pytest.mark.parametrize(
+    ("torch_does", "says"),
+    [
+        ("import os; os.abort()", "crashed on cuda:0 .*reinstall"),
+        ("raise OSError('libcudart.so.13: cannot open shared object file')", "libcudart.* reinstall"),
+        ("import time; time.sleep(600)", "did not answer within 1 s; reboot"),
+    ],
+)
+def test_probe_survives_a_torch_that_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch_does: str, says: str
+) -> None:
+    """A torch that crashes, cannot be loaded or hangs in the driver is a sentence with its cure."""
+    (tmp_path / "torch.py").write_text(torch_does)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    facts = probe("cuda:0", timeout_s=1.0 if "sleep" in torch_does else 60.0)
+    assert not facts["ok"]
+    assert re.search(says, facts["error"])
+
+
+def test_probe_gives_up_when_the_service_stops() -> None:
+    """A stop does not wait for a GPU that hangs."""
+    stop = threading.Event()
+    stop.set()
+    assert not probe("cpu", stop=stop)["ok"]

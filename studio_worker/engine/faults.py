@@ -116,6 +116,13 @@ def usable_device(name: str) -> torch.device:
             raise DeviceError(f"there is no {name}: this machine has {count} CUDA device(s), cuda:0 and up")
         torch.ones(1, device=f"cuda:{index}").add_(1).cpu()
     except RuntimeError as error:
+        if "no kernel image" in str(error):
+            major, minor = torch.cuda.get_device_capability(index)
+            known = ", ".join(torch.cuda.get_arch_list())
+            raise DeviceError(
+                f"torch {torch.__version__} has no code for {name} (compute capability {major}.{minor}; "
+                f"it has {known}); use a GPU, or a studio-worker-torch package, of another generation"
+            ) from error
         raise DeviceError(
             f"{name} cannot be used ({_first_line(error)}); check that nvidia-smi runs, that the driver "
             f"is new enough for CUDA {torch.version.cuda}, and reboot after a driver upgrade"
