@@ -108,7 +108,7 @@ class Service:
             situation=self._situation,
             capabilities=self._capabilities,
             uploading=lambda: self._courier.uploading,
-            on_redelivery=self._outbox.wake,
+            on_redelivery=lambda _job_id: self._outbox.wake(),
             on_state=self._say_ready,
             shipping=shipping,
             reconnect_attempts=settings.studio.reconnect_attempts,

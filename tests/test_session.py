@@ -18,7 +18,7 @@ from studio_worker.studio.api import StudioApi
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.registration import Credentials
 from studio_worker.studio.session import StudioSession, Timings
-from tests.scripted import LIMIT_S, ScriptedStudio
+from tests.scripted import LIMIT_S, ScriptedHttp, ScriptedStudio
 from tests.test_offers import CLAIM, IDLE
 from tests.test_wire import CAPABILITIES
 
@@ -28,7 +28,9 @@ FAST = Timings(heartbeat_s=0.05, log_batch_s=0.05, backoff_base_s=0.01)
 class Running:
     """A session on a thread of its own, with what it said of its state and how it ended."""
 
-    def __init__(self, studio: ScriptedStudio, *, timings: Timings = FAST, attempts: int = 0) -> None:
+    def __init__(
+        self, studio: ScriptedStudio | ScriptedHttp, *, timings: Timings = FAST, attempts: int = 0
+    ) -> None:
         self.desk = Desk()
         self.shipping = ShippingBuffer()
         self.states: list[str] = []
@@ -46,7 +48,7 @@ class Running:
             ),
             capabilities=lambda: CAPABILITIES.model_copy(update={"auto_enabled": not self.desk.is_paused}),
             uploading=lambda: None,
-            on_redelivery=self.redelivered.set,
+            on_redelivery=lambda _job_id: self.redelivered.set(),
             shipping=self.shipping,
             reconnect_attempts=attempts,
             timings=timings,
@@ -344,3 +346,25 @@ def test_session_closing_its_desk_refuses_offers_as_paused(
     conversation.send(type="offer", claim=CLAIM)
     assert conversation.receive_type("reject")["code"] == "paused"
     assert conversation.receive_type("heartbeat")["capabilities"]["autoEnabled"] is False
+
+
+def test_session_follows_no_redirect(scripted: ScriptedStudio) -> None:
+    """A redirect of the session is an error: the token in hello goes to the configured studio alone."""
+    path = StudioApi(scripted.url).session_url("w1").replace("ws://", "http://")
+    with ScriptedHttp(*[(307, {"Location": path}, {})] * 2) as server:
+        error = Running(server, attempts=2).end()
+    assert isinstance(error, ReconnectExhausted)
+    assert "307" in str(error)
+
+
+def test_session_that_was_open_counts_as_no_failed_attempt() -> None:
+    """A limit of attempts counts connections that failed, not sessions that the studio ended after days."""
+    with ScriptedStudio() as scripted:
+        running = Running(scripted, attempts=1)
+        for _ in range(2):
+            conversation = scripted.accept()
+            conversation.welcome()
+            conversation.receive_type("heartbeat")
+            conversation.close(1000)
+        scripted.accept().close(1000)  # without a welcome
+        assert isinstance(running.end(), ReconnectExhausted)

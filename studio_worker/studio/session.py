@@ -20,28 +20,16 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 from websockets.typing import Subprotocol
 
-from studio_worker.errors import (
-    DuplicateWorker,
-    FrameError,
-    ProtocolError,
-    ReconnectExhausted,
-    RefusedByStudio,
-)
+from studio_worker.errors import DuplicateWorker, ProtocolError, ReconnectExhausted, RefusedByStudio
 from studio_worker.jobs import Job
 from studio_worker.logs import ShippingBuffer
-from studio_worker.studio.api import StudioApi
+from studio_worker.studio.api import USER_AGENT, StudioApi
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.endings import explain
-from studio_worker.studio.offers import AlreadyOurs, Ignore, Impossible, Refuse, Situation, Take, judge
-from studio_worker.studio.protocol import (
-    Backoff,
-    Offered,
-    SessionProtocol,
-    State,
-    Welcomed,
-)
+from studio_worker.studio.exchange import Exchange
+from studio_worker.studio.offers import Situation
+from studio_worker.studio.protocol import Backoff, SessionProtocol
 from studio_worker.studio.registration import Credentials
-from studio_worker.studio.shipping import next_batch
 from studio_worker.studio.wire import (
     DEAD_PEER_S,
     HEARTBEAT_INTERVAL_S,
@@ -54,7 +42,8 @@ from studio_worker.studio.wire import (
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 15.0
-_MAX_FRAME_BYTES = 16 * 1024 * 1024
+MAX_FRAME_BYTES = 16 * 1024 * 1024
+"""A larger frame closes the connection with code 1009, message too big (RFC 6455, 7.4.1)."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,7 @@ class StudioSession:
         situation: what the worker knows of itself, asked anew for each offer.
         capabilities: asked anew for each heartbeat.
         uploading: the job whose upload is under way, if any.
-        on_redelivery: called when the studio offers a job whose result waits in the outbox.
+        on_redelivery: called with the job that the studio offers while its result waits in the outbox.
         on_state: called with ``connected`` or ``reconnecting``.
         reconnect_attempts: failed connections in a row before giving up; 0 = never.
     """
@@ -89,7 +78,7 @@ class StudioSession:
         situation: Callable[[], Situation],
         capabilities: Callable[[], Capabilities],
         uploading: Callable[[], str | None],
-        on_redelivery: Callable[[], None],
+        on_redelivery: Callable[[str], None],
         shipping: ShippingBuffer,
         reconnect_attempts: int = 0,
         on_state: Callable[[str], None],
@@ -105,8 +94,8 @@ class StudioSession:
         self._attempts = reconnect_attempts
         self._timings = timings or Timings()
         self._on_state = on_state
-        self._protocol: SessionProtocol | None = None
-        self._outgoing: asyncio.Queue[Body] = asyncio.Queue()
+        self._exchange: Exchange | None = None
+        self._was_open = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
         self._stop_requested = threading.Event()
@@ -165,165 +154,160 @@ class StudioSession:
         self._stopping = asyncio.Event()
         if self._stop_requested.is_set():
             return
-        backoff = Backoff(random.Random(), base_s=self._timings.backoff_base_s)
         pulse = asyncio.create_task(self._pulse())
         try:
-            while not self._stopping.is_set():
-                try:
-                    await self._connect_once(credentials, backoff)
-                    error: Exception = ProtocolError("the studio closed the connection")
-                except (ProtocolError, OSError, WebSocketException, TimeoutError) as caught:
-                    error = caught
-                if self._stopping.is_set():
-                    break
-                error = explain(error)
-                if isinstance(error, RefusedByStudio | DuplicateWorker):
-                    raise error
-                wait_s = backoff.next_s()
-                if self._attempts and backoff.failures >= self._attempts:
-                    raise ReconnectExhausted(
-                        f"{backoff.failures} connections in a row failed, the last one: {error}"
-                    ) from error
-                self._on_state("reconnecting")
-                log.warning(
-                    "session is down",
-                    extra={"op": "session", "error": str(error), "retry_in_s": round(wait_s, 1)},
-                )
-                await _wait(self._stopping, wait_s)
+            await self._stay_connected(credentials, self._stopping)
         finally:
             pulse.cancel()
             self._turned_at = None
+
+    async def _stay_connected(self, credentials: Credentials, stopping: asyncio.Event) -> None:
+        backoff = Backoff(random.Random(), base_s=self._timings.backoff_base_s)
+        failed_in_a_row = 0
+        while not stopping.is_set():
+            self._was_open = False
+            try:
+                await self._connect_once(credentials)
+                error = ProtocolError("the studio closed the connection")
+            except (ProtocolError, OSError, WebSocketException) as caught:
+                error = explain(caught)
+            if stopping.is_set():
+                break
+            if isinstance(error, RefusedByStudio | DuplicateWorker):
+                raise error
+            if self._was_open:
+                backoff.reset()
+                failed_in_a_row = 0
+            else:
+                failed_in_a_row += 1
+                if failed_in_a_row == self._attempts:
+                    raise ReconnectExhausted(
+                        f"{failed_in_a_row} connections in a row failed, the last one: {error}"
+                    ) from error
+            wait_s = backoff.next_s()
+            self._on_state("reconnecting")
+            log.warning(
+                "session is down",
+                extra={"op": "session", "error": str(error), "retry_in_s": round(wait_s, 1)},
+            )
+            await _wait(stopping, wait_s)
 
     async def _pulse(self) -> None:
         while True:
             self._turned_at = time.monotonic()
             await asyncio.sleep(1.0)
 
-    async def _connect_once(self, credentials: Credentials, backoff: Backoff) -> None:
-        async with connect(
+    async def _connect_once(self, credentials: Credentials) -> None:
+        async with _Connect(
             self._api.session_url(credentials.worker_id),
             additional_headers={"Authorization": f"Bearer {credentials.auth_token}"},
+            user_agent_header=USER_AGENT,
             subprotocols=[Subprotocol(SUBPROTOCOL)],
             open_timeout=self._timings.connect_s,
             close_timeout=5.0,
             ping_interval=None,  # only the protocol's own frames count as signs of life
-            max_size=_MAX_FRAME_BYTES,
+            max_size=MAX_FRAME_BYTES,
         ) as socket_:
-            self._protocol = protocol = SessionProtocol(time.monotonic(), self._timings.dead_peer_s)
-            self._outgoing = asyncio.Queue()
+            outgoing: asyncio.Queue[Body | None] = asyncio.Queue()
+            self._exchange = exchange = Exchange(
+                SessionProtocol(now_s(), self._timings.dead_peer_s),
+                outgoing.put_nowait,
+                desk=self._desk,
+                situation=self._situation,
+                capabilities=self._capabilities,
+                uploading=self._uploading,
+                on_redelivery=self._on_redelivery,
+            )
             try:
-                hello = protocol.hello(credentials.auth_token, self._capabilities())
-                await socket_.send(hello.to_json())
-                await self._serve(socket_, protocol, backoff)
+                exchange.begin(credentials.auth_token)
+                await self._serve(socket_, exchange, outgoing)
             finally:
-                self._protocol = None
+                self._exchange = None
 
-    async def _serve(self, socket_: ClientConnection, protocol: SessionProtocol, backoff: Backoff) -> None:
+    async def _serve(
+        self, socket_: ClientConnection, exchange: Exchange, outgoing: asyncio.Queue[Body | None]
+    ) -> None:
         assert self._stopping is not None
-        tasks = [
-            asyncio.create_task(self._read(socket_, protocol, backoff)),
-            asyncio.create_task(self._send(socket_)),
-            asyncio.create_task(self._beat(protocol)),
-            asyncio.create_task(self._ship(protocol)),
-            asyncio.create_task(self._stopping.wait()),
+        stopped = asyncio.create_task(self._stopping.wait())
+        sending = asyncio.create_task(_send(socket_, outgoing))
+        others = [
+            asyncio.create_task(self._read(socket_, exchange)),
+            asyncio.create_task(_watch(exchange.protocol, self._timings.dead_peer_s)),
+            asyncio.create_task(_every(self._timings.heartbeat_s, exchange.beat)),
+            asyncio.create_task(_every(self._timings.log_batch_s, lambda: exchange.ship(self._shipping))),
         ]
+        tasks = [stopped, sending, *others]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # raises what ended it
-            while not self._outgoing.empty():  # stopping: what is queued still goes out
-                await socket_.send(self._outgoing.get_nowait().to_json())
+            outgoing.put_nowait(None)  # stopping: what is queued still goes out, if there is a way
+            await asyncio.wait([sending, *others], return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _read(self, socket_: ClientConnection, protocol: SessionProtocol, backoff: Backoff) -> None:
+    async def _read(self, socket_: ClientConnection, exchange: Exchange) -> None:
         while True:
-            try:
-                # Not wait_for: in Python 3.11 it can swallow a cancellation that meets a message.
-                async with asyncio.timeout(max(0.0, protocol.dead_at - time.monotonic())):
-                    message = await socket_.recv()
-            except TimeoutError:
-                raise ProtocolError(f"no frame from the studio for {self._timings.dead_peer_s:g} s") from None
-            try:
-                event = protocol.receive(message, time.monotonic())
-            except FrameError as error:
-                log.warning("frame dropped", extra={"op": "session", "error": str(error)})
-                continue
-            if isinstance(event, Welcomed):
-                backoff.reset()
-                log.info("session open", extra={"op": "session", "worker_id": event.worker_id})
+            if exchange.receive(await socket_.recv(), now_s()):
+                self._was_open = True
                 self._on_state("connected")
-                self._beat_now(protocol)
-            elif isinstance(event, Offered):
-                self._answer(protocol, event)
-
-    def _answer(self, protocol: SessionProtocol, offer: Offered) -> None:
-        judgement = judge(offer.claim, self._situation())
-        match judgement:
-            case Take(job):
-                self._outgoing.put_nowait(protocol.accept(job.job_id))
-                self._desk.put(job)
-                log.info("job accepted", extra=_facts(job.job_id, model=job.model))
-            case AlreadyOurs(job_id):
-                self._outgoing.put_nowait(protocol.accept(job_id))
-                log.info("job offered again", extra=_facts(job_id))
-                self._on_redelivery()
-            case Refuse(job_id, reason, code):
-                self._outgoing.put_nowait(protocol.reject(job_id, reason, code))
-                log.info("job rejected", extra=_facts(job_id, reason=reason, code=code))
-            case Impossible(job_id, error):
-                self._outgoing.put_nowait(protocol.accept(job_id))
-                failure = protocol.fail(job_id, error, retryable=False)
-                assert failure is not None
-                self._outgoing.put_nowait(failure)
-                log.error("job failed", extra=_facts(job_id, outcome="failed", error=error, retryable=False))
-            case Ignore(reason):
-                log.warning("offer dropped", extra={"op": "session", "reason": reason})
-
-    async def _send(self, socket_: ClientConnection) -> None:
-        while True:
-            frame = await self._outgoing.get()
-            await socket_.send(frame.to_json())
-
-    async def _beat(self, protocol: SessionProtocol) -> None:
-        while True:
-            await asyncio.sleep(self._timings.heartbeat_s)
-            self._beat_now(protocol)
-
-    def _beat_now(self, protocol: SessionProtocol) -> None:
-        if protocol.state is State.OPEN:
-            current = self._desk.current_job_id or self._uploading()
-            self._outgoing.put_nowait(protocol.heartbeat(self._capabilities(), current))
-
-    async def _ship(self, protocol: SessionProtocol) -> None:
-        while True:
-            await asyncio.sleep(self._timings.log_batch_s)
-            if protocol.state is not State.OPEN:
-                continue
-            if entries := next_batch(self._shipping):
-                self._outgoing.put_nowait(protocol.log_batch(entries))
 
     def _fail(self, job_id: str, error: str, retryable: bool) -> None:
-        frame = None
-        if self._protocol is not None and self._protocol.state is State.OPEN:
-            frame = self._protocol.fail(job_id, error, retryable=retryable)
-        if frame is None:
-            log.info("failure not reported: the studio has put the job back", extra=_facts(job_id))
-        else:
-            self._outgoing.put_nowait(frame)
+        if self._exchange is None or not self._exchange.fail(job_id, error, retryable=retryable):
+            log.info(
+                "failure not reported: the studio has put the job back",
+                extra={"op": "job", "job_id": job_id},
+            )
 
     def _delivered(self, job_id: str) -> None:
-        if self._protocol is not None:
-            self._protocol.delivered(job_id)
+        if self._exchange is not None:
+            self._exchange.protocol.delivered(job_id)
+
+
+class _Connect(connect):
+    """Follows no redirect: the first frame holds the token, and goes to the configured studio alone."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        return exc
+
+
+async def _send(socket_: ClientConnection, outgoing: asyncio.Queue[Body | None]) -> None:
+    """Send what is queued, until ``None`` is."""
+    while (frame := await outgoing.get()) is not None:
+        await socket_.send(frame.to_json())
+
+
+async def _every(seconds: float, act: Callable[[], None]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        act()
+
+
+async def _watch(protocol: SessionProtocol, dead_peer_s: float) -> None:
+    """Raises ProtocolError once the studio has been silent for too long.
+
+    The clock counts a suspended machine's time too: what slept longer than the limit has been forgotten by
+    the studio, and would otherwise wait for the whole limit once more. A tick that comes late gives no
+    verdict: after a sleep, or where something held this process up, frames may lie unread in the socket.
+    """
+    tick_s = min(1.0, dead_peer_s / 4)
+    last = now_s()
+    while True:
+        await asyncio.sleep(tick_s)
+        now = now_s()
+        if now - last < 2 * tick_s and now > protocol.dead_at:
+            raise ProtocolError(f"no frame from the studio for {dead_peer_s:g} s")
+        last = now
+
+
+def now_s() -> float:
+    """Seconds on the clock that no clock setting moves and that goes on while the machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
             await event.wait()
-
-
-def _facts(job_id: str, **more: object) -> dict[str, object]:
-    return {"op": "job", "job_id": job_id, **{k: v for k, v in more.items() if v is not None}}

@@ -1,0 +1,122 @@
+"""One connection's conversation: what is answered to what the studio says, without a socket or a clock.
+
+Joins the rules of the session (``protocol.py``), the judging of offers (``offers.py``) and the desk. Frames
+leave through ``send``; whoever holds the socket (``session.py``) carries them, in that order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from studio_worker.errors import FrameError
+from studio_worker.logs import ShippingBuffer
+from studio_worker.studio.desk import Desk
+from studio_worker.studio.offers import AlreadyOurs, Ignore, Impossible, Refuse, Situation, Take, judge
+from studio_worker.studio.protocol import Offered, SessionProtocol, State, Welcomed
+from studio_worker.studio.shipping import next_batch
+from studio_worker.studio.wire import Body, Capabilities
+
+log = logging.getLogger(__name__)
+
+
+class Exchange:
+    """What one connection says. Everything is called from the session's thread.
+
+    Args:
+        protocol: fresh, of this connection alone.
+        send: takes a frame that is to go out.
+        situation: what the worker knows of itself, asked anew for each offer.
+        capabilities: asked anew for each heartbeat.
+        uploading: the job whose upload is under way, if any.
+        on_redelivery: called with the job that the studio offers while its result waits in the outbox.
+    """
+
+    def __init__(
+        self,
+        protocol: SessionProtocol,
+        send: Callable[[Body], None],
+        *,
+        desk: Desk,
+        situation: Callable[[], Situation],
+        capabilities: Callable[[], Capabilities],
+        uploading: Callable[[], str | None],
+        on_redelivery: Callable[[str], None],
+    ) -> None:
+        self.protocol = protocol
+        self._send = send
+        self._desk = desk
+        self._situation = situation
+        self._capabilities = capabilities
+        self._uploading = uploading
+        self._on_redelivery = on_redelivery
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the studio has said welcome: only then may anything be sent."""
+        return self.protocol.state is State.OPEN
+
+    def begin(self, auth_token: str) -> None:
+        """Say hello."""
+        self._send(self.protocol.hello(auth_token, self._capabilities()))
+
+    def receive(self, message: str | bytes, now: float) -> bool:
+        """Take one message in and answer it; returns whether it was the studio's welcome.
+
+        Raises:
+            ProtocolError: the studio said that the session is over; its class says whether for good.
+        """
+        try:
+            event = self.protocol.receive(message, now)
+        except FrameError as error:
+            log.warning("frame dropped", extra={"op": "session", "error": str(error)})
+            return False
+        if isinstance(event, Offered):
+            self._answer(event)
+        elif isinstance(event, Welcomed):
+            log.info("session open", extra={"op": "session", "worker_id": event.worker_id})
+            self.beat()
+            return True
+        return False
+
+    def beat(self) -> None:
+        """A heartbeat, once the session is open. It names the job in hand, or else the one being uploaded."""
+        if self.is_open:
+            current = self._desk.current_job_id or self._uploading()
+            self._send(self.protocol.heartbeat(self._capabilities(), current))
+
+    def ship(self, lines: ShippingBuffer) -> None:
+        """What the log has for the studio, once the session is open."""
+        if self.is_open and (entries := next_batch(lines)):
+            self._send(self.protocol.log_batch(entries))
+
+    def fail(self, job_id: str, error: str, *, retryable: bool) -> bool:
+        """Report a failure; ``False`` where the studio does not hold the job for this connection."""
+        frame = self.protocol.fail(job_id, error, retryable=retryable) if self.is_open else None
+        if frame is not None:
+            self._send(frame)
+        return frame is not None
+
+    def _answer(self, offer: Offered) -> None:
+        match judge(offer.claim, self._situation()):
+            case Take(job):
+                self._send(self.protocol.accept(job.job_id))
+                self._desk.put(job)
+                log.info("job accepted", extra=_facts(job.job_id, model=job.model))
+            case AlreadyOurs(job_id):
+                self._send(self.protocol.accept(job_id))
+                log.info("job offered again", extra=_facts(job_id))
+                self._on_redelivery(job_id)
+            case Refuse(job_id, reason, code):
+                self._send(self.protocol.reject(job_id, reason, code))
+                log.info("job rejected", extra=_facts(job_id, reason=reason, code=code))
+            case Impossible(job_id, error):
+                self._send(self.protocol.accept(job_id))
+                self.fail(job_id, error, retryable=False)
+                log.error("job failed", extra=_facts(job_id, outcome="failed", error=error, retryable=False))
+            case Ignore(reason):
+                log.warning("offer dropped", extra={"op": "session", "reason": reason})
+
+
+def _facts(job_id: str, **more: object) -> dict[str, object]:
+    return {"op": "job", "job_id": job_id, **{k: v for k, v in more.items() if v is not None}}
