@@ -91,4 +91,4 @@ def changed_sample(path: Path, change: Callable[[dict[str, Any]], None]) -> Loca
     tensors = load_file(sample_model.WEIGHTS)
     change(tensors)
     save_file(tensors, path)
-    return LocalFile("model", path, path.name)
+    return LocalFile("model", path, str(path))

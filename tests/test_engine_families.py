@@ -28,8 +28,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from studio_worker import sample_model
 from studio_worker.engine.checkpoint import read_checkpoint
-from studio_worker.engine.families import FAMILIES, TOKEN_EMBEDDING, identify
+from studio_worker.engine.families import identify
+from studio_worker.engine.families.family import CONFIGS
 from studio_worker.errors import JobError
+from studio_worker.models import FileRole, LocalFile
 from tests.engine_lab import refuse_network, write_header
 
 
@@ -48,9 +50,9 @@ def sd1_parts() -> tuple[Any, Any, Any]:
     """UNet, VAE and text encoder of Stable Diffusion 1.x without memory for weights."""
     with init_empty_weights():
         return (
-            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(SD1.config_dir / "unet")),
-            AutoencoderKL.from_config(AutoencoderKL.load_config(SD1.config_dir / "vae")),
-            CLIPTextModel(CLIPTextConfig.from_pretrained(SD1.config_dir / "text_encoder")),
+            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(SD1 / "unet")),
+            AutoencoderKL.from_config(AutoencoderKL.load_config(SD1 / "vae")),
+            CLIPTextModel(CLIPTextConfig.from_pretrained(SD1 / "text_encoder")),
         )
 
 
@@ -58,7 +60,13 @@ def shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-SD1 = next(family for family in FAMILIES if family.name == "sd1")
+SD1 = CONFIGS / "sd1"
+
+
+def name_of(path: Path, role: FileRole = "model") -> str:
+    """The family of a source of this one file."""
+    return identify([LocalFile(role, path, path.name)]).family.name
+
 
 SD1_KEYS = {
     "model.diffusion_model.time_embed.0.weight": (1280, 320),
@@ -70,9 +78,11 @@ SD1_KEYS = {
     "model.diffusion_model.out.2.weight": (4, 320, 3, 3),
     "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3),
     "first_stage_model.encoder.conv_out.weight": (8, 512, 3, 3),
+    "first_stage_model.encoder.down.0.block.0.norm1.weight": (128,),
     "first_stage_model.quant_conv.weight": (8, 8, 1, 1),
     "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
     "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight": (77, 768),
+    "cond_stage_model.transformer.text_model.encoder.layers.11.layer_norm1.weight": (768,),
     "cond_stage_model.transformer.text_model.encoder.layers.11.mlp.fc1.weight": (3072, 768),
 }
 """Some tensors of the published Stable Diffusion 1.x checkpoints (v1-5-pruned-emaonly), as their headers
@@ -87,18 +97,18 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sample_model_is_known() -> None:
     """The embedded model is recognised by its tensors."""
-    assert identify(read_checkpoint(sample_model.WEIGHTS)).name == "sample"
+    assert name_of(sample_model.WEIGHTS) == "sample"
 
 
 def test_sd1_checkpoint_is_known(tmp_path: Path) -> None:
     """A Stable Diffusion 1.x checkpoint is recognised by its tensors."""
-    assert identify(read_checkpoint(write_header(tmp_path / "x.safetensors", SD1_KEYS))).name == "sd1"
+    assert name_of(write_header(tmp_path / "x.safetensors", SD1_KEYS)) == "sd1"
 
 
 def test_file_name_is_not_looked_at(tmp_path: Path) -> None:
     """A checkpoint called after another family is still what its tensors say."""
     path = write_header(tmp_path / "sd_xl_base_1.0.safetensors", SD1_KEYS)
-    assert identify(read_checkpoint(path)).name == "sd1"
+    assert name_of(path) == "sd1"
 
 
 def test_sd1_configuration_builds_the_published_model() -> None:
@@ -132,7 +142,7 @@ def test_clip_tokenizer_knows_its_words() -> None:
     """The tokenizer carried for Stable Diffusion 1.x gives OpenAI CLIP's ids, lower-cased, within 77
     tokens.
     """
-    tokenizer = CLIPTokenizer.from_pretrained(SD1.config_dir, subfolder="tokenizer", local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(SD1, subfolder="tokenizer", local_files_only=True)
     assert len(tokenizer) == 49408
     assert tokenizer.model_max_length == 77
     assert tokenizer("A photo of a CAT").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
@@ -185,17 +195,17 @@ def test_foreign_family_is_refused_by_name(
     name: str, tensors: dict[str, tuple[int, ...]], tmp_path: Path
 ) -> None:
     """A checkpoint of a known family that is not served is refused by that family's name."""
-    checkpoint = read_checkpoint(write_header(tmp_path / "model.safetensors", tensors))
+    path = write_header(tmp_path / "model.safetensors", tensors)
     with pytest.raises(JobError, match=f"is {name}.*does not serve") as caught:
-        identify(checkpoint)
+        name_of(path)
     assert not caught.value.retryable
 
 
 def test_unknown_family_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
     """A checkpoint of no known family is refused, saying what was looked for among how many tensors."""
-    checkpoint = read_checkpoint(write_header(tmp_path / "model.safetensors", {"encoder.weight": (3, 3)}))
-    with pytest.raises(JobError, match=f"looked for {TOKEN_EMBEDDING}.* among 1 tensors") as caught:
-        identify(checkpoint)
+    path = write_header(tmp_path / "model.safetensors", {"encoder.weight": (3, 3)})
+    with pytest.raises(JobError, match=r"no input_blocks\.0\.0\.weight, .* 1 tensors") as caught:
+        name_of(path)
     assert not caught.value.retryable
 
 
@@ -205,7 +215,7 @@ def test_strange_shapes_are_refused_with_the_shapes(tmp_path: Path) -> None:
     """
     tensors = SD1_KEYS | {"first_stage_model.decoder.conv_in.weight": (512, 16, 3, 3)}
     with pytest.raises(JobError, match=r"\[512, 16, 3, 3\]"):
-        identify(read_checkpoint(write_header(tmp_path / "model.safetensors", tensors)))
+        name_of(write_header(tmp_path / "model.safetensors", tensors))
 
 
 def test_gguf_is_read_and_named(tmp_path: Path) -> None:
@@ -221,7 +231,7 @@ def test_gguf_is_read_and_named(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(path)
     assert checkpoint.shapes["cap_embedder.0.weight"] == (2, 32)
     with pytest.raises(JobError, match="is Z-Image"):
-        identify(checkpoint)
+        name_of(path)
 
 
 class Payload:

@@ -1,4 +1,4 @@
-"""What a weights file holds, read from its header alone: tensor names and shapes, never the tensors.
+"""What a weights file holds, read from its header alone: tensor names, shapes and types, never the tensors.
 
 This module owns which kinds of file are weights at all. Pickle in any wrapping is refused by name: loading
 it runs code. It imports no torch.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import gguf
 from safetensors import SafetensorError, safe_open
 
 from studio_worker.errors import JobError
+
+Shape = tuple[int, ...]
 
 _MAGIC_BYTES = 512
 """Enough for every signature below; tar's stands at 257."""
@@ -23,16 +25,14 @@ _MAGIC_BYTES = 512
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A weights file: its format and the shape of every tensor, outermost dimension first as in torch."""
+    """A weights file: its format, and by tensor name the shape (outermost dimension first, as in torch) and
+    the type (the format's own word for it: ``F16``, ``BF16``, ``F8_E4M3``, ``Q4_K``).
+    """
 
     path: Path
-    format: str
-    shapes: Mapping[str, tuple[int, ...]]
-
-    @property
-    def elements(self) -> int:
-        """Numbers in all tensors together."""
-        return sum(prod(shape) for shape in self.shapes.values())
+    format: Literal["safetensors", "gguf"]
+    shapes: Mapping[str, Shape]
+    types: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -97,14 +97,16 @@ def _safetensors(path: Path) -> Checkpoint:
     try:
         # The numpy framework: nothing here may import torch, and no tensor is read.
         with safe_open(path, framework="numpy") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
+            types = {name: each.get_dtype() for name, each in slices.items()}
     except (SafetensorError, OSError) as error:
         # The library names its checks (InvalidHeaderLength, MetadataIncompleteBuffer, …), never the content.
         raise JobError(
             f"{path.name} is not a whole safetensors file ({path.stat().st_size} bytes): {error}",
             retryable=True,
         ) from error
-    return Checkpoint(path, "safetensors", shapes)
+    return Checkpoint(path, "safetensors", shapes, types)
 
 
 def _gguf(path: Path) -> Checkpoint:
@@ -112,10 +114,11 @@ def _gguf(path: Path) -> Checkpoint:
         reader = gguf.GGUFReader(path)
         # GGUF counts dimensions from the innermost.
         shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
+        types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     # The reader indexes into the mapped file unchecked: a damaged one shows as whatever that leads to.
     except (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, UnicodeDecodeError) as error:
         raise JobError(
             f"{path.name} is not a whole GGUF file ({path.stat().st_size} bytes): {type(error).__name__}",
             retryable=True,
         ) from error
-    return Checkpoint(path, "gguf", shapes)
+    return Checkpoint(path, "gguf", shapes, types)

@@ -17,14 +17,15 @@ import transformers
 from PIL import Image
 
 from studio_worker.engine import Inputs, Progress, Request
-from studio_worker.engine.checkpoint import Checkpoint, read_checkpoint
 from studio_worker.engine.encoding import check_ext, encode, generation_meta
-from studio_worker.engine.families import Family, identify, recognise
+from studio_worker.engine.families import FAMILIES, identify
+from studio_worker.engine.families.family import Blueprint, Family
 from studio_worker.engine.faults import translated, usable_device
 from studio_worker.engine.images import decode_mask, decode_picture
+from studio_worker.engine.loading import load_part, weights_dtype
 from studio_worker.engine.parameters import Parameters, printable, resolve
 from studio_worker.engine.rendering import LoadedModel, Rendered, Starting
-from studio_worker.engine.residency import Residency, default_budget_bytes
+from studio_worker.engine.residency import Key, Residency, default_budget_bytes
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, ImageTask, Picture
 from studio_worker.models import LocalFile
@@ -38,16 +39,18 @@ class DiffusionEngine:
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         budget_bytes: how many bytes of weights may stay loaded; by default a share of the device's memory.
+        families: the model families that it serves.
 
     Raises:
         DeviceError: torch cannot use ``device``.
     """
 
-    def __init__(self, device: str, budget_bytes: int | None = None) -> None:
+    def __init__(
+        self, device: str, budget_bytes: int | None = None, families: Sequence[Family] = FAMILIES
+    ) -> None:
         _silence_libraries()
         self._device = usable_device(device)
-        # Half precision halves memory and time on a GPU; CPUs compute it slower than single precision.
-        self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
+        self._families = families
         self._residency = Residency(
             self._device, default_budget_bytes(self._device) if budget_bytes is None else budget_bytes
         )
@@ -62,15 +65,15 @@ class DiffusionEngine:
         cancel.check()
         check_ext(request.task.ext)
         _check_inputs(request.task, request.inputs)
-        weights = _whole_checkpoint(request.files)
-        checkpoint = read_checkpoint(weights.path)
-        family = identify(checkpoint)
+        blueprint = _identify(request.files, self._families)
+        family = blueprint.family
         from_image = request.inputs.init_image is not None
         parameters = resolve(request.task, request.defaults, family.defaults, from_image=from_image)
         family.check(parameters)
         starting = _starting(request.inputs, parameters)
 
-        model, load_s = self._model(weights, checkpoint, family)
+        dtype = weights_dtype(family, self._device)
+        model, load_s = self._model(blueprint, dtype)
         cancel.check()
         started = time.perf_counter()
         rendered = _render(model, parameters, starting, progress, cancel)
@@ -89,25 +92,43 @@ class DiffusionEngine:
             family=family.name,
             timings_s=timings_s,
             device=str(self._device),
-            dtype=str(self._dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             **rendered.facts,
         )
         return Picture(data, parameters.ext, meta, timings_s)
 
-    def _model(self, weights: LocalFile, checkpoint: Checkpoint, family: Family) -> tuple[LoadedModel, float]:
-        """The loaded model and the seconds that loading took, 0 where it was resident."""
-        key = (family.name, weights.content)
-        model = self._residency.get(key)
-        if model is not None:
-            return model, 0.0
+    def _model(self, blueprint: Blueprint, dtype: torch.dtype) -> tuple[LoadedModel, float]:
+        """The model, and the seconds that loading took, 0 where all its components were resident."""
+        family = blueprint.family
         started = time.perf_counter()
-        self._residency.make_room(checkpoint.elements * self._dtype.itemsize)
-        model = family.load(checkpoint, self._device, self._dtype)
-        self._residency.add(key, model)
+        keys = {
+            name: Key(family.parts[name].identity, section.content, dtype)
+            for name, section in blueprint.sections.items()
+        }
+        parts: dict[str, torch.nn.Module | None] = {
+            name: self._residency.get(keys[name]) if name in keys else None for name in family.parts
+        }
+        missing = [name for name in keys if parts[name] is None]
+        if missing:
+            needed = sum(blueprint.sections[name].size_bytes(dtype.itemsize) for name in missing)
+            self._residency.make_room(needed, keep=keys.values())
+        for name in missing:
+            section = blueprint.sections[name]
+            component = load_part(family.parts[name], section, self._device, dtype)
+            self._residency.add(keys[name], component)
+            parts[name] = component
+        model = LoadedModel(family, parts)
+        if not missing:
+            return model, 0.0
         load_s = time.perf_counter() - started
         _LOG.info(
             "model loaded",
-            extra={"family": family.name, "load_s": load_s, "resident_bytes": self._residency.size_bytes},
+            extra={
+                "family": family.name,
+                "components": missing,
+                "load_s": load_s,
+                "resident_bytes": self._residency.size_bytes,
+            },
         )
         return model, load_s
 
@@ -142,27 +163,10 @@ def _check_inputs(task: ImageTask, inputs: Inputs) -> None:
         raise JobError("maskUrl without initImageUrl: there is no picture to change", retryable=False)
 
 
-def _whole_checkpoint(files: Sequence[LocalFile]) -> LocalFile:
-    """The one file of a source that is a whole checkpoint.
-
-    Raises:
-        JobError: the source is made otherwise; not retryable.
-    """
-    checkpoints = [file for file in files if file.role == "model"]
-    others = sorted({file.role for file in files if file.role != "model"})
-    if len(checkpoints) == 1 and not others:
-        return checkpoints[0]
-    if len(checkpoints) > 1:
-        raise JobError(f"the source names {len(checkpoints)} files of role model", retryable=False)
-    if checkpoints:
-        raise JobError(
-            f"files of role {', '.join(others)} beside a whole checkpoint are not served", retryable=False
-        )
-    for file in files:
-        if file.role == "diffusion-model":
-            family = recognise(read_checkpoint(file.path)) or "a family that is not known"
-            raise JobError(f"models in parts are not served; this one is {family}", retryable=False)
-    raise JobError("the source names no file of role model", retryable=False)
+def _identify(files: Sequence[LocalFile], families: Sequence[Family]) -> Blueprint:
+    if any(file.role == "lora" for file in files):
+        raise JobError("files of role lora are not served", retryable=False)
+    return identify(files, families)
 
 
 def _starting(inputs: Inputs, parameters: Parameters) -> Starting:

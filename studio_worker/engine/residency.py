@@ -1,7 +1,7 @@
-"""What stays loaded: models by the contents of their files, within a byte budget.
+"""What stays loaded: components by the contents of their files, within a byte budget.
 
-This module owns the memory of the device as far as weights go: the least recently used model leaves when the
-next one would not fit. It knows no model family.
+This module owns the memory of the device as far as weights go: the least recently used component leaves when
+the next one would not fit. Two models that share a file share the component. It knows no model family.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import gc
 import logging
 import os
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-
-from studio_worker.engine.rendering import LoadedModel
 
 _LOG = logging.getLogger(__name__)
 
@@ -24,51 +24,64 @@ _RAM_SHARE = 0.5
 _VRAM_SHARE = 0.75
 """Of a CUDA device's memory: a quarter for activations, the CUDA context and fragmentation."""
 
-Key = tuple[str, ...]
-"""The family and the contents (not the names) of the files a model was loaded from."""
+
+class Key(NamedTuple):
+    """What makes two components the same.
+
+    Attributes:
+        kind: class and configuration.
+        content: what identifies the weights: contents (not name) of the file, and the place in it.
+        dtype: the type the weights were loaded as.
+    """
+
+    kind: str
+    content: str
+    dtype: torch.dtype
 
 
 class Residency:
-    """Loaded models, least recently used first. For one thread.
+    """Loaded components, least recently used first. For one thread.
 
     Args:
         device: where the weights live.
-        budget_bytes: how many bytes of weights may stay. A single model may exceed it: it is then alone.
+        budget_bytes: how many bytes of weights may stay. What one job needs may exceed it: it is then alone.
     """
 
     def __init__(self, device: torch.device, budget_bytes: int) -> None:
         self._device = device
         self._budget_bytes = budget_bytes
-        self._resident: OrderedDict[Key, tuple[LoadedModel, int]] = OrderedDict()
+        self._resident: OrderedDict[Key, tuple[torch.nn.Module, int]] = OrderedDict()
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all resident weights."""
         return sum(size_bytes for _, size_bytes in self._resident.values())
 
-    def get(self, key: Key) -> LoadedModel | None:
-        """The model of ``key`` where it is resident; it is then the most recently used."""
+    def get(self, key: Key) -> torch.nn.Module | None:
+        """The component of ``key`` where it is resident; it is then the most recently used."""
         if key not in self._resident:
             return None
         self._resident.move_to_end(key)
         return self._resident[key][0]
 
-    def make_room(self, needed_bytes: int) -> None:
-        """Let models go until ``needed_bytes`` more fit the budget, or none is left."""
+    def make_room(self, needed_bytes: int, keep: Iterable[Key] = ()) -> None:
+        """Let components go until ``needed_bytes`` more fit the budget, or none is left but those to keep."""
+        kept = set(keep)
+        leaving = [key for key in self._resident if key not in kept]
         count = 0
-        while self._resident and self.size_bytes + needed_bytes > self._budget_bytes:
-            self._resident.popitem(last=False)
+        while leaving and self.size_bytes + needed_bytes > self._budget_bytes:
+            del self._resident[leaving.pop(0)]
             count += 1
         if count:
             release_cached(self._device)
-            _LOG.info("models unloaded", extra={"count": count, "resident_bytes": self.size_bytes})
+            _LOG.info("components unloaded", extra={"count": count, "resident_bytes": self.size_bytes})
 
-    def add(self, key: Key, model: LoadedModel) -> None:
-        """Keep ``model``, as the most recently used."""
-        self._resident[key] = (model, sum(map(weight_bytes, model.modules())))
+    def add(self, key: Key, component: torch.nn.Module) -> None:
+        """Keep ``component``, as the most recently used."""
+        self._resident[key] = (component, weight_bytes(component))
 
     def clear(self) -> None:
-        """Let every model go, and give cached memory back to the device."""
+        """Let every component go, and give cached memory back to the device."""
         self._resident.clear()
         release_cached(self._device)
 

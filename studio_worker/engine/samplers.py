@@ -1,8 +1,8 @@
 """Samplers: stable-diffusion.cpp's names, and the diffusers scheduler behind each.
 
-This module owns the names a task may use for models of the Stable Diffusion kind. Every scheduler is made
-from the one the model's configuration ships, so that its noise schedule and prediction type hold for all of
-them.
+This module owns the names a task may use, for models that predict noise and for those that predict a flow.
+Every scheduler is made from the one the model's configuration ships, so that its noise schedule and
+prediction type hold for all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     LCMScheduler,
@@ -66,20 +67,34 @@ SAMPLERS: Mapping[str, Sampler] = {
     "tcd": Sampler(TCDScheduler, differs="the paper's timesteps"),
 }
 
+FLOW_SAMPLERS: Mapping[str, Sampler] = {
+    "euler": Sampler(FlowMatchEulerDiscreteScheduler),
+}
 
-def sampler(name: str) -> Sampler:
+
+def sampler(name: str, *, flow: bool = False) -> Sampler:
     """
+    Args:
+        flow: whether the model predicts a flow.
+
     Raises:
         JobError: no sampler of that name; not retryable.
     """
-    if name not in SAMPLERS:
-        raise JobError(f"unknown samplingMethod {name!r}; known: {', '.join(SAMPLERS)}", retryable=False)
-    return SAMPLERS[name]
+    known = FLOW_SAMPLERS if flow else SAMPLERS
+    if name in known:
+        return known[name]
+    names = ", ".join(known)
+    if name in SAMPLERS:
+        raise JobError(
+            f"samplingMethod {name!r} does not work with this model family, which has {names}",
+            retryable=False,
+        )
+    raise JobError(f"unknown samplingMethod {name!r}; known: {names}", retryable=False)
 
 
-def make_scheduler(name: str, shipped: SchedulerMixin, steps: int) -> SchedulerMixin:
+def make_scheduler(name: str, shipped: SchedulerMixin, steps: int, *, flow: bool = False) -> SchedulerMixin:
     """The scheduler for ``steps`` steps of the sampler ``name``, on the noise schedule of ``shipped``."""
-    chosen = sampler(name)
+    chosen = sampler(name, flow=flow)
     options = dict(chosen.options)
     if chosen.scheduler in (LCMScheduler, TCDScheduler):
         # More steps than the grid has points would be refused; the grid grows with them.

@@ -1,0 +1,94 @@
+"""Model families: which one a source is, told from its files' tensor names and shapes alone.
+
+This module owns the one list of families that are served. File names are never looked at, and nothing is
+guessed: what fits no family is refused with what was looked for, and a source that lacks a component with its
+role and the forms it comes in. ``family.py`` says how to add a family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from studio_worker.engine.families.family import Blueprint, Family, Part, refused
+from studio_worker.engine.families.recognised import recognise
+from studio_worker.engine.families.stable_diffusion import SAMPLE, SD1
+from studio_worker.engine.sections import Section, read_sections
+from studio_worker.errors import JobError
+from studio_worker.models import LocalFile
+
+FAMILIES: tuple[Family, ...] = (SD1, SAMPLE)
+"""The first that fits wins."""
+
+
+def identify(files: Sequence[LocalFile], families: Sequence[Family] = FAMILIES) -> Blueprint:
+    """What the source of ``files`` is, and which file brings which component.
+
+    A file of a component's own role wins over a whole checkpoint that holds such a component too.
+
+    Raises:
+        JobError: no family, a family that is not served, a component that is missing, a file that is damaged
+        or that nothing needs.
+    """
+    wholes = sum(file.role == "model" for file in files)
+    if wholes > 1:
+        raise refused(f"the source names {wholes} files of role model")
+    sections = read_sections(files)
+    family = next((each for each in families if each.fits(sections)), None)
+    if family is None:
+        raise _unknown(sections, families)
+    chosen: dict[str, Section] = {}
+    for name, part in family.parts.items():
+        section = _choose(part, sections, taken=list(chosen.values()))
+        if section is not None:
+            chosen[name] = section
+        elif name not in family.optional:
+            raise _missing(family, part, sections)
+    _refuse_unused(family, sections, chosen)
+    return Blueprint(family, chosen)
+
+
+def _choose(part: Part, sections: Sequence[Section], taken: Sequence[Section]) -> Section | None:
+    fitting = [each for each in sections if each not in taken and part.fits(each)]
+    fitting.sort(key=lambda each: each.role != part.role)  # stable: else the order of the source's files
+    return fitting[0] if fitting else None
+
+
+def _missing(family: Family, part: Part, sections: Sequence[Section]) -> JobError:
+    names = " or ".join(layout.name for layout in part.layouts)
+    form = f"a file of role {part.role}, safetensors or GGUF, with {names} names"
+    need = f"{family.name} needs a {part.kind}: {form}"
+    near = [each for each in sections if each.role == part.role or part.resembles(each)]
+    if not near:
+        return refused(f"{need}; the source brings none")
+    found = "; ".join(f"{each} is not it: {part.why_not(each)}" for each in near)
+    return refused(f"{need}; {found}")
+
+
+def _refuse_unused(family: Family, sections: Sequence[Section], chosen: dict[str, Section]) -> None:
+    used = {section.file for section in chosen.values()}
+    for section in sections:
+        if section.file not in used:
+            raise refused(f"{family.name} has no use for {section}, which is {_what(section)}")
+
+
+def _unknown(sections: Sequence[Section], families: Sequence[Family]) -> JobError:
+    served = ", ".join(family.name for family in families)
+    if not sections:
+        return refused("the source names no file of role model or diffusion-model")
+    for section in sections:
+        if section.role in {"model", "diffusion-model"} and (name := recognise(section.checkpoint)):
+            return refused(f"{section} is {name}, which this worker does not serve; it serves {served}")
+    denoisers = [each for each in sections if each.role in {"model", "diffusion-model"}]
+    if not denoisers:
+        return refused(
+            f"the source names no file of role model or diffusion-model, only {', '.join(map(str, sections))}"
+        )
+    looked = min((family.parts[family.denoiser].why_not(denoisers[0]) for family in families), key=len)
+    count = len(denoisers[0].checkpoint.shapes)
+    return refused(
+        f"{denoisers[0]} is of no known model family ({looked}; {count} tensors); served: {served}"
+    )
+
+
+def _what(section: Section) -> str:
+    return recognise(section.checkpoint) or "of no known kind"

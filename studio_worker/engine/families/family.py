@@ -1,0 +1,243 @@
+"""What a model family is: the components it is made of, how each is told and renamed, and how it renders.
+
+**How to add a family.**
+
+1. Its configuration into ``engine/configs/NAME/``: one folder with a ``config.json`` for each component, the
+   scheduler's, the tokenizer's; sources and licences into ``configs/README.md``.
+2. A module beside this one with a :class:`Part` for each component and a :class:`Family` of them. A part says
+   by which tensor names and shapes it is told (one :class:`Layout` for each published naming) and how those
+   names become the library's. Take the shapes from the configuration, so that tests can make the same family
+   tiny. Parts that several families use stand in ``parts.py``; a file that two models share is loaded once.
+3. What its pipeline wants differently from the defaults, by overriding :class:`Family`'s methods.
+4. The family into ``FAMILIES`` (``families/__init__.py``), its row out of ``recognised.py``.
+5. Tests: a tiny random model in the published file layout, pixel for pixel like the library's own pipeline;
+   the full size on the meta device against published names and shapes.
+
+Nothing here imports torch: library classes are named as text, and what handles tensors uses their methods.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from studio_worker.engine.checkpoint import Shape
+from studio_worker.engine.parameters import EngineDefaults, Parameters
+from studio_worker.engine.sections import Section
+from studio_worker.errors import JobError
+from studio_worker.models import FileRole
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+Tensors = dict[str, Any]
+"""Tensors by name; quantised ones are diffusers' ``GGUFParameter``."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A configuration file that this package carries."""
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One published naming of a component's tensors.
+
+    Args:
+        name: what people call it: ``diffusers``, ``original``, ``llama.cpp``.
+        tells: names and shapes that a section must have to be of it. ``None`` in a shape is any size.
+        rename: from all tensors under published names to all under the library class's. It may split and
+            transpose them, and leave out what the class has no use for.
+    """
+
+    name: str
+    tells: Mapping[str, tuple[int | None, ...]]
+    rename: Callable[[Tensors], Tensors] = lambda tensors: tensors
+
+    def fits(self, shapes: Mapping[str, Shape]) -> bool:
+        return not self.misfits(shapes)
+
+    def misfits(self, shapes: Mapping[str, Shape]) -> list[str]:
+        """What of :attr:`tells` is missing or has another shape."""
+        wrong = []
+        for name, expected in self.tells.items():
+            found = shapes.get(name)
+            if found is None:
+                wrong.append(f"no {name}")
+            elif len(found) != len(expected) or any(
+                want not in (None, is_) for want, is_ in zip(expected, found, strict=True)
+            ):
+                wrong.append(f"{name} is {list(found)}, not {list(expected)}")
+        return wrong
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component of a model: the unit that is loaded, shared and unloaded.
+
+    Args:
+        kind: what it is, in words for errors: ``Qwen3-4B text encoder``.
+        role: the role under which a source brings it as a file of its own.
+        cls: the library class, e.g. ``diffusers.AutoencoderKL``, ``transformers.CLIPTextModel``.
+        config: the folder that holds its ``config.json``. Families whose parts have class and folder in
+            common share what is loaded.
+        layouts: the namings in which it is published, the narrowest first.
+    """
+
+    kind: str
+    role: FileRole
+    cls: str
+    config: Path
+    layouts: tuple[Layout, ...]
+
+    @property
+    def identity(self) -> str:
+        """What parts have in common whose loaded weights are interchangeable."""
+        return f"{self.cls} {self.config}"
+
+    def layout(self, section: Section) -> Layout | None:
+        """The layout of ``section`` where it is this part."""
+        return next((layout for layout in self.layouts if layout.fits(section.shapes)), None)
+
+    def fits(self, section: Section) -> bool:
+        return self.layout(section) is not None
+
+    def resembles(self, section: Section) -> bool:
+        """Whether ``section`` has some of the telling names, whatever their shapes."""
+        return any(name in section.shapes for layout in self.layouts for name in layout.tells)
+
+    def why_not(self, section: Section) -> str:
+        """What tells that ``section`` is not this part, of the layout that it is nearest to."""
+        return ", ".join(min((layout.misfits(section.shapes) for layout in self.layouts), key=len)[:3])
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer that this package carries.
+
+    Args:
+        cls: transformers' class, by name.
+        folder: where its files lie.
+        size: how many entries it must have: from a damaged folder transformers silently makes one of two.
+        options: further arguments of its ``from_pretrained``.
+    """
+
+    cls: str
+    folder: Path
+    size: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pipelines:
+    """The diffusers pipeline class, by name, for each kind of job; ``None`` where the family has none.
+
+    ``text`` starts from nothing, ``image`` from a picture, ``inpaint`` from a picture within a mask, ``edit``
+    from a reference picture and an instruction (refImageUrl).
+    """
+
+    text: str | None
+    image: str | None = None
+    inpaint: str | None = None
+    edit: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture: how its models are told, what they are made of, and how they render.
+
+    Args:
+        name: what operators and ``generationMeta`` call it.
+        parts: its components by the name the pipelines give them. By the first, the denoiser, it is told.
+        optional: names of parts that a source may leave out; the pipelines then get ``None``.
+        tokenizers: by the name the pipelines give them.
+        scheduler: the folder of its ``scheduler_config.json``.
+        pipelines: the library's classes.
+        fixed: further arguments of every pipeline's constructor, by name; one a class does not know is left
+            out.
+        flow: whether the denoiser predicts a flow (rectified flow), not noise; decides which samplers exist.
+        half: torch's name of the type that weights have on a GPU; on the CPU it is ``float32``.
+        defaults: parameters where neither the task nor the model says anything, and the size multiple.
+    """
+
+    name: str
+    parts: Mapping[str, Part]
+    optional: frozenset[str] = frozenset()
+    tokenizers: Mapping[str, Tokenizer]
+    scheduler: Path
+    pipelines: Pipelines
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    flow: bool = False
+    half: str = "float16"
+    defaults: EngineDefaults = field(default_factory=EngineDefaults)
+
+    @property
+    def denoiser(self) -> str:
+        """The name of the part by which the family is told."""
+        return next(iter(self.parts))
+
+    # --- what families override ---
+
+    def fits(self, sections: Iterable[Section]) -> bool:
+        """Whether a source of these sections is of this family; its denoiser is among them."""
+        return any(self.parts[self.denoiser].fits(section) for section in sections)
+
+    def check(self, parameters: Parameters) -> None:
+        """
+        Raises:
+            JobError: parameters that the family does not know; called before anything is loaded.
+        """
+        from studio_worker.engine.samplers import sampler
+
+        sampler(parameters.sampler, flow=self.flow)
+
+    def assemble(self, components: dict[str, Any]) -> dict[str, Any]:
+        """From parts, tokenizers and ``scheduler`` by name to what the pipelines' constructors take."""
+        return components
+
+    def encode(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
+        """The prompts as arguments of the pipeline's call: embeddings, so that they can be kept."""
+        raise NotImplementedError
+
+    def guidance(self, parameters: Parameters) -> dict[str, Any]:
+        """The guidance, where 1 means none, as arguments of the pipeline's call."""
+        return {"guidance_scale": parameters.guidance}
+
+    def strength(self, parameters: Parameters) -> float:
+        """diffusers' word for ``denoise``; at least one step is made."""
+        return strength(parameters.steps, parameters.denoise or 1.0)
+
+    def is_truncated(self, pipeline: Any, text: str) -> bool:
+        """Whether the text encoder's window is too short for ``text``."""
+        tokenizer = pipeline.tokenizer
+        return bool(len(tokenizer(text, verbose=False).input_ids) > tokenizer.model_max_length)
+
+    def latents(self, pipeline: Any, latents: Any, parameters: Parameters) -> Any:  # noqa: ARG002
+        """What the pipeline gave with ``output_type="latent"`` as what the VAE's decoder takes."""
+        config = pipeline.vae.config
+        return latents / config.scaling_factor + (config.shift_factor or 0.0)
+
+
+def strength(steps: int, denoise: float) -> float:
+    """What diffusers must be told so that ``denoise`` of ``steps`` steps run, but at least one.
+
+    diffusers runs ``int(steps * strength)`` steps and fails where that is none.
+    """
+    # One and a half steps, so that rounding cannot make it none again.
+    return denoise if int(steps * denoise) >= 1 else min(1.0, 1.5 / steps)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A source understood: its family, and for each of the family's parts the section that brings it."""
+
+    family: Family
+    sections: Mapping[str, Section]
+
+
+def refused(problem: str) -> JobError:
+    """A source that no try will mend."""
+    return JobError(problem, retryable=False)

@@ -1,0 +1,182 @@
+"""Components that several families are made of, each from its configuration alone.
+
+This module owns their published namings. The renaming itself is diffusers' wherever it has one (its
+``from_single_file`` uses the same functions).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from studio_worker.engine.families.family import Layout, Part, Tensors, Tokenizer, read_json
+
+_UNET = "model.diffusion_model."
+"""diffusers' conversion of UNets wants the names of a whole checkpoint."""
+
+
+def unet(kind: str, config_dir: Path) -> Part:
+    """A Stable Diffusion UNet, in CompVis' latent-diffusion naming and in diffusers'."""
+    config = read_json(config_dir / "config.json")
+    channels, per_block = config["block_out_channels"], config["layers_per_block"]
+    first, width = channels[0], config["cross_attention_dim"]
+    level = next(i for i, block in enumerate(config["down_block_types"]) if block.startswith("CrossAttn"))
+    reads = (channels[level], width)
+    attention = "transformer_blocks.0.attn2.to_k.weight"
+    ends = {"in": (first, config["in_channels"], 3, 3), "out": (config["out_channels"], first, 3, 3)}
+
+    def rename(tensors: Tensors) -> Tensors:
+        from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+        renamed: Tensors = convert_ldm_unet_checkpoint(
+            {_UNET + name: tensor for name, tensor in tensors.items()}, config=config
+        )
+        return renamed
+
+    original = {
+        "input_blocks.0.0.weight": ends["in"],
+        f"input_blocks.{1 + level * (per_block + 1)}.1.{attention}": reads,
+        "out.2.weight": ends["out"],
+    }
+    diffusers = {
+        "conv_in.weight": ends["in"],
+        f"down_blocks.{level}.attentions.0.{attention}": reads,
+        "conv_out.weight": ends["out"],
+    }
+    return Part(
+        kind=kind,
+        role="diffusion-model",
+        cls="diffusers.UNet2DConditionModel",
+        config=config_dir,
+        layouts=(Layout("original", original, rename), Layout("diffusers", diffusers)),
+    )
+
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Names of the VAE's attention before diffusers 0.14, as sd-vae-ft-mse has them."""
+
+
+def kl_vae(kind: str, config_dir: Path) -> Part:
+    """An AutoencoderKL, in CompVis' naming (``ae.safetensors`` too) and in diffusers'."""
+    config = read_json(config_dir / "config.json")
+    last, latent = config["block_out_channels"][-1], config["latent_channels"]
+    ends = {
+        "decoder.conv_in.weight": (last, latent, 3, 3),
+        "encoder.conv_out.weight": (2 * latent, last, 3, 3),
+    }
+
+    def original(tensors: Tensors) -> Tensors:
+        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+        renamed: Tensors = convert_ldm_vae_checkpoint(tensors, config=config)
+        return renamed
+
+    def diffusers(tensors: Tensors) -> Tensors:
+        return {_new_attention(name): tensor for name, tensor in tensors.items()}
+
+    first = (config["block_out_channels"][0],)
+    return Part(
+        kind=kind,
+        role="vae",
+        cls="diffusers.AutoencoderKL",
+        config=config_dir,
+        layouts=(
+            Layout("original", ends | {"encoder.down.0.block.0.norm1.weight": first}, original),
+            Layout("diffusers", ends | {"encoder.down_blocks.0.resnets.0.norm1.weight": first}, diffusers),
+        ),
+    )
+
+
+def _new_attention(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    owner, _, last = stem.rpartition(".")
+    return f"{owner}.{_OLD_ATTENTION[last]}.{kind}" if last in _OLD_ATTENTION else name
+
+
+def clip(kind: str, config_dir: Path, *, projected: bool = False) -> Part:
+    """A CLIP text encoder, in transformers' naming and in open_clip's.
+
+    Args:
+        projected: whether its pooled output goes through the text projection.
+    """
+    config = read_json(config_dir / "config.json")
+    vocabulary, width, layers = config["vocab_size"], config["hidden_size"], config["num_hidden_layers"]
+    window = config["max_position_embeddings"]
+    # transformers 5.6 took the wrapper ``text_model`` out of CLIPTextModel and left it in the projected one.
+    wrapper = "text_model." if projected else ""
+
+    def transformers(tensors: Tensors) -> Tensors:
+        return {
+            name if name.startswith("text_projection") else wrapper + name.removeprefix("text_model."): tensor
+            for name, tensor in tensors.items()
+        }
+
+    def open_clip(tensors: Tensors) -> Tensors:
+        return transformers(_from_open_clip(tensors, width))
+
+    embedding, last = (vocabulary, width), f"layers.{layers - 1}.layer_norm1.weight"
+    return Part(
+        kind=kind,
+        role="text-encoder",
+        cls=f"transformers.CLIPTextModel{'WithProjection' if projected else ''}",
+        config=config_dir,
+        layouts=(
+            Layout(
+                "transformers",
+                {
+                    "text_model.embeddings.token_embedding.weight": embedding,
+                    f"text_model.encoder.{last}": (width,),
+                },
+                transformers,
+            ),
+            Layout(
+                "open_clip",
+                {"token_embedding.weight": embedding, "positional_embedding": (window, width)},
+                open_clip,
+            ),
+        ),
+    )
+
+
+def _from_open_clip(tensors: Tensors, width: int) -> Tensors:
+    """open_clip's names as transformers' (``text_model.`` before all but the projection)."""
+    renamed: Tensors = {}
+    for name, tensor in tensors.items():
+        if name == "text_projection":  # open_clip multiplies from the right
+            renamed["text_projection.weight"] = tensor.T.contiguous()
+        elif name in _OPEN_CLIP_ENDS:
+            renamed[_OPEN_CLIP_ENDS[name]] = tensor
+        elif name.startswith("transformer.resblocks."):
+            _, _, block, rest = name.split(".", 3)
+            place = f"text_model.encoder.layers.{block}."
+            if rest.startswith("attn.in_proj_"):
+                kind = rest.removeprefix("attn.in_proj_")
+                for index, each in enumerate("qkv"):
+                    renamed[f"{place}self_attn.{each}_proj.{kind}"] = tensor[
+                        index * width : (index + 1) * width
+                    ]
+            else:
+                stem, _, kind = rest.rpartition(".")
+                renamed[f"{place}{_OPEN_CLIP_BLOCK[stem]}.{kind}"] = tensor
+    return renamed
+
+
+_OPEN_CLIP_ENDS = {
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+}
+_OPEN_CLIP_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def clip_tokenizer(folder: Path, text_encoder: Path, **options: Any) -> Tokenizer:
+    """The tokenizer in ``folder``, of as many entries as the text encoder's configuration says."""
+    config = read_json(text_encoder / "config.json")
+    return Tokenizer("CLIPTokenizer", folder, config["vocab_size"], options)

@@ -1,0 +1,84 @@
+"""Architectures that are known by their tensors and not served, so that they are refused by name.
+
+Also what a file is where it is no whole model: a VAE, a text encoder, a ControlNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from studio_worker.engine.checkpoint import Checkpoint, Shape
+
+_ATTENTION_KEY = ".transformer_blocks.0.attn2.to_k.weight"
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """An architecture that is known and not served: every name in ``keys`` is in its checkpoints.
+
+    Names stand without the ``model.diffusion_model.`` that whole checkpoints put before them.
+    ``fits`` narrows it down by shapes where names alone do not.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    fits: Callable[[Mapping[str, Shape]], bool] = lambda shapes: True  # noqa: ARG005
+
+
+def recognise(checkpoint: Checkpoint) -> str:
+    """The name of the family that is recognised and not served, or an empty string."""
+    shapes = {name.removeprefix("model.diffusion_model."): each for name, each in checkpoint.shapes.items()}
+    for candidate in RECOGNISED:
+        if all(key in shapes for key in candidate.keys) and candidate.fits(shapes):
+            return candidate.name
+    return ""
+
+
+def _channels(count: int) -> Callable[[Mapping[str, Shape]], bool]:
+    """Whether the UNet takes ``count`` channels in."""
+    return lambda shapes: shapes["input_blocks.0.0.weight"][1:2] == (count,)
+
+
+def _context(width: int) -> Callable[[Mapping[str, Shape]], bool]:
+    """Whether the UNet's cross-attention reads text embeddings of ``width`` numbers."""
+
+    def fits(shapes: Mapping[str, Shape]) -> bool:
+        return any(key.endswith(_ATTENTION_KEY) and shape[-1] == width for key, shape in shapes.items())
+
+    return fits
+
+
+RECOGNISED: tuple[Recognised, ...] = (
+    # The first that fits wins: what is narrower stands before what is wider. Most keys are those by which
+    # diffusers 0.42 tells original-layout checkpoints (diffusers/loaders/single_file_utils.py,
+    # CHECKPOINT_KEY_NAMES); the rest are the published state dicts' own.
+    Recognised("Stable Diffusion XL refiner", ("conditioner.embedders.0.model.text_projection",)),
+    Recognised("Stable Diffusion XL", ("conditioner.embedders.1.model.text_projection",)),
+    Recognised("Stable Diffusion XL", ("input_blocks.0.0.weight", "label_emb.0.0.weight"), _context(2048)),
+    Recognised("Stable Diffusion XL refiner", ("input_blocks.0.0.weight",), _context(1280)),
+    Recognised("Stable Diffusion 2.x", ("cond_stage_model.model.token_embedding.weight",)),
+    Recognised("Stable Diffusion 2.x", ("input_blocks.0.0.weight",), _context(1024)),
+    Recognised("a ControlNet, not a checkpoint", ("control_model.time_embed.0.weight",)),
+    Recognised("Stable Diffusion 1.x for inpainting", ("input_blocks.0.0.weight",), _channels(9)),
+    Recognised("InstructPix2Pix", ("input_blocks.0.0.weight",), _channels(8)),
+    Recognised("Stable Diffusion 3", ("joint_blocks.0.context_block.adaLN_modulation.1.bias",)),
+    Recognised("Chroma", ("distilled_guidance_layer.in_proj.bias",)),
+    Recognised("FLUX.2", ("single_stream_modulation.lin.weight",)),
+    Recognised("HunyuanVideo", ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",)),
+    Recognised("FLUX.1", ("double_blocks.0.img_attn.norm.key_norm.scale",)),
+    Recognised("Z-Image", ("layers.0.adaLN_modulation.0.weight", "cap_embedder.0.weight")),
+    Recognised("Lumina Image 2", ("cap_embedder.0.weight",)),
+    Recognised("Qwen-Image", ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight")),
+    Recognised("AuraFlow", ("double_layers.0.attn.w1q.weight", "cond_seq_linear.weight")),
+    Recognised("HiDream", ("double_stream_blocks.0.block.adaLN_modulation.1.bias",)),
+    Recognised("LTX-Video", ("patchify_proj.weight",)),
+    Recognised("Wan", ("head.modulation", "patch_embedding.weight")),
+    Recognised("Stable Cascade", ("clip_txt_mapper.weight",)),
+    Recognised("Sana", ("blocks.0.cross_attn.q_linear.weight",)),
+    Recognised(
+        "a UNet alone in the diffusers layout", ("down_blocks.0.resnets.0.conv1.weight", "conv_in.weight")
+    ),
+    Recognised("a VAE alone, not a checkpoint", ("decoder.conv_in.weight", "encoder.conv_in.weight")),
+    Recognised("a CLIP text encoder alone", ("text_model.embeddings.token_embedding.weight",)),
+)

@@ -1,0 +1,153 @@
+"""Components from their files: one part's weights into the library's class, on the device, without a network.
+
+This module owns how a component is filled: every tensor of the class must come from the file, in its shape.
+Configurations and tokenizers come from folders that this package carries; the hub is never asked.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from diffusers.quantizers.gguf.utils import GGUFParameter, _replace_with_gguf_linear
+
+from studio_worker.engine.families.family import Family, Part, Tensors, Tokenizer, read_json, refused
+from studio_worker.engine.sections import Section
+from studio_worker.engine.weights import dequantised, read_tensors
+from studio_worker.errors import JobError
+
+_LOG = logging.getLogger(__name__)
+
+
+def weights_dtype(family: Family, device: torch.device) -> torch.dtype:
+    """The type that a family's weights have on ``device``.
+
+    Half precision halves memory and time on a GPU; CPUs compute it slower than single precision.
+    """
+    if device.type == "cpu":
+        return torch.float32
+    dtype: torch.dtype = getattr(torch, family.half)
+    return dtype
+
+
+def load_part(part: Part, section: Section, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The component ``part`` with the weights of ``section``, on ``device``.
+
+    Plain weights become ``dtype``; quantised matrices stay as they are and compute in ``dtype``.
+
+    Raises:
+        JobError: tensors are missing or misshapen (not retryable), or the file is damaged.
+    """
+    layout = part.layout(section)
+    if layout is None:
+        raise refused(f"{section} is no {part.kind}: {part.why_not(section)}")
+    model = empty_model(part)
+    try:
+        tensors = layout.rename(read_tensors(section, device))
+    except (KeyError, IndexError, RuntimeError, AttributeError) as error:  # what renaming meets in a torso
+        raise refused(
+            f"{section} holds no whole {part.kind}: {type(error).__name__} {str(error)[:200]}"
+        ) from error
+    _fill(model, tensors, section, part, device, dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def empty_model(part: Part) -> torch.nn.Module:
+    """The component of the class and configuration that ``part`` says, its weights without memory."""
+    library, name = part.cls.split(".")
+    cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
+    with init_empty_weights():
+        if library == "diffusers":
+            return cls.from_config(cls.load_config(str(part.config), local_files_only=True))  # type: ignore[no-any-return]
+        return cls(cls.config_class.from_pretrained(str(part.config), local_files_only=True))  # type: ignore[no-any-return]
+
+
+def _fill(
+    model: torch.nn.Module,
+    tensors: Tensors,
+    section: Section,
+    part: Part,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    wanted = dict(model.named_parameters())
+    _check_names_and_shapes(wanted, tensors, section, part)
+    _replace_with_gguf_linear(model, dtype, tensors)
+    keep = _kept_in_single_precision(model, dtype)
+    for name in wanted:
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        tensor = tensors.pop(name)
+        is_matrix = isinstance(module, diffusers.quantizers.gguf.utils.GGUFLinear) and attribute == "weight"
+        if not (isinstance(tensor, GGUFParameter) and is_matrix):
+            tensor = dequantised(tensor, torch.float32 if keep(name) else dtype)
+            tensor = torch.nn.Parameter(tensor.to(device), requires_grad=False)
+        module._parameters[attribute] = tensor
+    if isinstance(model, transformers.PreTrainedModel):
+        model.tie_weights()
+    if tensors:
+        _LOG.debug(
+            "tensors without a place",
+            extra={"file": section.file.path.name, "count": len(tensors), "first": next(iter(tensors))},
+        )
+
+
+def _check_names_and_shapes(
+    wanted: dict[str, torch.nn.Parameter], tensors: Tensors, section: Section, part: Part
+) -> None:
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise refused(f"{section} lacks {len(missing)} tensors of its {part.kind}, the first {missing[0]}")
+    for name, parameter in wanted.items():
+        found = tensors[name]
+        shape = found.quant_shape if isinstance(found, GGUFParameter) else found.shape
+        if tuple(shape) != tuple(parameter.shape):
+            raise refused(
+                f"{section}, tensor {name} of its {part.kind} is {list(shape)}, not {list(parameter.shape)}"
+            )
+
+
+def _kept_in_single_precision(model: torch.nn.Module, dtype: torch.dtype) -> Any:
+    """Whether a parameter must stay in single precision, as its class says of half precision."""
+    names = getattr(model, "_keep_in_fp32_modules", None) or []
+    if dtype != torch.float16:
+        return lambda name: False  # noqa: ARG005
+    return lambda name: any(each in name.split(".") for each in names)
+
+
+@lru_cache(maxsize=32)
+def _tokenizer(cls: str, folder: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    return getattr(transformers, cls).from_pretrained(folder, local_files_only=True, **dict(options))
+
+
+def load_tokenizer(tokenizer: Tokenizer) -> Any:
+    """The tokenizer, loaded once in a process.
+
+    Raises:
+        JobError: this installation lacks files of it.
+    """
+    loaded = _tokenizer(tokenizer.cls, str(tokenizer.folder), tuple(sorted(tokenizer.options.items())))
+    if len(loaded) != tokenizer.size:
+        raise JobError(
+            f"the tokenizer in {tokenizer.folder} has {len(loaded)} entries instead of {tokenizer.size}: "
+            "this installation is damaged",
+            retryable=True,
+        )
+    return loaded
+
+
+@lru_cache(maxsize=32)
+def _scheduler(folder: Path) -> Any:
+    config = read_json(folder / "scheduler_config.json")
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def load_scheduler(family: Family) -> Any:
+    """The scheduler that the family's configuration ships, loaded once in a process."""
+    return _scheduler(family.scheduler)

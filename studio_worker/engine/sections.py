@@ -1,0 +1,95 @@
+"""The sections of a source's files: runs of tensors below one prefix, each of them one component's weights.
+
+A file of a single component is one section without a prefix. A whole checkpoint holds several, below the
+prefixes that its layout puts before each component: CompVis' (``model.diffusion_model.``,
+``first_stage_model.``, ``cond_stage_model.``), Stability's generative-models' (``conditioner.embedders.N.``)
+and ComfyUI's (``text_encoders.NAME.``, ``vae.``). This module owns those prefixes. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import gguf
+
+from studio_worker.engine.checkpoint import Checkpoint, Shape, read_checkpoint
+from studio_worker.models import FileRole, LocalFile
+
+_PREFIX = re.compile(
+    r"(?:model\.)?diffusion_model\.|net\."
+    r"|first_stage_model\.|vae\."
+    r"|cond_stage_model\.(?:transformer|model)\."
+    r"|conditioner\.embedders\.\d+\.(?:transformer|model)\."
+    r"|text_encoders\.\w+\.(?:transformer|model)\."
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """The tensors of ``file`` whose names begin with ``prefix``; ``shapes`` has them without it."""
+
+    file: LocalFile
+    checkpoint: Checkpoint
+    prefix: str
+    shapes: Mapping[str, Shape]
+
+    @property
+    def role(self) -> FileRole:
+        return self.file.role
+
+    @property
+    def content(self) -> str:
+        """What identifies these very weights: the file's contents and the place in it."""
+        return f"{self.file.content}#{self.prefix}"
+
+    def size_bytes(self, itemsize: int) -> int:
+        """Bytes of the weights once loaded: quantised ones as they are, others with ``itemsize`` a number."""
+        return sum(
+            _tensor_bytes(shape, self.checkpoint.types.get(self.prefix + name, ""), itemsize)
+            for name, shape in self.shapes.items()
+        )
+
+    def __str__(self) -> str:
+        return f"{self.file.path.name} ({self.file.role})"
+
+
+def read_sections(files: Iterable[LocalFile]) -> tuple[Section, ...]:
+    """The sections of all ``files`` but LoRAs, in the files' order.
+
+    Raises:
+        JobError: a file is no weights file, or damaged.
+    """
+    return tuple(
+        section
+        for file in files
+        if file.role != "lora"
+        for section in split(file, read_checkpoint(file.path))
+    )
+
+
+def split(file: LocalFile, checkpoint: Checkpoint) -> Iterator[Section]:
+    """The sections of one file, in the order in which it names them."""
+    by_prefix: dict[str, dict[str, Shape]] = {}
+    for name, shape in checkpoint.shapes.items():
+        match = _PREFIX.match(name)
+        prefix = match[0] if match else ""
+        by_prefix.setdefault(prefix, {})[name.removeprefix(prefix)] = shape
+    for prefix, shapes in by_prefix.items():
+        yield Section(file, checkpoint, prefix, shapes)
+
+
+def _tensor_bytes(shape: Shape, type_: str, itemsize: int) -> int:
+    elements = prod(shape)
+    if not is_quantised(type_):
+        return elements * itemsize
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]]
+    return int(elements // block * block_bytes)
+
+
+def is_quantised(type_: str) -> bool:
+    """Whether tensors of this type are blocks of several numbers with a common scale."""
+    kind = gguf.GGMLQuantizationType.__members__.get(type_)
+    return kind is not None and bool(gguf.GGML_QUANT_SIZES[kind][0] > 1)
