@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from studio_worker import __version__, config, logs
+from studio_worker.cli_control import pause, resume, status
 from studio_worker.cli_models import models_app
 from studio_worker.cli_options import ConfigDir, Json
 from studio_worker.errors import ConfigError, StudioWorkerError
@@ -23,6 +24,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.add_typer(models_app, name="models")
+for command in (status, pause, resume):
+    app.command()(command)
 
 
 def main() -> None:

@@ -90,6 +90,7 @@ class ModelsSection(_Section):
 
 class StateSection(_Section):
     dir: Path = Path("/var/lib/studio-worker")
+    runtime_dir: Path = Path("/run/studio-worker")
 
 
 class LogSection(_Section):

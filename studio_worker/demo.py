@@ -115,7 +115,7 @@ def write_configuration(studio: LocalStudio, work: Path) -> Path:
         f'[studio]\napi_base_url = "{studio.base_url}"\n'
         '[worker]\ndevice = "cpu"\n'
         f'[models]\nroot = "{work.resolve()}/models"\n'
-        f'[state]\ndir = "{work.resolve()}/state"\n'
+        f'[state]\ndir = "{work.resolve()}/state"\nruntime_dir = "{work.resolve()}/run"\n'
         '[log]\nformat = "json"\n'
     )
     source = sample_source(studio)

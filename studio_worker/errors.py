@@ -24,12 +24,18 @@
 
     * :exc:`JobCancelled` — the job was stopped before its end
 
+  * :exc:`ControlError` — the running service could not be asked
+
+    * :exc:`ServiceNotRunning` — there is none; exit status 3
+    * :exc:`ControlDenied` — this user may not ask it; exit status 4
+
 Exceptions carry their facts as attributes; ``str()`` makes the sentence an operator reads.
-Exit statuses follow sysexits(3).
+Exit statuses follow sysexits(3); those of asking the service are the LSB's for init scripts.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -188,3 +194,27 @@ class JobCancelled(JobError):
 
     def __init__(self, message: str = "the worker is stopping") -> None:
         super().__init__(message, retryable=True)
+
+
+class ControlError(StudioWorkerError):
+    """The running service could not be asked over its control socket."""
+
+
+class ServiceNotRunning(ControlError):
+    """Nobody listens on the control socket ``path``."""
+
+    exit_status: ClassVar[int] = 3  # LSB: program is not running
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"the service is not running (nobody listens on {path}); start it: systemctl start studio-worker"
+        )
+
+
+class ControlDenied(ControlError):
+    """This user may not use the control socket ``path``."""
+
+    exit_status: ClassVar[int] = 4  # LSB: insufficient privilege
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"this user may not use {path}; run the command as root: sudo studio-worker …")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import sdnotify
 
@@ -11,17 +12,22 @@ EXTEND_S = 90
 
 
 class Notifier:
-    """Messages to the service manager; safe to call from any thread (each is one datagram)."""
+    """Messages to the service manager; safe to call from any thread (each is one datagram).
 
-    def __init__(self) -> None:
+    Args:
+        on_status: gets every status line too, whether or not anybody else listens.
+    """
+
+    def __init__(self, on_status: Callable[[str], None] = lambda _: None) -> None:
+        self._on_status = on_status
         self._systemd = sdnotify.SystemdNotifier()
 
     def ready(self, status: str) -> None:
-        self._send("READY=1", _status(status))
+        self._send("READY=1", self._status(status))
 
     def status(self, text: str) -> None:
         """One line for ``systemctl status``."""
-        self._send(_status(text))
+        self._send(self._status(text))
 
     def extend_timeout(self) -> None:
         """Ask for more time to start; to be sent only while bytes advance."""
@@ -31,17 +37,17 @@ class Notifier:
         self._send("WATCHDOG=1")
 
     def stopping(self, status: str = "stopping") -> None:
-        self._send("STOPPING=1", _status(status))
+        self._send("STOPPING=1", self._status(status))
+
+    def _status(self, text: str) -> str:
+        line = " ".join(text.splitlines())  # a line end inside a name would begin a new assignment
+        self._on_status(line)
+        return f"STATUS={line}"
 
     def _send(self, *lines: str) -> None:
         # sdnotify encodes as Latin-1 and drops, without a word, the whole message that does not fit, READY
         # included; systemd reads UTF-8. Handing it each UTF-8 byte as one character gives systemd its own.
         self._systemd.notify("\n".join(lines).encode(errors="replace").decode("latin-1"))
-
-
-def _status(text: str) -> str:
-    """One line: a line end inside a name would begin a new assignment."""
-    return "STATUS=" + " ".join(text.splitlines())
 
 
 def watchdog_interval_s() -> float | None:

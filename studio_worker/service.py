@@ -7,6 +7,7 @@ and then runs the worker's loop. Signals have a thread of their own, the session
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import logging
 import queue
@@ -15,9 +16,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from studio_worker import __version__, config, logs
+from studio_worker.activity import Activity
+from studio_worker.control import ControlServer, runtime_dir
 from studio_worker.device import find_device, probe
 from studio_worker.download import fetch_bytes
 from studio_worker.engine import default_router
@@ -26,7 +31,9 @@ from studio_worker.lock import state_lock
 from studio_worker.notify import Notifier, watchdog_interval_s
 from studio_worker.provision import ProvisionProgress, SeenFiles, open_store, provision
 from studio_worker.reach import policy_from
+from studio_worker.reporting import Reporting, note_answer
 from studio_worker.spool import JobInHand, Outbox
+from studio_worker.starts import Starts
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.delivery import Courier
 from studio_worker.studio.desk import Desk
@@ -56,8 +63,8 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
         loaded = config.load(directory)
         logs.configure(loaded.settings.log.level, loaded.settings.log.format)
         config.check_folders(loaded.settings)
-        with state_lock(loaded.settings.state.dir):
-            Service(loaded).run()
+        with state_lock(loaded.settings.state.dir), Starts(loaded.settings.state.dir) as starts:
+            Service(loaded, starts).run()
     except StudioWorkerError as error:
         log.critical(
             "service ends with an error",
@@ -71,10 +78,11 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
 class Service:
     """Everything of one running service. The caller has blocked SIGTERM and SIGINT."""
 
-    def __init__(self, loaded: config.Config) -> None:
+    def __init__(self, loaded: config.Config, starts: Starts) -> None:
         self._settings = settings = loaded.settings
         self._required = loaded.required
-        self._notifier = Notifier()
+        self._activity = Activity()
+        self._notifier = Notifier(self._activity.said)
         self._state = ""
         self._stop = threading.Event()
         self._ended = threading.Event()
@@ -109,7 +117,8 @@ class Service:
             capabilities=self._capabilities,
             uploading=lambda: self._courier.uploading,
             on_redelivery=lambda _job_id: self._outbox.wake(),
-            on_state=self._say_ready,
+            on_answer=partial(note_answer, self._activity),
+            on_state=self._note_session,
             shipping=shipping,
             reconnect_attempts=settings.studio.reconnect_attempts,
         )
@@ -120,12 +129,13 @@ class Service:
             on_unacceptable=lambda job_id, error: self._session.report_failure(
                 job_id, error, retryable=False
             ),
+            reports=self._activity,
         )
         self._registration = Registration(
             api,
             IdentityFile(settings.state.dir / "identity.json"),
             self._capabilities,
-            on_waiting=self._say_ready,
+            on_waiting=self._note_waiting,
             stop=self._stop,
         )
         self._worker = Worker(
@@ -134,10 +144,22 @@ class Service:
             engines=self._engines,
             in_hand=self._in_hand,
             results=self._outbox,
+            reports=self._activity,
             fetch=lambda url, cancel: fetch_bytes(
                 url, max_bytes=_MAX_INPUT_BYTES, policy=policy, cancel=cancel
             ),
             step_timeout_s=settings.worker.step_timeout_s,
+        )
+        self._reporting = Reporting(
+            self._activity,
+            starts=starts,
+            outbox=self._outbox,
+            desk=self._desk,
+            device=self._device,
+            engines=self._engines,
+            studio=logs.safe_url(settings.studio.api_base_url),
+            uploading=lambda: self._courier.uploading,
+            on_pause=self._note_pause,
         )
 
     def run(self) -> None:
@@ -147,9 +169,17 @@ class Service:
             StudioWorkerError: what ended the service; its class holds the exit status.
         """
         _thread("signals", self._watch_signals)
-        self._recover()
-        if not self._provision():
-            return
+        folder = runtime_dir(self._settings.state.runtime_dir)
+        with contextlib.closing(ControlServer(folder, self._reporting.handlers())):
+            self._recover()
+            if self._provision():
+                self._work()
+        if self._fatal is not None:
+            raise self._fatal
+
+    def _work(self) -> None:
+        """From READY to the last job."""
+        self._activity.entered("ready")
         self._notifier.ready("ready")
         log.info("service ready", extra={"op": "service"})
         if (interval_s := watchdog_interval_s()) is not None:
@@ -158,6 +188,7 @@ class Service:
         try:
             self._worker.run()
         finally:
+            self._activity.entered("stopping")
             self._notifier.stopping()
             self._stop.set()
             self._courier.stop()
@@ -166,8 +197,6 @@ class Service:
             self._session.stop()
             studio.join(_LAST_DELIVERY_S)
             self._ended.set()
-        if self._fatal is not None:
-            raise self._fatal
 
     # --- before READY ---
 
@@ -181,6 +210,7 @@ class Service:
 
     def _provision(self) -> bool:
         """Whether the required models are verified; ``False`` = stopped before."""
+        self._activity.entered("provisioning")
         self._store.clean_staging()
         progress = ProvisionProgress(self._notifier.status, self._notifier.extend_timeout)
 
@@ -215,7 +245,8 @@ class Service:
     def _say_ready(self, state: str | None = None) -> None:
         """The status line is what it was again, or ``state`` from now."""
         self._state = state or self._state
-        self._notifier.status(f"ready, {self._state}" if self._state else "ready")
+        paused = "paused" if self._desk.is_paused else ""
+        self._notifier.status(", ".join(part for part in ("ready", self._state, paused) if part))
 
     # --- threads ---
 
@@ -223,6 +254,7 @@ class Service:
         """First signal: finish the job in hand, then end. Second, or the stop limit: hand it back."""
         number = signal.sigwait(_STOP_SIGNALS)
         log.info("stop requested", extra={"op": "service", "signal": signal.Signals(number).name})
+        self._activity.entered("draining")
         self._notifier.stopping("finishing the job in hand")
         self._stop.set()
         self._desk.close()
@@ -239,6 +271,7 @@ class Service:
         try:
             credentials = self._registration.run()
             if credentials is not None:
+                self._activity.registration("approved", worker_id=credentials.worker_id)
                 self._courier_thread = _thread("courier", lambda: self._courier.run(credentials))
                 self._session.run(credentials)
         except StudioWorkerError as error:
@@ -262,6 +295,21 @@ class Service:
                 log.error("the session's loop does not turn", extra={"op": "watchdog"})
             else:
                 self._notifier.watchdog()
+
+    # --- what is noted of all that ---
+
+    def _note_waiting(self, detail: str) -> None:
+        self._activity.registration("pending", detail=detail)
+        self._say_ready(detail)
+
+    def _note_session(self, state: Literal["connected", "reconnecting"]) -> None:
+        self._activity.session(state)
+        self._say_ready(state)
+
+    def _note_pause(self) -> None:
+        self._session.beat()
+        if self._activity.snapshot().phase == "ready":
+            self._say_ready()
 
     # --- what the worker knows of itself ---
 

@@ -87,6 +87,15 @@ class Delivery:
     timings_s: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What waits in an outbox; ``oldest_at`` in Unix seconds, ``None`` where nothing waits."""
+
+    count: int
+    size_bytes: int
+    oldest_at: float | None
+
+
 class Outbox:
     """Finished pictures that wait for delivery, oldest first.
 
@@ -167,6 +176,15 @@ class Outbox:
             for path in (note.with_suffix(".data"), note):
                 if path.exists():
                     path.replace(aside / path.name)
+
+    def usage(self) -> Usage:
+        """How much waits, by looking at the files alone."""
+        sizes, times = [], []
+        for note in self._folder.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):  # delivered meanwhile
+                sizes.append(note.with_suffix(".data").stat().st_size)
+                times.append(note.stat().st_mtime)
+        return Usage(len(sizes), sum(sizes), min(times, default=None))
 
     def holds(self, job_id: str) -> bool:
         return self._path(job_id, ".json").exists()

@@ -21,6 +21,7 @@ from studio_worker.errors import (
     DownloadCancelled,
     DownloadError,
     DownloadRefused,
+    JobCancelled,
     JobError,
 )
 from studio_worker.jobs import Cancel, Job, Picture
@@ -80,6 +81,18 @@ class Results(Protocol):
     def wake(self) -> None: ...
 
 
+class Reports(Protocol):
+    """Who is told what becomes of jobs."""
+
+    def job_began(self, job_id: str, model: str) -> None: ...
+    def job_loads(self) -> None: ...
+    def job_stepped(self, step: int, steps: int) -> None: ...
+    def job_made(self) -> None: ...
+    def job_failed(
+        self, job_id: str, model: str, reason: str, *, retryable: bool, handed_back: bool
+    ) -> None: ...
+
+
 class Worker:
     """The loop.
 
@@ -96,6 +109,7 @@ class Worker:
         engines: Engines,
         in_hand: InHand,
         results: Results,
+        reports: Reports,
         fetch: Callable[[str, threading.Event], bytes],
         step_timeout_s: float,
     ) -> None:
@@ -104,6 +118,7 @@ class Worker:
         self._engines = engines
         self._in_hand = in_hand
         self._results = results
+        self._reports = reports
         self._fetch = fetch
         self._step_timeout_s = step_timeout_s
         self._cancel = Cancel()
@@ -134,14 +149,18 @@ class Worker:
 
     def _do(self, job: Job) -> None:
         self._stepped_at = time.monotonic()
+        self._reports.job_began(job.job_id, job.model)
         try:
             self._in_hand.begin(job)
             picture, timings_s = self._make(job)
             self._results.add(job, picture, timings_s)
+            self._reports.job_made()
+        except JobCancelled as error:
+            self._report(job, str(error), retryable=True, handed_back=True)
         except JobError as error:
             self._report(job, str(error), retryable=error.retryable)
         except DownloadCancelled:
-            self._report(job, self._cancel.reason, retryable=True)
+            self._report(job, self._cancel.reason, retryable=True, handed_back=True)
         except DownloadError as error:
             self._report(job, str(error), retryable=_may_pass(error))
         except DeviceError as error:
@@ -189,7 +208,8 @@ class Worker:
                 inputs=inputs,
             )
             self._cancel.check()
-            picture = self._engines.for_source(job.source).generate(request, self._moved, self._cancel)
+            self._reports.job_loads()
+            picture = self._engines.for_source(job.source).generate(request, self._stepped, self._cancel)
             timings_s = {"wait": began - job.taken_at, "files": ready - began, **picture.timings_s}
             return picture, timings_s
 
@@ -199,7 +219,11 @@ class Worker:
     def _moved(self, done: int, total: int | None) -> None:  # noqa: ARG002  (the shape of a progress callback)
         self._stepped_at = time.monotonic()
 
-    def _report(self, job: Job, error: str, *, retryable: bool) -> None:
+    def _stepped(self, step: int, steps: int) -> None:
+        self._moved(step, steps)
+        self._reports.job_stepped(step, steps)
+
+    def _report(self, job: Job, error: str, *, retryable: bool, handed_back: bool = False) -> None:
         log.error(
             "job failed",
             extra={
@@ -213,6 +237,7 @@ class Worker:
             },
         )
         self._source.failed(job, error, retryable=retryable)
+        self._reports.job_failed(job.job_id, job.model, error, retryable=retryable, handed_back=handed_back)
 
 
 def _may_pass(error: DownloadError) -> bool:

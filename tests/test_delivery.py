@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from studio_worker.activity import Activity
 from studio_worker.jobs import ImageTask, Job, Picture
 from studio_worker.models import ModelSource
 from studio_worker.spool import Outbox
@@ -28,6 +29,7 @@ class Told:
     def __init__(self) -> None:
         self.delivered: list[str] = []
         self.unacceptable: list[tuple[str, str]] = []
+        self.activity = Activity()
         self._changed = threading.Condition()
 
     def note_delivered(self, job_id: str) -> None:
@@ -63,6 +65,7 @@ def courier(outbox: Outbox, url: str) -> Iterator[tuple[Courier, Told, threading
         StudioApi(url),
         on_delivered=told.note_delivered,
         on_unacceptable=told.note_unacceptable,
+        reports=told.activity,
         delays_s=(0.01,),
     )
     thread = threading.Thread(target=running.run, args=(Credentials("w1", "token"),), daemon=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -277,6 +280,110 @@ def test_service_refuses_a_job_that_was_in_hand_at_two_crashes(
         await_status(studio, after, "done")
         assert running.stop() == 0
     assert "crashed twice" in (studio.job(job_id).reason or "")
+
+
+# --- status, pause, resume ---------------------------------------------------------------------------
+
+
+def command(config: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command of an operator beside the running service."""
+    return subprocess.run(
+        [sys.executable, "-m", "studio_worker", *words, "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=READY_S,
+    )
+
+
+def status(config: Path) -> dict[str, Any]:
+    done = command(config, "status", "--json")
+    assert done.returncode == 0, done.stderr
+    facts: dict[str, Any] = json.loads(done.stdout)
+    return facts
+
+
+def test_status_answers_before_ready_and_says_what_is_downloaded(config: Path, tmp_path: Path) -> None:
+    """While a required model comes, `status` shows how far it is; afterwards it shows that nobody answers."""
+    with FileServer() as server:
+        held = server.serve("/held.safetensors", b"held" * 100_000, hold_after=200_000)
+        require(config, "large", held)
+        with ServiceProcess(config, tmp_path / "log") as running:
+            running.await_message("STATUS=downloading large: ", READY_S)
+            facts = status(config)
+            assert facts["phase"] == "provisioning"
+            assert re.match(r"downloading large: \d+% of 400 kB", facts["status"])
+            held.release()
+            running.await_message("READY=1", READY_S)
+            assert running.stop() == 0
+    done = command(config, "status")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "systemctl start studio-worker" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_status_shows_what_the_service_has_done(config: Path, studio: LocalStudio, tmp_path: Path) -> None:
+    """Registration, session, ended jobs with their stages, outbox, device, starts and crashes are shown."""
+    with ServiceProcess(config, tmp_path / "log") as running:
+        await_online(studio)
+        running.kill()
+    with ServiceProcess(config, tmp_path / "log") as running:
+        good = queue_synthetic(studio)
+        bad = studio.queue_job(
+            model="placeholder",
+            task={"kind": "image", "prompt": "a hidden castle"},
+            model_source={**SYNTHETIC, "engine": "onnx"},
+        )
+        await_status(studio, good, "done")
+        await_status(studio, bad, "failed")
+        running.await_message("STATUS=ready, connected", READY_S)
+        facts = status(config)
+        shown = command(config, "status")
+        assert running.stop() == 0
+    assert (facts["phase"], facts["paused"], facts["job"]) == ("ready", False, None)
+    assert facts["registration"] == {
+        "state": "approved", "worker_id": studio.workers()[0].worker_id, "detail": None,
+    }  # fmt: skip
+    assert facts["session"]["state"] == "connected"
+    assert facts["jobs"] == {"done": 1, "failed": 1, "handed_back": 0, "refused": 0}
+    ends = {job["job_id"]: job for job in facts["last_jobs"]}
+    assert ends[good]["stages_s"].keys() == {"wait", "files", "load", "generate", "encode", "upload"}
+    assert "unknown engine" in ends[bad]["reason"]
+    assert facts["outbox"]["count"] == 0
+    assert facts["device"]["name"] == "cpu"
+    assert (facts["process"]["starts"], facts["process"]["crashes"]) == (2, 1)
+    assert facts["process"]["pid"] == running.process.pid
+    assert "a hidden castle" not in json.dumps(facts)
+    assert shown.returncode == 0
+    for part in (good, "unknown engine", "approved as", "2 start(s)", "1 crash(es)", studio.base_url):
+        assert part in shown.stdout
+
+
+def test_paused_service_finishes_its_job_and_takes_no_other(
+    config: Path, studio: LocalStudio, tmp_path: Path
+) -> None:
+    """`pause` lets the job in hand finish and no other begin; `resume` goes on, and so does a restart."""
+    with ServiceProcess(config, tmp_path / "log") as running:
+        task = {"kind": "image", "prompt": prompt("red", "gem", "sky"), "width": 128, "height": 128}
+        worker_id = await_online(studio)
+        first = studio.queue_job(model=MODEL_ID, task=task, model_source=sample_source(studio))
+        await_status(studio, first, "running")
+        paused = command(config, "pause")
+        assert (paused.returncode, paused.stdout) == (0, f"paused; job {first} is being finished\n")
+        running.await_message("STATUS=ready, connected, paused", READY_S)
+        studio.wait_for(lambda: studio.sessions.live[worker_id].is_paused, READY_S)
+        second = queue_synthetic(studio)
+        await_status(studio, first, "done")
+        assert status(config)["paused"] is True
+        assert (studio.job(second).status, studio.job(second).attempts) == ("queued", 0)
+        assert command(config, "resume").stdout == "resumed\n"
+        await_status(studio, second, "done")
+        assert command(config, "pause").stdout == "paused; no job is in hand\n"
+        assert running.stop() == 0
+    with ServiceProcess(config, tmp_path / "log") as running:
+        third = queue_synthetic(studio)
+        await_status(studio, third, "done")
+        assert status(config)["paused"] is False
+        assert running.stop() == 0
 
 
 # --- ends -------------------------------------------------------------------------------------------

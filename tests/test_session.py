@@ -16,6 +16,7 @@ from studio_worker.errors import DuplicateWorker, ReconnectExhausted, RefusedByS
 from studio_worker.logs import ShippingBuffer
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.desk import Desk
+from studio_worker.studio.offers import Judgement
 from studio_worker.studio.registration import Credentials
 from studio_worker.studio.session import StudioSession, Timings
 from tests.scripted import LIMIT_S, ScriptedHttp, ScriptedStudio
@@ -34,6 +35,7 @@ class Running:
         self.desk = Desk()
         self.shipping = ShippingBuffer()
         self.states: list[str] = []
+        self.answers: list[Judgement] = []
         self.ended_with: BaseException | None = None
         self.outbox: set[str] = set()
         self.redelivered = threading.Event()
@@ -49,6 +51,7 @@ class Running:
             capabilities=lambda: CAPABILITIES.model_copy(update={"auto_enabled": not self.desk.is_paused}),
             uploading=lambda: None,
             on_redelivery=lambda _job_id: self.redelivered.set(),
+            on_answer=lambda judgement, model: self.answers.append(judgement),
             shipping=self.shipping,
             reconnect_attempts=attempts,
             timings=timings,
@@ -368,3 +371,26 @@ def test_session_that_was_open_counts_as_no_failed_attempt() -> None:
             conversation.close(1000)
         scripted.accept().close(1000)  # without a welcome
         assert isinstance(running.end(), ReconnectExhausted)
+
+
+def test_session_says_at_once_that_it_is_paused(scripted: ScriptedStudio) -> None:
+    """Pause and resume are told by a heartbeat of their own; offers between them are rejected as paused."""
+    running = Running(scripted, timings=replace(FAST, heartbeat_s=3600.0))
+    conversation = scripted.accept()
+    running.desk.pause()
+    running.session.beat()  # before welcome: nothing may be sent
+    conversation.welcome()
+    assert conversation.receive_type("heartbeat")["capabilities"]["autoEnabled"] is False
+    conversation.send(type="offer", claim=CLAIM)
+    assert conversation.receive_type("reject")["code"] == "paused"
+    running.desk.resume()
+    running.session.beat()
+    assert conversation.receive_type("heartbeat")["capabilities"]["autoEnabled"] is True
+    conversation.send(type="offer", claim=CLAIM)
+    assert conversation.receive_type("accept")["jobId"] == "j1"
+    running.desk.close()
+    running.desk.resume()  # a drain is not undone by the operator
+    conversation.send(type="offer", claim={**CLAIM, "jobId": "j2"})
+    assert conversation.receive_type("reject")["code"] == "paused"
+    running.session.stop()
+    running.end()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from studio_worker.activity import Activity
 from studio_worker.engine import Engine, Progress, Request, Router
 from studio_worker.errors import DeviceError, DownloadError, DownloadRefused, JobError, StoreError
 from studio_worker.jobs import Cancel, ImageTask, Job, Picture
@@ -99,6 +100,7 @@ def make(
         engines=Router({"scripted": scripted}),
         in_hand=in_hand,
         results=outbox,
+        reports=Activity(),
         fetch=fetch,
         step_timeout_s=step_timeout_s,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, ImageTask, Picture
@@ -76,6 +76,19 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class KeepsModels(Protocol):
+    """What an engine that keeps models in memory tells of it, from any thread."""
+
+    def resident(self) -> Mapping[str, int]:
+        """Model names and their bytes in the device's memory."""
+        ...
+
+    def used_bytes(self) -> int:
+        """Bytes in use on the device, by this process and others."""
+        ...
+
+
 class Router:
     """Engines by the name a source gives (``sd-cpp``, ``synthetic``), each made when first needed."""
 
@@ -99,6 +112,20 @@ class Router:
         if name not in self._engines:
             self._engines[name] = self._factories[name]()
         return self._engines[name]
+
+    def resident(self) -> dict[str, int]:
+        """The models in the device's memory and their bytes, of engines that keep any. From any thread."""
+        return {
+            model: size_bytes
+            for engine in self._engines.copy().values()
+            if isinstance(engine, KeepsModels)
+            for model, size_bytes in engine.resident().items()
+        }
+
+    def used_bytes(self) -> int | None:
+        """Bytes in use on the device, by anybody; ``None`` until an engine has it. From any thread."""
+        keepers = [engine for engine in self._engines.copy().values() if isinstance(engine, KeepsModels)]
+        return keepers[0].used_bytes() if keepers else None
 
 
 def default_router(device: str) -> Router:

@@ -9,12 +9,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable
 from studio_worker.spool import Delivery, Outbox
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.registration import Credentials
+
+
+class Reports(Protocol):
+    """Who is told what becomes of deliveries. Stages are seconds."""
+
+    def upload_delivered(
+        self, job_id: str, model: str, stages_s: Mapping[str, float], size_bytes: int
+    ) -> None: ...
+    def upload_refused(self, job_id: str, model: str, stages_s: Mapping[str, float], reason: str) -> None: ...
+    def upload_waits(self) -> None: ...
+
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +51,14 @@ class Courier:
         *,
         on_delivered: Callable[[str], None],
         on_unacceptable: Callable[[str, str], None],
+        reports: Reports,
         delays_s: tuple[float, ...] = _DELAYS_S,
     ) -> None:
         self._outbox = outbox
         self._api = api
         self._on_delivered = on_delivered
         self._on_unacceptable = on_unacceptable
+        self._reports = reports
         self._delays_s = delays_s
         self._stopping = threading.Event()
         self._failures = 0
@@ -79,6 +93,7 @@ class Courier:
             except StudioUnavailable as error:
                 delay = self._delays_s[min(self._failures, len(self._delays_s) - 1)]
                 self._failures += 1
+                self._reports.upload_waits()
                 wait_s = max(delay, error.retry_after_s or 0.0)
                 log.warning(
                     "delivery has to wait", extra=_facts(delivery, error=str(error), retry_in_s=wait_s)
@@ -86,9 +101,12 @@ class Courier:
                 return wait_s
             else:
                 self._failures = 0
+                size_bytes = delivery.data_path.stat().st_size
                 self._outbox.remove(delivery)
                 self._on_delivered(delivery.job_id)
-                _log_summary(delivery, upload_s=time.monotonic() - started)
+                stages_s = {**delivery.timings_s, "upload": time.monotonic() - started}
+                self._reports.upload_delivered(delivery.job_id, delivery.model, stages_s, size_bytes)
+                _log_summary(delivery, stages_s)
             finally:
                 self.uploading = None
         return None
@@ -96,6 +114,7 @@ class Courier:
     def _drop(self, delivery: Delivery, refusal: DeliveryRefused) -> None:
         log.error("result refused for good and dropped", extra=_facts(delivery, status=refusal.status))
         self._outbox.remove(delivery)
+        self._reports.upload_refused(delivery.job_id, delivery.model, delivery.timings_s, str(refusal))
         if refusal.job_is_gone:
             self._on_delivered(delivery.job_id)
         else:
@@ -106,9 +125,8 @@ def _facts(delivery: Delivery, **more: object) -> dict[str, object]:
     return {"op": "delivery", "job_id": delivery.job_id, "model": delivery.model, **more}
 
 
-def _log_summary(delivery: Delivery, *, upload_s: float) -> None:
+def _log_summary(delivery: Delivery, stages_s: Mapping[str, float]) -> None:
     """The one line of a finished job: every stage in milliseconds."""
-    stages = {**delivery.timings_s, "upload": upload_s}
     log.info(
         "job done",
         extra={
@@ -116,6 +134,6 @@ def _log_summary(delivery: Delivery, *, upload_s: float) -> None:
             "job_id": delivery.job_id,
             "model": delivery.model,
             "outcome": "done",
-            **{f"{stage}_ms": round(seconds * 1000) for stage, seconds in stages.items()},
+            **{f"{stage}_ms": round(seconds * 1000) for stage, seconds in stages_s.items()},
         },
     )

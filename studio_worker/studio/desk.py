@@ -16,7 +16,12 @@ class Desk:
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._current: str | None = None
-        self.is_paused = False
+        self._paused = self._closed = False
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether offers are refused as ``paused``: by the operator's wish, or because the desk is closed."""
+        return self._paused or self._closed
 
     @property
     def current_job_id(self) -> str | None:
@@ -31,11 +36,19 @@ class Desk:
         """The next job; waits for one. ``None`` = there will be no more."""
         return self._jobs.get()
 
+    def pause(self) -> None:
+        """No offer is taken until :meth:`resume`; the job in hand goes on."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Offers are taken again, unless the desk is closed."""
+        self._paused = False
+
     def clear(self) -> None:
         """The job in hand has ended."""
         self._current = None
 
     def close(self) -> None:
         """No more jobs: offers are refused as ``paused`` and :meth:`take` returns ``None``."""
-        self.is_paused = True
+        self._closed = True
         self._jobs.put(None)

@@ -12,7 +12,16 @@ from collections.abc import Callable
 from studio_worker.errors import FrameError
 from studio_worker.logs import ShippingBuffer
 from studio_worker.studio.desk import Desk
-from studio_worker.studio.offers import AlreadyOurs, Ignore, Impossible, Refuse, Situation, Take, judge
+from studio_worker.studio.offers import (
+    AlreadyOurs,
+    Ignore,
+    Impossible,
+    Judgement,
+    Refuse,
+    Situation,
+    Take,
+    judge,
+)
 from studio_worker.studio.protocol import Offered, SessionProtocol, State, Welcomed
 from studio_worker.studio.shipping import next_batch
 from studio_worker.studio.wire import Body, Capabilities
@@ -30,6 +39,7 @@ class Exchange:
         capabilities: asked anew for each heartbeat.
         uploading: the job whose upload is under way, if any.
         on_redelivery: called with the job that the studio offers while its result waits in the outbox.
+        on_answer: called with the judgement of every offer and the model it names, once it is answered.
     """
 
     def __init__(
@@ -42,6 +52,7 @@ class Exchange:
         capabilities: Callable[[], Capabilities],
         uploading: Callable[[], str | None],
         on_redelivery: Callable[[str], None],
+        on_answer: Callable[[Judgement, str], None],
     ) -> None:
         self.protocol = protocol
         self._send = send
@@ -50,6 +61,7 @@ class Exchange:
         self._capabilities = capabilities
         self._uploading = uploading
         self._on_redelivery = on_redelivery
+        self._on_answer = on_answer
 
     @property
     def is_open(self) -> bool:
@@ -98,7 +110,8 @@ class Exchange:
         return frame is not None
 
     def _answer(self, offer: Offered) -> None:
-        match judge(offer.claim, self._situation()):
+        judgement = judge(offer.claim, self._situation())
+        match judgement:
             case Take(job):
                 self._send(self.protocol.accept(job.job_id))
                 self._desk.put(job)
@@ -116,6 +129,7 @@ class Exchange:
                 log.error("job failed", extra=_facts(job_id, outcome="failed", error=error, retryable=False))
             case Ignore(reason):
                 log.warning("offer dropped", extra={"op": "session", "reason": reason})
+        self._on_answer(judgement, str(offer.claim.get("model", "")))
 
 
 def _facts(job_id: str, **more: object) -> dict[str, object]:

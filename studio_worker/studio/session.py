@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
@@ -27,7 +28,7 @@ from studio_worker.studio.api import USER_AGENT, StudioApi
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.endings import explain
 from studio_worker.studio.exchange import Exchange
-from studio_worker.studio.offers import Situation
+from studio_worker.studio.offers import Judgement, Situation
 from studio_worker.studio.protocol import Backoff, SessionProtocol
 from studio_worker.studio.registration import Credentials
 from studio_worker.studio.wire import (
@@ -66,6 +67,7 @@ class StudioSession:
         capabilities: asked anew for each heartbeat.
         uploading: the job whose upload is under way, if any.
         on_redelivery: called with the job that the studio offers while its result waits in the outbox.
+        on_answer: called with the judgement of every offer and the model it names, once it is answered.
         on_state: called with ``connected`` or ``reconnecting``.
         reconnect_attempts: failed connections in a row before giving up; 0 = never.
     """
@@ -79,9 +81,10 @@ class StudioSession:
         capabilities: Callable[[], Capabilities],
         uploading: Callable[[], str | None],
         on_redelivery: Callable[[str], None],
+        on_answer: Callable[[Judgement, str], None],
         shipping: ShippingBuffer,
         reconnect_attempts: int = 0,
-        on_state: Callable[[str], None],
+        on_state: Callable[[Literal["connected", "reconnecting"]], None],
         timings: Timings | None = None,
     ) -> None:
         self._api = api
@@ -90,6 +93,7 @@ class StudioSession:
         self._capabilities = capabilities
         self._uploading = uploading
         self._on_redelivery = on_redelivery
+        self._on_answer = on_answer
         self._shipping = shipping
         self._attempts = reconnect_attempts
         self._timings = timings or Timings()
@@ -122,6 +126,10 @@ class StudioSession:
     def delivered(self, job_id: str) -> None:
         """The job's result has been uploaded."""
         self._call(self._delivered, job_id)
+
+    def beat(self) -> None:
+        """Send a heartbeat at once, if there is an open session: what the studio should know has changed."""
+        self._call(self._beat)
 
     def is_silent(self, seconds: float) -> bool:
         """Whether the loop runs and has not turned for ``seconds``: it hangs."""
@@ -217,6 +225,7 @@ class StudioSession:
                 capabilities=self._capabilities,
                 uploading=self._uploading,
                 on_redelivery=self._on_redelivery,
+                on_answer=self._on_answer,
             )
             try:
                 exchange.begin(credentials.auth_token)
@@ -260,6 +269,10 @@ class StudioSession:
                 "failure not reported: the studio has put the job back",
                 extra={"op": "job", "job_id": job_id},
             )
+
+    def _beat(self) -> None:
+        if self._exchange is not None:
+            self._exchange.beat()
 
     def _delivered(self, job_id: str) -> None:
         if self._exchange is not None:

@@ -1,0 +1,128 @@
+"""What the running service answers over its control socket: status, pause, resume.
+
+Joins the record of what is done with the facts that live elsewhere: the process, the outbox, the device.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from studio_worker import __version__
+from studio_worker.activity import Activity
+from studio_worker.device import Device
+from studio_worker.engine import Router
+from studio_worker.snapshot import DeviceFacts, OutboxFacts, ProcessFacts, ResidentModel, Snapshot
+from studio_worker.spool import Outbox
+from studio_worker.starts import Starts
+from studio_worker.studio.desk import Desk
+from studio_worker.studio.offers import AlreadyOurs, Impossible, Judgement, Refuse, Take
+
+
+class Reporting:
+    """Answers for one running service. Safe from any thread.
+
+    Args:
+        studio: its address, as it may be shown.
+        uploading: the job whose upload is under way, if any.
+        on_pause: called when pause has changed.
+    """
+
+    def __init__(
+        self,
+        activity: Activity,
+        *,
+        starts: Starts,
+        outbox: Outbox,
+        desk: Desk,
+        device: Device,
+        engines: Router,
+        studio: str,
+        uploading: Callable[[], str | None],
+        on_pause: Callable[[], None],
+    ) -> None:
+        self._activity = activity
+        self._starts = starts
+        self._outbox = outbox
+        self._desk = desk
+        self._device = device
+        self._engines = engines
+        self._studio = studio
+        self._uploading = uploading
+        self._on_pause = on_pause
+        self._started_at, self._started = time.time(), time.monotonic()
+
+    def handlers(self) -> dict[str, Callable[[], Mapping[str, Any]]]:
+        """What the control socket serves."""
+        return {
+            "status": lambda: self.snapshot().model_dump(mode="json"),
+            "pause": lambda: self._set_paused(True),
+            "resume": lambda: self._set_paused(False),
+        }
+
+    def snapshot(self) -> Snapshot:
+        """Everything at this moment."""
+        waiting = self._outbox.usage()
+        return self._activity.snapshot().model_copy(
+            update={
+                "version": __version__,
+                "studio": self._studio,
+                "process": ProcessFacts(
+                    pid=os.getpid(),
+                    started_at=self._started_at,
+                    uptime_s=time.monotonic() - self._started,
+                    memory_bytes=_resident_set_bytes(),
+                    starts=self._starts.count,
+                    crashes=self._starts.crashes,
+                    last_crash_at=self._starts.last_crash_at,
+                ),
+                "outbox": OutboxFacts(
+                    count=waiting.count,
+                    size_bytes=waiting.size_bytes,
+                    oldest_at=waiting.oldest_at,
+                    uploading=self._uploading(),
+                ),
+                "device": DeviceFacts(
+                    name=self._device.name,
+                    description=self._device.description,
+                    total_bytes=round(self._device.memory_gb * 1e9),
+                    used_bytes=self._engines.used_bytes(),
+                ),
+                "resident": tuple(
+                    ResidentModel(model=model, size_bytes=size_bytes)
+                    for model, size_bytes in self._engines.resident().items()
+                ),
+            }
+        )
+
+    def _set_paused(self, paused: bool) -> dict[str, Any]:
+        if paused:
+            self._desk.pause()
+        else:
+            self._desk.resume()
+        self._activity.was_paused(paused)
+        self._on_pause()
+        now = self._activity.snapshot()
+        return {"paused": paused, "phase": now.phase, "job_id": self._desk.current_job_id}
+
+
+def note_answer(activity: Activity, judgement: Judgement, model: str) -> None:
+    """Note how an offer of a job for ``model`` was answered."""
+    match judgement:
+        case Take():
+            activity.offer_answered("accepted")
+        case AlreadyOurs():
+            activity.offer_answered("again")
+        case Impossible(job_id, error):
+            activity.offer_answered("impossible")
+            activity.job_failed(job_id, model, error, retryable=False, handed_back=False)
+        case Refuse():
+            activity.offer_answered("rejected", judgement.code)
+
+
+def _resident_set_bytes() -> int:
+    """Memory of this process (proc_pid_statm(5))."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,152 @@
+"""What the service says of itself, as typed facts: for ``status``, for metrics, for whoever asks.
+
+The names are an interface: ``studio-worker status --json`` prints them and scripts read them. Keys are added,
+never renamed. Readers ignore what they do not know and every part has a default, so that a command of one
+version understands a service of another. Times ending in ``_at`` are Unix seconds, those in ``_s`` durations
+that do not jump with the clock.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Phase = Literal["starting", "provisioning", "ready", "draining", "stopping"]
+"""``draining``: told to stop, the job in hand is being finished."""
+
+Outcome = Literal["done", "failed", "handed_back", "refused"]
+"""How a job ends here. ``done``: delivered. ``failed``: reported with its reason. ``handed_back``: stopped
+because the worker ends, or must; another one makes it. ``refused``: made, but the studio did not take it."""
+
+OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "handed_back", "refused")
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class RegistrationFacts(_Facts):
+    """Who this worker is to the studio. ``detail``: what the operator has to do, where there is something."""
+
+    state: Literal["unknown", "pending", "approved"] = "unknown"
+    worker_id: str | None = None
+    detail: str | None = None
+
+
+class SessionFacts(_Facts):
+    """The connection to the studio; ``reconnects`` counts the times it had to be made anew."""
+
+    state: Literal["none", "connected", "reconnecting"] = "none"
+    since_at: float | None = None
+    reconnects: int = 0
+
+
+class JobFacts(_Facts):
+    """The job in hand. ``stage``: ``files``, ``load`` (until the first step) or ``generate``."""
+
+    job_id: str
+    model: str
+    stage: str = "files"
+    step: int = 0
+    steps: int | None = None
+    steps_per_s: float | None = None
+    began_at: float = 0.0
+    elapsed_s: float = 0.0
+
+
+class EndedJob(_Facts):
+    """A job that is over. ``stages_s`` maps wait, files, load, generate, encode and upload to seconds."""
+
+    job_id: str
+    model: str
+    outcome: Outcome
+    reason: str | None = None
+    retryable: bool | None = None
+    stages_s: dict[str, float] = {}
+    ended_at: float = 0.0
+
+
+class OfferFacts(_Facts):
+    """Answers to offers since the start. ``impossible`` ones were accepted and failed at once."""
+
+    accepted: int = 0
+    again: int = 0
+    impossible: int = 0
+    rejected: dict[str, int] = {}
+    """By code: ``busy``, ``paused``, or ``other`` for those without a code."""
+
+
+class UploadFacts(_Facts):
+    """Deliveries since the start; ``retries`` counts those that had to be tried again."""
+
+    delivered: int = 0
+    refused: int = 0
+    retries: int = 0
+    delivered_bytes: int = 0
+
+
+class OutboxFacts(_Facts):
+    """Finished pictures that wait for delivery."""
+
+    count: int = 0
+    size_bytes: int = 0
+    oldest_at: float | None = None
+    uploading: str | None = None
+
+
+class ResidentModel(_Facts):
+    """A model in the device's memory."""
+
+    model: str
+    size_bytes: int
+
+
+class DeviceFacts(_Facts):
+    """The device pictures are made on; ``used_bytes`` is missing until something has been loaded."""
+
+    name: str = ""
+    description: str = ""
+    total_bytes: int = 0
+    used_bytes: int | None = None
+
+
+class ProcessFacts(_Facts):
+    """This process, and how often there was one: ``starts`` and ``crashes`` outlive it.
+
+    A crash is a process that left no note of its end: killed, out of memory, power cut.
+    """
+
+    pid: int = 0
+    started_at: float = 0.0
+    uptime_s: float = 0.0
+    memory_bytes: int = 0
+    starts: int = 0
+    crashes: int = 0
+    last_crash_at: float | None = None
+
+
+class Snapshot(_Facts):
+    """Everything at one moment."""
+
+    version: str = ""
+    studio: str = ""
+    phase: Phase = "starting"
+    status: str = ""
+    """The line that ``systemctl status`` shows."""
+    paused: bool = False
+    process: ProcessFacts = ProcessFacts()
+    registration: RegistrationFacts = RegistrationFacts()
+    session: SessionFacts = SessionFacts()
+    job: JobFacts | None = None
+    last_jobs: tuple[EndedJob, ...] = ()
+    """Newest first."""
+    jobs: dict[str, int] = {}
+    """Ended since the start, by outcome."""
+    stages_s: dict[str, float] = {}
+    """Seconds spent by all jobs since the start, by stage."""
+    offers: OfferFacts = OfferFacts()
+    uploads: UploadFacts = UploadFacts()
+    outbox: OutboxFacts = OutboxFacts()
+    device: DeviceFacts = DeviceFacts()
+    resident: tuple[ResidentModel, ...] = ()
