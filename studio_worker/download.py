@@ -179,8 +179,15 @@ def hash_file(path: Path, *, progress: Progress | None = None, cancel: threading
     return digest.hexdigest()
 
 
-def fetch_bytes(url: str, *, max_bytes: int, policy: Policy, cancel: threading.Event | None = None) -> bytes:
-    """A small file (an input picture) into memory.
+def fetch_bytes(
+    url: str,
+    *,
+    max_bytes: int,
+    policy: Policy,
+    cancel: threading.Event | None = None,
+    until: float = float("inf"),
+) -> bytes:
+    """A small file (an input picture) into memory; given up at :func:`time.monotonic` ``until``.
 
     Raises:
         DownloadError: as :func:`download_file`, or the body is larger than ``max_bytes``.
@@ -193,6 +200,8 @@ def fetch_bytes(url: str, *, max_bytes: int, policy: Policy, cancel: threading.E
         if (answer.length or 0) <= max_bytes:
             for chunk in answer.chunks():
                 body += chunk
+                if time.monotonic() > until:
+                    raise DownloadError("streaming body", f"GET {answer.name}: too slow")
                 if len(body) > max_bytes:
                     break
             else:

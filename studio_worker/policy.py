@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from studio_worker.networks import Networks
+
 _BURST_S = 0.1
 
 
@@ -44,6 +46,8 @@ class Policy:
     ``mirrors`` are pairs of URL prefixes: what begins with the first is asked with the second in its place,
     before it is asked as it is. ``tokens`` are bearer tokens by host name, each sent to its host alone.
     ``ca_bundle`` and ``proxy`` come before what the usual variables of the environment say.
+
+    ``networks``: where connections may go; ``None`` = anywhere.
     """
 
     connect_s: float = 15.0
@@ -59,6 +63,7 @@ class Policy:
     tokens: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), repr=False)
     ca_bundle: Path | None = None
     proxy: str | None = field(default=None, repr=False)  # may hold a password
+    networks: Networks | None = None
 
     def ways(self, url: str) -> tuple[str, ...]:
         """The addresses to try for ``url``, in order; the last is ``url`` itself."""

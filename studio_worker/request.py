@@ -18,6 +18,7 @@ import urllib3
 from studio_worker.errors import DownloadError, DownloadRefused
 from studio_worker.logs import safe_url
 from studio_worker.models import is_loopback, url_problem
+from studio_worker.networks import Networks
 from studio_worker.policy import Policy
 
 _MAX_REDIRECTS = 10
@@ -26,7 +27,17 @@ _REQUESTS_VARIABLES = {"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}
 
 
 class Session(requests.Session):
-    """Follows no redirect, and does not read a redirect's body, which may be endless, into memory."""
+    """Follows no redirect, and does not read a redirect's body, which may be endless, into memory.
+
+    Args:
+        networks: where connections may go; ``None`` = anywhere.
+    """
+
+    def __init__(self, networks: Networks | None = None) -> None:
+        super().__init__()
+        if networks is not None:
+            for scheme in ("http://", "https://"):
+                self.mount(scheme, networks.adapter())
 
     def get_redirect_target(self, resp: requests.Response) -> None:  # noqa: ARG002  (requests' signature)
         return None
@@ -52,7 +63,7 @@ def ask(
     for _ in range(_MAX_REDIRECTS + 1):
         url = _checked(url, name, via, policy)
         try:
-            with contextlib.nullcontext(session) if session else Session() as used:
+            with contextlib.nullcontext(session) if session else Session(policy.networks) as used:
                 response = used.get(
                     url,
                     headers={"Accept-Encoding": "identity", **headers},
@@ -91,6 +102,9 @@ def _checked(url: str, name: str, via: str, policy: Policy) -> str:
     for spelling in (url, used):
         if problem := url_problem(spelling, allow_insecure=policy.allow_insecure):
             raise DownloadRefused("request error", f"GET {name}: {via}{problem}")
+    host = urlsplit(used).hostname or ""
+    if policy.networks is not None and (problem := policy.networks.literal_problem(host)):
+        raise DownloadRefused("request error", f"GET {name}: {via}{problem}")
     return used
 
 

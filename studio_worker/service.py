@@ -24,9 +24,9 @@ from studio_worker import __version__, config, logs
 from studio_worker.activity import Activity
 from studio_worker.control import ControlServer, runtime_dir
 from studio_worker.device import find_device, probe
-from studio_worker.download import fetch_bytes
 from studio_worker.engine import default_router
 from studio_worker.errors import DeviceError, StudioWorkerError
+from studio_worker.inputs import input_fetcher
 from studio_worker.lock import state_lock
 from studio_worker.notify import Notifier, watchdog_interval_s
 from studio_worker.provision import ProvisionProgress, SeenFiles, open_store, provision
@@ -48,7 +48,6 @@ log = logging.getLogger(__name__)
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _LAST_DELIVERY_S = 30.0
 """How long a stop waits for the last upload; what is not delivered by then stays in the outbox."""
-_MAX_INPUT_BYTES = 64 * 1024 * 1024
 _LOOP_SILENCE_S = 30.0
 """The session's loop turns every second; silent for this long, it hangs."""
 
@@ -145,9 +144,7 @@ class Service:
             in_hand=self._in_hand,
             results=self._outbox,
             reports=self._activity,
-            fetch=lambda url, cancel: fetch_bytes(
-                url, max_bytes=_MAX_INPUT_BYTES, policy=policy, cancel=cancel
-            ),
+            fetch=input_fetcher(policy, settings.studio.api_base_url),
             step_timeout_s=settings.worker.step_timeout_s,
         )
         self._reporting = Reporting(

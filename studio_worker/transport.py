@@ -118,7 +118,7 @@ class Connection:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._session = Session()
+        self._session = Session(policy.networks)
 
     def ask(self, url: str, headers: Mapping[str, str]) -> Body:
         """The answer to one GET. Raises DownloadError."""

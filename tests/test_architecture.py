@@ -21,6 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
         "__init__ errors sample_model files",
+        "networks",
         "logs notify models lock config_files spans policy pace formats",
         "jobs required staging request ledger leftovers copying snapshot starts control",
         "transport",
@@ -28,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "ranges",
         "attempts config device spool space pool activity",
         "download reach",
-        "fetching checking",
+        "fetching checking inputs",
         "store",
         "provision bundles engine studio",
         "worker local_studio reporting",
@@ -71,7 +72,7 @@ LIBRARIES = {
     "gguf": {"engine"},
     "websockets": {"studio.session", "studio.endings"},  # endings only names its exceptions
     "sdnotify": {"notify"},
-    "requests": {"transport", "request", "studio.api"},
+    "requests": {"transport", "request", "networks", "studio.api"},
     "starlette": {"local_studio"},
     "uvicorn": {"local_studio"},
     "typer": {"cli", "cli_models", "cli_control", "cli_options"},

@@ -63,10 +63,15 @@ def test_sixteen_bit_grey_is_scaled() -> None:
     ("data", "says"),
     [
         (b"", "is empty"),
-        (b"<html>login</html>", "not a picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
-        (b"\x80\x04\x95pickle", "not a picture"),
+        (b"<!DOCTYPE html><html>login</html>", "is a web page; the address may want a login"),
+        (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "is an SVG drawing"),
+        (b'{"error": "gone"}', "is JSON text"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "is a HEIC photo"),
+        (b"%PDF-1.7", "is a PDF document"),
+        (b"\x80\x04\x95pickle", "not a picture that is known; read are PNG, JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "not a picture that is known"),
         (WHOLE[: len(WHOLE) // 2], "damaged"),
+        (encoded(Image.new("RGB", (1, 1))), "has 1x1 px; it needs 8 px"),
     ],
 )
 def test_no_picture_is_refused(data: bytes, says: str) -> None:
@@ -90,6 +95,28 @@ def test_decompression_bomb_is_refused_before_decoding() -> None:
     large = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", side + side + b"\x08\x02\0\0\0") + chunk(b"IEND", b"")
     with pytest.raises(JobError, match="9000x9000 px"):
         decode_picture(large, "initial picture", 64, 64)
+
+
+def test_text_that_unpacks_to_gigabytes_is_refused() -> None:
+    """A PNG whose compressed text would unpack to far more than any text is refused, not unpacked."""
+    text = b"Comment\0\0" + zlib.compress(bytes(128 * 2**20), 9)
+    chunk = len(text).to_bytes(4, "big") + b"zTXt" + text + zlib.crc32(b"zTXt" + text).to_bytes(4, "big")
+    after_header = 8 + 25
+    with pytest.raises(JobError, match="damaged"):
+        decode_picture(WHOLE[:after_header] + chunk + WHOLE[after_header:], "initial picture", 64, 64)
+
+
+def test_first_picture_of_an_animation_is_taken() -> None:
+    """Of an animation the first picture counts."""
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert decode_picture(data, "initial picture", 64, 64).getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_mask_of_one_pixel_is_refused() -> None:
+    """A mask too small to say where anything is, is an error and not a picture changed all over."""
+    with pytest.raises(JobError, match="the mask has 1x1 px"):
+        decode_mask(encoded(Image.new("L", (1, 1), 255)), 64, 64)
 
 
 def test_too_many_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ imports no torch. Nothing here trusts a file name or a content type.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -14,8 +15,28 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from studio_worker.errors import JobError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""Only these of Pillow's decoders are tried: each further one is attack surface without use here."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""Only these of Pillow's decoders are tried, by what the bytes say they are: each further one is attack
+surface, and some need minutes for a small file (those written in Python) or start a program (EPS)."""
+
+_OTHERS = (
+    (rb"\s*(<\?xml.*)?<svg", "an SVG drawing"),
+    (rb"\s*<(!doctype )?html", "a web page; the address may want a login"),
+    (rb"\s*[{\[]", "JSON text"),
+    (rb"%PDF", "a PDF document"),
+    (rb"8BPS", "a Photoshop document"),
+    (rb"PK\x03\x04", "a zip archive"),
+    (rb".{4}ftyp(hei|mif1)", "a HEIC photo"),
+    (rb".{4}ftyp(isom|mp4)|\x1a\x45\xdf\xa3", "a video"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture"),
+    (rb"\0\0\0\x0cjP  ", "a JPEG 2000 picture"),
+)
+"""What people send in a picture's place, by how it begins, to name it in the error."""
+
+_MARK_BYTES = 512
+
+MIN_SIDE_PX = 8
+"""One cell of the latent grid: a smaller picture or mask says nothing about where anything is."""
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000
@@ -67,31 +88,39 @@ def _open(data: bytes, what: str) -> Image.Image:
         raise _bad(what, f"has {len(data)} bytes; at most {MAX_BYTES} are read")
     try:
         with warnings.catch_warnings():
-            # Pillow only warns where a picture is twice too large; the size is checked below, before
-            # decoding.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Of sizes, which are checked below, and of what is odd in a file that can be read all the same.
+            warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise _bad(what, f"has {picture.width}x{picture.height} px; at most {MAX_PIXELS} pixels are read")
-        picture.load()
-        return ImageOps.exif_transpose(picture)
+            _check_size(picture, what)
+            picture.load()
+            return ImageOps.exif_transpose(picture)
+    except (JobError, MemoryError):
+        raise
     except UnidentifiedImageError as error:
+        kind = _kind(data)
         known = ", ".join(FORMATS)
-        raise _bad(what, f"is not a picture in a known format ({known})") from error
+        raise _bad(what, f"is {kind or 'not a picture that is known'}; read are {known}") from error
     except Image.DecompressionBombError as error:
         raise _bad(what, f"has more than {MAX_PIXELS} pixels") from error
-    # Pillow's decoders raise whatever a damaged file leads them to; there is no narrower common base.
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        IndexError,
-        KeyError,
-        TypeError,
-        EOFError,
-        OverflowError,
-    ) as error:
+    # Pillow's decoders raise whatever a damaged file leads them to; there is no common base.
+    except Exception as error:
         raise _bad(what, "is damaged or cut short") from error
+
+
+def _check_size(picture: Image.Image, what: str) -> None:
+    """Before decoding: what a picture announces is what decoding would take."""
+    size = f"{picture.width}x{picture.height} px"
+    if min(picture.size) < MIN_SIDE_PX:
+        raise _bad(what, f"has {size}; it needs {MIN_SIDE_PX} px a side at least")
+    if picture.width * picture.height > MAX_PIXELS:
+        raise _bad(what, f"has {size}; at most {MAX_PIXELS} pixels are read")
+
+
+def _kind(data: bytes) -> str:
+    """What ``data``, which is none of the formats that are read, seems to be; empty where nobody knows."""
+    start = data[:_MARK_BYTES].removeprefix(b"\xef\xbb\xbf")
+    matches = (name for mark, name in _OTHERS if re.match(mark, start, re.IGNORECASE | re.DOTALL))
+    return next(matches, "")
 
 
 def _flatten(picture: Image.Image, background: str) -> Image.Image:

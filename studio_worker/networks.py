@@ -1,0 +1,144 @@
+"""Which addresses an input picture may be fetched from: public ones, and the hosts that are trusted by name.
+
+An input's URL comes from whoever wrote the job. Without this rule it could make a worker read from its own
+machine, its local network or a cloud's metadata service (server-side request forgery). Names are resolved
+once, every address is checked, and the connection goes to a checked address: a name that changes its answer
+in between (DNS rebinding) gains nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
+
+from studio_worker.errors import DownloadRefused
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+"""RFC 6052: the last 32 bits are the IPv4 address that is reached."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Where connections may go.
+
+    Args:
+        private: whether private networks and this machine itself are allowed. Link-local addresses, where
+            clouds keep credentials, never are.
+        trusted_hosts: names or addresses as they stand in URLs, whatever network they are in.
+    """
+
+    private: bool = False
+    trusted_hosts: frozenset[str] = frozenset()
+
+    def problem(self, host: str, address: Address) -> str | None:
+        """Why ``host``, which resolves to ``address``, must not be connected to, or ``None``."""
+        if host in self.trusted_hosts:
+            return None
+        kind = network_kind(address)
+        if not kind or (self.private and kind in {"a private network", "this machine itself"}):
+            return None
+        return (
+            f"{host} is an address of {kind}; input pictures come from public addresses and the studio's own "
+            "host, or with allow_insecure_urls = true under [models] from private networks too"
+        )
+
+    def literal_problem(self, host: str) -> str | None:
+        """:meth:`problem` of a host that is an address itself; names are resolved when they are connected to,
+        by a proxy where there is one.
+        """
+        try:
+            return self.problem(host, ipaddress.ip_address(host))
+        except ValueError:
+            return None
+
+    def adapter(self) -> requests.adapters.HTTPAdapter:
+        """What a :class:`requests.Session` connects with. A proxy's own address is not looked at."""
+        return _Adapter(self)
+
+
+def network_kind(address: Address) -> str:
+    """What kind of network ``address`` belongs to; empty for a public one."""
+    address = _embedded(address)
+    if address.is_loopback or address.is_unspecified:
+        return "this machine itself"
+    if address.is_link_local:
+        return "the local link"
+    if address.is_multicast:
+        return "a group of machines (multicast)"
+    # is_global follows IANA's special-purpose registries: RFC 1918, unique local, shared (RFC 6598), …
+    return "" if address.is_global else "a private network"
+
+
+def _embedded(address: Address) -> Address:
+    """The IPv4 address that an IPv6 one stands for (mapped, 6to4, NAT64), else the address itself."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or address
+
+
+class _Checked:
+    """Mixed into a connection of urllib3: connects to checked addresses alone."""
+
+    networks: Networks
+
+    def _new_conn(self: Any) -> socket.socket:
+        name = self._dns_host
+        try:
+            found = socket.getaddrinfo(name, self.port, type=socket.SOCK_STREAM)
+        except (socket.gaierror, UnicodeError) as error:
+            raise NameResolutionError(self.host, self, socket.gaierror(str(error))) from error
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        for address in addresses:
+            if problem := self.networks.problem(self.host, ipaddress.ip_address(address)):
+                raise DownloadRefused("request error", f"GET {problem}")
+        for address in addresses[:-1]:
+            with _connecting_to(self, address), contextlib.suppress(NewConnectionError, ConnectTimeoutError):
+                return super()._new_conn()  # type: ignore[misc,no-any-return]
+        with _connecting_to(self, addresses[-1]):
+            return super()._new_conn()  # type: ignore[misc,no-any-return]
+
+
+@contextlib.contextmanager
+def _connecting_to(connection: Any, address: str) -> Iterator[None]:
+    """Only while the socket is opened: certificate and Host header keep the name."""
+    name = connection._dns_host
+    connection._dns_host = address
+    try:
+        yield
+    finally:
+        connection._dns_host = name
+
+
+class _Adapter(requests.adapters.HTTPAdapter):
+    def __init__(self, networks: Networks) -> None:
+        self._networks = networks
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        rules = {"networks": self._networks}
+        self.poolmanager.pool_classes_by_scheme = {
+            "http": type(
+                "_HTTPPool",
+                (urllib3.HTTPConnectionPool,),
+                {"ConnectionCls": type("_HTTP", (_Checked, HTTPConnection), rules)},
+            ),
+            "https": type(
+                "_HTTPSPool",
+                (urllib3.HTTPSConnectionPool,),
+                {"ConnectionCls": type("_HTTPS", (_Checked, HTTPSConnection), rules)},
+            ),
+        }

@@ -1,0 +1,176 @@
+"""Input pictures: where they may come from, and how long and how much a server may send."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused
+from studio_worker.inputs import input_fetcher
+from studio_worker.networks import Networks, network_kind
+from studio_worker.policy import Policy
+from tests.servers import FileServer
+
+BODY = b"a tiny pretend picture"
+STUDIO = "https://studio.example/graphics/api"
+QUICK = Policy(connect_s=5, stall_s=5, wait=lambda event, seconds: event.is_set())
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with FileServer() as running:
+        yield running
+
+
+def fetch(url: str, studio: str = STUDIO, **policy: Any) -> bytes:
+    return input_fetcher(dataclasses.replace(QUICK, **policy), studio)(url, threading.Event())
+
+
+def resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    """Every name has these addresses; an address is itself."""
+
+    def resolved(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        try:
+            found = [str(ipaddress.ip_address(host))]
+        except ValueError:
+            found = list(addresses)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+
+
+@pytest.mark.parametrize(
+    ("address", "kind"),
+    [
+        ("10.1.2.3", "private"),
+        ("172.31.0.1", "private"),
+        ("192.168.1.10", "private"),
+        ("100.64.0.1", "private"),  # carrier-grade NAT
+        ("fd00::1", "private"),
+        ("::ffff:192.168.1.10", "private"),
+        ("64:ff9b::a01:203", "private"),  # 10.1.2.3 behind NAT64
+        ("2002:a01:203::1", "private"),  # 10.1.2.3 behind 6to4
+        ("127.0.0.1", "this machine"),
+        ("0.0.0.0", "this machine"),
+        ("::1", "this machine"),
+        ("::ffff:127.0.0.1", "this machine"),
+        ("169.254.169.254", "local link"),  # where clouds keep credentials
+        ("fe80::1%eth0", "local link"),
+        ("224.0.1.1", "multicast"),
+        ("93.184.216.34", ""),
+        ("2606:4700:4700::1111", ""),
+    ],
+)
+def test_kind_of_network_is_told(address: str, kind: str) -> None:
+    """Every spelling of an address that is not public is known for what it is."""
+    found = network_kind(ipaddress.ip_address(address))
+    assert kind in found
+    assert bool(found) == bool(kind)
+
+
+def test_private_networks_can_be_allowed_but_not_the_local_link() -> None:
+    """allow_insecure_urls opens the local network, and never the metadata service of a cloud."""
+    lan, link = ipaddress.ip_address("192.168.1.2"), ipaddress.ip_address("169.254.169.254")
+    assert Networks(private=True).problem("nas", lan) is None
+    assert Networks(private=True).problem("metadata", link) is not None
+    assert "allow_insecure_urls" in str(Networks().problem("nas", lan))
+
+
+def test_input_on_this_machine_is_refused(server: FileServer) -> None:
+    """A job cannot make the worker read from services of its own machine; nothing is asked of them."""
+    file = server.serve("/secret", BODY)
+    for host in ("127.0.0.1", "localhost"):
+        with pytest.raises(DownloadRefused, match="this machine itself"):
+            fetch(file.url.replace("127.0.0.1", host))
+    assert file.requests == []
+
+
+def test_input_by_a_name_of_a_private_address_is_refused(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name is judged by every address it resolves to; one that is private is enough."""
+    file = server.serve("/secret", BODY)
+    resolve_to(monkeypatch, "93.184.216.34", "127.0.0.1")
+    url = file.url.replace("127.0.0.1", "pictures.example").replace("http:", "https:")
+    with pytest.raises(DownloadRefused, match=r"pictures\.example is an address of this machine itself"):
+        fetch(url)
+    assert file.requests == []
+
+
+def test_redirect_into_a_private_network_is_refused(server: FileServer) -> None:
+    """Each address on the way is checked, not the first alone."""
+    secret = server.serve("/secret", BODY)
+    entry = server.serve("/entry", b"", redirect=secret.url.replace("127.0.0.1", "localhost"))
+    with pytest.raises(DownloadRefused, match="localhost is an address of this machine"):
+        fetch(entry.url, studio=f"http://127.0.0.1:{server.port}")
+    assert (len(entry.requests), len(secret.requests)) == (1, 0)
+
+
+def test_input_of_the_studios_own_host_is_fetched(server: FileServer) -> None:
+    """A studio on the local network, or on this machine, serves its own inputs without further settings."""
+    file = server.serve("/input.png", BODY)
+    assert fetch(file.url, studio="http://127.0.0.1:1/custom/") == BODY
+
+
+def test_insecure_setting_allows_private_inputs(server: FileServer) -> None:
+    """allow_insecure_urls lets inputs come from the local network."""
+    file = server.serve("/input.png", BODY)
+    assert fetch(file.url, allow_insecure=True) == BODY
+
+
+def test_literal_private_address_is_refused_behind_a_proxy_too(server: FileServer) -> None:
+    """A proxy is not asked for an address of the private network it stands in."""
+    asked = server.serve("http://10.0.0.1/secret", BODY)
+    with pytest.raises(DownloadRefused, match="a private network"):
+        fetch("https://10.0.0.1/secret", proxy=f"http://127.0.0.1:{server.port}")
+    assert asked.requests == []
+
+
+def test_checked_address_is_the_one_connected_to(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection goes to an address that was checked, each in turn, under the name of the URL."""
+    file = server.serve("/input.png", BODY)
+    resolve_to(monkeypatch, "127.0.0.2", "127.0.0.1")  # nothing listens on the first
+    url = file.url.replace("127.0.0.1", "pictures.example")
+    assert fetch(url, studio="http://pictures.example", allow_insecure=True) == BODY
+    assert file.requests[0].headers["host"].startswith("pictures.example")
+
+
+def test_passing_fault_is_tried_again(server: FileServer) -> None:
+    """A server that is busy for a moment does not cost the job."""
+    file = server.serve("/input.png", BODY, answers=[(503, {}), (429, {})])
+    assert fetch(file.url, allow_insecure=True) == BODY
+
+
+@pytest.mark.parametrize("answers", [[(404, {})], [(503, {})] * 3])
+def test_lasting_fault_is_not(server: FileServer, answers: list[Any]) -> None:
+    """A picture that is not there, or still not there at the third try, is an error."""
+    file = server.serve("/input.png", BODY, answers=list(answers))
+    with pytest.raises(DownloadError, match=str(answers[0][0])):
+        fetch(file.url, allow_insecure=True)
+    assert len(file.requests) == len(answers)
+
+
+def test_server_that_drips_is_given_up(server: FileServer) -> None:
+    """A server that sends a byte now and then holds the worker for a limited time."""
+    file = server.serve("/input.png", bytes(64 * 1024), rate=64 * 1024)
+    fetch_soon = input_fetcher(Policy(allow_insecure=True), STUDIO, max_s=0.1)
+    began = time.monotonic()
+    with pytest.raises(DownloadError, match="too slow"):
+        fetch_soon(file.url, threading.Event())
+    assert time.monotonic() - began < 10
+
+
+def test_stop_ends_the_tries(server: FileServer) -> None:
+    """A stop does not wait for the next try."""
+    file = server.serve("/input.png", BODY, answers=[(503, {})] * 3)
+    stop = threading.Event()
+    file.on_request = lambda earlier: stop.set()
+    with pytest.raises(DownloadCancelled):
+        input_fetcher(Policy(allow_insecure=True), STUDIO)(file.url, stop)
