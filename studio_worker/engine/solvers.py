@@ -2,7 +2,7 @@
 
 This module owns four update rules and nothing else: noise levels, scaling and prediction types are
 inherited. All work on the variance-exploding form, where ``x = x0 + sigma * noise`` and ``dx/dsigma = (x -
-x0) / sigma``.
+x0) / sigma``. Those called ``…Rule`` are written so that flow_solvers.py can use them too.
 """
 
 from __future__ import annotations
@@ -17,29 +17,41 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 # diffusers has no types, so that mypy sees ``Any`` as the base of every scheduler below.
-class _Multistep(EulerDiscreteScheduler):  # type: ignore[misc]
-    """A solver with one model evaluation a step that looks back at earlier ones."""
+class _NoiseScheduler(EulerDiscreteScheduler):  # type: ignore[misc]
+    """What the rules need of their scheduler."""
+
+    def denoised(self, output: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return denoised(self.config.prediction_type, output, x, sigma)
+
+
+class MultistepRule:
+    """Mixed into a scheduler: one model evaluation a step, and a look back at earlier ones."""
 
     memory = 1
     """How many earlier evaluations :meth:`advance` wants to see."""
 
+    past: list[tuple[float, torch.Tensor]]
+    """Noise level and what was remembered of it, newest first."""
+
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        super().set_timesteps(*args, **kwargs)
-        self._past: list[tuple[float, torch.Tensor]] = []
+        super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
+        self.past = []
+        # A copy, since reading a number from a GPU's tensor at every step would make the CPU wait for it.
+        self.levels: list[float] = self.sigmas.tolist()  # type: ignore[attr-defined]
 
     def step(
-        self,
+        self: Any,
         model_output: torch.Tensor,
         timestep: torch.Tensor,
         sample: torch.Tensor,
         return_dict: bool = False,  # noqa: ARG002 (the pipelines pass False and want a tuple)
     ) -> tuple[torch.Tensor]:
-        """One step from ``sample`` (batch, channels, height, width) to the next lower noise level."""
+        """One step from ``sample`` (batch, …) to the next lower noise level."""
         if self.step_index is None:
             self._init_step_index(timestep)
-        sigma, following = (float(s) for s in self.sigmas[self.step_index : self.step_index + 2])
+        sigma, following = self.levels[self.step_index : self.step_index + 2]
         x = sample.float()  # half precision loses the small differences that the look back is made of
-        x0 = denoised(self.config.prediction_type, model_output.float(), x, sigma)
+        x0 = self.denoised(model_output.float(), x, sigma)
         x = self.advance(x, x0, sigma, following)
         self._step_index += 1
         return (x.to(model_output.dtype),)
@@ -49,7 +61,7 @@ class _Multistep(EulerDiscreteScheduler):  # type: ignore[misc]
         raise NotImplementedError
 
     def remember(self, sigma: float, value: torch.Tensor) -> None:
-        self._past = [(sigma, value), *self._past][: self.memory]
+        self.past = [(sigma, value), *self.past][: self.memory]
 
 
 def denoised(prediction_type: str, output: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -61,7 +73,7 @@ def denoised(prediction_type: str, output: torch.Tensor, x: torch.Tensor, sigma:
     raise ValueError(f"prediction type {prediction_type} is not one of epsilon, v_prediction")
 
 
-class DPMSolver2Mv2(_Multistep):
+class DPMSolver2Mv2Rule(MultistepRule):
     """DPM++ 2M v2: DPM-Solver++(2M) with the mean of the last two log-noise steps as its step.
 
     The change to Lu et al. 2022 (https://arxiv.org/abs/2211.01095) that AUTOMATIC1111's discussion 8457
@@ -71,7 +83,8 @@ class DPMSolver2Mv2(_Multistep):
     """
 
     def advance(self, x: torch.Tensor, x0: torch.Tensor, sigma: float, following: float) -> torch.Tensor:
-        past, self._past = self._past, [(sigma, x0)]
+        past = self.past
+        self.remember(sigma, x0)
         if following == 0:
             return x0
         step = math.log(sigma / following)
@@ -85,7 +98,11 @@ class DPMSolver2Mv2(_Multistep):
         return (following / sigma) * x + decay * target
 
 
-class IPNDM(_Multistep):
+class DPMSolver2Mv2(DPMSolver2Mv2Rule, _NoiseScheduler):
+    """:class:`DPMSolver2Mv2Rule` for models that predict noise."""
+
+
+class IPNDMRule(MultistepRule):
     """iPNDM (Zhang & Chen 2022, https://arxiv.org/abs/2204.13902): Adams-Bashforth with fixed weights.
 
     Order 4, rising from 1 as evaluations come in, with no warm-up evaluations.
@@ -102,7 +119,7 @@ class IPNDM(_Multistep):
     """Adams-Bashforth weights of orders 1 to 4, newest evaluation first."""
 
     def advance(self, x: torch.Tensor, x0: torch.Tensor, sigma: float, following: float) -> torch.Tensor:
-        slopes = [(sigma, (x - x0) / sigma), *self._past]
+        slopes = [(sigma, (x - x0) / sigma), *self.past]
         weights = self.weights([level for level, _ in slopes], following)
         self.remember(*slopes[0])
         change = sum(weight * slope for weight, (_, slope) in zip(weights, slopes, strict=True))
@@ -113,7 +130,7 @@ class IPNDM(_Multistep):
         return self.WEIGHTS[len(levels) - 1]
 
 
-class IPNDMVariable(IPNDM):
+class IPNDMVariableRule(IPNDMRule):
     """iPNDM with the Adams-Bashforth weights that uneven noise levels ask for (``ipndm_v``)."""
 
     def weights(self, levels: list[float], following: float) -> tuple[float, ...]:
@@ -125,6 +142,14 @@ class IPNDMVariable(IPNDM):
         orders = np.arange(len(levels))
         solution = np.linalg.solve(np.power.outer(places, orders).T, 1.0 / (orders + 1))
         return tuple(float(weight) for weight in solution)
+
+
+class IPNDM(IPNDMRule, _NoiseScheduler):
+    """:class:`IPNDMRule` for models that predict noise."""
+
+
+class IPNDMVariable(IPNDMVariableRule, _NoiseScheduler):
+    """:class:`IPNDMVariableRule` for models that predict noise."""
 
 
 class DPMSolver2SAncestral(KDPM2AncestralDiscreteScheduler):  # type: ignore[misc]
