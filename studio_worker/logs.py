@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import IO, Any, Literal
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -138,6 +139,17 @@ class ShippingBuffer(logging.Handler):
                 self._lines.popleft()
                 self._lost += 1
             self._lines.append(record)
+
+    def give_back(self, lines: Sequence[logging.LogRecord], lost: int = 0) -> None:
+        """``lines`` that were taken did not leave: they come first again, the newest of them that fit.
+
+        Args:
+            lost: lines beside them that are given up, to be counted.
+        """
+        with self._guard:
+            fitting = lines[max(0, len(lines) + len(self._lines) - self._capacity) :]
+            self._lost += lost + len(lines) - len(fitting)
+            self._lines.extendleft(reversed(fitting))
 
     def take(self, at_most: int) -> tuple[list[logging.LogRecord], int]:
         """The oldest lines, and how many were lost since the last call."""

@@ -12,6 +12,7 @@ from studio_worker.errors import DuplicateWorker, FrameError, ProtocolError, Ref
 from studio_worker.studio.protocol import (
     Acknowledged,
     Backoff,
+    BeatAcknowledged,
     Offered,
     SessionProtocol,
     State,
@@ -51,7 +52,7 @@ def test_session_reports_offers_and_acknowledgements() -> None:
     assert protocol.receive('{"type":"offer","claim":{"jobId":"j"}}', 1.0) == Offered({"jobId": "j"})
     assert protocol.receive('{"type":"completeAck","jobId":"j"}', 1.0) == Acknowledged("j")
     assert protocol.receive('{"type":"failAck","jobId":"j"}', 1.0) == Acknowledged("j")
-    assert protocol.receive('{"type":"heartbeatAck"}', 1.0) is None
+    assert protocol.receive('{"type":"heartbeatAck"}', 1.0) == BeatAcknowledged()
 
 
 def test_session_drops_frames_out_of_order() -> None:

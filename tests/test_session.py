@@ -394,3 +394,19 @@ def test_session_says_at_once_that_it_is_paused(scripted: ScriptedStudio) -> Non
     assert conversation.receive_type("reject")["code"] == "paused"
     running.session.stop()
     running.end()
+
+
+def test_session_ships_again_what_went_down_with_a_connection(
+    scripted: ScriptedStudio, running: Running
+) -> None:
+    """Log lines sent into a connection that breaks before the studio has confirmed them are sent again."""
+    first = scripted.accept()
+    first.welcome()
+    running.shipping.emit(logging.makeLogRecord({"name": "x", "msg": "precious", "levelno": 20}))
+    while first.receive()["type"] != "logBatch":  # heartbeats are not acknowledged
+        pass
+    first.drop()
+    second = scripted.accept()
+    second.welcome()
+    messages = [entry["message"] for entry in second.receive_type("logBatch")["entries"]]
+    assert "precious" in messages

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable
 
 from studio_worker.errors import FrameError
-from studio_worker.logs import ShippingBuffer
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.offers import (
     AlreadyOurs,
@@ -22,8 +21,8 @@ from studio_worker.studio.offers import (
     Take,
     judge,
 )
-from studio_worker.studio.protocol import Offered, SessionProtocol, State, Welcomed
-from studio_worker.studio.shipping import next_batch
+from studio_worker.studio.protocol import BeatAcknowledged, Offered, SessionProtocol, State, Welcomed
+from studio_worker.studio.shipping import Shipping
 from studio_worker.studio.wire import Body, Capabilities
 
 log = logging.getLogger(__name__)
@@ -38,6 +37,7 @@ class Exchange:
         situation: what the worker knows of itself, asked anew for each offer.
         capabilities: asked anew for each heartbeat.
         uploading: the job whose upload is under way, if any.
+        shipping: what the log has for the studio.
         on_redelivery: called with the job that the studio offers while its result waits in the outbox.
         on_answer: called with the judgement of every offer and the model it names, once it is answered.
     """
@@ -51,6 +51,7 @@ class Exchange:
         situation: Callable[[], Situation],
         capabilities: Callable[[], Capabilities],
         uploading: Callable[[], str | None],
+        shipping: Shipping,
         on_redelivery: Callable[[str], None],
         on_answer: Callable[[Judgement, str], None],
     ) -> None:
@@ -60,6 +61,7 @@ class Exchange:
         self._situation = situation
         self._capabilities = capabilities
         self._uploading = uploading
+        self._shipping = shipping
         self._on_redelivery = on_redelivery
         self._on_answer = on_answer
 
@@ -85,6 +87,8 @@ class Exchange:
             return False
         if isinstance(event, Offered):
             self._answer(event)
+        elif isinstance(event, BeatAcknowledged):
+            self._shipping.beat_acknowledged()
         elif isinstance(event, Welcomed):
             log.info("session open", extra={"op": "session", "worker_id": event.worker_id})
             self.beat()
@@ -96,11 +100,16 @@ class Exchange:
         if self.is_open:
             current = self._desk.current_job_id or self._uploading()
             self._send(self.protocol.heartbeat(self._capabilities(), current))
+            self._shipping.beat()
 
-    def ship(self, lines: ShippingBuffer) -> None:
+    def ship(self) -> None:
         """What the log has for the studio, once the session is open."""
-        if self.is_open and (entries := next_batch(lines)):
+        if self.is_open and (entries := self._shipping.next_batch()):
             self._send(self.protocol.log_batch(entries))
+
+    def end(self) -> None:
+        """The connection is over."""
+        self._shipping.end()
 
     def fail(self, job_id: str, error: str, *, retryable: bool) -> bool:
         """Report a failure; ``False`` where the studio does not hold the job for this connection."""

@@ -61,7 +61,12 @@ class Acknowledged:
     job_id: str
 
 
-Event = Welcomed | Offered | Acknowledged | None
+@dataclass(frozen=True)
+class BeatAcknowledged:
+    """The studio has read a heartbeat, and everything that was sent before it."""
+
+
+Event = Welcomed | Offered | Acknowledged | BeatAcknowledged | None
 
 
 class SessionProtocol:
@@ -107,7 +112,7 @@ class SessionProtocol:
             case CompleteAck() | FailAck():
                 return Acknowledged(frame.job_id)
             case HeartbeatAck():
-                return None
+                return BeatAcknowledged()
             case ErrorFrame():
                 raise error_for_code(CLOSE_CODES.get(frame.code, 1000), f"{frame.code}: {frame.message}")
 

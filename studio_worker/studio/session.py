@@ -31,6 +31,7 @@ from studio_worker.studio.exchange import Exchange
 from studio_worker.studio.offers import Judgement, Situation
 from studio_worker.studio.protocol import Backoff, SessionProtocol
 from studio_worker.studio.registration import Credentials
+from studio_worker.studio.shipping import Shipping
 from studio_worker.studio.wire import (
     DEAD_PEER_S,
     HEARTBEAT_INTERVAL_S,
@@ -224,6 +225,7 @@ class StudioSession:
                 situation=self._situation,
                 capabilities=self._capabilities,
                 uploading=self._uploading,
+                shipping=Shipping(self._shipping),
                 on_redelivery=self._on_redelivery,
                 on_answer=self._on_answer,
             )
@@ -232,6 +234,7 @@ class StudioSession:
                 await self._serve(socket_, exchange, outgoing)
             finally:
                 self._exchange = None
+                exchange.end()
 
     async def _serve(
         self, socket_: ClientConnection, exchange: Exchange, outgoing: asyncio.Queue[Body | None]
@@ -243,13 +246,14 @@ class StudioSession:
             asyncio.create_task(self._read(socket_, exchange)),
             asyncio.create_task(_watch(exchange.protocol, self._timings.dead_peer_s)),
             asyncio.create_task(_every(self._timings.heartbeat_s, exchange.beat)),
-            asyncio.create_task(_every(self._timings.log_batch_s, lambda: exchange.ship(self._shipping))),
+            asyncio.create_task(_every(self._timings.log_batch_s, exchange.ship)),
         ]
         tasks = [stopped, sending, *others]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # raises what ended it
+            exchange.ship()  # the log's last lines too
             outgoing.put_nowait(None)  # stopping: what is queued still goes out, if there is a way
             await asyncio.wait([sending, *others], return_when=asyncio.FIRST_COMPLETED)
         finally:
