@@ -218,6 +218,8 @@ def test_meta_tells_what_made_the_picture(engine: DiffusionEngine) -> None:
         "sampler": "euler_a",
         "guidance": 4.0,
         "width": 72,
+        "askedWidth": 70,
+        "askedHeight": 64,
         "height": 64,
         "model": "sample-model",
         "workerVersion": __version__,

@@ -97,6 +97,20 @@ def test_sizes_are_the_nearest_multiple(width: int, height: int, multiple: int) 
         assert used == multiple or abs(used - asked) <= multiple / 2
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, None), (0.0, None), (3.0, 3.0)])
+def test_flow_shift_is_the_models(given: float | None, used: float | None) -> None:
+    """flowShift comes from the model; where it says nothing, the family's own holds."""
+    assert decide({}, {"flow_shift": given}).flow_shift == used
+
+
+@pytest.mark.parametrize("shift", [-1.0, math.nan, math.inf, 1000.0])
+def test_impossible_flow_shift_is_refused(shift: float) -> None:
+    """A flowShift that no schedule survives is refused with its limits."""
+    with pytest.raises(JobError, match="flowShift") as caught:
+        decide({}, {"flow_shift": shift})
+    assert not caught.value.retryable
+
+
 @pytest.mark.parametrize(
     "task",
     [

@@ -12,9 +12,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, SchedulerMixin
+from diffusers import EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
-from studio_worker.engine.samplers import SAMPLERS, make_scheduler, sampler
+from studio_worker.engine.samplers import FLOW_SAMPLERS, SAMPLERS, make_scheduler, sampler
 from studio_worker.engine.solvers import IPNDM, IPNDMVariable
 from studio_worker.errors import JobError
 
@@ -126,6 +126,22 @@ def test_sampler_keeps_the_models_noise_schedule(name: str) -> None:
     config = make_scheduler(name, shipped("v_prediction"), 20).config
     assert (config.beta_start, config.beta_end, config.beta_schedule) == (0.00085, 0.012, "scaled_linear")
     assert config.prediction_type == "v_prediction"
+
+
+def test_flow_models_know_the_same_names() -> None:
+    """Every sampler that can be asked for with Stable Diffusion can be with flow models too."""
+    assert set(FLOW_SAMPLERS) == set(SAMPLERS)
+
+
+@pytest.mark.parametrize("name", FLOW_SAMPLERS)
+def test_flow_shift_takes_the_place_of_the_shipped_one(name: str) -> None:
+    """A given shift holds for every sampler, whatever the model ships and whatever the picture's size."""
+    shipped = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
+    scheduler = make_scheduler(name, shipped, 4, flow=True, shift=3.0, generator=torch.Generator())
+    scheduler.set_timesteps(4, sigmas=[1.0, 0.75, 0.5, 0.25], mu=0.5)
+    levels = [float(sigma) for sigma in scheduler.sigmas]
+    assert {round(3 * s / (1 + 2 * s), 5) for s in (1.0, 0.75, 0.5, 0.25)} <= {round(s, 5) for s in levels}
+    assert shipped.config.use_dynamic_shifting
 
 
 def kdiffusion_2s_ancestral(x: torch.Tensor, sigmas: list[float], generator: torch.Generator) -> torch.Tensor:

@@ -28,6 +28,9 @@ MAX_PIXELS = 4096 * 2048
 MAX_GUIDANCE = 50.0
 """Pictures burn out long before; what is higher is a mistake in units."""
 
+MAX_FLOW_SHIFT = 100.0
+"""Published models use 1 to 17; beyond this all steps but the last would lie at full noise."""
+
 MAX_SEED = 2**64 - 1
 """The largest seed that :meth:`torch.Generator.manual_seed` takes."""
 
@@ -54,7 +57,8 @@ class EngineDefaults:
 @dataclass(frozen=True)
 class Parameters:
     """One picture's parameters, all decided. Sizes in pixels; ``denoise`` is ``None`` without initial
-    picture.
+    picture. ``asked_size`` is what width and height were before the family's rounding. ``flow_shift`` is the
+    model's, ``None`` where its family's own holds.
     """
 
     prompt: str
@@ -67,6 +71,9 @@ class Parameters:
     seed: int
     denoise: float | None
     ext: str
+    asked_size: tuple[int, int]
+    flow_shift: float | None = None
+    zero_cond_t: bool | None = None
 
 
 def resolve(task: ImageTask, model: CliDefaults, engine: EngineDefaults, *, from_image: bool) -> Parameters:
@@ -79,9 +86,8 @@ def resolve(task: ImageTask, model: CliDefaults, engine: EngineDefaults, *, from
         JobError: a value is outside its limits; not retryable.
     """
     own_steps = 0 if task.steps == STUDIO_STEPS else task.steps
-    width, height = _size(
-        task.width or model.width or engine.width, task.height or model.height or engine.height, engine
-    )
+    asked = (task.width or model.width or engine.width, task.height or model.height or engine.height)
+    width, height = _size(*asked, engine)
     return Parameters(
         prompt=printable(task.prompt),
         negative_prompt=printable(task.negative_prompt or ""),
@@ -93,6 +99,9 @@ def resolve(task: ImageTask, model: CliDefaults, engine: EngineDefaults, *, from
         seed=_seed(task.seed),
         denoise=_denoise(task.denoise) if from_image else None,
         ext=task.ext,
+        asked_size=asked,
+        flow_shift=_flow_shift(model.flow_shift),
+        zero_cond_t=model.zero_cond_t,
     )
 
 
@@ -126,6 +135,14 @@ def _guidance(guidance: float) -> float:
     if not math.isfinite(guidance) or not 0 < guidance <= MAX_GUIDANCE:
         raise _refused(f"cfgScale {guidance} is outside 0 to {MAX_GUIDANCE:g}")
     return float(guidance)
+
+
+def _flow_shift(shift: float | None) -> float | None:
+    if shift is None or shift == 0:  # 0 says nothing, as everywhere in cliDefaults
+        return None
+    if not math.isfinite(shift) or not 0 < shift <= MAX_FLOW_SHIFT:
+        raise _refused(f"flowShift {shift} is outside 0 to {MAX_FLOW_SHIFT:g}")
+    return shift
 
 
 def _denoise(denoise: float) -> float:

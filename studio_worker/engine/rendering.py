@@ -69,8 +69,15 @@ class LoadedModel:
         """
         family = self._family
         pipeline = self.pipeline(starting)
+        # On the CPU whatever the device is: the same seed draws the same noise everywhere.
+        generator = torch.Generator("cpu").manual_seed(parameters.seed)
         pipeline.scheduler = make_scheduler(
-            parameters.sampler, self._shipped, parameters.steps, flow=family.flow
+            parameters.sampler,
+            self._shipped,
+            parameters.steps,
+            flow=family.flow,
+            shift=None if parameters.flow_shift is None else family.shift(parameters.flow_shift),
+            generator=generator,
         )
 
         def on_step_end(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -80,8 +87,7 @@ class LoadedModel:
 
         latents = pipeline(
             num_inference_steps=parameters.steps,
-            # On the CPU whatever the device is: the same seed draws the same noise everywhere.
-            generator=torch.Generator("cpu").manual_seed(parameters.seed),
+            generator=generator,
             output_type="latent",
             callback_on_step_end=on_step_end,
             **family.encode(pipeline, parameters),

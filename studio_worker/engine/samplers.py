@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -24,6 +25,18 @@ from diffusers import (
     TCDScheduler,
 )
 
+from studio_worker.engine.flow_solvers import (
+    FlowDPM2,
+    FlowDPMSolver2M,
+    FlowDPMSolver2Mv2,
+    FlowDPMSolver2SAncestral,
+    FlowEulerAncestral,
+    FlowHeun,
+    FlowIPNDM,
+    FlowIPNDMVariable,
+    FlowLCM,
+    FlowScheduler,
+)
 from studio_worker.engine.solvers import IPNDM, DPMSolver2Mv2, DPMSolver2SAncestral, IPNDMVariable
 from studio_worker.errors import JobError
 
@@ -69,6 +82,21 @@ SAMPLERS: Mapping[str, Sampler] = {
 
 FLOW_SAMPLERS: Mapping[str, Sampler] = {
     "euler": Sampler(FlowMatchEulerDiscreteScheduler),
+    "euler_a": Sampler(FlowEulerAncestral),
+    "heun": Sampler(FlowHeun),
+    "dpm2": Sampler(FlowDPM2),
+    "dpm++2s_a": Sampler(FlowDPMSolver2SAncestral),
+    "dpm++2m": Sampler(FlowDPMSolver2M),
+    "dpm++2mv2": Sampler(FlowDPMSolver2Mv2),
+    "ipndm": Sampler(FlowIPNDM),
+    "ipndm_v": Sampler(FlowIPNDMVariable, differs="weights follow uneven noise levels at orders 3 and 4 too"),
+    "lcm": Sampler(FlowLCM),
+    "ddim_trailing": Sampler(
+        FlowMatchEulerDiscreteScheduler, differs="on a flow, DDIM's step without noise is Euler's"
+    ),
+    "tcd": Sampler(
+        FlowMatchEulerDiscreteScheduler, differs="on a flow, TCD's step with eta 0, the default, is Euler's"
+    ),
 }
 
 
@@ -83,20 +111,34 @@ def sampler(name: str, *, flow: bool = False) -> Sampler:
     known = FLOW_SAMPLERS if flow else SAMPLERS
     if name in known:
         return known[name]
-    names = ", ".join(known)
-    if name in SAMPLERS:
-        raise JobError(
-            f"samplingMethod {name!r} does not work with this model family, which has {names}",
-            retryable=False,
-        )
-    raise JobError(f"unknown samplingMethod {name!r}; known: {names}", retryable=False)
+    raise JobError(f"unknown samplingMethod {name!r}; known: {', '.join(known)}", retryable=False)
 
 
-def make_scheduler(name: str, shipped: SchedulerMixin, steps: int, *, flow: bool = False) -> SchedulerMixin:
-    """The scheduler for ``steps`` steps of the sampler ``name``, on the noise schedule of ``shipped``."""
+def make_scheduler(
+    name: str,
+    shipped: SchedulerMixin,
+    steps: int,
+    *,
+    flow: bool = False,
+    shift: float | None = None,
+    generator: torch.Generator | None = None,
+) -> SchedulerMixin:
+    """The scheduler for ``steps`` steps of the sampler ``name``, on the noise schedule of ``shipped``.
+
+    Args:
+        flow: whether the model predicts a flow.
+        shift: for flows: how noise levels are shifted, in place of what ``shipped`` says.
+        generator: for flows: where noise is drawn from during the steps.
+    """
     chosen = sampler(name, flow=flow)
     options = dict(chosen.options)
     if chosen.scheduler in (LCMScheduler, TCDScheduler):
         # More steps than the grid has points would be refused; the grid grows with them.
         options["original_inference_steps"] = max(_DISTILLED_STEPS, steps)
-    return chosen.scheduler.from_config(shipped.config, **options)
+    if flow and shift is not None:
+        # One shift for all sizes of picture, as stable-diffusion.cpp's --flow-shift.
+        options |= {"shift": shift, "use_dynamic_shifting": False, "shift_terminal": None}
+    scheduler = chosen.scheduler.from_config(shipped.config, **options)
+    if isinstance(scheduler, FlowScheduler):
+        scheduler.generator = generator
+    return scheduler

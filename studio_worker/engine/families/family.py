@@ -210,6 +210,13 @@ class Family:
         """diffusers' word for ``denoise``; at least one step is made."""
         return strength(parameters.steps, parameters.denoise or 1.0)
 
+    def shift(self, flow_shift: float) -> float:
+        """diffusers' word for ``flowShift``: ``s`` in ``s * t / (1 + (s - 1) * t)``, which most mean by it.
+
+        FLUX.1's kin mean its logarithm (stable-diffusion.cpp's ``flux_time_shift``).
+        """
+        return flow_shift
+
     def is_truncated(self, pipeline: Any, text: str) -> bool:
         """Whether the text encoder's window is too short for ``text``."""
         tokenizer = pipeline.tokenizer
