@@ -22,7 +22,7 @@ from PIL import Image
 from studio_worker import __version__, sample_model
 from studio_worker.engine import Inputs, Request
 from studio_worker.engine.diffusion import DiffusionEngine
-from studio_worker.engine.families import identify
+from studio_worker.engine.families import clip_prompts, identify
 from studio_worker.engine.families.family import strength
 from studio_worker.engine.families.stable_diffusion import SAMPLE as SAMPLE_FAMILY
 from studio_worker.engine.loading import load_part
@@ -275,12 +275,34 @@ def test_cancellation_stops_at_that_step(engine: DiffusionEngine, step: int) -> 
     assert make(engine).data == make(engine).data
 
 
-def test_long_prompt_is_cut_and_says_so(engine: DiffusionEngine) -> None:
-    """A prompt longer than the text encoder's window still makes a picture, and generationMeta says it was
-    cut.
-    """
-    assert make(engine, prompt=f"{PROMPT} " * 40, steps=1).meta["promptTruncated"] is True
-    assert "promptTruncated" not in make(engine, steps=1).meta
+def test_long_prompt_is_read_to_its_end(engine: DiffusionEngine) -> None:
+    """Words beyond the text encoder's window count as those within it; a negative prompt may be as long."""
+    filler = "grass background, " * 12
+    first = make(engine, prompt=f"{PROMPT}, {filler} blue")
+    assert first.data != make(engine, prompt=f"{PROMPT}, {filler} green").data
+    assert first.data != make(engine, prompt=f"{PROMPT}, {filler} blue", negative_prompt=f"{filler} red").data
+    assert "promptTruncated" not in first.meta
+
+
+def test_window_is_what_it_would_be_alone(stock: StableDiffusionPipeline) -> None:
+    """The windows of a long prompt are encoded as prompts of their own, one behind the other."""
+    tokenizer, encoder = stock.tokenizer, stock.text_encoder
+    room = tokenizer.model_max_length - 2
+    assert len(tokenizer("red", add_special_tokens=False).input_ids) == 1
+    words = ["red"] * room + ["blue"] * 3
+    with torch.no_grad():
+        ((whole, _), (short, _)) = clip_prompts.embeddings([(tokenizer, encoder)], [" ".join(words), "gem"])
+        alone = [
+            stock.encode_prompt(text, "cpu", 1, False)[0] for text in ("red " * room, "blue " * 3, "gem")
+        ]
+    assert whole.shape == short.shape
+    assert torch.allclose(whole, torch.cat(alone[:2], dim=1), atol=1e-5)
+    assert torch.allclose(short[:, : room + 2], alone[2], atol=1e-5)
+
+
+def test_endless_prompt_is_cut_and_says_so(engine: DiffusionEngine) -> None:
+    """A prompt of thousands of words still makes a picture, and generationMeta says it was cut."""
+    assert make(engine, prompt=f"{PROMPT} " * 100, steps=1).meta["promptTruncated"] is True
 
 
 def test_prompts_never_reach_a_log(
@@ -292,7 +314,7 @@ def test_prompts_never_reach_a_log(
     for library in libraries:
         library.addHandler(caplog.handler)  # theirs do not propagate to the root
     try:
-        make(engine, prompt="secretword " * 200, negative_prompt="secretword " * 200, steps=1)
+        make(engine, prompt="secretword " * 200, negative_prompt="secretword " * 600, steps=1)
         with pytest.raises(JobError):
             make(engine, prompt="secretword " * 200, sampling_method="nonsense")
     finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from studio_worker import sample_model
+from studio_worker.engine.families import clip_prompts
 from studio_worker.engine.families.family import CONFIGS, Family, Pipelines
 from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae, unet
 from studio_worker.engine.parameters import Parameters
@@ -23,14 +24,13 @@ class StableDiffusion(Family):
     """One text encoder, a UNet that predicts noise, a VAE of four channels."""
 
     def encode(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
-        positive, negative = pipeline.encode_prompt(
-            parameters.prompt,
-            pipeline.device,
-            1,
-            parameters.guidance > 1,
-            parameters.negative_prompt,
-        )
-        return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+        texts = [parameters.prompt, parameters.negative_prompt][: 2 if parameters.guidance > 1 else 1]
+        found = clip_prompts.embeddings([(pipeline.tokenizer, pipeline.text_encoder)], texts)
+        names = ("prompt_embeds", "negative_prompt_embeds")
+        return {name: embeds for name, (embeds, _) in zip(names, found, strict=False)}
+
+    def is_truncated(self, pipeline: Any, text: str) -> bool:
+        return clip_prompts.is_truncated(pipeline.tokenizer, text)
 
 
 def stable_diffusion(name: str, config_dir: Path) -> StableDiffusion:
