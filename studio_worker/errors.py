@@ -97,9 +97,20 @@ class DownloadError(StudioWorkerError):
         self.reason = reason
         self.status = status
 
+    @property
+    def may_pass(self) -> bool:
+        """Whether another try, or another worker, may succeed: network yes, wrong hash no."""
+        if self.status is not None:
+            return self.status in {401, 403, 408, 429} or self.status >= 500
+        return self.reason not in {"sha256 mismatch", "size mismatch"}
+
 
 class DownloadRefused(DownloadError):
     """A request that must not be made, or an answer that would be the same on another try."""
+
+    @property
+    def may_pass(self) -> bool:
+        return False
 
 
 class DownloadCancelled(DownloadError):

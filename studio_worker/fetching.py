@@ -38,7 +38,7 @@ class Fetcher:
         self._root = root
         self._ledger = ledger
         self._space = space
-        self._policy = policy
+        self.policy = policy
         self._staging = root / ".staging"
 
     def fetch(
@@ -103,7 +103,7 @@ class Fetcher:
                 staging=self._staging,
                 progress=progress,
                 cancel=cancel,
-                policy=self._policy,
+                policy=self.policy,
             )
             self._own(path)
             sha256 = file.sha256 or hash_file(path, progress=progress, cancel=cancel)
@@ -144,7 +144,7 @@ class Fetcher:
         path = self._root / name
         make_folder(path.parent)
         again = ModelFile(role="model", url=url, filename=path.name, sha256=entry.sha256)
-        ensure_file(path.parent, again, staging=self._staging, progress=progress, policy=self._policy)
+        ensure_file(path.parent, again, staging=self._staging, progress=progress, policy=self.policy)
         self._own(path)
         self._ledger.remember(name, entry.sha256, entry.url)
 

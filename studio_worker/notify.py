@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable
 
 import sdnotify
@@ -33,6 +35,10 @@ class Notifier:
         """Ask for more time to start; to be sent only while bytes advance."""
         self._send(f"EXTEND_TIMEOUT_USEC={EXTEND_S * 1_000_000}")
 
+    def reloading(self) -> None:
+        """The configuration is being read again; :meth:`ready` ends it. Only after the first READY."""
+        self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
     def watchdog(self) -> None:
         self._send("WATCHDOG=1")
 
@@ -48,6 +54,36 @@ class Notifier:
         # sdnotify encodes as Latin-1 and drops, without a word, the whole message that does not fit, READY
         # included; systemd reads UTF-8. Handing it each UTF-8 byte as one character gives systemd its own.
         self._systemd.notify("\n".join(lines).encode(errors="replace").decode("latin-1"))
+
+
+class ReadyLine:
+    """The status line of a service that is ready: its state, then what the operator has to know besides.
+
+    Safe to use from any thread.
+    """
+
+    def __init__(self, notifier: Notifier) -> None:
+        self._notifier = notifier
+        self.is_paused = False
+        self._state = ""
+        self._notes: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def say(self, state: str | None = None) -> None:
+        """The line is what it was again, or with ``state`` from now."""
+        with self._lock:
+            self._state = state or self._state
+            self._notifier.status(str(self))
+
+    def note(self, topic: str, text: str) -> None:
+        """Add, or replace, what is to be known of ``topic``; empty = nothing any more."""
+        with self._lock:
+            self._notes[topic] = text
+
+    def __str__(self) -> str:
+        paused = "paused" if self.is_paused else ""
+        head = ", ".join(part for part in ("ready", self._state, paused) if part)
+        return "; ".join([head, *(text for text in self._notes.values() if text)])
 
 
 def watchdog_interval_s() -> float | None:

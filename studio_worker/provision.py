@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from studio_worker.config import Config
 from studio_worker.download import Policy, Progress
+from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.models import LocalFile, ModelFile, RequiredModel
 from studio_worker.reach import policy_from
 from studio_worker.store import Store
@@ -24,13 +26,26 @@ _RATE_OVER_S = 10.0
 
 def open_store(loaded: Config, policy: Policy | None = None) -> Store:
     """The models folder as the configuration has it."""
-    models = loaded.settings.models
     return Store(
-        models.root,
+        loaded.settings.models.root,
         policy or policy_from(loaded.settings),
-        required=[file for model in loaded.required for file in model.files],
-        budget_bytes=None if models.budget_gb is None else int(models.budget_gb * 1e9),
+        required=_required_files(loaded),
+        budget_bytes=_budget_bytes(loaded),
     )
+
+
+def change_store(store: Store, loaded: Config, policy: Policy) -> None:
+    """The folder stays; what else a changed configuration says of it holds from now on."""
+    store.change(policy=policy, required=_required_files(loaded), budget_bytes=_budget_bytes(loaded))
+
+
+def _required_files(loaded: Config) -> list[ModelFile]:
+    return [file for model in loaded.required for file in model.files]
+
+
+def _budget_bytes(loaded: Config) -> int | None:
+    budget_gb = loaded.settings.models.budget_gb
+    return None if budget_gb is None else int(budget_gb * 1e9)
 
 
 class ProvisionProgress:
@@ -118,6 +133,63 @@ def provision(
             "elapsed_ms": round((time.monotonic() - began) * 1000),
         },
     )
+
+
+class LaterProvision:
+    """Required models that came with a reload: fetched beside the jobs, and tried again until they are there.
+
+    Args:
+        on_note: gets what the operator should know meanwhile; empty = nothing any more.
+        delays_s: seconds between tries; the last one is repeated.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        on_note: Callable[[str], None],
+        delays_s: Sequence[float] = (30, 60, 120, 300, 600),
+    ) -> None:
+        self._store = store
+        self._on_note = on_note
+        self._delays_s = delays_s
+        self._cancel = threading.Event()
+
+    def begin(self, required: Sequence[RequiredModel]) -> None:
+        """From now on these are required; what an earlier call still fetches is given up."""
+        self.stop()
+        self._cancel = cancel = threading.Event()
+        self._on_note("")
+        if not all(self._store.is_verified(file) for model in required for file in model.files):
+            threading.Thread(
+                target=self._work, args=(required, cancel), name="later-provision", daemon=True
+            ).start()
+
+    def stop(self) -> None:
+        self._cancel.set()
+
+    def _work(self, required: Sequence[RequiredModel], cancel: threading.Event) -> None:
+        def note(text: str) -> None:
+            if not cancel.is_set():
+                self._on_note(text)
+
+        waits = itertools.chain(self._delays_s, itertools.repeat(self._delays_s[-1]))
+        progress = ProvisionProgress(note, lambda: None)
+        while True:
+            try:
+                provision(self._store, required, progress, cancel)
+                note("")
+                return
+            except DownloadCancelled:
+                return
+            except DownloadError as error:
+                wait_s = next(waits) if error.may_pass else None
+                log.error(
+                    "required models could not be provisioned",
+                    extra={"op": "provision", "error": str(error), "retry_in_s": wait_s},
+                )
+                note(f"required models missing: {error}")
+            if wait_s is None or cancel.wait(wait_s):
+                return
 
 
 class SeenFiles:

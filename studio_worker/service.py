@@ -28,9 +28,17 @@ from studio_worker.engine import default_router
 from studio_worker.errors import DeviceError, StudioWorkerError
 from studio_worker.inputs import input_fetcher
 from studio_worker.lock import state_lock
-from studio_worker.notify import Notifier, watchdog_interval_s
-from studio_worker.provision import ProvisionProgress, SeenFiles, open_store, provision
+from studio_worker.notify import Notifier, ReadyLine, watchdog_interval_s
+from studio_worker.provision import (
+    LaterProvision,
+    ProvisionProgress,
+    SeenFiles,
+    change_store,
+    open_store,
+    provision,
+)
 from studio_worker.reach import policy_from
+from studio_worker.reload import REQUIRED_MODELS, Reloaded, Reloader
 from studio_worker.reporting import Reporting, note_answer
 from studio_worker.spool import JobInHand, Outbox
 from studio_worker.starts import Starts
@@ -46,6 +54,7 @@ from studio_worker.worker import Worker
 log = logging.getLogger(__name__)
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+_RELOAD_SIGNAL = signal.SIGHUP
 _LAST_DELIVERY_S = 30.0
 """How long a stop waits for the last upload; what is not delivered by then stays in the outbox."""
 _LOOP_SILENCE_S = 30.0
@@ -57,13 +66,13 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
     logs.configure()
     # Blocked in every thread: one thread takes them with sigwait, so that no handler ever interrupts
     # a lock, a download or torch half-way.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS | {_RELOAD_SIGNAL})
     try:
         loaded = config.load(directory)
         logs.configure(loaded.settings.log.level, loaded.settings.log.format)
         config.check_folders(loaded.settings)
         with state_lock(loaded.settings.state.dir), Starts(loaded.settings.state.dir) as starts:
-            Service(loaded, starts).run()
+            Service(directory, loaded, starts).run()
     except StudioWorkerError as error:
         log.critical(
             "service ends with an error",
@@ -75,14 +84,13 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
 
 
 class Service:
-    """Everything of one running service. The caller has blocked SIGTERM and SIGINT."""
+    """Everything of one running service. The caller has blocked the signals it waits for."""
 
-    def __init__(self, loaded: config.Config, starts: Starts) -> None:
-        self._settings = settings = loaded.settings
-        self._required = loaded.required
+    def __init__(self, directory: Path, loaded: config.Config, starts: Starts) -> None:
+        settings = loaded.settings
         self._activity = Activity()
         self._notifier = Notifier(self._activity.said)
-        self._state = ""
+        self._line = ReadyLine(self._notifier)
         self._stop = threading.Event()
         self._ended = threading.Event()
         self._stages: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
@@ -101,10 +109,12 @@ class Service:
             },
         )
         policy = policy_from(settings)
+        self._reloader = Reloader(directory, loaded, policy, self._notifier, self._line, self._adopt)
         shipping = logs.ShippingBuffer()
         logging.getLogger().addHandler(shipping)
         self._engines = default_router(self._device.name)
         self._store = open_store(loaded, policy)
+        self._later = LaterProvision(self._store, self._note_provision)
         self._in_hand = JobInHand(settings.state.dir / "spool")
         self._outbox = Outbox(settings.state.dir / "outbox")
         self._desk = Desk()
@@ -139,12 +149,12 @@ class Service:
         )
         self._worker = Worker(
             source=self._session,
-            files=SeenFiles(self._store, self._notifier.status, self._say_ready),
+            files=SeenFiles(self._store, self._notifier.status, self._line.say),
             engines=self._engines,
             in_hand=self._in_hand,
             results=self._outbox,
             reports=self._activity,
-            fetch=input_fetcher(policy, settings.studio.api_base_url),
+            fetch=lambda url, cancel: input_fetcher(self._reloader.policy, api.root)(url, cancel),
             step_timeout_s=settings.worker.step_timeout_s,
         )
         self._reporting = Reporting(
@@ -177,8 +187,9 @@ class Service:
     def _work(self) -> None:
         """From READY to the last job."""
         self._activity.entered("ready")
-        self._notifier.ready("ready")
+        self._notifier.ready(str(self._line))
         log.info("service ready", extra={"op": "service"})
+        self._reloader.allow()
         if (interval_s := watchdog_interval_s()) is not None:
             _thread("watchdog", lambda: self._feed_watchdog(interval_s))
         studio = _thread("studio", self._talk_to_studio)
@@ -188,6 +199,7 @@ class Service:
             self._activity.entered("stopping")
             self._notifier.stopping()
             self._stop.set()
+            self._later.stop()
             self._courier.stop()
             if self._courier_thread is not None:
                 self._courier_thread.join(_LAST_DELIVERY_S)
@@ -214,7 +226,7 @@ class Service:
         def work() -> None:
             try:
                 self._try_device()
-                provision(self._store, self._required, progress, self._stop)
+                provision(self._store, self._reloader.config.required, progress, self._stop)
                 self._stages.put(None)
             except Exception as error:  # whatever it is, the main thread waits for it
                 self._stages.put(error)
@@ -239,25 +251,35 @@ class Service:
             raise DeviceError(facts["error"])
         log.info("device tried out", extra={"op": "device", **facts})
 
-    def _say_ready(self, state: str | None = None) -> None:
-        """The status line is what it was again, or ``state`` from now."""
-        self._state = state or self._state
-        paused = "paused" if self._desk.is_paused else ""
-        self._notifier.status(", ".join(part for part in ("ready", self._state, paused) if part))
+    # --- a reload ---
+
+    def _adopt(self, reloaded: Reloaded) -> None:
+        """Values that somebody keeps; what is asked of ``self._settings`` each time has changed already."""
+        settings = reloaded.config.settings
+        logs.configure(settings.log.level, settings.log.format)
+        self._session.reconnect_attempts = settings.studio.reconnect_attempts
+        self._worker.step_timeout_s = settings.worker.step_timeout_s
+        change_store(self._store, reloaded.config, reloaded.policy)
+        if REQUIRED_MODELS in reloaded.applied:
+            self._later.begin(reloaded.config.required)
+
+    def _note_provision(self, text: str) -> None:
+        self._line.note("provision", text)
+        self._line.say()
 
     # --- threads ---
 
     def _watch_signals(self) -> None:
-        """First signal: finish the job in hand, then end. Second, or the stop limit: hand it back."""
-        number = signal.sigwait(_STOP_SIGNALS)
+        """First stop signal: finish the job in hand, then end. Second, or the stop limit: hand it back."""
+        while (number := signal.sigwait(_STOP_SIGNALS | {_RELOAD_SIGNAL})) == _RELOAD_SIGNAL:
+            self._reloader.request()
         log.info("stop requested", extra={"op": "service", "signal": signal.Signals(number).name})
         self._activity.entered("draining")
         self._notifier.stopping("finishing the job in hand")
         self._stop.set()
         self._desk.close()
         self._stages.put(None)
-        limit_s = self._settings.worker.stop_timeout_s
-        again = signal.sigtimedwait(_STOP_SIGNALS, limit_s)
+        again = signal.sigtimedwait(_STOP_SIGNALS, self._settings.worker.stop_timeout_s)
         log.warning(
             "handing the job in hand back",
             extra={"op": "service", "reason": "second signal" if again else "stop limit"},
@@ -297,18 +319,24 @@ class Service:
 
     def _note_waiting(self, detail: str) -> None:
         self._activity.registration("pending", detail=detail)
-        self._say_ready(detail)
+        self._line.say(detail)
 
     def _note_session(self, state: Literal["connected", "reconnecting"]) -> None:
         self._activity.session(state)
-        self._say_ready(state)
+        self._line.say(state)
 
     def _note_pause(self) -> None:
         self._session.beat()
+        self._line.is_paused = self._desk.is_paused
         if self._activity.snapshot().phase == "ready":
-            self._say_ready()
+            self._line.say()
 
     # --- what the worker knows of itself ---
+
+    @property
+    def _settings(self) -> config.Settings:
+        """As they are now; a reload changes them."""
+        return self._reloader.config.settings
 
     def _threshold_gb(self) -> float:
         return self._settings.worker.vram_threshold_gb or self._device.memory_gb

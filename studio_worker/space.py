@@ -58,9 +58,13 @@ class Space:
     ) -> None:
         self._root = root
         self._ledger = ledger
+        self._spare_bytes = spare_bytes
+        self.change(required=required, budget_bytes=budget_bytes)
+
+    def change(self, *, required: Iterable[ModelFile], budget_bytes: int | None) -> None:
+        """Other values for the same arguments."""
         self._required = frozenset(content_key(file) for file in required)
         self._budget_bytes = budget_bytes
-        self._spare_bytes = spare_bytes
 
     # --- holding ---
 

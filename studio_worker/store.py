@@ -80,6 +80,12 @@ class Store:
         )
         self._fetcher = Fetcher(root, self._ledger, self._space, policy or Policy())
 
+    def change(self, *, policy: Policy, required: Iterable[ModelFile], budget_bytes: int | None) -> None:
+        """Other values for the same arguments; downloads under way go on as they began."""
+        self._required = tuple(required)
+        self._space.change(required=self._required, budget_bytes=budget_bytes)
+        self._fetcher.policy = policy
+
     def ensure(
         self,
         files: Iterable[ModelFile],

@@ -20,7 +20,6 @@ from studio_worker.errors import (
     DeviceError,
     DownloadCancelled,
     DownloadError,
-    DownloadRefused,
     JobCancelled,
     JobError,
 )
@@ -98,7 +97,8 @@ class Worker:
 
     Args:
         fetch: gets an input picture's bytes, given up when the event is set; raises DownloadError.
-        step_timeout_s: how long one step, or one gap between two signs of progress, may take.
+        step_timeout_s: how long one step, or one gap between two signs of progress, may take; may be set
+            anew at any time.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Worker:
         self._results = results
         self._reports = reports
         self._fetch = fetch
-        self._step_timeout_s = step_timeout_s
+        self.step_timeout_s = step_timeout_s
         self._cancel = Cancel()
         self._cancel_download = threading.Event()
         self._stepped_at: float | None = None
@@ -145,7 +145,7 @@ class Worker:
     def is_stuck(self) -> bool:
         """Whether the job in hand has shown no progress for longer than its limit."""
         stepped_at = self._stepped_at
-        return stepped_at is not None and time.monotonic() - stepped_at > self._step_timeout_s
+        return stepped_at is not None and time.monotonic() - stepped_at > self.step_timeout_s
 
     def _do(self, job: Job) -> None:
         self._stepped_at = time.monotonic()
@@ -162,7 +162,7 @@ class Worker:
         except DownloadCancelled:
             self._report(job, self._cancel.reason, retryable=True, handed_back=True)
         except DownloadError as error:
-            self._report(job, str(error), retryable=_may_pass(error))
+            self._report(job, str(error), retryable=error.may_pass)
         except DeviceError as error:
             self._report(job, str(error), retryable=True)
             raise
@@ -238,12 +238,3 @@ class Worker:
         )
         self._source.failed(job, error, retryable=retryable)
         self._reports.job_failed(job.job_id, job.model, error, retryable=retryable, handed_back=handed_back)
-
-
-def _may_pass(error: DownloadError) -> bool:
-    """Whether a failed download may succeed on another try or another worker: network yes, wrong hash no."""
-    if isinstance(error, DownloadRefused):
-        return False
-    if error.status is not None:
-        return error.status in {401, 403, 408, 429} or error.status >= 500
-    return error.reason not in {"sha256 mismatch", "size mismatch"}

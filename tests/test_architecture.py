@@ -32,7 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "fetching checking inputs",
         "store",
         "provision bundles engine studio",
-        "worker local_studio reporting",
+        "worker local_studio reload reporting",
         "service service_process",
         "demo",
         "cli_options",

@@ -70,7 +70,8 @@ class StudioSession:
         on_redelivery: called with the job that the studio offers while its result waits in the outbox.
         on_answer: called with the judgement of every offer and the model it names, once it is answered.
         on_state: called with ``connected`` or ``reconnecting``.
-        reconnect_attempts: failed connections in a row before giving up; 0 = never.
+        reconnect_attempts: failed connections in a row before giving up; 0 = never. May be set anew at any
+            time.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class StudioSession:
         self._on_redelivery = on_redelivery
         self._on_answer = on_answer
         self._shipping = shipping
-        self._attempts = reconnect_attempts
+        self.reconnect_attempts = reconnect_attempts
         self._timings = timings or Timings()
         self._on_state = on_state
         self._exchange: Exchange | None = None
@@ -189,7 +190,7 @@ class StudioSession:
                 failed_in_a_row = 0
             else:
                 failed_in_a_row += 1
-                if failed_in_a_row == self._attempts:
+                if failed_in_a_row == self.reconnect_attempts:
                     raise ReconnectExhausted(
                         f"{failed_in_a_row} connections in a row failed, the last one: {error}"
                     ) from error
