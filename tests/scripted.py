@@ -121,7 +121,7 @@ class Conversation:
 class ScriptedStudio:
     """A WebSocket server whose connections the test takes with :meth:`accept` and plays by hand."""
 
-    def __init__(self, *, refuse_with: int | None = None) -> None:
+    def __init__(self, *, refuse_with: int | None = None, location: str | None = None) -> None:
         self._waiting: queue.SimpleQueue[Conversation] = queue.SimpleQueue()
         self._conversations: list[Conversation] = []
 
@@ -132,7 +132,12 @@ class ScriptedStudio:
             conversation.over.wait()  # the library closes the connection when this returns
 
         def refuse(connection: ServerConnection, _request: object) -> Any:
-            return connection.respond(refuse_with, "no\n") if refuse_with is not None else None  # type: ignore[arg-type]
+            if refuse_with is None:
+                return None
+            response = connection.respond(refuse_with, "no\n")  # type: ignore[arg-type]
+            if location is not None:
+                response.headers["Location"] = location
+            return response
 
         self._server = serve(
             handle,

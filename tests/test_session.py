@@ -19,7 +19,7 @@ from studio_worker.studio.desk import Desk
 from studio_worker.studio.offers import Judgement
 from studio_worker.studio.registration import Credentials
 from studio_worker.studio.session import StudioSession, Timings
-from tests.scripted import LIMIT_S, ScriptedHttp, ScriptedStudio
+from tests.scripted import LIMIT_S, ScriptedStudio
 from tests.test_offers import CLAIM, IDLE
 from tests.test_wire import CAPABILITIES
 
@@ -29,9 +29,7 @@ FAST = Timings(heartbeat_s=0.05, log_batch_s=0.05, backoff_base_s=0.01)
 class Running:
     """A session on a thread of its own, with what it said of its state and how it ended."""
 
-    def __init__(
-        self, studio: ScriptedStudio | ScriptedHttp, *, timings: Timings = FAST, attempts: int = 0
-    ) -> None:
+    def __init__(self, studio: ScriptedStudio, *, timings: Timings = FAST, attempts: int = 0) -> None:
         self.desk = Desk()
         self.shipping = ShippingBuffer()
         self.states: list[str] = []
@@ -353,9 +351,9 @@ def test_session_closing_its_desk_refuses_offers_as_paused(
 
 def test_session_follows_no_redirect(scripted: ScriptedStudio) -> None:
     """A redirect of the session is an error: the token in hello goes to the configured studio alone."""
-    path = StudioApi(scripted.url).session_url("w1").replace("ws://", "http://")
-    with ScriptedHttp(*[(307, {"Location": path}, {})] * 2) as server:
-        error = Running(server, attempts=2).end()
+    elsewhere = StudioApi(scripted.url).session_url("w1")
+    with ScriptedStudio(refuse_with=307, location=elsewhere) as redirecting:
+        error = Running(redirecting, attempts=2).end()
     assert isinstance(error, ReconnectExhausted)
     assert "307" in str(error)
 
