@@ -91,6 +91,8 @@ class ModelsSection(_Section):
 class StateSection(_Section):
     dir: Path = Path("/var/lib/studio-worker")
     runtime_dir: Path = Path("/run/studio-worker")
+    outbox_max_gb: float = Field(default=5.0, gt=0)
+    outbox_max_days: float = Field(default=14.0, gt=0)
 
 
 class LogSection(_Section):

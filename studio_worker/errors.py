@@ -140,11 +140,15 @@ class StudioUnavailable(ProtocolError):
 
     Args:
         message: the sentence.
+        status: the HTTP status, where there was an answer.
         retry_after_s: seconds the studio asked to wait, where it did.
     """
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, status: int | None = None, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
+        self.status = status
         self.retry_after_s = retry_after_s
 
 

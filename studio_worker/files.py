@@ -41,6 +41,13 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_private(folder: Path) -> None:
+    """Make ``folder`` for this user alone (0700), and clear what a kill left half-written there."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    remove_temporaries(folder)
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove what :func:`write_atomic` left in ``folder`` when the process was killed in the middle."""
     for path in folder.glob(".*.tmp"):

@@ -15,8 +15,8 @@ from studio_worker import __version__
 from studio_worker.activity import Activity
 from studio_worker.device import Device
 from studio_worker.engine import Router
+from studio_worker.outbox import Outbox
 from studio_worker.snapshot import DeviceFacts, OutboxFacts, ProcessFacts, ResidentModel, Snapshot
-from studio_worker.spool import Outbox
 from studio_worker.starts import Starts
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.offers import AlreadyOurs, Impossible, Judgement, Refuse, Take

@@ -29,6 +29,7 @@ from studio_worker.errors import DeviceError, StudioWorkerError
 from studio_worker.inputs import input_fetcher
 from studio_worker.lock import state_lock
 from studio_worker.notify import Notifier, ReadyLine, watchdog_interval_s
+from studio_worker.outbox import Outbox
 from studio_worker.provision import (
     LaterProvision,
     ProvisionProgress,
@@ -40,13 +41,13 @@ from studio_worker.provision import (
 from studio_worker.reach import policy_from
 from studio_worker.reload import REQUIRED_MODELS, Reloaded, Reloader
 from studio_worker.reporting import Reporting, note_answer
-from studio_worker.spool import JobInHand, Outbox
+from studio_worker.spool import Failures, JobInHand
 from studio_worker.starts import Starts
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.delivery import Courier
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.offers import Situation
-from studio_worker.studio.registration import IdentityFile, Registration
+from studio_worker.studio.registration import Credentials, IdentityFile, Registration
 from studio_worker.studio.session import StudioSession
 from studio_worker.studio.wire import Capabilities
 from studio_worker.worker import Worker
@@ -116,7 +117,12 @@ class Service:
         self._store = open_store(loaded, policy)
         self._later = LaterProvision(self._store, self._note_provision)
         self._in_hand = JobInHand(settings.state.dir / "spool")
-        self._outbox = Outbox(settings.state.dir / "outbox")
+        self._failures = Failures(settings.state.dir / "spool")
+        self._outbox = Outbox(
+            settings.state.dir / "outbox",
+            max_bytes=settings.state.outbox_max_gb * 1e9,
+            max_age_s=settings.state.outbox_max_days * 86_400,
+        )
         self._desk = Desk()
         api = StudioApi(settings.studio.api_base_url)
         self._session = StudioSession(
@@ -125,8 +131,11 @@ class Service:
             situation=self._situation,
             capabilities=self._capabilities,
             uploading=lambda: self._courier.uploading,
-            on_redelivery=lambda _job_id: self._outbox.wake(),
+            on_redelivery=lambda job_id: self._courier.offered_again(job_id),
             on_answer=partial(note_answer, self._activity),
+            on_unreported=lambda job_id, error, retryable: self._failures.add(
+                job_id, error, retryable=retryable
+            ),
             on_state=self._note_session,
             shipping=shipping,
             reconnect_attempts=settings.studio.reconnect_attempts,
@@ -138,6 +147,8 @@ class Service:
             on_unacceptable=lambda job_id, error: self._session.report_failure(
                 job_id, error, retryable=False
             ),
+            on_lost=lambda job_id, error: self._session.report_failure(job_id, error, retryable=True),
+            on_settled=self._session.settled,
             reports=self._activity,
         )
         self._registration = Registration(
@@ -291,13 +302,20 @@ class Service:
             credentials = self._registration.run()
             if credentials is not None:
                 self._activity.registration("approved", worker_id=credentials.worker_id)
-                self._courier_thread = _thread("courier", lambda: self._courier.run(credentials))
+                self._courier_thread = _thread("courier", lambda: self._deliver(credentials))
                 self._session.run(credentials)
         except StudioWorkerError as error:
             self._end_with(error)
         except Exception as error:
             log.exception("session crashed", extra={"op": "session"})
             self._end_with(StudioWorkerError(f"session crashed: {type(error).__name__}"))
+
+    def _deliver(self, credentials: Credentials) -> None:
+        try:
+            self._courier.run(credentials)
+        except Exception as error:  # a service that delivers nothing must not look healthy
+            log.exception("courier crashed", extra={"op": "delivery"})
+            self._end_with(StudioWorkerError(f"courier crashed: {type(error).__name__}"))
 
     def _end_with(self, error: StudioWorkerError) -> None:
         """The session is over for good: the job in hand cannot be delivered to anybody."""
@@ -324,6 +342,8 @@ class Service:
     def _note_session(self, state: Literal["connected", "reconnecting"]) -> None:
         self._activity.session(state)
         self._line.say(state)
+        if state == "connected":
+            self._courier.hurry()
 
     def _note_pause(self) -> None:
         self._session.beat()
@@ -363,8 +383,12 @@ class Service:
             engines=self._engines.names(),
             on_demand=self._settings.models.on_demand,
             allow_insecure_urls=self._settings.models.allow_insecure_urls,
+            is_uploading=self._courier.is_uploading,
+            is_just_delivered=self._courier.has_just_delivered,
             is_in_outbox=self._outbox.holds,
+            outbox_problem=self._outbox.fullness,
             is_poisoned=self._in_hand.is_poisoned,
+            failed_for_good=self._failures.final,
             is_on_box=lambda files: all(self._store.is_verified(file) for file in files),
             shortfall_bytes=self._store.shortfall_bytes,
         )

@@ -121,8 +121,10 @@ class Worker:
         self._reports = reports
         self._fetch = fetch
         self.step_timeout_s = step_timeout_s
+        self._guard = threading.Lock()
         self._cancel = Cancel()
         self._cancel_download = threading.Event()
+        self._ending: str | None = None
         self._stepped_at: float | None = None
 
     def run(self) -> None:
@@ -139,8 +141,18 @@ class Worker:
 
         Safe from any thread.
         """
-        self._cancel.set(reason)
-        self._cancel_download.set()
+        with self._guard:
+            self._ending = self._ending or reason
+        self.cancel_job(reason)
+
+    def cancel_job(self, reason: str) -> None:
+        """Stop the job in hand, if there is one, at its next step; it is reported as retryable.
+
+        Safe from any thread.
+        """
+        with self._guard:
+            self._cancel.set(reason)
+            self._cancel_download.set()
 
     def is_stuck(self) -> bool:
         """Whether the job in hand has shown no progress for longer than its limit."""
@@ -150,10 +162,14 @@ class Worker:
     def _do(self, job: Job) -> None:
         self._stepped_at = time.monotonic()
         self._reports.job_began(job.job_id, job.model)
+        with self._guard:
+            self._cancel, self._cancel_download = Cancel(), threading.Event()
+        if self._ending is not None:  # also where it came between the last line and this one
+            self.cancel_job(self._ending)
         try:
-            self._in_hand.begin(job)
+            self._note(job)
             picture, timings_s = self._make(job)
-            self._results.add(job, picture, timings_s)
+            self._keep(job, picture, timings_s)
             self._reports.job_made()
         except JobCancelled as error:
             self._report(job, str(error), retryable=True, handed_back=True)
@@ -188,6 +204,18 @@ class Worker:
             # clear yet would have to refuse that one as busy.
             self._results.wake()
 
+    def _note(self, job: Job) -> None:
+        try:
+            self._in_hand.begin(job)
+        except OSError as error:
+            raise _disk_error("the job cannot be noted", error) from error
+
+    def _keep(self, job: Job, picture: Picture, timings_s: Mapping[str, float]) -> None:
+        try:
+            self._results.add(job, picture, timings_s)
+        except OSError as error:
+            raise _disk_error("the finished picture cannot be kept", error) from error
+
     def _make(self, job: Job) -> tuple[Picture, dict[str, float]]:
         began = time.monotonic()
         with self._files.taken(
@@ -219,9 +247,19 @@ class Worker:
     def _moved(self, done: int, total: int | None) -> None:  # noqa: ARG002  (the shape of a progress callback)
         self._stepped_at = time.monotonic()
 
-    def _stepped(self, step: int, steps: int) -> None:
-        self._moved(step, steps)
-        self._reports.job_stepped(step, steps)
+    def _stepped(self, done: int, total: int) -> None:
+        """One step is done. A step that took too long is the job's last: the device is hardly usable for it.
+
+        The first sign is no step alone: it comes after the model was loaded.
+        """
+        took_s = time.monotonic() - (self._stepped_at or 0.0)
+        self._moved(done, total)
+        self._reports.job_stepped(done, total)
+        if done > 1 and took_s > self.step_timeout_s:
+            self.cancel_job(
+                f"step {done} of {total} took {took_s:.0f} s, longer than step_timeout_s "
+                f"({self.step_timeout_s:g} s)"
+            )
 
     def _report(self, job: Job, error: str, *, retryable: bool, handed_back: bool = False) -> None:
         log.error(
@@ -238,3 +276,7 @@ class Worker:
         )
         self._source.failed(job, error, retryable=retryable)
         self._reports.job_failed(job.job_id, job.model, error, retryable=retryable, handed_back=handed_back)
+
+
+def _disk_error(what: str, error: OSError) -> JobError:
+    return JobError(f"{what}: {error.strerror}", retryable=True)

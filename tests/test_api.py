@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable
-from studio_worker.spool import Delivery
+from studio_worker.outbox import Delivery
 from studio_worker.studio.api import StudioApi, api_root
 from tests.scripted import ScriptedHttp
 

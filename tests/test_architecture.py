@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "transport",
         "line",
         "ranges",
-        "attempts config device spool space pool activity",
+        "attempts config device spool outbox space pool activity",
         "download reach",
         "fetching checking inputs",
         "store",
@@ -46,12 +46,12 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 STRANGERS = (
     (
         "worker",
-        {"studio", "store", "spool", "download", "config", "notify"},
+        {"studio", "store", "spool", "outbox", "download", "config", "notify"},
         "it declares what it needs of them",
     ),
     (
         "engine",
-        {"store", "download", "spool", "logs", "config", "notify"},
+        {"store", "download", "spool", "outbox", "logs", "config", "notify"},
         "it gets files and gives a picture",
     ),
     ("studio", {"store", "download", "device", "config", "notify"}, "it gets told the situation"),
@@ -59,7 +59,11 @@ STRANGERS = (
     ("transport", {"notify"}, "it knows one GET and nothing else"),
     ("store", {"notify", "config"}, "progress goes out through a callback"),
     ("provision", {"notify"}, "progress goes out through a callback"),
-    ("local_studio", {"store", "spool", "download", "config", "notify"}, "it is a program of its own"),
+    (
+        "local_studio",
+        {"store", "spool", "outbox", "download", "config", "notify"},
+        "it is a program of its own",
+    ),
 )
 """Rooms above each other that still do not know each other, and why."""
 
@@ -70,9 +74,9 @@ LIBRARIES = {
     "accelerate": {"engine"},
     "safetensors": {"engine"},
     "gguf": {"engine"},
-    "websockets": {"studio.session", "studio.endings"},  # endings only names its exceptions
+    "websockets": {"studio.connection", "studio.session", "studio.endings"},  # the last only names exceptions
     "sdnotify": {"notify"},
-    "requests": {"transport", "request", "networks", "studio.api"},
+    "requests": {"transport", "request", "networks", "studio.api", "studio.route"},
     "starlette": {"local_studio"},
     "uvicorn": {"local_studio"},
     "typer": {"cli", "cli_models", "cli_control", "cli_options"},

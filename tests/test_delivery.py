@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,9 @@ import pytest
 from studio_worker.activity import Activity
 from studio_worker.jobs import ImageTask, Job, Picture
 from studio_worker.models import ModelSource
-from studio_worker.spool import Outbox
+from studio_worker.outbox import Outbox
 from studio_worker.studio.api import StudioApi
-from studio_worker.studio.delivery import Courier
+from studio_worker.studio.delivery import Courier, Patience
 from studio_worker.studio.registration import Credentials
 from tests.scripted import LIMIT_S, ScriptedHttp
 
@@ -29,6 +30,8 @@ class Told:
     def __init__(self) -> None:
         self.delivered: list[str] = []
         self.unacceptable: list[tuple[str, str]] = []
+        self.lost: list[tuple[str, str]] = []
+        self.settled: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.activity = Activity()
         self._changed = threading.Condition()
 
@@ -42,10 +45,15 @@ class Told:
             self.unacceptable.append((job_id, reason))
             self._changed.notify_all()
 
+    def note_lost(self, job_id: str, reason: str) -> None:
+        with self._changed:
+            self.lost.append((job_id, reason))
+            self._changed.notify_all()
+
     def await_count(self, count: int) -> None:
         with self._changed:
             assert self._changed.wait_for(
-                lambda: len(self.delivered) + len(self.unacceptable) >= count, LIMIT_S
+                lambda: len(self.delivered) + len(self.unacceptable) + len(self.lost) >= count, LIMIT_S
             )
 
 
@@ -65,8 +73,10 @@ def courier(outbox: Outbox, url: str) -> Iterator[tuple[Courier, Told, threading
         StudioApi(url),
         on_delivered=told.note_delivered,
         on_unacceptable=told.note_unacceptable,
+        on_lost=told.note_lost,
+        on_settled=told.settled.put,
         reports=told.activity,
-        delays_s=(0.01,),
+        patience=Patience(base_s=0.01, cap_s=0.05),
     )
     thread = threading.Thread(target=running.run, args=(Credentials("w1", "token"),), daemon=True)
     thread.start()

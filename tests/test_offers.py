@@ -42,8 +42,12 @@ IDLE = Situation(
     engines=frozenset({"sd-cpp", "synthetic"}),
     on_demand=True,
     allow_insecure_urls=False,
+    is_uploading=lambda job_id: False,
+    is_just_delivered=lambda job_id: False,
     is_in_outbox=lambda job_id: False,
+    outbox_problem=lambda: None,
     is_poisoned=lambda job_id: False,
+    failed_for_good=lambda job_id: None,
     is_on_box=lambda files: True,
     shortfall_bytes=lambda files: 0,
 )

@@ -15,10 +15,11 @@ import pytest
 from studio_worker.errors import DuplicateWorker, ReconnectExhausted, RefusedByStudio
 from studio_worker.logs import ShippingBuffer
 from studio_worker.studio.api import StudioApi
+from studio_worker.studio.connection import Timings
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.offers import Judgement
 from studio_worker.studio.registration import Credentials
-from studio_worker.studio.session import StudioSession, Timings
+from studio_worker.studio.session import StudioSession
 from tests.scripted import LIMIT_S, ScriptedStudio
 from tests.test_offers import CLAIM, IDLE
 from tests.test_wire import CAPABILITIES
@@ -34,6 +35,7 @@ class Running:
         self.shipping = ShippingBuffer()
         self.states: list[str] = []
         self.answers: list[Judgement] = []
+        self.unreported: list[tuple[str, str, bool]] = []
         self.ended_with: BaseException | None = None
         self.outbox: set[str] = set()
         self.redelivered = threading.Event()
@@ -50,6 +52,7 @@ class Running:
             uploading=lambda: None,
             on_redelivery=lambda _job_id: self.redelivered.set(),
             on_answer=lambda judgement, model: self.answers.append(judgement),
+            on_unreported=lambda job_id, error, retryable: self.unreported.append((job_id, error, retryable)),
             shipping=self.shipping,
             reconnect_attempts=attempts,
             timings=timings,

@@ -17,7 +17,8 @@ from studio_worker.engine import Engine, Progress, Request, Router
 from studio_worker.errors import DeviceError, DownloadError, DownloadRefused, JobError, StoreError
 from studio_worker.jobs import Cancel, ImageTask, Job, Picture
 from studio_worker.models import LocalFile, ModelFile, ModelSource
-from studio_worker.spool import JobInHand, Outbox
+from studio_worker.outbox import Outbox
+from studio_worker.spool import JobInHand
 from studio_worker.worker import Worker
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
-from typing import Any, TypeVar
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import requests
-from pydantic import BaseModel, ValidationError
+import urllib3
+from pydantic import TypeAdapter, ValidationError
 
 from studio_worker import __version__
 from studio_worker.errors import (
@@ -16,7 +23,8 @@ from studio_worker.errors import (
     StudioUnavailable,
     UnknownRegistration,
 )
-from studio_worker.spool import Delivery
+from studio_worker.outbox import Delivery
+from studio_worker.studio.route import route_to
 from studio_worker.studio.wire import (
     DECISION,
     Approved,
@@ -31,9 +39,20 @@ USER_AGENT = f"studio-worker/{__version__}"
 
 _ROUTE = "/graphics/api"
 _TIMEOUT_S = (15.0, 60.0)
-"""Connect and inactivity limits; a large upload may take longer than this in all."""
+"""For the connection and each piece sent; for the wait for an answer. An upload may take longer in all."""
+_ANSWER_LIMIT_S = 60.0
+_ANSWER_LIMIT_BYTES = 1024 * 1024
+_RETRY_AFTER_CAP_S = 3600.0
+"""A studio that asks for more is asked again after an hour: it may have been a mistake."""
 
-_B = TypeVar("_B", bound=BaseModel)
+_B = TypeVar("_B")
+_REGISTERED = TypeAdapter(RegisterAnswer)
+
+
+class _Answer(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
 
 
 def api_root(api_base_url: str) -> str:
@@ -50,10 +69,14 @@ class StudioApi:
 
     Args:
         api_base_url: as configured; any of the forms that :func:`api_root` understands.
+
+    Raises:
+        ConfigError: the environment names a proxy or certificates that cannot be used.
     """
 
     def __init__(self, api_base_url: str) -> None:
         self.root = api_root(api_base_url)
+        self.route = route_to(self.root)
 
     def session_url(self, worker_id: str) -> str:
         """The WebSocket address of a worker's session."""
@@ -66,14 +89,13 @@ class StudioApi:
         Raises:
             StudioUnavailable: anything but a readable 2xx answer.
         """
-        response = self._send(
+        answer = self._send(
             "POST",
             "/workers/register-request",
-            data=body.to_json(),
+            data=body.to_json().encode(),
             headers={"Content-Type": "application/json"},
         )
-        self._expect_ok(response)
-        return self._read(RegisterAnswer, response)
+        return _read(_REGISTERED, answer)
 
     def poll(self, request_id: str, secret: str) -> Pending | Approved | Rejected:
         """The decision on a registration request.
@@ -82,14 +104,10 @@ class StudioApi:
             UnknownRegistration: 404 or 401; drop request id and secret and start over.
             StudioUnavailable: anything else that is no readable answer.
         """
-        response = self._send("GET", f"/workers/register-requests/{quote(request_id, safe='')}", token=secret)
-        if response.status_code in {401, 404}:
-            raise UnknownRegistration(f"the studio answered HTTP {response.status_code} to our request")
-        self._expect_ok(response)
-        try:
-            return DECISION.validate_json(response.content)
-        except ValidationError as error:
-            raise StudioUnavailable("the studio's answer is not readable") from error
+        answer = self._send("GET", f"/workers/register-requests/{quote(request_id, safe='')}", token=secret)
+        if answer.status in {401, 404}:
+            raise UnknownRegistration(f"the studio answered HTTP {answer.status} to our request")
+        return _read(DECISION, answer)
 
     def upload(self, worker_id: str, token: str, delivery: Delivery) -> None:
         """Deliver one finished picture.
@@ -98,56 +116,110 @@ class StudioApi:
             DeliveryRefused: 4xx that no retry will mend.
             RefusedByStudio: 401, the token is not accepted.
             StudioUnavailable: anything that may pass.
+            OSError: the picture cannot be read.
         """
-        fields = {"prompt": delivery.prompt, "ext": delivery.ext}
+        fields: dict[str, Any] = {"prompt": delivery.prompt, "ext": delivery.ext}
         if delivery.meta:
             fields["generationMeta"] = json.dumps(dict(delivery.meta), ensure_ascii=False)
-        with delivery.data_path.open("rb") as data:
-            response = self._send(
-                "POST",
-                f"/workers/{quote(worker_id, safe='')}/jobs/{quote(delivery.job_id, safe='')}/complete",
-                token=token,
-                data=fields,
-                files={"image": (f"{delivery.job_id}.{delivery.ext}", data, mime_type(delivery.ext))},
-            )
-        status = response.status_code
-        if status == 401:
+        fields["image"] = (f"{delivery.job_id}.{delivery.ext}", delivery.read(), mime_type(delivery.ext))
+        body, content_type = urllib3.encode_multipart_formdata(fields)
+        answer = self._send(
+            "POST",
+            f"/workers/{quote(worker_id, safe='')}/jobs/{quote(delivery.job_id, safe='')}/complete",
+            token=token,
+            headers={"Content-Type": content_type},
+            # Read piece by piece: one write of everything would have to be through within the time limit.
+            data=io.BytesIO(body),
+        )
+        if answer.status == 401:
             raise RefusedByStudio("the studio does not accept this worker's token any more")
-        if 400 <= status < 500 and status not in {408, 429}:
-            raise DeliveryRefused(status)
-        self._expect_ok(response)
+        if 400 <= answer.status < 500 and answer.status not in {408, 429}:
+            raise DeliveryRefused(answer.status)
+        _expect_ok(answer)
 
     def _send(
-        self, method: str, path: str, *, token: str = "", headers: dict[str, str] | None = None, **body: Any
-    ) -> requests.Response:
-        headers = {"User-Agent": USER_AGENT, **(headers or {})}
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        try:
-            return requests.request(
-                method,
-                self.root + path,
-                headers=headers,
-                timeout=_TIMEOUT_S,
-                allow_redirects=False,
-                **body,
+        self,
+        method: str,
+        path: str,
+        *,
+        token: str = "",
+        headers: dict[str, str] | None = None,
+        data: Any = None,
+    ) -> _Answer:
+        """One request; its answer is read within limits of size and time, whatever the studio sends."""
+        route = self.route
+        with requests.Session() as session:
+            session.trust_env = (
+                False  # the route has read the environment; a netrc must not replace the token
             )
-        except requests.RequestException as error:
-            raise StudioUnavailable(f"the studio cannot be reached: {type(error).__name__}") from error
+            if token:
+                session.headers["Authorization"] = f"Bearer {token}"
+            try:
+                with session.request(
+                    method,
+                    self.root + path,
+                    headers={"User-Agent": USER_AGENT, **(headers or {})},
+                    data=data,
+                    timeout=_TIMEOUT_S,
+                    allow_redirects=False,
+                    stream=True,
+                    proxies={"http": route.proxy, "https": route.proxy} if route.proxy else {},
+                    verify=route.trusted,
+                ) as response:
+                    return _Answer(response.status_code, response.headers, _content(response))
+            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+                raise StudioUnavailable(f"the studio cannot be reached: {why(error)}") from None
 
-    @staticmethod
-    def _expect_ok(response: requests.Response) -> None:
-        if 200 <= response.status_code < 300:
-            return
-        after = response.headers.get("Retry-After", "")
-        raise StudioUnavailable(
-            f"the studio answered HTTP {response.status_code}",
-            retry_after_s=float(after) if after.isdigit() else None,
-        )
 
-    @staticmethod
-    def _read(kind: type[_B], response: requests.Response) -> _B:
-        try:
-            return kind.model_validate_json(response.content)
-        except ValidationError as error:
-            raise StudioUnavailable("the studio's answer is not readable") from error
+def _content(response: requests.Response) -> bytes:
+    """The answer's body. Raises OSError where it is endless or trickles."""
+    deadline = time.monotonic() + _ANSWER_LIMIT_S
+    content = bytearray()
+    for piece in response.iter_content(64 * 1024):
+        content += piece
+        if len(content) > _ANSWER_LIMIT_BYTES or time.monotonic() > deadline:
+            raise OSError(errno.EMSGSIZE, "its answer has no end")
+    return bytes(content)
+
+
+def _expect_ok(answer: _Answer) -> None:
+    if 200 <= answer.status < 300:
+        return
+    raise StudioUnavailable(
+        f"the studio answered HTTP {answer.status}",
+        status=answer.status,
+        retry_after_s=retry_after_s(answer.headers),
+    )
+
+
+def _read(kind: TypeAdapter[_B], answer: _Answer) -> _B:
+    _expect_ok(answer)
+    try:
+        return kind.validate_json(answer.content)
+    except ValidationError as error:
+        raise StudioUnavailable("the studio's answer is not readable", status=answer.status) from error
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """``Retry-After`` in seconds, from either of its forms (RFC 9110, 10.2.3); at most an hour.
+
+    A date is read against the answer's own ``Date``: this box's clock may be wrong.
+    """
+    text = headers.get("Retry-After", "").strip()
+    if text.isascii() and text.isdigit():
+        return min(float(text), _RETRY_AFTER_CAP_S)
+    try:
+        until = parsedate_to_datetime(text)
+        now = parsedate_to_datetime(headers["Date"]) if "Date" in headers else datetime.now(UTC)
+        return min(max(0.0, (until - now).total_seconds()), _RETRY_AFTER_CAP_S)
+    except (ValueError, TypeError, OverflowError):  # no date, or one without a zone
+        return None
+
+
+def why(error: BaseException) -> str:
+    """The innermost reason of a requests error; its own text quotes addresses, proxies' passwords and all."""
+    while isinstance(
+        inner := getattr(error, "reason", None) or error.__cause__ or error.__context__, BaseException
+    ):
+        error = inner
+    return getattr(error, "strerror", None) or type(error).__name__

@@ -1,21 +1,28 @@
 """Emptying the outbox: one thread that uploads finished pictures until the studio has or refuses them.
 
-Uploads do not hold up the next job and go on after a restart. One summary line a finished job is logged
-here, when its last stage, the upload, is known.
+Uploads do not hold up the next job, nor each other: a picture that the studio stumbles over waits by itself,
+and only where the studio cannot be reached at all, or asks for patience, do all wait. One summary line a
+finished job is logged here, when its last stage, the upload, is known.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable
-from studio_worker.spool import Delivery, Outbox
+from studio_worker.outbox import Delivery, Outbox
 from studio_worker.studio.api import StudioApi
+from studio_worker.studio.protocol import Backoff
 from studio_worker.studio.registration import Credentials
+
+log = logging.getLogger(__name__)
 
 
 class Reports(Protocol):
@@ -28,11 +35,33 @@ class Reports(Protocol):
     def upload_waits(self) -> None: ...
 
 
-log = logging.getLogger(__name__)
-
-_DELAYS_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _TOKEN_REFUSED_DELAY_S = 300.0
 """A refused token is mended by a person; the picture waits."""
+_OFFER_MAY_CROSS_S = 10.0
+"""How long after a delivery an offer of that job may still be one that was sent before it."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds between tries: doubled from ``base_s`` to ``cap_s``, shortened by jitter."""
+
+    base_s: float = 1.0
+    cap_s: float = 60.0
+    token_refused_s: float = _TOKEN_REFUSED_DELAY_S
+
+
+class _Wait:
+    """Until when one picture, or every one, waits. ``is_asked``: the studio named the time."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._backoff = Backoff(random.Random(), base_s=patience.base_s, cap_s=patience.cap_s)
+        self.until = 0.0
+        self.is_asked = False
+
+    def begin(self, now: float, asked_s: float | None) -> float:
+        wait_s = max(self._backoff.next_s(), asked_s or 0.0)
+        self.until, self.is_asked = now + wait_s, bool(asked_s)
+        return wait_s
 
 
 class Courier:
@@ -41,7 +70,9 @@ class Courier:
     Args:
         on_delivered: called with the job id when the studio has the picture, or expects it no more.
         on_unacceptable: called with job id and reason when the studio refuses the upload itself for good.
-        delays_s: seconds between tries.
+        on_lost: called with job id and reason when a picture is gone that the studio may still wait for.
+        on_settled: called with the job id once the upload, during which the studio offered that very job,
+            has ended: only now is it known what to answer.
     """
 
     def __init__(
@@ -51,19 +82,60 @@ class Courier:
         *,
         on_delivered: Callable[[str], None],
         on_unacceptable: Callable[[str, str], None],
+        on_lost: Callable[[str, str], None],
+        on_settled: Callable[[str], None],
         reports: Reports,
-        delays_s: tuple[float, ...] = _DELAYS_S,
+        patience: Patience = Patience(),
     ) -> None:
         self._outbox = outbox
         self._api = api
         self._on_delivered = on_delivered
         self._on_unacceptable = on_unacceptable
+        self._on_lost = on_lost
+        self._on_settled = on_settled
         self._reports = reports
-        self._delays_s = delays_s
+        self._patience = patience
         self._stopping = threading.Event()
-        self._failures = 0
+        self._guard = threading.Lock()
+        self._everything = _Wait(patience)
+        self._each: dict[str, _Wait] = {}
+        self._offered_again: set[str] = set()
+        self._delivered_at: dict[str, float] = {}
         self.uploading: str | None = None
         """The job whose upload is under way."""
+
+    # --- called from other threads ---
+
+    def stop(self) -> None:
+        """Ask :meth:`run` to end after one last round."""
+        self._stopping.set()
+        self._outbox.wake()
+
+    def hurry(self) -> None:
+        """The studio is there again: what waits is tried now, unless the studio itself named a time."""
+        with self._guard:
+            for wait in (self._everything, *self._each.values()):
+                if not wait.is_asked:
+                    wait.until = 0.0
+        self._outbox.wake()
+
+    def offered_again(self, job_id: str) -> None:
+        """The studio offers a job whose picture waits here: it is tried now, and kept over a refusal."""
+        with self._guard:
+            self._everything.until = 0.0
+            self._each.pop(job_id, None)
+            self._offered_again.add(job_id)
+        self._outbox.wake()
+
+    def is_uploading(self, job_id: str) -> bool:
+        return self.uploading == job_id
+
+    def has_just_delivered(self, job_id: str) -> bool:
+        """Whether an offer of this job must have been sent before the studio had its picture."""
+        delivered_at = self._delivered_at.get(job_id)
+        return delivered_at is not None and time.monotonic() - delivered_at < _OFFER_MAY_CROSS_S
+
+    # --- the courier's own thread ---
 
     def run(self, credentials: Credentials) -> None:
         """Deliver until told to stop; then one last round, so that what is finished is not left lying."""
@@ -71,45 +143,114 @@ class Courier:
         while not self._stopping.is_set():
             self._outbox.wait(wait_s)
             wait_s = self._round(credentials)
+        self.hurry()
         self._round(credentials)
-
-    def stop(self) -> None:
-        """Ask :meth:`run` to end after one last round."""
-        self._stopping.set()
-        self._outbox.wake()
+        for job_id in self._outbox.only_in_memory():
+            self._on_lost(job_id, "the disk took no picture, and the worker is stopping")
 
     def _round(self, credentials: Credentials) -> float | None:
-        """Try everything once; returns the seconds until the next try, ``None`` = nothing waits."""
-        for delivery in self._outbox.oldest():
-            started = time.monotonic()
-            try:
-                self.uploading = delivery.job_id
-                self._api.upload(credentials.worker_id, credentials.auth_token, delivery)
-            except DeliveryRefused as refusal:
-                self._drop(delivery, refusal)
-            except RefusedByStudio as error:
-                log.error("delivery waits for a new registration", extra=_facts(delivery, error=str(error)))
-                return _TOKEN_REFUSED_DELAY_S
-            except StudioUnavailable as error:
-                delay = self._delays_s[min(self._failures, len(self._delays_s) - 1)]
-                self._failures += 1
-                self._reports.upload_waits()
-                wait_s = max(delay, error.retry_after_s or 0.0)
-                log.warning(
-                    "delivery has to wait", extra=_facts(delivery, error=str(error), retry_in_s=wait_s)
-                )
-                return wait_s
-            else:
-                self._failures = 0
-                size_bytes = delivery.data_path.stat().st_size
-                self._outbox.remove(delivery)
-                self._on_delivered(delivery.job_id)
-                stages_s = {**delivery.timings_s, "upload": time.monotonic() - started}
-                self._reports.upload_delivered(delivery.job_id, delivery.model, stages_s, size_bytes)
-                _log_summary(delivery, stages_s)
-            finally:
+        """Try what is due once; returns the seconds until the next try, ``None`` = nothing waits."""
+        for delivery, reason in self._outbox.expire():
+            self._on_lost(delivery.job_id, f"the picture was dropped undelivered: {reason}")
+        self._outbox.retry_writing()
+        waiting = self._outbox.oldest()
+        self._forget_others({delivery.job_id for delivery in waiting})
+        for delivery in waiting:
+            if self._due_in_s(delivery.job_id) <= 0.0:
+                self._try(credentials, delivery)
+        left = [self._due_in_s(d.job_id) for d in waiting if self._outbox.holds(d.job_id)]
+        return max(0.0, min(left)) if left else None
+
+    def _due_in_s(self, job_id: str) -> float:
+        with self._guard:
+            wait = self._each.get(job_id)
+            until = max(self._everything.until, wait.until if wait else 0.0)
+        return until - time.monotonic()
+
+    def _forget_others(self, waiting: set[str]) -> None:
+        """What was offered again and is gone meanwhile, by a refusal that crossed the offer, is said so."""
+        now = time.monotonic()
+        with self._guard:
+            gone = self._offered_again - waiting
+            self._offered_again &= waiting
+            self._each = {job_id: wait for job_id, wait in self._each.items() if job_id in waiting}
+            self._delivered_at = {
+                job_id: at for job_id, at in self._delivered_at.items() if now - at < _OFFER_MAY_CROSS_S
+            }
+        for job_id in gone - self._delivered_at.keys():
+            self._on_lost(job_id, "the studio refused its picture before")
+
+    def _try(self, credentials: Credentials, delivery: Delivery) -> None:
+        job_id = delivery.job_id
+        with self._guard:
+            self._offered_again.discard(job_id)
+            self.uploading = job_id
+        try:
+            self._upload(credentials, delivery)
+        finally:
+            with self._guard:
                 self.uploading = None
-        return None
+                is_offered = job_id in self._offered_again
+                if job_id in self._delivered_at:
+                    self._offered_again.discard(job_id)
+            if is_offered:
+                self._on_settled(job_id)
+
+    def _upload(self, credentials: Credentials, delivery: Delivery) -> None:
+        started = time.monotonic()
+        try:
+            self._api.upload(credentials.worker_id, credentials.auth_token, delivery)
+        except DeliveryRefused as refusal:
+            with self._guard:
+                is_offered = delivery.job_id in self._offered_again
+            if is_offered and refusal.job_is_gone:
+                log.info("refused result is wanted again", extra=_facts(delivery, status=refusal.status))
+            else:
+                self._drop(delivery, refusal)
+        except RefusedByStudio as error:
+            log.error("delivery waits for a new registration", extra=_facts(delivery, error=str(error)))
+            self._wait(self._everything, self._patience.token_refused_s)
+        except StudioUnavailable as error:
+            is_for_all = error.status in {None, 429, 503}
+            wait_s = self._wait(
+                self._everything if is_for_all else self._wait_of(delivery), error.retry_after_s
+            )
+            self._reports.upload_waits()
+            log.warning(
+                "delivery has to wait",
+                extra=_facts(delivery, error=str(error), retry_in_s=round(wait_s, 1)),
+            )
+        except Exception as error:
+            # One picture that cannot be read or sent must not keep the others from the studio. Logged by its
+            # frames, without its text, which may quote the prompt.
+            wait_s = self._wait(self._wait_of(delivery), None)
+            log.error(
+                "delivery failed",
+                extra=_facts(
+                    delivery,
+                    error=getattr(error, "strerror", None) or type(error).__name__,
+                    retry_in_s=round(wait_s, 1),
+                    traceback="".join(traceback.format_tb(error.__traceback__)),
+                ),
+            )
+        else:
+            with self._guard:
+                self._delivered_at[delivery.job_id] = time.monotonic()
+                self._everything = _Wait(self._patience)
+            size_bytes = delivery.size_bytes()
+            self._outbox.remove(delivery)
+            self._on_delivered(delivery.job_id)
+            stages_s = {**delivery.timings_s, "upload": time.monotonic() - started}
+            self._reports.upload_delivered(delivery.job_id, delivery.model, stages_s, size_bytes)
+            _log_summary(delivery, stages_s)
+
+    def _wait_of(self, delivery: Delivery) -> _Wait:
+        with self._guard:
+            return self._each.setdefault(delivery.job_id, _Wait(self._patience))
+
+    def _wait(self, wait: _Wait, asked_s: float | None) -> float:
+        with self._guard:
+            return wait.begin(time.monotonic(), asked_s)
 
     def _drop(self, delivery: Delivery, refusal: DeliveryRefused) -> None:
         log.error("result refused for good and dropped", extra=_facts(delivery, status=refusal.status))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from studio_worker.errors import FrameError
+from studio_worker.errors import FrameError, StudioWorkerError
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.offers import (
     AlreadyOurs,
     Ignore,
     Impossible,
     Judgement,
+    OnItsWay,
     Refuse,
     Situation,
     Take,
@@ -64,6 +65,7 @@ class Exchange:
         self._shipping = shipping
         self._on_redelivery = on_redelivery
         self._on_answer = on_answer
+        self._postponed: dict[str, Offered] = {}
 
     @property
     def is_open(self) -> bool:
@@ -118,9 +120,17 @@ class Exchange:
             self._send(frame)
         return frame is not None
 
+    def settle(self, job_id: str) -> None:
+        """The upload during which ``job_id`` was offered has ended: answer that offer now."""
+        if (offer := self._postponed.pop(job_id, None)) is not None:
+            self._answer(offer)
+
     def _answer(self, offer: Offered) -> None:
-        judgement = judge(offer.claim, self._situation())
+        judgement = self._judge(offer)
         match judgement:
+            case OnItsWay(job_id):
+                self._postponed[job_id] = offer
+                self._on_redelivery(job_id)
             case Take(job):
                 self._send(self.protocol.accept(job.job_id))
                 self._desk.put(job)
@@ -139,6 +149,13 @@ class Exchange:
             case Ignore(reason):
                 log.warning("offer dropped", extra={"op": "session", "reason": reason})
         self._on_answer(judgement, str(offer.claim.get("model", "")))
+
+    def _judge(self, offer: Offered) -> Judgement:
+        try:
+            return judge(offer.claim, self._situation())
+        except (StudioWorkerError, OSError) as error:
+            # A disk that cannot be asked: another worker may do better, and this session goes on.
+            return Refuse(str(offer.claim["jobId"]), f"the worker cannot tell: {error}", None)
 
 
 def _facts(job_id: str, **more: object) -> dict[str, object]:

@@ -31,6 +31,13 @@ class AlreadyOurs:
 
 
 @dataclass(frozen=True)
+class OnItsWay:
+    """No answer yet: the job's result is being uploaded, and only the end of that tells what to say."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
 class Refuse:
     """Reject: another worker, or this one later, can do it."""
 
@@ -54,12 +61,16 @@ class Ignore:
     reason: str
 
 
-Judgement = Take | AlreadyOurs | Refuse | Impossible | Ignore
+Judgement = Take | AlreadyOurs | OnItsWay | Refuse | Impossible | Ignore
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What the worker knows of itself when an offer arrives. Memory in GB, ``now`` monotonic seconds."""
+    """What the worker knows of itself when an offer arrives. Memory in GB, ``now`` monotonic seconds.
+
+    ``failed_for_good`` says why a job cannot be done, where that could not be reported when it was found out;
+    ``outbox_problem`` why no further result has room.
+    """
 
     now: float
     current_job_id: str | None
@@ -68,18 +79,33 @@ class Situation:
     engines: frozenset[str]
     on_demand: bool
     allow_insecure_urls: bool
+    is_uploading: Callable[[str], bool]
+    is_just_delivered: Callable[[str], bool]
     is_in_outbox: Callable[[str], bool]
+    outbox_problem: Callable[[], str | None]
     is_poisoned: Callable[[str], bool]
+    failed_for_good: Callable[[str], str | None]
     is_on_box: Callable[[Sequence[ModelFile]], bool]
     shortfall_bytes: Callable[[Sequence[ModelFile]], int]
 
 
 def judge(claim: dict[str, Any], situation: Situation) -> Judgement:
-    """What to answer to an offer of ``claim``."""
+    """What to answer to an offer of ``claim``.
+
+    Raises:
+        StudioWorkerError, OSError: what the situation asks of the disk cannot be told.
+    """
     job_id = claim.get("jobId")
     if not isinstance(job_id, str) or not job_id:
         return Ignore("the offer names no job")
-    if job_id == situation.current_job_id or situation.is_in_outbox(job_id):
+    if job_id == situation.current_job_id:
+        return AlreadyOurs(job_id)
+    # In this order: a result is uploaded, then delivered, then gone from the outbox.
+    if situation.is_uploading(job_id):
+        return OnItsWay(job_id)
+    if situation.is_just_delivered(job_id):
+        return Refuse(job_id, "the job's result was delivered a moment ago", "busy")
+    if situation.is_in_outbox(job_id):
         return AlreadyOurs(job_id)
     if situation.is_paused:
         return Refuse(job_id, "the worker takes no jobs at present", "paused")
@@ -90,6 +116,10 @@ def judge(claim: dict[str, Any], situation: Situation) -> Judgement:
             return Refuse(job_id, f"the offer has no {required}")
     if situation.is_poisoned(job_id):
         return Impossible(job_id, "the worker crashed twice while it worked on this job")
+    if failure := situation.failed_for_good(job_id):
+        return Impossible(job_id, failure)
+    if problem := situation.outbox_problem():
+        return Refuse(job_id, problem, "busy")
     try:
         return _judge_content(Claim.model_validate(claim), situation)
     except ValidationError as error:
@@ -99,13 +129,15 @@ def judge(claim: dict[str, Any], situation: Situation) -> Judgement:
 def _judge_content(claim: Claim, situation: Situation) -> Judgement:
     job_id = claim.job_id
     kind = claim.task.get("kind")
+    if not isinstance(kind, str):
+        return Impossible(job_id, "the offer is malformed: task.kind: must be a string")
     if kind != "image":
-        return Refuse(job_id, f"this worker does not serve jobs of kind {kind!r}")
+        return Refuse(job_id, f"this worker does not serve jobs of kind {kind[:40]!r}")
     task = ImageTask.model_validate(claim.task)
     source = ModelSource.model_validate(claim.model_source)
     if source.engine not in situation.engines:
         known = ", ".join(sorted(situation.engines))
-        return Impossible(job_id, f"unknown engine {source.engine!r}; this worker has {known}")
+        return Impossible(job_id, f"unknown engine {source.engine[:40]!r}; this worker has {known}")
     inputs = (task.init_image_url, task.mask_url, task.ref_image_url)
     for url in (*(file.url for file in source.files), *(url for url in inputs if url is not None)):
         if problem := url_problem(url, allow_insecure=situation.allow_insecure_urls):
@@ -117,7 +149,7 @@ def _judge_content(claim: Claim, situation: Situation) -> Judgement:
             f"{situation.threshold_gb:g} GB",
         )
     if not situation.on_demand and not situation.is_on_box(source.files):
-        return Refuse(job_id, f"model {claim.model} is not on this box")
+        return Refuse(job_id, f"model {claim.model[:100]} is not on this box")
     if short := situation.shortfall_bytes(source.files):
         return Refuse(job_id, f"the models folder has {short / 1e9:.1f} GB too little room for this model")
     return Take(

@@ -14,17 +14,16 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import WebSocketException
-from websockets.typing import Subprotocol
 
 from studio_worker.errors import DuplicateWorker, ProtocolError, ReconnectExhausted, RefusedByStudio
 from studio_worker.jobs import Job
 from studio_worker.logs import ShippingBuffer
-from studio_worker.studio.api import USER_AGENT, StudioApi
+from studio_worker.studio.api import StudioApi
+from studio_worker.studio.connection import Timings, carry, now_s, opened
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.endings import explain
 from studio_worker.studio.exchange import Exchange
@@ -32,31 +31,9 @@ from studio_worker.studio.offers import Judgement, Situation
 from studio_worker.studio.protocol import Backoff, SessionProtocol
 from studio_worker.studio.registration import Credentials
 from studio_worker.studio.shipping import Shipping
-from studio_worker.studio.wire import (
-    DEAD_PEER_S,
-    HEARTBEAT_INTERVAL_S,
-    LOG_BATCH_INTERVAL_S,
-    SUBPROTOCOL,
-    Body,
-    Capabilities,
-)
+from studio_worker.studio.wire import Body, Capabilities
 
 log = logging.getLogger(__name__)
-
-CONNECT_TIMEOUT_S = 15.0
-MAX_FRAME_BYTES = 16 * 1024 * 1024
-"""A larger frame closes the connection with code 1009, message too big (RFC 6455, 7.4.1)."""
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds; tests shorten them."""
-
-    heartbeat_s: float = HEARTBEAT_INTERVAL_S
-    log_batch_s: float = LOG_BATCH_INTERVAL_S
-    connect_s: float = CONNECT_TIMEOUT_S
-    dead_peer_s: float = DEAD_PEER_S
-    backoff_base_s: float = 1.0
 
 
 class StudioSession:
@@ -69,6 +46,8 @@ class StudioSession:
         uploading: the job whose upload is under way, if any.
         on_redelivery: called with the job that the studio offers while its result waits in the outbox.
         on_answer: called with the judgement of every offer and the model it names, once it is answered.
+        on_unreported: called with job id, error and whether it may pass, for a failure that the studio was
+            not told because no connection holds its job any more.
         on_state: called with ``connected`` or ``reconnecting``.
         reconnect_attempts: failed connections in a row before giving up; 0 = never. May be set anew at any
             time.
@@ -84,6 +63,7 @@ class StudioSession:
         uploading: Callable[[], str | None],
         on_redelivery: Callable[[str], None],
         on_answer: Callable[[Judgement, str], None],
+        on_unreported: Callable[[str, str, bool], None],
         shipping: ShippingBuffer,
         reconnect_attempts: int = 0,
         on_state: Callable[[Literal["connected", "reconnecting"]], None],
@@ -96,6 +76,7 @@ class StudioSession:
         self._uploading = uploading
         self._on_redelivery = on_redelivery
         self._on_answer = on_answer
+        self._on_unreported = on_unreported
         self._shipping = shipping
         self.reconnect_attempts = reconnect_attempts
         self._timings = timings or Timings()
@@ -119,7 +100,8 @@ class StudioSession:
 
     def report_failure(self, job_id: str, error: str, *, retryable: bool) -> None:
         """The same for a job known by its id only."""
-        self._call(self._fail, job_id, error, retryable)
+        if not self._call(self._fail, job_id, error, retryable):
+            self._on_unreported(job_id, error, retryable)
 
     def finished(self, job: Job) -> None:  # noqa: ARG002  (there is room for one job only)
         """The job in hand has ended."""
@@ -133,6 +115,10 @@ class StudioSession:
         """Send a heartbeat at once, if there is an open session: what the studio should know has changed."""
         self._call(self._beat)
 
+    def settled(self, job_id: str) -> None:
+        """An upload has ended, during which its job was offered again."""
+        self._call(self._settle, job_id)
+
     def is_silent(self, seconds: float) -> bool:
         """Whether the loop runs and has not turned for ``seconds``: it hangs."""
         turned_at = self._turned_at
@@ -144,9 +130,14 @@ class StudioSession:
         if self._stopping is not None:
             self._call(self._stopping.set)
 
-    def _call(self, what: Callable[..., None], *args: object) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(what, *args)
+    def _call(self, what: Callable[..., None], *args: object) -> bool:
+        """Do it in the loop's thread; ``False`` where there is no loop, or no more."""
+        try:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(what, *args)
+        except RuntimeError:  # closed
+            return False
+        return self._loop is not None
 
     # --- the loop ---
 
@@ -172,12 +163,14 @@ class StudioSession:
             self._turned_at = None
 
     async def _stay_connected(self, credentials: Credentials, stopping: asyncio.Event) -> None:
-        backoff = Backoff(random.Random(), base_s=self._timings.backoff_base_s)
+        backoff = Backoff(
+            random.Random(), base_s=self._timings.backoff_base_s, cap_s=self._timings.backoff_cap_s
+        )
         failed_in_a_row = 0
         while not stopping.is_set():
             self._was_open = False
             try:
-                await self._connect_once(credentials)
+                await self._connect_once(credentials, stopping)
                 error = ProtocolError("the studio closed the connection")
             except (ProtocolError, OSError, WebSocketException) as caught:
                 error = explain(caught)
@@ -207,17 +200,11 @@ class StudioSession:
             self._turned_at = time.monotonic()
             await asyncio.sleep(1.0)
 
-    async def _connect_once(self, credentials: Credentials) -> None:
-        async with _Connect(
-            self._api.session_url(credentials.worker_id),
-            additional_headers={"Authorization": f"Bearer {credentials.auth_token}"},
-            user_agent_header=USER_AGENT,
-            subprotocols=[Subprotocol(SUBPROTOCOL)],
-            open_timeout=self._timings.connect_s,
-            close_timeout=5.0,
-            ping_interval=None,  # only the protocol's own frames count as signs of life
-            max_size=MAX_FRAME_BYTES,
-        ) as socket_:
+    async def _connect_once(self, credentials: Credentials, stopping: asyncio.Event) -> None:
+        socket_ = await self._open(credentials, stopping)
+        if socket_ is None:
+            return
+        async with socket_:
             outgoing: asyncio.Queue[Body | None] = asyncio.Queue()
             self._exchange = exchange = Exchange(
                 SessionProtocol(now_s(), self._timings.dead_peer_s),
@@ -232,48 +219,49 @@ class StudioSession:
             )
             try:
                 exchange.begin(credentials.auth_token)
-                await self._serve(socket_, exchange, outgoing)
+                await carry(
+                    socket_,
+                    exchange,
+                    outgoing,
+                    timings=self._timings,
+                    stopping=stopping,
+                    on_welcome=self._welcomed,
+                )
             finally:
                 self._exchange = None
                 exchange.end()
 
-    async def _serve(
-        self, socket_: ClientConnection, exchange: Exchange, outgoing: asyncio.Queue[Body | None]
-    ) -> None:
-        assert self._stopping is not None
-        stopped = asyncio.create_task(self._stopping.wait())
-        sending = asyncio.create_task(_send(socket_, outgoing))
-        others = [
-            asyncio.create_task(self._read(socket_, exchange)),
-            asyncio.create_task(_watch(exchange.protocol, self._timings.dead_peer_s)),
-            asyncio.create_task(_every(self._timings.heartbeat_s, exchange.beat)),
-            asyncio.create_task(_every(self._timings.log_batch_s, exchange.ship)),
-        ]
-        tasks = [stopped, sending, *others]
+    async def _open(self, credentials: Credentials, stopping: asyncio.Event) -> ClientConnection | None:
+        """The connection, or ``None`` where the stop came first: a studio that is gone must not delay it."""
+        url = self._api.session_url(credentials.worker_id)
+        opening = asyncio.create_task(
+            opened(url, self._api.route, credentials.auth_token, self._timings.connect_s)
+        )
+        stopped = asyncio.create_task(stopping.wait())
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()  # raises what ended it
-            exchange.ship()  # the log's last lines too
-            outgoing.put_nowait(None)  # stopping: what is queued still goes out, if there is a way
-            await asyncio.wait([sending, *others], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([opening, stopped], return_when=asyncio.FIRST_COMPLETED)
+            return opening.result() if opening.done() else None
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            stopped.cancel()
+            opening.cancel()
+            await asyncio.gather(opening, stopped, return_exceptions=True)
 
-    async def _read(self, socket_: ClientConnection, exchange: Exchange) -> None:
-        while True:
-            if exchange.receive(await socket_.recv(), now_s()):
-                self._was_open = True
-                self._on_state("connected")
+    def _welcomed(self) -> None:
+        self._was_open = True
+        self._on_state("connected")
 
     def _fail(self, job_id: str, error: str, retryable: bool) -> None:
-        if self._exchange is None or not self._exchange.fail(job_id, error, retryable=retryable):
-            log.info(
-                "failure not reported: the studio has put the job back",
-                extra={"op": "job", "job_id": job_id},
-            )
+        if self._exchange is not None and self._exchange.fail(job_id, error, retryable=retryable):
+            return
+        log.info(
+            "failure not reported: the studio has put the job back",
+            extra={"op": "job", "job_id": job_id},
+        )
+        self._on_unreported(job_id, error, retryable)
+
+    def _settle(self, job_id: str) -> None:
+        if self._exchange is not None:
+            self._exchange.settle(job_id)
 
     def _beat(self) -> None:
         if self._exchange is not None:
@@ -282,47 +270,6 @@ class StudioSession:
     def _delivered(self, job_id: str) -> None:
         if self._exchange is not None:
             self._exchange.protocol.delivered(job_id)
-
-
-class _Connect(connect):
-    """Follows no redirect: the first frame holds the token, and goes to the configured studio alone."""
-
-    def process_redirect(self, exc: Exception) -> Exception | str:
-        return exc
-
-
-async def _send(socket_: ClientConnection, outgoing: asyncio.Queue[Body | None]) -> None:
-    """Send what is queued, until ``None`` is."""
-    while (frame := await outgoing.get()) is not None:
-        await socket_.send(frame.to_json())
-
-
-async def _every(seconds: float, act: Callable[[], None]) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        act()
-
-
-async def _watch(protocol: SessionProtocol, dead_peer_s: float) -> None:
-    """Raises ProtocolError once the studio has been silent for too long.
-
-    The clock counts a suspended machine's time too: what slept longer than the limit has been forgotten by
-    the studio, and would otherwise wait for the whole limit once more. A tick that comes late gives no
-    verdict: after a sleep, or where something held this process up, frames may lie unread in the socket.
-    """
-    tick_s = min(1.0, dead_peer_s / 4)
-    last = now_s()
-    while True:
-        await asyncio.sleep(tick_s)
-        now = now_s()
-        if now - last < 2 * tick_s and now > protocol.dead_at:
-            raise ProtocolError(f"no frame from the studio for {dead_peer_s:g} s")
-        last = now
-
-
-def now_s() -> float:
-    """Seconds on the clock that no clock setting moves and that goes on while the machine is suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

@@ -62,6 +62,10 @@ class Capabilities(Body):
     vram_threshold_gb: float
     auto_enabled: bool = True
     auto_start: bool = True
+    auto_update: bool | None = None
+    start_minimised: bool | None = None
+    only_when_idle: bool | None = None
+    user_presence: Literal["active", "idle"] | None = None
     supported_models: tuple[str, ...] = ()
     task_kinds: tuple[str, ...] = ("image",)
     supported_models_per_kind: dict[str, tuple[str, ...]] = Field(default_factory=dict)
@@ -82,8 +86,9 @@ class RegisterRequest(Body):
 class RegisterAnswer(Body):
     """Answer to :class:`RegisterRequest`."""
 
-    request_id: str
-    status: Literal["pending"] = "pending"
+    request_id: str = Field(min_length=1)
+    status: str = "pending"
+    """Not looked at: the poll brings the decision."""
 
 
 class Pending(Body):
@@ -92,8 +97,9 @@ class Pending(Body):
 
 class Approved(Body):
     status: Literal["approved"] = "approved"
-    worker_id: str
-    auth_token: str
+    worker_id: str = Field(min_length=1)
+    auth_token: str = Field(pattern=r"^[!-~]+$")
+    """Visible ASCII, as a header can carry it (RFC 9110, 5.5)."""
 
 
 class Rejected(Body):
@@ -249,7 +255,7 @@ class Claim(Body):
     game_id: str | None = None
     asset_name: str | None = None
     model: str
-    vram_gb_estimate: float = 0.0
+    vram_gb_estimate: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     task: dict[str, Any]
     model_source: dict[str, Any]
 

@@ -1,0 +1,348 @@
+"""Finished pictures that wait for delivery: on disk before their upload starts, until the studio has them.
+
+A picture is two files: its bytes, and a note. The note is written last and removed first, so a note always
+has its bytes; bytes without a note are left-overs of a crash and removed at the next start. What cannot be
+used is set aside for a person to look at. A picture that the disk does not take is kept in memory, so that
+a full disk loses it only together with the power.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from studio_worker.files import fsync_directory, make_private, write_atomic
+from studio_worker.jobs import Job, Picture
+
+log = logging.getLogger(__name__)
+
+_RESERVE_BYTES = 64 * 1024 * 1024
+"""With less room on the disk no job is begun: a large picture, its note and the job in hand must fit."""
+_MEMORY_BYTES = 256 * 1024 * 1024
+"""So much may wait in memory because the disk takes nothing."""
+_AGE_SAVED_EVERY_S = 600.0
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One finished picture on its way to the studio.
+
+    ``prompt`` travels with the upload, never to a log; ``timings_s`` are the stages so far, in seconds;
+    ``kept_since_s`` is on the outbox's own clock, ``finished_at`` Unix time. Without ``data_path`` the
+    picture is in memory alone.
+    """
+
+    job_id: str
+    model: str
+    ext: str
+    prompt: str
+    meta: Mapping[str, Any]
+    data_path: Path | None
+    finished_at: float
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+    kept_since_s: float = 0.0
+    in_memory: bytes = field(default=b"", repr=False)
+
+    def read(self) -> bytes:
+        """The picture. Raises OSError where it cannot be read."""
+        return self.in_memory if self.data_path is None else self.data_path.read_bytes()
+
+    def size_bytes(self) -> int:
+        """How long the picture is; 0 where it is gone."""
+        if self.data_path is None:
+            return len(self.in_memory)
+        with contextlib.suppress(OSError):
+            return self.data_path.stat().st_size
+        return 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What waits in an outbox; ``oldest_at`` in Unix seconds, ``None`` where nothing waits."""
+
+    count: int
+    size_bytes: int
+    oldest_at: float | None
+
+
+class Outbox:
+    """Finished pictures that wait, oldest first. Safe from any thread.
+
+    Args:
+        folder: made where it is missing, for the service's user alone (0700).
+        max_bytes: how much may wait; beyond it no job should be begun, and the oldest pictures go.
+        max_age_s: how long a picture is offered to the studio. Counted is the time that a service has looked
+            after the outbox, not the wall clock's: a clock that is set, or that a box without a battery
+            starts in 1970, and a box that is switched off, make no picture older.
+        reserve_bytes: how much room the disk must have for a job to be begun.
+        clock: seconds, monotonic.
+
+    Raises:
+        OSError: the folder cannot be made or read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_bytes: float = float("inf"),
+        max_age_s: float = float("inf"),
+        reserve_bytes: int = _RESERVE_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        make_private(folder)
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._max_age_s = max_age_s
+        self._reserve_bytes = reserve_bytes
+        self._changed = threading.Event()
+        self._guard = threading.Lock()
+        self._in_memory: dict[str, Delivery] = {}
+        self._gone: set[str] = set()
+        for data in folder.glob("*.data"):
+            if not data.with_suffix(".json").exists():
+                data.unlink()
+        self._age = _Age(
+            folder / "age", clock, at_least_s=max((d.kept_since_s for d in self.oldest()), default=0.0)
+        )
+
+    def add(self, job: Job, picture: Picture, timings_s: Mapping[str, float]) -> None:
+        """Keep ``picture`` until it is delivered; it is on disk for good when this returns.
+
+        Where the disk does not take it, that is logged, and the picture waits in memory. Whoever delivers
+        is told by :meth:`wake`.
+
+        Raises:
+            OSError: the disk does not take it, and too much waits in memory already.
+        """
+        delivery = Delivery(
+            job_id=job.job_id,
+            model=job.model,
+            ext=picture.ext,
+            prompt=job.task.prompt,
+            meta=dict(picture.meta),
+            data_path=None,
+            finished_at=time.time(),
+            timings_s=dict(timings_s),
+            kept_since_s=self._age.now_s(),
+            in_memory=picture.data,
+        )
+        try:
+            self._write(delivery)
+        except OSError as error:
+            log.error(
+                "picture cannot be written and waits in memory; make room on the disk",
+                extra={
+                    "op": "spool",
+                    "job_id": job.job_id,
+                    "path": str(self._folder),
+                    "error": error.strerror,
+                },
+            )
+            with self._guard:
+                held = sum(len(d.in_memory) for d in self._in_memory.values())
+                if held + len(picture.data) > _MEMORY_BYTES:
+                    raise
+                self._in_memory[job.job_id] = delivery
+        with self._guard:
+            self._gone.discard(job.job_id)
+
+    def _write(self, delivery: Delivery) -> None:
+        data, note = self._path(delivery.job_id, ".data"), self._path(delivery.job_id, ".json")
+        text = json.dumps({name: getattr(delivery, name) for name in _NOTED}).encode()
+        try:
+            write_atomic(data, delivery.in_memory)
+            write_atomic(note, text)
+        except OSError:
+            if not note.exists():
+                data.unlink(missing_ok=True)
+            raise
+
+    def oldest(self) -> list[Delivery]:
+        """What waits, oldest first."""
+        waiting = [delivery for path in self._folder.glob("*.json") if (delivery := self._read(path))]
+        with self._guard:
+            waiting = [d for d in waiting if d.job_id not in self._gone | self._in_memory.keys()]
+            waiting += self._in_memory.values()
+        return sorted(waiting, key=lambda delivery: (delivery.kept_since_s, delivery.finished_at))
+
+    def retry_writing(self) -> None:
+        """Write what waits in memory, where the disk has room again."""
+        with self._guard:
+            waiting = list(self._in_memory.values())
+        for delivery in waiting:
+            try:
+                self._write(delivery)
+            except OSError:
+                return  # said when it came; it stays in memory
+            with self._guard:
+                self._in_memory.pop(delivery.job_id, None)
+            log.info("picture is on disk now", extra={"op": "spool", "job_id": delivery.job_id})
+
+    def only_in_memory(self) -> list[str]:
+        """The jobs whose pictures would be lost with the process."""
+        with self._guard:
+            return list(self._in_memory)
+
+    def expire(self) -> list[tuple[Delivery, str]]:
+        """Remove what is older than the limit, then the oldest until the rest fits; each with its reason."""
+        self._age.save_now_and_then()
+        dropped = []
+        waiting = self.oldest()
+        total = sum(delivery.size_bytes() for delivery in waiting)
+        for delivery in waiting:
+            waited_s = self._age.now_s() - delivery.kept_since_s
+            if waited_s > self._max_age_s:
+                reason = f"it waited {waited_s / 86400:.1f} days ([state] outbox_max_days)"
+            elif total > self._max_bytes:
+                reason = "more pictures wait than [state] outbox_max_gb allows"
+            else:
+                continue
+            total -= delivery.size_bytes()
+            log.error(
+                "picture dropped undelivered",
+                extra={"op": "spool", "job_id": delivery.job_id, "model": delivery.model, "reason": reason},
+            )
+            self.remove(delivery)
+            dropped.append((delivery, reason))
+        return dropped
+
+    def fullness(self) -> str | None:
+        """Why no further picture has room, in a few words; ``None`` = it has."""
+        if self.only_in_memory():
+            return "a finished picture waits that the disk does not take"
+        usage = self.usage()
+        if usage.size_bytes >= self._max_bytes:
+            return f"{usage.count} finished pictures wait for delivery"
+        room = os.statvfs(self._folder)
+        if room.f_bavail * room.f_frsize < self._reserve_bytes:
+            return "the disk for finished pictures is full"
+        return None
+
+    def usage(self) -> Usage:
+        """How much waits, by looking at the files alone."""
+        sizes, times = [], []
+        for note in self._folder.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):  # delivered meanwhile
+                sizes.append(note.with_suffix(".data").stat().st_size)
+                times.append(note.stat().st_mtime)
+        with self._guard:
+            sizes += [len(delivery.in_memory) for delivery in self._in_memory.values()]
+            times += [delivery.finished_at for delivery in self._in_memory.values()]
+        return Usage(len(sizes), sum(sizes), min(times, default=None))
+
+    def holds(self, job_id: str) -> bool:
+        with self._guard:
+            if job_id in self._in_memory:
+                return True
+            if job_id in self._gone:
+                return False
+        return self._path(job_id, ".json").exists()
+
+    def remove(self, delivery: Delivery) -> None:
+        """The studio has it, or has refused it for good. A disk that lets nothing go is logged."""
+        with self._guard:
+            self._in_memory.pop(delivery.job_id, None)
+        try:
+            self._path(delivery.job_id, ".json").unlink(missing_ok=True)
+            fsync_directory(self._folder)
+            self._path(delivery.job_id, ".data").unlink(missing_ok=True)
+        except OSError as error:
+            with self._guard:
+                self._gone.add(delivery.job_id)
+            log.error(
+                "delivered picture cannot be removed; it is offered again after a restart",
+                extra={"op": "spool", "job_id": delivery.job_id, "error": error.strerror},
+            )
+
+    def wake(self) -> None:
+        """Let whoever waits in :meth:`wait` look again."""
+        self._changed.set()
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Until something has changed since the last call, or ``timeout_s`` has passed."""
+        self._changed.wait(timeout_s)
+        self._changed.clear()
+
+    def _read(self, note: Path) -> Delivery | None:
+        data = note.with_suffix(".data")
+        try:
+            delivery = _DELIVERY.validate_python({**json.loads(note.read_text()), "data_path": data})
+        except FileNotFoundError:
+            return None  # delivered meanwhile
+        except OSError as error:  # this time; it may be readable the next
+            log.error("picture cannot be read", extra=_facts(note, error=error.strerror))
+            return None
+        except (ValueError, TypeError) as error:
+            self._set_aside(note, type(error).__name__)
+            return None
+        if self._path(delivery.job_id, ".json") != note:
+            self._set_aside(note, "it names another job")
+            return None
+        if not data.exists():
+            if note.exists():
+                self._set_aside(note, "its bytes are gone")
+            return None
+        return replace(delivery, in_memory=b"")
+
+    def _set_aside(self, note: Path, problem: str) -> None:
+        aside = self._folder / "unreadable"
+        log.error(
+            "picture cannot be delivered and is set aside",
+            extra=_facts(note, error=problem, to=str(aside)),
+        )
+        # On a full or failing disk it stays, and is passed over.
+        with contextlib.suppress(OSError):
+            aside.mkdir(mode=0o700, exist_ok=True)
+            # The bytes first: without their note the next start would take them for a left-over.
+            for path in (note.with_suffix(".data"), note):
+                if path.exists():
+                    path.replace(aside / path.name)
+
+    def _path(self, job_id: str, suffix: str) -> Path:
+        # Job ids come from the studio: they are hashed so that none can name a path.
+        digest = hashlib.sha256(job_id.encode("utf-8", "surrogatepass"))
+        return self._folder / (digest.hexdigest()[:32] + suffix)
+
+
+class _Age:
+    """How long a service has looked after the outbox, over all its starts; a crash loses ten minutes."""
+
+    def __init__(self, path: Path, clock: Callable[[], float], *, at_least_s: float) -> None:
+        self._path = path
+        self._clock = clock
+        self._began = self._saved = clock()
+        try:
+            before_s = float(path.read_text())
+        except (OSError, ValueError):  # the first start, or a damaged file: the pictures tell enough
+            before_s = 0.0
+        self._before_s = max(before_s if 0.0 <= before_s < float("inf") else 0.0, at_least_s)
+
+    def now_s(self) -> float:
+        return self._before_s + self._clock() - self._began
+
+    def save_now_and_then(self) -> None:
+        if self._clock() - self._saved < _AGE_SAVED_EVERY_S:
+            return
+        self._saved = self._clock()
+        with contextlib.suppress(OSError):  # on a full disk the pictures live a little longer
+            write_atomic(self._path, f"{self.now_s():.0f}\n".encode())
+
+
+_NOTED = ("job_id", "model", "ext", "prompt", "meta", "finished_at", "timings_s", "kept_since_s")
+_DELIVERY = TypeAdapter(Delivery)
+
+
+def _facts(path: Path, **more: object) -> dict[str, object]:
+    return {"op": "spool", "path": str(path), **more}
