@@ -11,6 +11,7 @@ import typer
 
 from studio_worker import __version__, config, logs
 from studio_worker.cli_control import pause, resume, status
+from studio_worker.cli_generate import generate
 from studio_worker.cli_models import models_app
 from studio_worker.cli_options import ConfigDir, Json
 from studio_worker.errors import ConfigError, StudioWorkerError
@@ -24,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.add_typer(models_app, name="models")
-for command in (status, pause, resume):
+for command in (generate, status, pause, resume):
     app.command()(command)
 
 

@@ -137,7 +137,7 @@ def sample_source(studio: LocalStudio) -> ModelSource:
         approx_bytes=weights.stat().st_size,
         sha256=sample_model.SHA256,
     )
-    defaults = CliDefaults(cfg_scale=4.0, steps=20, width=64, height=64)
+    defaults = CliDefaults.model_validate(sample_model.DEFAULTS)
     return ModelSource(engine="sd-cpp", files=(file,), cli_defaults=defaults)
 
 

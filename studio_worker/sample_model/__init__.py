@@ -21,6 +21,9 @@ CONFIG_DIR: Final[Path] = _HERE / "config"
 SHA256: Final[str] = "7f8c06acddecfb27480c1da7d99afb1b8ddca4b4b9274af2dfe383f211c5c6be"
 """Of WEIGHTS; the training script writes it here."""
 
+DEFAULTS: Final = {"cfgScale": 4.0, "steps": 20, "width": 64, "height": 64}
+"""The ``cliDefaults`` that a source of it says."""
+
 OBJECTS: Final = (
     "potion",
     "sword",
