@@ -1,8 +1,9 @@
 """Log lines: JSON for journald, readable text for a terminal, and a bounded buffer for the studio.
 
 One JSON object a line on stderr: ``timestamp``, ``level``, ``logger``, ``message`` (constant text) and
-facts as fields. Every line is redacted on its way out: registered secrets are replaced wherever they
-appear, in messages, fields and tracebacks. Prompts are never given to a logger in the first place.
+facts as fields. In the journal they are fields of the entry too, so that ``journalctl JOB_ID=…`` works.
+Every line is redacted on its way out: registered secrets are replaced wherever they appear, in messages,
+fields and tracebacks. Prompts are never given to a logger in the first place.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import sys
 import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import IO, Any, Literal
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
+from studio_worker import journal
 from studio_worker.errors import ConfigError
+from studio_worker.journal import Journal, field_name
 
 LogFormat = Literal["auto", "json", "text"]
 
@@ -38,6 +42,16 @@ _VERBOSITY = ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY")
 
 _RESERVED = [*RESERVED_ATTRS, "color_message"]
 """Attributes of a record that are no facts; ``color_message`` is uvicorn's second copy of a message."""
+
+IDENTIFIER = "studio-worker"
+"""What ``journalctl -t`` finds."""
+
+_FIELD_CHARS = 256
+"""A longer fact is no field of a journal entry by itself."""
+
+_JOURNALS_OWN = ("MESSAGE_ID", "CODE_FILE", "CODE_LINE", "CODE_FUNC", "ERRNO", "INVOCATION_ID", "UNIT",
+                 "USER_UNIT", "SYSLOG_FACILITY", "SYSLOG_PID", "TID", "COREDUMP_UNIT")  # fmt: skip
+"""Names that mean something else in the journal (systemd.journal-fields(7))."""
 
 _secrets: tuple[str, ...] = ()
 
@@ -82,14 +96,13 @@ def facts(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class _Json(JsonFormatter):
-    def __init__(self, *, priority_prefix: bool) -> None:
+    def __init__(self) -> None:
         super().__init__(
             "%(message)s",
             reserved_attrs=_RESERVED,
             json_ensure_ascii=False,
             json_default=str,
         )
-        self._prefix = priority_prefix
 
     def add_fields(
         self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]
@@ -101,8 +114,7 @@ class _Json(JsonFormatter):
         super().add_fields(log_data, record, message_dict)
 
     def format(self, record: logging.LogRecord) -> str:
-        line = redact(super().format(record))
-        return f"<{_PRIORITIES.get(record.levelno, 6)}>{line}" if self._prefix else line
+        return redact(super().format(record))
 
 
 class _Text(logging.Formatter):
@@ -118,6 +130,56 @@ class _Text(logging.Formatter):
 def _plain(value: Any) -> str:
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
     return text if text.split() == [text] else json.dumps(text, ensure_ascii=False)
+
+
+class _JournalHandler(logging.StreamHandler[IO[str]]):
+    """Into the journal with every fact as a field; where that fails, through the stream that it reads too.
+
+    A line goes one way or the other, never both.
+    """
+
+    def __init__(self, stream: IO[str], socket_path: Path) -> None:
+        super().__init__(stream)
+        self._journal = Journal(socket_path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._journal.send(self._fields(record))
+        except OSError:
+            super().emit(record)
+        except Exception:
+            self.handleError(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """For the stream: each line with its priority."""
+        prefix = f"<{_priority(record)}>"
+        return prefix + self._line(record).replace("\n", f"\n{prefix}")
+
+    def close(self) -> None:
+        self._journal.close()
+        super().close()
+
+    def _line(self, record: logging.LogRecord) -> str:
+        return super().format(record)
+
+    def _fields(self, record: logging.LogRecord) -> dict[str, str]:
+        fields = {}
+        for name, value in facts(record).items():
+            # What is long, or a list, is in the message; nobody looks for a line by it.
+            if isinstance(value, str | int | float) and len(text := redact(str(value))) <= _FIELD_CHARS:
+                fields[field_name(name)] = text
+        for name in ("", *_JOURNALS_OWN):
+            fields.pop(name, None)
+        return fields | {
+            "MESSAGE": self._line(record),
+            "PRIORITY": str(_priority(record)),
+            "SYSLOG_IDENTIFIER": IDENTIFIER,
+            "LOGGER": record.name,
+        }
+
+
+def _priority(record: logging.LogRecord) -> int:
+    return _PRIORITIES.get(record.levelno, 6)
 
 
 class ShippingBuffer(logging.Handler):
@@ -169,21 +231,31 @@ def journald_listens(stream: IO[str]) -> bool:
     return wanted == f"{stat.st_dev}:{stat.st_ino}"
 
 
-def configure(level: str = "info", fmt: LogFormat = "auto", stream: IO[str] | None = None) -> None:
-    """Send every log line to ``stream`` (stderr). ``auto`` means text on a terminal and JSON elsewhere."""
+def configure(
+    level: str = "info",
+    fmt: LogFormat = "auto",
+    stream: IO[str] | None = None,
+    journal_socket: Path = journal.SOCKET,
+) -> None:
+    """Send every log line to ``stream`` (stderr). ``auto`` means text on a terminal and JSON elsewhere.
+
+    Where journald reads the stream, lines go to ``journal_socket`` instead, with fields of their own.
+    """
     number = logging.getLevelName(level.upper())
     if not isinstance(number, int):
         raise ConfigError(
             f"unknown level {level!r}", cure="use debug, info, warning or error", key="log.level"
         )
     stream = stream or sys.stderr
-    handler = logging.StreamHandler(stream)
-    if fmt == "text" or (fmt == "auto" and stream.isatty()):
-        handler.setFormatter(_Text())
-    else:
-        handler.setFormatter(_Json(priority_prefix=journald_listens(stream)))
+    listens = journald_listens(stream)
+    handler = _JournalHandler(stream, journal_socket) if listens else logging.StreamHandler(stream)
+    is_text = fmt == "text" or (fmt == "auto" and stream.isatty())
+    handler.setFormatter(_Text() if is_text else _Json())
     root = logging.getLogger()
+    before = [h for h in root.handlers if isinstance(h, _JournalHandler)]
     root.handlers = [h for h in root.handlers if isinstance(h, ShippingBuffer)] + [handler]
+    for old in before:
+        old.close()  # whoever is about to use it comes to the stream
     root.setLevel(number)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)

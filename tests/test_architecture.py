@@ -20,7 +20,7 @@ PACKAGE = ROOT / "studio_worker"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
-        "__init__ errors sample_model files",
+        "__init__ errors sample_model files journal",
         "networks",
         "logs notify models lock config_files spans policy pace formats",
         "jobs required staging request ledger leftovers copying snapshot starts control",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import io
 import json
 import logging
 import os
 import pty
+import socket
 import string
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import weakref
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote
 
 import pytest
@@ -29,9 +31,11 @@ ROOT = Path(__file__).parents[1]
 SECRET = "tok-0123456789abcdef"
 
 SPEAK = """
-import logging, sys
+import logging, os, sys
+from pathlib import Path
 from studio_worker import logs
-logs.configure("debug", sys.argv[1] if len(sys.argv) > 1 else "auto")
+form = sys.argv[1] if len(sys.argv) > 1 else "auto"
+logs.configure("debug", form, journal_socket=Path(os.environ["TEST_JOURNAL_SOCKET"]))
 log = logging.getLogger("studio_worker.demo")
 for level in ("debug", "info", "warning", "error", "critical"):
     getattr(log, level)("job finished", extra={"job_id": "j1", "duration_s": 1.25})
@@ -57,9 +61,14 @@ def lines(stream: io.StringIO) -> list[dict[str, Any]]:
 
 
 def speak(
-    *args: str, stderr: int, script: str = SPEAK, journal: str | None = None
+    *args: str,
+    stderr: int,
+    script: str = SPEAK,
+    journal: str | None = None,
+    journal_socket: Path = Path("/nonexistent"),
 ) -> subprocess.CompletedProcess[bytes]:
     env = {k: v for k, v in os.environ.items() if k != "JOURNAL_STREAM"}
+    env["TEST_JOURNAL_SOCKET"] = str(journal_socket)
     if journal is not None:
         env["JOURNAL_STREAM"] = journal
     return subprocess.run(
@@ -162,6 +171,116 @@ def test_journald_gets_priority_prefixes(tmp_path: Path) -> None:
     said = (tmp_path / "stderr").read_text().splitlines()
     assert [line[:4] for line in said] == ["<7>{", "<6>{", "<4>{", "<3>{", "<2>{"]
     assert all(json.loads(line[3:])["job_id"] == "j1" for line in said)
+
+
+@pytest.fixture
+def journald(tmp_path: Path) -> Iterator[socket.socket]:
+    """journald's end of its native socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "journal"))
+        listener.settimeout(10)
+        yield listener
+
+
+def entry(journald: socket.socket) -> dict[str, str]:
+    """The next entry, by the protocol: a datagram, or a sealed file in memory."""
+    data, files, _, _ = socket.recv_fds(journald, 1 << 20, 1)
+    if files:
+        assert not data
+        with os.fdopen(files[0], "rb") as file:
+            assert fcntl.fcntl(file, fcntl.F_GET_SEALS) == 15
+            file.seek(0)  # journald maps it
+            data = file.read()
+    fields = {}
+    while data:
+        line, _, data = data.partition(b"\n")
+        name, is_short, value = line.partition(b"=")
+        if not is_short:
+            length = int.from_bytes(data[:8], "little")
+            value, end, data = data[8 : 8 + length], data[8 + length : 9 + length], data[9 + length :]
+            assert end == b"\n"
+        assert name.decode() not in fields
+        fields[name.decode()] = value.decode()
+    return fields
+
+
+@pytest.fixture
+def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[IO[str]]:
+    """A stream that journald reads."""
+    with (tmp_path / "stderr").open("w+") as file:
+        stat = os.fstat(file.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{stat.st_dev}:{stat.st_ino}")
+        yield file
+
+
+def test_journal_entry_has_every_fact_as_a_field(tmp_path: Path, journald: socket.socket) -> None:
+    """journalctl JOB_ID=… finds the line; its message is the JSON line, priority and identifier are right."""
+    with (tmp_path / "stderr").open("w+b") as stderr:
+        stat = os.fstat(stderr.fileno())
+        where = f"{stat.st_dev}:{stat.st_ino}"
+        speak(stderr=stderr.fileno(), journal=where, journal_socket=tmp_path / "journal")
+        assert stderr.read() == b"", "the line came twice"
+    entries = [entry(journald) for _ in range(5)]
+    assert [found["PRIORITY"] for found in entries] == ["7", "6", "4", "3", "2"]
+    message = json.loads(entries[0].pop("MESSAGE"))
+    assert (message["message"], message["job_id"], message["duration_s"]) == ("job finished", "j1", 1.25)
+    assert entries[0] == {
+        "PRIORITY": "7",
+        "SYSLOG_IDENTIFIER": "studio-worker",
+        "LOGGER": "studio_worker.demo",
+        "JOB_ID": "j1",
+        "DURATION_S": "1.25",
+    }
+
+
+def test_journal_entry_of_any_size_arrives_whole(
+    tmp_path: Path, journald: socket.socket, stream: IO[str]
+) -> None:
+    """A line larger than a datagram, which the stream would break in pieces, is one entry all the same."""
+    logs.configure("info", "json", stream, tmp_path / "journal")
+    logging.getLogger("x").error("job crashed", extra={"job_id": "j1", "traceback": "x" * 5_000_000})
+    found = entry(journald)
+    assert len(json.loads(found["MESSAGE"])["traceback"]) == 5_000_000
+    assert found["JOB_ID"] == "j1"
+    assert "TRACEBACK" not in found
+
+
+def test_journal_entry_may_hold_lines(tmp_path: Path, journald: socket.socket, stream: IO[str]) -> None:
+    """A fact or a readable text of several lines cannot smuggle in a field."""
+    logs.configure("info", "text", stream, tmp_path / "journal")
+    try:
+        raise ValueError("wrong")
+    except ValueError:
+        logging.getLogger("x").exception("crashed", extra={"model": "a\nPRIORITY=7", "unit": "ssh.service"})
+    found = entry(journald)
+    assert found["PRIORITY"] == "3"
+    assert found["MODEL"] == "a\nPRIORITY=7"
+    assert found["MESSAGE"].endswith("ValueError: wrong")
+    assert "UNIT" not in found
+
+
+def test_journal_fields_hold_no_secret(tmp_path: Path, journald: socket.socket, stream: IO[str]) -> None:
+    """What is redacted in the message is redacted in the fields too."""
+    logs.add_secret(SECRET)
+    logs.configure("info", "json", stream, tmp_path / "journal")
+    logging.getLogger("x").info("asked", extra={"error": f"refused {SECRET}"})
+    found = entry(journald)
+    assert found["ERROR"] == "refused [redacted]"
+    assert not any(SECRET in value for value in found.values())
+
+
+def test_line_comes_by_the_stream_where_the_journal_takes_nothing(
+    tmp_path: Path, journald: socket.socket, stream: IO[str]
+) -> None:
+    """journald restarted or gone: no line is lost, none comes twice, and the fields come back with it."""
+    logs.configure("info", "text", stream, tmp_path / "journal")
+    log = logging.getLogger("x")
+    (tmp_path / "journal").rename(tmp_path / "away")
+    log.warning("first\nline")
+    (tmp_path / "away").rename(tmp_path / "journal")
+    log.warning("second")
+    assert entry(journald)["MESSAGE"].endswith("second")
+    assert [line[:3] for line in (tmp_path / "stderr").read_text().splitlines()] == ["<4>", "<4>"]
 
 
 @pytest.mark.parametrize("journal", [None, "", "1:1"])
