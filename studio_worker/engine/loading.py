@@ -7,6 +7,7 @@ Configurations and tokenizers come from folders that this package carries; the h
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _fill(
         tensor = tensors.pop(name)
         is_matrix = isinstance(module, diffusers.quantizers.gguf.utils.GGUFLinear) and attribute == "weight"
         if not (isinstance(tensor, GGUFParameter) and is_matrix):
-            tensor = dequantised(tensor, torch.float32 if keep(name) else dtype)
+            tensor = dequantised(tensor, torch.float32 if keep(name) else dtype).reshape(wanted[name].shape)
             tensor = torch.nn.Parameter(tensor.to(device), requires_grad=False)
         module._parameters[attribute] = tensor
     if isinstance(model, transformers.PreTrainedModel):
@@ -107,10 +108,15 @@ def _check_names_and_shapes(
     for name, parameter in wanted.items():
         found = tensors[name]
         shape = found.quant_shape if isinstance(found, GGUFParameter) else found.shape
-        if tuple(shape) != tuple(parameter.shape):
+        # stable-diffusion.cpp's GGUF files leave out outer dimensions of size 1.
+        if _squeezed(shape) != _squeezed(parameter.shape):
             raise refused(
                 f"{section}, tensor {name} of its {part.kind} is {list(shape)}, not {list(parameter.shape)}"
             )
+
+
+def _squeezed(shape: Sequence[int]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def _kept_in_single_precision(model: torch.nn.Module, dtype: torch.dtype) -> Any:

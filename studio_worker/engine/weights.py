@@ -37,7 +37,7 @@ def read_tensors(section: Section, device: torch.device) -> Tensors:
     try:
         if checkpoint.format == "gguf":
             return dict(_gguf(section, device))
-        # safe_open maps the file: on the CPU these tensors are the page cache's own pages.
+        # Mapped: on the CPU these tensors are pages of the file until they are copied.
         with safe_open(checkpoint.path, framework="pt", device=str(device)) as file:
             return {name: file.get_tensor(section.prefix + name) for name in section.shapes}
     except (SafetensorError, OSError, ValueError) as error:
@@ -47,10 +47,12 @@ def read_tensors(section: Section, device: torch.device) -> Tensors:
 
 
 def dequantised(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``tensor`` as plain numbers of ``dtype``."""
+    """``tensor`` as plain numbers of ``dtype``, in memory of its own."""
     if isinstance(tensor, GGUFParameter):
         tensor = dequantize_gguf_tensor(tensor)
-    return tensor.to(dtype)
+    # A mapped file's tensors begin where the file has them; BLAS sums in another order where they are not
+    # aligned, and the same seed would make another picture. Also, a file that is cut short cannot kill us.
+    return tensor.to(dtype, copy=tensor.device.type == "cpu")
 
 
 def quantisation(section: Section) -> str:

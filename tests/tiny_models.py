@@ -1,0 +1,171 @@
+"""Tiny random models in the file layouts in which the large ones are published, for the engine's tests.
+
+What a layout is: the names and shapes that the published files have. Each writer cites where they come from.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gguf
+import torch
+from safetensors.torch import save_file
+
+from studio_worker.engine.families.family import Tokenizer
+from studio_worker.models import FileRole, LocalFile
+
+State = Mapping[str, torch.Tensor]
+
+BLOCK = 32
+"""Numbers in a block of every quantisation that tests can write; rows of other lengths stay plain."""
+
+
+def ldm_layout() -> ModuleType:
+    """The inverse of diffusers' renaming, from the sample model's training script."""
+    path = Path(__file__).parents[1] / "packaging" / "sample-model" / "ldm_layout.py"
+    spec = importlib.util.spec_from_file_location("ldm_layout", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def randomised(module: torch.nn.Module, seed: int) -> Any:
+    """``module`` with weights drawn anew: norms near 1, the rest so that activations keep their size."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name and parameter.ndim == 1 and name.endswith("weight"):
+            parameter.data = 1 + 0.1 * noise
+        else:
+            parameter.data = noise * (0.8 / max(1, parameter[0].numel()) ** 0.5)
+    return module.eval().requires_grad_(False)
+
+
+def write_config(folder: Path, model: Any) -> Path:
+    """The ``config.json`` of ``model`` in a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    return folder
+
+
+def write_safetensors(
+    path: Path, state: State, role: FileRole, dtype: torch.dtype | None = None
+) -> LocalFile:
+    """``state`` as a safetensors file, optionally as another type."""
+    save_file(
+        {name: tensor.detach().to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()}, path
+    )
+    return LocalFile(role, path, str(path))
+
+
+def write_gguf(
+    path: Path,
+    state: State,
+    role: FileRole,
+    architecture: str,
+    quantisation: gguf.GGMLQuantizationType | None = None,
+    *,
+    drop_outer_ones: bool = False,
+) -> LocalFile:
+    """``state`` as a GGUF file; matrices quantised, as converters do.
+
+    Args:
+        drop_outer_ones: leave out outer dimensions of size 1, as stable-diffusion.cpp's converter does
+            (its ``ggml_n_dims``); city96's keeps them.
+    """
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, tensor in state.items():
+        numbers = tensor.detach().float().numpy()
+        while drop_outer_ones and numbers.ndim > 1 and numbers.shape[0] == 1:
+            numbers = numbers[0]
+        if quantisation is not None and numbers.ndim == 2 and numbers.shape[1] % BLOCK == 0:
+            writer.add_tensor(name, gguf.quants.quantize(numbers, quantisation), raw_dtype=quantisation)
+        else:
+            writer.add_tensor(name, numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return LocalFile(role, path, str(path))
+
+
+def original_vae(state: State, levels: int) -> dict[str, torch.Tensor]:
+    """A VAE's tensors under CompVis latent-diffusion's names, as ``ae.safetensors`` has them.
+
+    Source: diffusers' ``convert_ldm_vae_checkpoint``, whose inverse this is.
+    """
+    name_of = ldm_layout()._vae_name
+    renamed = {}
+    for name, tensor in state.items():
+        new = name_of(name, levels)
+        # The original's attention is made of 1x1 convolutions.
+        is_matrix = ".attn_1." in new and tensor.ndim == 2
+        renamed[new] = tensor[:, :, None, None] if is_matrix else tensor
+    return renamed
+
+
+_LLAMA_CPP = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def llama_cpp(state: State) -> dict[str, torch.Tensor]:
+    """A Qwen language model's tensors under llama.cpp's names.
+
+    Source: gguf 0.19's ``TensorNameMap`` for ``MODEL_ARCH.QWEN3``; a test holds this table to it.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        stem, _, kind = name.rpartition(".")
+        if stem.startswith("layers."):
+            _, block, rest = stem.split(".", 2)
+            renamed[f"blk.{block}.{_LLAMA_CPP[rest]}.{kind}"] = tensor
+        else:
+            renamed[f"{_LLAMA_CPP[stem]}.{kind}"] = tensor
+    return renamed
+
+
+def byte_tokenizer(folder: Path, special: Mapping[str, int]) -> Tokenizer:
+    """A Qwen2 tokenizer of single bytes, with the same chat template as the real one."""
+    from studio_worker.engine.families.qwen import QWEN_TOKENIZER
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = json.loads((QWEN_TOKENIZER.folder / "vocab.json").read_text(encoding="utf-8"))
+    (folder / "vocab.json").write_text(json.dumps({t: i for t, i in vocabulary.items() if i < 256}))
+    (folder / "merges.txt").write_text("")
+    config = json.loads((QWEN_TOKENIZER.folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {
+        str(index): {**config["added_tokens_decoder"]["151643"], "content": token}
+        for token, index in special.items()
+    }
+    config["additional_special_tokens"] = list(special)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer("Qwen2Tokenizer", folder, 256 + len(special))
+
+
+def prefixed(state: State, prefix: str) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def renamed(state: State, rename: Callable[[str], str]) -> dict[str, torch.Tensor]:
+    return {rename(name): tensor for name, tensor in state.items()}
