@@ -41,7 +41,6 @@ from tests.engine_lab import (
     refuse_network,
     request,
     scene,
-    write_header,
 )
 
 torch.set_num_threads(1)
@@ -366,16 +365,6 @@ class TestWhatIsRefused:
         with pytest.raises(JobError, match="initImageUrl") as caught:
             make(engine, init_image_url="https://studio/picture")
         assert caught.value.retryable
-
-    def test_model_in_parts(self, engine: DiffusionEngine, tmp_path: Path) -> None:
-        """A source that brings its model in parts is refused by the name of its family."""
-        path = write_header(
-            tmp_path / "z.safetensors",
-            {"layers.0.adaLN_modulation.0.weight": (8, 8), "cap_embedder.0.weight": (8,)},
-        )
-        with pytest.raises(JobError, match=r"is Z-Image, which this worker does not serve") as caught:
-            make(engine, files=(LocalFile("diffusion-model", path, "z"),))
-        assert not caught.value.retryable
 
     def test_unknown_device(self) -> None:
         """An engine for a device that cannot be used is never made, on the CPU least of all."""

@@ -178,10 +178,6 @@ FOREIGN = {
         "distilled_guidance_layer.in_proj.bias": (5120,),
         "double_blocks.0.img_attn.norm.key_norm.scale": (128,),
     },
-    "Z-Image": {
-        PREFIX + "layers.0.adaLN_modulation.0.weight": (15360, 256),
-        PREFIX + "cap_embedder.0.weight": (2560,),
-    },
     "Lumina Image 2": {"cap_embedder.0.weight": (2304,), "layers.0.adaLN_modulation.1.weight": (9216, 1024)},
     "Qwen-Image": {"transformer_blocks.0.img_mod.1.weight": (18432, 3072), "txt_norm.weight": (3584,)},
     "a VAE alone": {"decoder.conv_in.weight": (512, 4, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)},
@@ -204,9 +200,24 @@ def test_foreign_family_is_refused_by_name(
 def test_unknown_family_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
     """A checkpoint of no known family is refused, saying what was looked for among how many tensors."""
     path = write_header(tmp_path / "model.safetensors", {"encoder.weight": (3, 3)})
-    with pytest.raises(JobError, match=r"no input_blocks\.0\.0\.weight, .* 1 tensors") as caught:
+    with pytest.raises(
+        JobError, match=r"no known model family.* 1 tensors, among them encoder\.weight"
+    ) as caught:
         name_of(path)
     assert not caught.value.retryable
+
+
+def test_another_size_of_a_family_is_refused_with_the_shapes(tmp_path: Path) -> None:
+    """A denoiser with a served family's names and another size is refused with the shapes that tell it."""
+    tensors = {
+        "layers.0.adaLN_modulation.0.weight": (64, 16),
+        "cap_embedder.0.weight": (8,),
+        "x_embedder.weight": (16, 64),
+        "layers.29.attention.qkv.weight": (48, 16),
+    }
+    path = write_header(tmp_path / "small.safetensors", tensors)
+    with pytest.raises(JobError, match=r"is like z-image, but .*\[8\], not \[2560\]"):
+        name_of(path, "diffusion-model")
 
 
 def test_strange_shapes_are_refused_with_the_shapes(tmp_path: Path) -> None:
@@ -222,7 +233,7 @@ def test_gguf_is_read_and_named(tmp_path: Path) -> None:
     """A GGUF file of a family that is not served is refused by that family's name too."""
     path = tmp_path / "z.gguf"
     writer = gguf.GGUFWriter(path, "lumina2")
-    for name in ("layers.0.adaLN_modulation.0.weight", "cap_embedder.0.weight"):
+    for name in ("layers.0.adaLN_modulation.1.weight", "cap_embedder.0.weight"):
         writer.add_tensor(name, np.zeros((2, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -230,7 +241,7 @@ def test_gguf_is_read_and_named(tmp_path: Path) -> None:
     writer.close()
     checkpoint = read_checkpoint(path)
     assert checkpoint.shapes["cap_embedder.0.weight"] == (2, 32)
-    with pytest.raises(JobError, match="is Z-Image"):
+    with pytest.raises(JobError, match="is Lumina Image 2"):
         name_of(path)
 
 

@@ -84,10 +84,15 @@ def _unknown(sections: Sequence[Section], families: Sequence[Family]) -> JobErro
         return refused(
             f"the source names no file of role model or diffusion-model, only {', '.join(map(str, sections))}"
         )
-    looked = min((family.parts[family.denoiser].why_not(denoisers[0]) for family in families), key=len)
-    count = len(denoisers[0].checkpoint.shapes)
+    for section in denoisers:
+        for family in families:
+            part = family.parts[family.denoiser]
+            if part.has_names(section):
+                return refused(f"{section} is like {family.name}, but {part.why_not(section)}")
+    names = list(denoisers[0].checkpoint.shapes)
     return refused(
-        f"{denoisers[0]} is of no known model family ({looked}; {count} tensors); served: {served}"
+        f"{denoisers[0]} is of no known model family; it has {len(names)} tensors, among them "
+        f"{', '.join(names[:3])}; served: {served}"
     )
 
 

@@ -109,6 +109,10 @@ class Part:
         """Whether ``section`` has some of the telling names, whatever their shapes."""
         return any(name in section.shapes for layout in self.layouts for name in layout.tells)
 
+    def has_names(self, section: Section) -> bool:
+        """Whether ``section`` has all telling names of a layout, whatever their shapes."""
+        return any(layout.tells.keys() <= section.shapes.keys() for layout in self.layouts)
+
     def why_not(self, section: Section) -> str:
         """What tells that ``section`` is not this part, of the layout that it is nearest to."""
         return ", ".join(min((layout.misfits(section.shapes) for layout in self.layouts), key=len)[:3])

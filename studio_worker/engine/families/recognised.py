@@ -67,7 +67,7 @@ RECOGNISED: tuple[Recognised, ...] = (
     Recognised("FLUX.2", ("single_stream_modulation.lin.weight",)),
     Recognised("HunyuanVideo", ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",)),
     Recognised("FLUX.1", ("double_blocks.0.img_attn.norm.key_norm.scale",)),
-    Recognised("Lumina Image 2", ("cap_embedder.0.weight",)),
+    Recognised("Lumina Image 2", ("cap_embedder.0.weight", "layers.0.adaLN_modulation.1.weight")),
     Recognised("Qwen-Image", ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight")),
     Recognised("AuraFlow", ("double_layers.0.attn.w1q.weight", "cond_seq_linear.weight")),
     Recognised("HiDream", ("double_stream_blocks.0.block.adaLN_modulation.1.bias",)),
