@@ -16,14 +16,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from studio_worker.errors import DeviceError
-
-_NVIDIA_VENDOR = "0x10de"
-"""PCI vendor id of NVIDIA (pci.ids)."""
+from studio_worker.nodes import driver_problem, has_nvidia_gpu, library_version, wait_for_nodes
 
 PROBE_TIMEOUT_S = 180.0
 """Importing torch from a cold, slow disk takes a minute; a GPU that hangs takes for ever."""
@@ -63,35 +61,32 @@ def find_device(setting: str) -> Device:
     return _cuda_device(int(match[1] or 0))
 
 
+def wait_for_device(
+    setting: str, *, on_wait: Callable[[list[str]], None], wait: Callable[[float], bool]
+) -> bool:
+    """Wait, for a bounded time, until the driver has made the nodes that the device of ``setting`` needs.
+
+    Arguments and result as of :func:`wait_for_nodes`.
+    """
+    if setting == "cpu" or _library() is None:
+        return True
+    return wait_for_nodes(on_wait=on_wait, wait=wait)
+
+
 def _ram_gb() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
-def has_nvidia_gpu(root: Path = Path("/")) -> bool:
-    """Whether the driver or the PCI bus below ``root`` shows an NVIDIA display device (class 0x03….)."""
-    if (root / "dev/nvidia0").exists() or (root / "proc/driver/nvidia/version").exists():
-        return True
-    return any(_is_nvidia_display(device) for device in (root / "sys/bus/pci/devices").glob("*"))
-
-
-def _is_nvidia_display(device: Path) -> bool:
-    try:
-        vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
-    except OSError:  # it left the bus between the listing and the reading
-        return False
-    # A graphics card's sound function has the same vendor and comes as a device of its own.
-    return vendor == _NVIDIA_VENDOR and kind.startswith("0x03")
-
-
 def _cuda_device(index: int) -> Device:
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    if (cuda := _library()) is None:
         raise DeviceError(
             "the NVIDIA driver's library libcuda.so.1 is not installed; install the driver "
             "(on Debian: apt install nvidia-driver), then reboot"
-        ) from None
-    _check(cuda, cuda.cuInit(0), "start the NVIDIA driver")
+        )
+    status = cuda.cuInit(0)
+    if status != 0 and (problem := driver_problem(library=library_version())):
+        raise DeviceError(problem)  # says more than CUDA's own error
+    _check(cuda, status, "start the NVIDIA driver")
     count = ctypes.c_int()
     _check(cuda, cuda.cuDeviceGetCount(ctypes.byref(count)), "count the GPUs")
     if index >= count.value:
@@ -103,6 +98,13 @@ def _cuda_device(index: int) -> Device:
     total = ctypes.c_size_t()
     _check(cuda, cuda.cuDeviceTotalMem_v2(ctypes.byref(total), handle), f"size cuda:{index}")
     return Device(f"cuda:{index}", name.value.decode(errors="replace"), total.value / 1e9)
+
+
+def _library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
 
 
 _CURES = {

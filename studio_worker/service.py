@@ -23,7 +23,7 @@ from typing import Literal
 from studio_worker import __version__, config, logs
 from studio_worker.activity import Activity
 from studio_worker.control import ControlServer, runtime_dir
-from studio_worker.device import find_device, probe
+from studio_worker.device import find_device, probe, wait_for_device
 from studio_worker.engine import default_router
 from studio_worker.errors import DeviceError, StudioWorkerError
 from studio_worker.inputs import input_fetcher
@@ -73,7 +73,8 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
         logs.configure(loaded.settings.log.level, loaded.settings.log.format)
         config.check_folders(loaded.settings)
         with state_lock(loaded.settings.state.dir), Starts(loaded.settings.state.dir) as starts:
-            Service(directory, loaded, starts).run()
+            if _wait_for_device(loaded.settings.worker.device):
+                Service(directory, loaded, starts).run()
     except StudioWorkerError as error:
         log.critical(
             "service ends with an error",
@@ -82,6 +83,19 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
         return error.exit_status
     log.info("service stopped", extra={"op": "service", "exit_status": 0})
     return 0
+
+
+def _wait_for_device(setting: str) -> bool:
+    """Whether to go on: ``False`` where the service was told to stop meanwhile."""
+    notifier = Notifier()
+
+    def tell(missing: list[str]) -> None:
+        notifier.status(f"waiting for {', '.join(missing)}")
+        notifier.extend_timeout()  # the wait is bounded; what comes after it has its own progress
+
+    return wait_for_device(
+        setting, on_wait=tell, wait=lambda limit_s: signal.sigtimedwait(_STOP_SIGNALS, limit_s) is not None
+    )
 
 
 class Service:

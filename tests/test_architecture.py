@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "__init__ errors sample_model files journal",
         "networks",
         "logs notify models lock config_files spans policy pace formats",
-        "jobs required staging request ledger leftovers copying snapshot starts control",
+        "nodes jobs required staging request ledger leftovers copying snapshot starts control",
         "transport",
         "line",
         "ranges",
