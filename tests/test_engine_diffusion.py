@@ -351,7 +351,7 @@ class TestWhatIsRefused:
             ),
             ({"files": ()}, "no file of role model"),
             ({"files": (SAMPLE, SAMPLE)}, "2 files of role model"),
-            ({"files": (SAMPLE, SAMPLE._replace(role="lora"))}, "role lora"),
+            ({"files": (SAMPLE, SAMPLE._replace(role="lora"))}, "LoRA sample.safetensors"),
         ],
     )
     def test_request_is_refused(self, engine: DiffusionEngine, task: dict[str, Any], says: str) -> None:

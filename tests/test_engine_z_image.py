@@ -397,3 +397,43 @@ def test_published_files_are_known(tmp_path: Path) -> None:
     }
     files[0] = files[0]._replace(path=write_header(tmp_path / "prefixed.safetensors", prefixed))
     assert identify(files).family.name == "z-image"
+
+
+@pytest.mark.parametrize("layout", ["transformer.", "diffusion_model."])
+def test_lora_works_on_quantised_weights(tiny: Tiny, files: tuple[LocalFile, ...], layout: str) -> None:
+    """A LoRA, as diffusers or as ComfyUI's trainers save it, has on a GGUF transformer the effect it has on
+    plain weights; the next job without it is as if there had been none.
+    """
+    generator = torch.Generator().manual_seed(5)
+    lora, merged = {}, dict(tiny.stock.transformer.state_dict())
+    for name in [name for name in merged if name.endswith(("to_q.weight", "w1.weight"))]:
+        down = torch.randn(4, merged[name].shape[1], generator=generator) * 0.2
+        up = torch.randn(merged[name].shape[0], 4, generator=generator) * 0.2
+        stem = layout + name.removesuffix(".weight")
+        lora |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+        merged[name] = merged[name] + up @ down
+    style = tiny_models.write_safetensors(tiny.folder / f"lora-{layout}safetensors", lora, "lora")
+    quantised, reference = (
+        tiny_models.write_gguf(
+            tiny.folder / f"lora-{layout}{kind}.gguf",
+            original_transformer(state),
+            "diffusion-model",
+            "lumina2",
+            quantisation,
+        )
+        for kind, state, quantisation in (
+            ("base", tiny.stock.transformer.state_dict(), Q8),
+            ("merged", merged, None),
+        )
+    )
+    engine = DiffusionEngine("cpu", families=(tiny.family,))
+
+    def picture(*given: LocalFile) -> np.ndarray:
+        asked = request(files=given, defaults=SIZE)
+        return np.asarray(decoded(engine.generate(asked, lambda done, total: None, Cancel()).data), int)
+
+    plain = picture(quantised, *files[1:])
+    styled = picture(quantised, *files[1:], style)
+    assert np.abs(styled - picture(reference, *files[1:])).mean() < 1
+    assert np.abs(styled - plain).mean() > 3
+    assert (picture(quantised, *files[1:]) == plain).all()

@@ -23,12 +23,12 @@ from studio_worker.engine.families.family import Blueprint, Family
 from studio_worker.engine.faults import translated, usable_device
 from studio_worker.engine.images import decode_mask, decode_picture
 from studio_worker.engine.loading import load_part, weights_dtype
+from studio_worker.engine.loras import Adapters, asked_loras
 from studio_worker.engine.parameters import Parameters, printable, resolve
 from studio_worker.engine.rendering import LoadedModel, Rendered, Starting
 from studio_worker.engine.residency import Key, Residency, default_budget_bytes
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, ImageTask, Picture
-from studio_worker.models import LocalFile
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class DiffusionEngine:
         _silence_libraries()
         self._device = usable_device(device)
         self._families = families
+        self._adapters = Adapters()
         self._residency = Residency(
             self._device, default_budget_bytes(self._device) if budget_bytes is None else budget_bytes
         )
@@ -65,15 +66,20 @@ class DiffusionEngine:
         cancel.check()
         check_ext(request.task.ext)
         _check_inputs(request.task, request.inputs)
-        blueprint = _identify(request.files, self._families)
+        prompt, loras = asked_loras(request.task.prompt, request.files)
+        task = request.task.model_copy(update={"prompt": prompt})
+        blueprint = identify([file for file in request.files if file.role != "lora"], self._families)
         family = blueprint.family
         from_image = request.inputs.init_image is not None
-        parameters = resolve(request.task, request.defaults, family.defaults, from_image=from_image)
+        parameters = resolve(task, request.defaults, family.defaults, from_image=from_image)
         family.check(parameters)
         starting = _starting(request.inputs, parameters)
 
         dtype = weights_dtype(family, self._device)
         model, load_s = self._model(blueprint, dtype)
+        started = time.perf_counter()
+        self._adapters.set(model.lora_pipeline(), loras)
+        load_s += time.perf_counter() - started
         cancel.check()
         started = time.perf_counter()
         rendered = _render(model, parameters, starting, progress, cancel)
@@ -93,6 +99,7 @@ class DiffusionEngine:
             timings_s=timings_s,
             device=str(self._device),
             dtype=str(dtype).removeprefix("torch."),
+            **({"loras": {lora.name: lora.weight for lora in loras}} if loras else {}),
             **rendered.facts,
         )
         return Picture(data, parameters.ext, meta, timings_s)
@@ -161,12 +168,6 @@ def _check_inputs(task: ImageTask, inputs: Inputs) -> None:
             raise JobError(f"{name} and the fetched inputs do not agree", retryable=True)
     if inputs.mask is not None and inputs.init_image is None:
         raise JobError("maskUrl without initImageUrl: there is no picture to change", retryable=False)
-
-
-def _identify(files: Sequence[LocalFile], families: Sequence[Family]) -> Blueprint:
-    if any(file.role == "lora" for file in files):
-        raise JobError("files of role lora are not served", retryable=False)
-    return identify(files, families)
 
 
 def _starting(inputs: Inputs, parameters: Parameters) -> Starting:

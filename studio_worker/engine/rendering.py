@@ -101,6 +101,13 @@ class LoadedModel:
             facts["promptTruncated"] = True
         return Rendered(self._decode(pipeline, latents, parameters), facts)
 
+    def lora_pipeline(self) -> Any:
+        """A pipeline that LoRAs can be brought in through; the components are the same in all of them."""
+        kinds = self._family.pipelines
+        return self._pipeline(
+            next(name for name in (kinds.text, kinds.edit, kinds.image) if name is not None)
+        )
+
     def pipeline(self, starting: Starting) -> Any:
         """The diffusers pipeline for a job, over this model's components.
 
@@ -111,6 +118,9 @@ class LoadedModel:
         name = getattr(self._family.pipelines, kind)
         if name is None:
             raise JobError(f"the family {self._family.name} has no pipeline for {kind}", retryable=False)
+        return self._pipeline(name)
+
+    def _pipeline(self, name: str) -> Any:
         cls = getattr(diffusers, name)
         known = inspect.signature(cls.__init__).parameters
         given = {**self._components, **self._family.fixed}

@@ -1,0 +1,151 @@
+"""LoRA files: which ones a job wants at what weight, and bringing them into a model and out again.
+
+They are kept beside the model's own weights as adapters (peft), never merged into them: a job without LoRAs
+computes with the very weights of the file, quantised models can have them too, and going from one LoRA to
+another reads a few MB. diffusers knows the published layouts (its own, kohya's, and others) of every family
+that it has LoRAs for.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import diffusers
+import transformers
+from diffusers.loaders.lora_base import _remove_text_encoder_monkey_patch
+from safetensors.torch import load_file
+
+from studio_worker.engine.checkpoint import read_checkpoint
+from studio_worker.errors import JobError
+from studio_worker.models import LocalFile
+
+_TAG = re.compile(r"\s*<lora:([^:<>]+)(?::([^<>]*))?>")
+"""stable-diffusion.cpp's and AUTOMATIC1111's way to name a LoRA and its weight in a prompt."""
+
+MAX_WEIGHT = 10.0
+"""Pictures fall apart long before."""
+
+
+class Lora(NamedTuple):
+    """A LoRA and how strongly it works; 1 is what it was trained for, less than 0 its opposite."""
+
+    file: LocalFile
+    weight: float
+
+    @property
+    def name(self) -> str:
+        """What a prompt calls it: the file's name without its ending."""
+        return self.file.path.stem
+
+
+def asked_loras(prompt: str, files: Sequence[LocalFile]) -> tuple[str, tuple[Lora, ...]]:
+    """The prompt without ``<lora:NAME:WEIGHT>``, and every LoRA of ``files`` at the weight it gives, else 1.
+
+    Raises:
+        JobError: the prompt names a LoRA that the source does not bring, or an impossible weight; not
+            retryable.
+    """
+    loras = {file.path.stem: Lora(file, 1.0) for file in files if file.role == "lora"}
+    for name, written in _TAG.findall(prompt):
+        if name not in loras:
+            brought = ", ".join(loras) or "none"
+            raise _refused(f"the prompt names LoRA {name!r}; the model source brings {brought}")
+        loras[name] = Lora(loras[name].file, _weight(name, written))
+    return _TAG.sub("", prompt).strip() if loras else prompt, tuple(
+        each for each in loras.values() if each.weight
+    )
+
+
+def _weight(name: str, written: str) -> float:
+    try:
+        weight = float(written or 1)
+    except ValueError:
+        weight = float("nan")
+    if not -MAX_WEIGHT <= weight <= MAX_WEIGHT:
+        raise _refused(f"LoRA {name!r} has weight {written!r}; it is a number from -10 to 10")
+    return weight
+
+
+class Adapters:
+    """The LoRAs that are in the loaded components now. They stay until a job wants others."""
+
+    def __init__(self) -> None:
+        self._loras: tuple[Lora, ...] = ()
+        self._adapted: list[weakref.ref[Any]] = []
+
+    def set(self, pipeline: Any, loras: tuple[Lora, ...]) -> None:
+        """Bring exactly ``loras`` into the components of ``pipeline``.
+
+        Raises:
+            JobError: a file is damaged (retryable), or is no LoRA for this family.
+        """
+        components = _components(pipeline)
+        if loras == self._loras and _same(self._adapted, components):
+            return
+        self.clear()
+        if not loras:
+            return
+        self._adapted = [weakref.ref(component) for component in components]
+        try:
+            for index, lora in enumerate(loras):
+                _load(pipeline, lora, f"lora{index}")
+            names = [f"lora{index}" for index in range(len(loras))]
+            pipeline.set_adapters(names, [lora.weight for lora in loras])
+        except BaseException:
+            self.clear()
+            raise
+        self._loras = loras
+
+    def clear(self) -> None:
+        """Take every LoRA out; components are as they were loaded."""
+        for reference in self._adapted:
+            component = reference()
+            if isinstance(component, diffusers.ModelMixin):
+                component.unload_lora()
+            elif isinstance(component, transformers.PreTrainedModel):
+                _remove_text_encoder_monkey_patch(component)
+        self._adapted, self._loras = [], ()
+
+
+def _components(pipeline: Any) -> list[Any]:
+    names = getattr(pipeline, "_lora_loadable_modules", [])
+    return [part for name in names if (part := getattr(pipeline, name, None)) is not None]
+
+
+def _same(adapted: Sequence[weakref.ref[Any]], components: Sequence[Any]) -> bool:
+    held = [reference() for reference in adapted]
+    return len(held) == len(components) and all(a is b for a, b in zip(held, components, strict=True))
+
+
+def _load(pipeline: Any, lora: Lora, adapter: str) -> None:
+    path = lora.file.path
+    if read_checkpoint(path).format != "safetensors":
+        raise _refused(f"LoRA {path.name} is a GGUF file; register it as safetensors")
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise _refused(f"LoRA {path.name}: this model family has no LoRAs")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
+            pipeline.load_lora_weights(load_file(path), adapter_name=adapter)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # what renaming meets
+        raise _unfit(path.name, error) from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise _unfit(path.name, error) from error
+    if not any(adapter in names for names in pipeline.get_list_adapters().values()):
+        raise _refused(f"LoRA {path.name} has no tensor for any component of this model family")
+
+
+def _unfit(name: str, error: Exception) -> JobError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = next((line for line in lines if "size mismatch" in line), lines[0])
+    return _refused(f"LoRA {name} does not fit this model: {told[:200]}")
+
+
+def _refused(problem: str) -> JobError:
+    return JobError(problem, retryable=False)
