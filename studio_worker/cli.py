@@ -73,7 +73,7 @@ def register(
 ) -> None:
     """Show who this worker is to the studio, or forget it."""
     from studio_worker.lock import state_lock
-    from studio_worker.studio.registration import IdentityFile
+    from studio_worker.studio.identity import IdentityFile
 
     settings = config.load(directory).settings
     config.check_folders(settings)

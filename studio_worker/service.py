@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import logging
+import os
 import queue
 import signal
 import socket
@@ -46,8 +47,9 @@ from studio_worker.starts import Starts
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.delivery import Courier
 from studio_worker.studio.desk import Desk
+from studio_worker.studio.identity import Credentials, IdentityFile, given_credentials
 from studio_worker.studio.offers import Situation
-from studio_worker.studio.registration import Credentials, IdentityFile, Registration
+from studio_worker.studio.registration import Registration
 from studio_worker.studio.session import StudioSession
 from studio_worker.studio.wire import Capabilities
 from studio_worker.worker import Worker
@@ -81,6 +83,17 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
             extra={"op": "service", "error": str(error), "exit_status": error.exit_status},
         )
         return error.exit_status
+    except OSError as error:
+        # The state folder's disk, most likely. Not the job's: those never come this far.
+        log.critical(
+            "service ends with an error",
+            extra={
+                "op": "service",
+                "error": f"{error.filename}: {error.strerror}",
+                "exit_status": os.EX_IOERR,
+            },
+        )
+        return os.EX_IOERR
     log.info("service stopped", extra={"op": "service", "exit_status": 0})
     return 0
 
@@ -165,9 +178,13 @@ class Service:
             on_settled=self._session.settled,
             reports=self._activity,
         )
+        self._given = given_credentials()
+        identity = IdentityFile(settings.state.dir / "identity.json")
+        if self._given is None:
+            identity.load()  # a damaged one is said now, not after hours of downloads
         self._registration = Registration(
             api,
-            IdentityFile(settings.state.dir / "identity.json"),
+            identity,
             self._capabilities,
             on_waiting=self._note_waiting,
             stop=self._stop,
@@ -313,7 +330,7 @@ class Service:
 
     def _talk_to_studio(self) -> None:
         try:
-            credentials = self._registration.run()
+            credentials = self._given or self._registration.run()
             if credentials is not None:
                 self._activity.registration("approved", worker_id=credentials.worker_id)
                 self._courier_thread = _thread("courier", lambda: self._deliver(credentials))

@@ -46,7 +46,7 @@ class ScriptedHttp:
                 outer.heard.append(Heard(self.command, self.path, headers, body))
                 status, extra, answer = outer._answers.get(timeout=LIMIT_S)
                 content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-                self.send_response(status)
+                self.send_response_only(status)
                 for name, value in extra.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))

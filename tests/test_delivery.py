@@ -18,7 +18,7 @@ from studio_worker.models import ModelSource
 from studio_worker.outbox import Outbox
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.delivery import Courier, Patience
-from studio_worker.studio.registration import Credentials
+from studio_worker.studio.identity import Credentials
 from tests.scripted import LIMIT_S, ScriptedHttp
 
 OK = (200, {}, {})

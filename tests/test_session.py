@@ -17,8 +17,8 @@ from studio_worker.logs import ShippingBuffer
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.connection import Timings
 from studio_worker.studio.desk import Desk
+from studio_worker.studio.identity import Credentials
 from studio_worker.studio.offers import Judgement
-from studio_worker.studio.registration import Credentials
 from studio_worker.studio.session import StudioSession
 from tests.scripted import LIMIT_S, ScriptedStudio
 from tests.test_offers import CLAIM, IDLE

@@ -19,8 +19,8 @@ from typing import Protocol
 from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable
 from studio_worker.outbox import Delivery, Outbox
 from studio_worker.studio.api import StudioApi
+from studio_worker.studio.identity import Credentials
 from studio_worker.studio.protocol import Backoff
-from studio_worker.studio.registration import Credentials
 
 log = logging.getLogger(__name__)
 

@@ -158,18 +158,18 @@ def error_for_code(close_code: int, detail: str) -> ProtocolError:
     match close_code:
         case 4001:
             return RefusedByStudio(
-                f"the studio does not accept this worker's token ({detail}); remove and approve the worker "
-                "anew: studio-worker register --reset"
+                f"the studio does not accept this worker's token ({detail}); approve the worker anew: "
+                "studio-worker register --reset (or renew its systemd credentials), then start the service"
             )
         case 4003:
             return DuplicateWorker(
                 f"another process is connected as this worker ({detail}); stop it, or give this machine an "
-                "identity of its own: studio-worker register --reset"
+                "identity of its own: studio-worker register --reset, then start the service"
             )
         case 4004:
             return RefusedByStudio(
                 f"this worker was deleted at the studio ({detail}); "
-                "to come back: studio-worker register --reset"
+                "to come back: studio-worker register --reset, then start the service"
             )
     return ProtocolError(f"the studio ended the session ({detail})")
 

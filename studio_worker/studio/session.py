@@ -27,9 +27,9 @@ from studio_worker.studio.connection import Timings, carry, now_s, opened
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.endings import explain
 from studio_worker.studio.exchange import Exchange
+from studio_worker.studio.identity import Credentials
 from studio_worker.studio.offers import Judgement, Situation
 from studio_worker.studio.protocol import Backoff, SessionProtocol
-from studio_worker.studio.registration import Credentials
 from studio_worker.studio.shipping import Shipping
 from studio_worker.studio.wire import Body, Capabilities
 
