@@ -151,25 +151,12 @@ def test_clip_tokenizer_knows_its_words() -> None:
 
 PREFIX = "model.diffusion_model."
 FOREIGN = {
-    "Stable Diffusion 2.x": {
-        PREFIX + "input_blocks.0.0.weight": (320, 4, 3, 3),
-        PREFIX + "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
-        "cond_stage_model.model.token_embedding.weight": (49408, 1024),
-    },
-    "Stable Diffusion XL": {
-        PREFIX + "input_blocks.0.0.weight": (320, 4, 3, 3),
-        PREFIX + "label_emb.0.0.weight": (1280, 2816),
-        PREFIX + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
-        "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
-        "conditioner.embedders.1.model.text_projection": (1280, 1280),
-    },
     "Stable Diffusion XL refiner": {
         PREFIX + "input_blocks.0.0.weight": (384, 4, 3, 3),
         PREFIX + "label_emb.0.0.weight": (1536, 2560),
         PREFIX + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (768, 1280),
         "conditioner.embedders.0.model.text_projection": (1280, 1280),
     },
-    "Stable Diffusion 1.x for inpainting": SD1_KEYS | {PREFIX + "input_blocks.0.0.weight": (320, 9, 3, 3)},
     "InstructPix2Pix": SD1_KEYS | {PREFIX + "input_blocks.0.0.weight": (320, 8, 3, 3)},
     "Stable Diffusion 3": {PREFIX + "joint_blocks.0.context_block.adaLN_modulation.1.bias": (9216,)},
     "FLUX.1": {"double_blocks.0.img_attn.norm.key_norm.scale": (128,), "img_in.weight": (3072, 64)},

@@ -112,6 +112,67 @@ def original_vae(state: State, levels: int) -> dict[str, torch.Tensor]:
     return renamed
 
 
+def original_unet(state: State, per_block: int) -> dict[str, torch.Tensor]:
+    """A UNet's tensors under CompVis latent-diffusion's names, those of Stability's SDXL included.
+
+    Source: diffusers' ``convert_ldm_unet_checkpoint``, whose inverse this is.
+
+    Args:
+        per_block: the configuration's ``layers_per_block``.
+    """
+    attends = {
+        block: any(name.startswith(f"up_blocks.{block}.attentions") for name in state) for block in range(9)
+    }
+    added = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+    name_of = ldm_layout()._unet_name
+    renamed = {}
+    for name, tensor in state.items():
+        stem, _, kind = name.rpartition(".")
+        new = f"{added[stem]}.{kind}" if stem in added else name_of(name, per_block, attends)
+        renamed[new] = tensor
+    return renamed
+
+
+_OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+_OPEN_CLIP_BLOCK = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def open_clip(state: State) -> dict[str, torch.Tensor]:
+    """A CLIP text encoder's tensors under open_clip's names, as SD 2.x and SDXL checkpoints have them.
+
+    Source: open_clip's ``CLIP`` (``torch.nn.MultiheadAttention`` with its fused ``in_proj``), and the logit
+    scale that those files carry besides.
+    """
+    state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    renamed = {"logit_scale": torch.tensor(1.0)}
+    for name, tensor in state.items():
+        if name == "text_projection.weight":
+            renamed["text_projection"] = tensor.T
+        elif name in _OPEN_CLIP:
+            renamed[_OPEN_CLIP[name]] = tensor
+        elif name.startswith("encoder.layers."):
+            _, _, block, rest = name.split(".", 3)
+            stem, _, kind = rest.rpartition(".")
+            place = f"transformer.resblocks.{block}"
+            if stem in _OPEN_CLIP_BLOCK:
+                renamed[f"{place}.{_OPEN_CLIP_BLOCK[stem]}.{kind}"] = tensor
+            elif stem == "self_attn.q_proj":
+                parts = [state[f"encoder.layers.{block}.self_attn.{each}_proj.{kind}"] for each in "qkv"]
+                renamed[f"{place}.attn.in_proj_{kind}"] = torch.cat(parts)
+    return renamed
+
+
 _LLAMA_CPP = {
     "embed_tokens": "token_embd",
     "norm": "output_norm",

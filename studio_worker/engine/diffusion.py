@@ -74,6 +74,7 @@ class DiffusionEngine:
         parameters = resolve(task, request.defaults, family.defaults, from_image=from_image)
         family.check(parameters)
         starting = _starting(request.inputs, parameters)
+        family.pipeline_class(starting.kind)
 
         dtype = weights_dtype(family, self._device)
         model, load_s = self._model(blueprint, dtype)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from studio_worker.engine import Progress
-from studio_worker.engine.families.family import Family
+from studio_worker.engine.families.family import Family, JobKind
 from studio_worker.engine.loading import load_scheduler, load_tokenizer
 from studio_worker.engine.parameters import Parameters
 from studio_worker.engine.samplers import make_scheduler
@@ -33,6 +33,15 @@ class Starting:
     picture: Image.Image | None = None
     mask: Image.Image | None = None
     reference: Image.Image | None = None
+
+    @property
+    def kind(self) -> JobKind:
+        """Which of a family's pipelines the job is for."""
+        if self.reference is not None:
+            return "edit"
+        if self.picture is None:
+            return "text"
+        return "image" if self.mask is None else "inpaint"
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class LoadedModel:
 
     def __init__(self, family: Family, parts: Mapping[str, torch.nn.Module | None]) -> None:
         self._family = family
-        self._shipped = load_scheduler(family)
+        self._shipped = family.schedule(load_scheduler(family), parts)
         tokenizers = {name: load_tokenizer(each) for name, each in family.tokenizers.items()}
         self._components = family.assemble({**parts, **tokenizers, "scheduler": self._shipped})
 
@@ -114,11 +123,7 @@ class LoadedModel:
         Raises:
             JobError: the family has none for it.
         """
-        kind = _kind(starting)
-        name = getattr(self._family.pipelines, kind)
-        if name is None:
-            raise JobError(f"the family {self._family.name} has no pipeline for {kind}", retryable=False)
-        return self._pipeline(name)
+        return self._pipeline(self._family.pipeline_class(starting.kind))
 
     def _pipeline(self, name: str) -> Any:
         cls = getattr(diffusers, name)
@@ -158,14 +163,6 @@ class LoadedModel:
         _check_finite(decoded)
         picture: Image.Image = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return picture
-
-
-def _kind(starting: Starting) -> str:
-    if starting.reference is not None:
-        return "edit"
-    if starting.picture is None:
-        return "text"
-    return "image" if starting.mask is None else "inpaint"
 
 
 def _check_finite(tensor: torch.Tensor) -> None:

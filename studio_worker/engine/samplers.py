@@ -132,6 +132,10 @@ def make_scheduler(
     """
     chosen = sampler(name, flow=flow)
     options = dict(chosen.options)
+    if steps == 1 and not flow:
+        options["timestep_spacing"] = (
+            "trailing"  # evenly spaced, a single step would be the last, not the first
+        )
     if chosen.scheduler in (LCMScheduler, TCDScheduler):
         # More steps than the grid has points would be refused; the grid grows with them.
         options["original_inference_steps"] = max(_DISTILLED_STEPS, steps)

@@ -46,10 +46,14 @@ def read_tensors(section: Section, device: torch.device) -> Tensors:
         ) from error
 
 
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as numbers, where it is blocks of them; for what must be transposed, say."""
+    return dequantize_gguf_tensor(tensor) if isinstance(tensor, GGUFParameter) else tensor
+
+
 def dequantised(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``tensor`` as plain numbers of ``dtype``, in memory of its own."""
-    if isinstance(tensor, GGUFParameter):
-        tensor = dequantize_gguf_tensor(tensor)
+    tensor = plain(tensor)
     # A mapped file's tensors begin where the file has them; BLAS sums in another order where they are not
     # aligned, and the same seed would make another picture. Also, a file that is cut short cannot kill us.
     return tensor.to(dtype, copy=tensor.device.type == "cpu")

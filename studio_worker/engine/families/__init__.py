@@ -11,13 +11,25 @@ from collections.abc import Sequence
 
 from studio_worker.engine.families.family import Blueprint, Family, Part, refused
 from studio_worker.engine.families.recognised import recognise
-from studio_worker.engine.families.stable_diffusion import SAMPLE, SD1
+from studio_worker.engine.families.sdxl import SDXL, SDXL_INPAINT, SDXL_V, SDXL_V_ZSNR
+from studio_worker.engine.families.stable_diffusion import SAMPLE, SD1, SD1_INPAINT, SD2, SD2_INPAINT
 from studio_worker.engine.families.z_image import Z_IMAGE
 from studio_worker.engine.sections import Section, read_sections
 from studio_worker.errors import JobError
 from studio_worker.models import LocalFile
 
-FAMILIES: tuple[Family, ...] = (SD1, SAMPLE, Z_IMAGE)
+FAMILIES: tuple[Family, ...] = (
+    SD1,
+    SD1_INPAINT,
+    SD2,
+    SD2_INPAINT,
+    SDXL_V_ZSNR,
+    SDXL_V,
+    SDXL,
+    SDXL_INPAINT,
+    SAMPLE,
+    Z_IMAGE,
+)
 """The first that fits wins."""
 
 

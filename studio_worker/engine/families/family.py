@@ -22,7 +22,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from studio_worker.engine.checkpoint import Shape
 from studio_worker.engine.parameters import EngineDefaults, Parameters
@@ -149,6 +149,16 @@ class Pipelines:
     edit: str | None = None
 
 
+JobKind = Literal["text", "image", "inpaint", "edit"]
+
+_GIVEN: Mapping[JobKind, str] = {
+    "text": "a prompt alone",
+    "image": "initImageUrl",
+    "inpaint": "initImageUrl with maskUrl",
+    "edit": "refImageUrl",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One architecture: how its models are told, what they are made of, and how they render.
@@ -183,6 +193,18 @@ class Family:
         """The name of the part by which the family is told."""
         return next(iter(self.parts))
 
+    def pipeline_class(self, kind: JobKind) -> str:
+        """The name of diffusers' class for a job of ``kind``.
+
+        Raises:
+            JobError: the family has none.
+        """
+        name: str | None = getattr(self.pipelines, kind)
+        if name is None:
+            served = ", ".join(what for each, what in _GIVEN.items() if getattr(self.pipelines, each))
+            raise refused(f"{self.name} works only with {served}, not with {_GIVEN[kind]}")
+        return name
+
     # --- what families override ---
 
     def fits(self, sections: Iterable[Section]) -> bool:
@@ -201,6 +223,10 @@ class Family:
     def assemble(self, components: dict[str, Any]) -> dict[str, Any]:
         """From parts, tokenizers and ``scheduler`` by name to what the pipelines' constructors take."""
         return components
+
+    def schedule(self, shipped: Any, parts: Mapping[str, Any]) -> Any:  # noqa: ARG002
+        """The scheduler for these loaded parts, from the one that the configuration ships."""
+        return shipped
 
     def encode(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
         """The prompts as arguments of the pipeline's call: embeddings, so that they can be kept."""

@@ -33,16 +33,18 @@ def unet(kind: str, config_dir: Path) -> Part:
         )
         return renamed
 
-    original = {
+    original: dict[str, tuple[int | None, ...]] = {
         "input_blocks.0.0.weight": ends["in"],
         f"input_blocks.{1 + level * (per_block + 1)}.1.{attention}": reads,
         "out.2.weight": ends["out"],
     }
-    diffusers = {
+    diffusers: dict[str, tuple[int | None, ...]] = {
         "conv_in.weight": ends["in"],
         f"down_blocks.{level}.attentions.0.{attention}": reads,
         "conv_out.weight": ends["out"],
     }
+    if sizes := config.get("projection_class_embeddings_input_dim"):  # pooled embedding and picture's size
+        original["label_emb.0.0.weight"] = diffusers["add_embedding.linear_1.weight"] = (4 * first, sizes)
     return Part(
         kind=kind,
         role="diffusion-model",
@@ -140,10 +142,12 @@ def clip(kind: str, config_dir: Path, *, projected: bool = False) -> Part:
 
 def _from_open_clip(tensors: Tensors, width: int) -> Tensors:
     """open_clip's names as transformers' (``text_model.`` before all but the projection)."""
+    from studio_worker.engine.weights import plain
+
     renamed: Tensors = {}
     for name, tensor in tensors.items():
         if name == "text_projection":  # open_clip multiplies from the right
-            renamed["text_projection.weight"] = tensor.T.contiguous()
+            renamed["text_projection.weight"] = plain(tensor).T.contiguous()
         elif name in _OPEN_CLIP_ENDS:
             renamed[_OPEN_CLIP_ENDS[name]] = tensor
         elif name.startswith("transformer.resblocks."):

@@ -54,13 +54,8 @@ RECOGNISED: tuple[Recognised, ...] = (
     # diffusers 0.42 tells original-layout checkpoints (diffusers/loaders/single_file_utils.py,
     # CHECKPOINT_KEY_NAMES); the rest are the published state dicts' own.
     Recognised("Stable Diffusion XL refiner", ("conditioner.embedders.0.model.text_projection",)),
-    Recognised("Stable Diffusion XL", ("conditioner.embedders.1.model.text_projection",)),
-    Recognised("Stable Diffusion XL", ("input_blocks.0.0.weight", "label_emb.0.0.weight"), _context(2048)),
     Recognised("Stable Diffusion XL refiner", ("input_blocks.0.0.weight",), _context(1280)),
-    Recognised("Stable Diffusion 2.x", ("cond_stage_model.model.token_embedding.weight",)),
-    Recognised("Stable Diffusion 2.x", ("input_blocks.0.0.weight",), _context(1024)),
     Recognised("a ControlNet, not a checkpoint", ("control_model.time_embed.0.weight",)),
-    Recognised("Stable Diffusion 1.x for inpainting", ("input_blocks.0.0.weight",), _channels(9)),
     Recognised("InstructPix2Pix", ("input_blocks.0.0.weight",), _channels(8)),
     Recognised("Stable Diffusion 3", ("joint_blocks.0.context_block.adaLN_modulation.1.bias",)),
     Recognised("Chroma", ("distilled_guidance_layer.in_proj.bias",)),

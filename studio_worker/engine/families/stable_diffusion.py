@@ -1,7 +1,12 @@
-"""Stable Diffusion 1.x, and the sample model, which is a small one of its kind."""
+"""Stable Diffusion 1.x and 2.x, their inpainting models, and the sample model, which is a small one.
+
+Whether a 2.x model predicts noise or v (velocity) is in no name and no shape. It is told as ComfyUI tells it
+(``comfy/supported_models.py``, SD20): one bias of the last attention spreads more in models trained for v.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,9 @@ _PIPELINES = Pipelines(
     inpaint="StableDiffusionInpaintPipeline",
 )
 
+_VELOCITY_SPREAD = 0.09
+"""ComfyUI's threshold for the standard deviation of that bias."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StableDiffusion(Family):
@@ -33,18 +41,51 @@ class StableDiffusion(Family):
         return clip_prompts.is_truncated(pipeline.tokenizer, text)
 
 
-def stable_diffusion(name: str, config_dir: Path) -> StableDiffusion:
-    """The family of Stable Diffusion models of the sizes that the configuration says."""
-    return StableDiffusion(
+@dataclass(frozen=True, kw_only=True)
+class StableDiffusion2(StableDiffusion):
+    """The same of other sizes, predicting noise or v."""
+
+    def schedule(self, shipped: Any, parts: Mapping[str, Any]) -> Any:
+        biases = [
+            parameter
+            for name, parameter in parts["unet"].named_parameters()
+            if name.startswith("up_blocks.") and name.endswith(".transformer_blocks.0.norm1.bias")
+        ]
+        if float(biases[-1].float().std(unbiased=False)) <= _VELOCITY_SPREAD:
+            return shipped
+        return type(shipped).from_config(shipped.config, prediction_type="v_prediction")
+
+
+def stable_diffusion(
+    name: str,
+    config_dir: Path,
+    cls: type[StableDiffusion] = StableDiffusion,
+    *,
+    unet_dir: Path | None = None,
+    pipelines: Pipelines = _PIPELINES,
+    base: Path | None = None,
+    **tokenizer: Any,
+) -> StableDiffusion:
+    """The family of Stable Diffusion models of the sizes that the configuration says.
+
+    Args:
+        config_dir: the folder of ``text_encoder``, and of all else that no other folder is given for.
+        unet_dir: where the UNet's configuration is.
+        base: the folder of ``vae``, ``tokenizer`` and ``scheduler``.
+        tokenizer: options of the tokenizer.
+    """
+    base = base or config_dir
+    text_encoder = config_dir / "text_encoder"
+    return cls(
         name=name,
         parts={
-            "unet": unet(f"{name} UNet", config_dir / "unet"),
-            "text_encoder": clip(f"{name} text encoder (CLIP)", config_dir / "text_encoder"),
-            "vae": kl_vae(f"{name} VAE", config_dir / "vae"),
+            "unet": unet(f"{name} UNet", unet_dir or config_dir / "unet"),
+            "text_encoder": clip(f"{name} text encoder (CLIP)", text_encoder),
+            "vae": kl_vae(f"{name} VAE", base / "vae"),
         },
-        tokenizers={"tokenizer": clip_tokenizer(config_dir / "tokenizer", config_dir / "text_encoder")},
-        scheduler=config_dir / "scheduler",
-        pipelines=_PIPELINES,
+        tokenizers={"tokenizer": clip_tokenizer(base / "tokenizer", text_encoder, **tokenizer)},
+        scheduler=base / "scheduler",
+        pipelines=pipelines,
         fixed={
             "safety_checker": None,
             "feature_extractor": None,
@@ -53,5 +94,21 @@ def stable_diffusion(name: str, config_dir: Path) -> StableDiffusion:
     )
 
 
+INPAINTING = Pipelines(text=None, inpaint="StableDiffusionInpaintPipeline")
+"""UNets of nine channels also see the mask and what it leaves of the picture; they have no other use."""
+
 SD1 = stable_diffusion("sd1", CONFIGS / "sd1")
+SD1_INPAINT = stable_diffusion(
+    "sd1-inpaint", CONFIGS / "sd1", unet_dir=CONFIGS / "sd1-inpaint" / "unet", pipelines=INPAINTING
+)
+# The tokenizer of 2.x is CLIP's, padded with the token of number 0 as open_clip does.
+SD2 = stable_diffusion("sd2", CONFIGS / "sd2", StableDiffusion2, base=CONFIGS / "sd1", pad_token="!")
+SD2_INPAINT = stable_diffusion(
+    "sd2-inpaint",
+    CONFIGS / "sd2",
+    unet_dir=CONFIGS / "sd2-inpaint" / "unet",
+    pipelines=INPAINTING,
+    base=CONFIGS / "sd1",
+    pad_token="!",
+)
 SAMPLE = stable_diffusion("sample", Path(sample_model.CONFIG_DIR))

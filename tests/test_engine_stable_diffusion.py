@@ -1,0 +1,402 @@
+"""Stable Diffusion 2.x, XL and inpainting models: tiny random ones in the published layouts, against the
+library's own pipelines; and the full sizes against published names and shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import gguf
+import numpy as np
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from studio_worker.engine import Inputs
+from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.families import FAMILIES, identify
+from studio_worker.engine.families.family import CONFIGS, Family
+from studio_worker.engine.families.sdxl import SDXL, Folders, sdxl
+from studio_worker.engine.families.stable_diffusion import (
+    INPAINTING,
+    SD2,
+    StableDiffusion,
+    StableDiffusion2,
+    stable_diffusion,
+)
+from studio_worker.engine.loading import empty_model, load_scheduler, load_tokenizer
+from studio_worker.engine.samplers import make_scheduler
+from studio_worker.errors import JobError
+from studio_worker.jobs import Cancel
+from studio_worker.models import CliDefaults, LocalFile
+from tests import tiny_models
+from tests.engine_lab import decoded, encoded, refuse_network, request, scene, write_header
+
+torch.set_num_threads(1)
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
+SIZE = CliDefaults(width=64, height=64, steps=3, cfg_scale=4.0)
+PROMPT = "a red potion!"
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP_SIZE = {"vocab_size": 49408, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+UNET_SIZE: dict[str, Any] = {
+    "block_out_channels": [32, 64],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "use_linear_projection": True,
+    "sample_size": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_network(monkeypatch)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model: its family, its random components by name, and a folder for its files."""
+
+    family: Family
+    parts: Mapping[str, Any]
+    folder: Path
+
+    def picture(self, *files: LocalFile, **task: Any) -> np.ndarray:
+        engine = DiffusionEngine("cpu", families=(self.family,))
+        asked = request(**{"files": files, "defaults": SIZE, "prompt": PROMPT} | task)
+        return np.asarray(decoded(engine.generate(asked, lambda done, total: None, Cancel()).data), dtype=int)
+
+    def expected(self, cls: str, prediction_type: str = "epsilon", **arguments: Any) -> np.ndarray:
+        """The picture of diffusers' own pipeline over the same components."""
+        tokenizers = {name: load_tokenizer(each) for name, each in self.family.tokenizers.items()}
+        scheduler = make_scheduler("euler_a", load_scheduler(self.family), 3)
+        scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
+        fixed = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        is_xl = "text_encoder_2" in self.parts
+        pipeline = getattr(diffusers, cls)(
+            **self.parts,
+            **tokenizers,
+            scheduler=scheduler,
+            **({"add_watermarker": False} if is_xl else fixed),
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        size = {} if cls.endswith("Img2ImgPipeline") else {"width": 64, "height": 64}
+        made = pipeline(
+            PROMPT,
+            num_inference_steps=3,
+            guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(7),
+            **size,
+            **arguments,
+        )
+        return np.asarray(made.images[0], dtype=int)
+
+    def whole(self, text: Mapping[str, torch.Tensor], name: str, **more: torch.Tensor) -> LocalFile:
+        """A checkpoint in one file, in the original layout."""
+        state = self.original(text) | more
+        return tiny_models.write_safetensors(self.folder / f"{name}.safetensors", state, "model")
+
+    def original(self, text: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            **tiny_models.prefixed(tiny_models.original_unet(self.parts["unet"].state_dict(), 1), UNET),
+            **tiny_models.prefixed(tiny_models.original_vae(self.parts["vae"].state_dict(), 2), VAE),
+            **text,
+        }
+
+
+def tiny_vae(scaling: float) -> Any:
+    return AutoencoderKL(
+        block_out_channels=[16, 32],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        norm_num_groups=8,
+        scaling_factor=scaling,
+    )
+
+
+def written(folder: Path, parts: Mapping[str, Any]) -> dict[str, Path]:
+    for seed, part in enumerate(parts.values()):
+        tiny_models.randomised(part, seed)
+    return {name: tiny_models.write_config(folder / name, part) for name, part in parts.items()}
+
+
+def tiny_sd2(folder: Path, channels: int = 4, **family: Any) -> Tiny:
+    parts = {
+        "unet": UNet2DConditionModel(
+            **UNET_SIZE, in_channels=channels, cross_attention_dim=32, attention_head_dim=[4, 8]
+        ),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_SIZE, hidden_size=32, hidden_act="gelu")),
+        "vae": tiny_vae(0.18215),
+    }
+    written(folder, parts)
+    for name in ("tokenizer", "scheduler"):
+        (folder / name).symlink_to(CONFIGS / "sd1" / name)
+    return Tiny(stable_diffusion("tiny-sd", folder, **family, pad_token="!"), parts, folder)
+
+
+@pytest.fixture(scope="module")
+def sd2(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_sd2(tmp_path_factory.mktemp("sd2"), cls=StableDiffusion2)
+
+
+@pytest.fixture(scope="module")
+def sd_inpaint(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_sd2(tmp_path_factory.mktemp("inpaint"), channels=9, pipelines=INPAINTING)
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("sdxl")
+    parts = {
+        "unet": UNet2DConditionModel(
+            **UNET_SIZE,
+            cross_attention_dim=96,
+            attention_head_dim=[4, 8],
+            transformer_layers_per_block=[1, 2],
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 64,
+        ),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_SIZE, hidden_size=32)),
+        "text_encoder_2": CLIPTextModelWithProjection(
+            CLIPTextConfig(**CLIP_SIZE, hidden_size=64, projection_dim=64, hidden_act="gelu")
+        ),
+        "vae": tiny_vae(0.13025),
+    }
+    folders = Folders(**written(folder, parts))
+    return Tiny(sdxl("tiny-sdxl", folders), parts, folder)
+
+
+def sd2_text(tiny: Tiny) -> dict[str, torch.Tensor]:
+    """The text encoder as SD 2.x checkpoints have it: open_clip's, with one layer more than is used.
+
+    Source: ``v2-1_512-ema-pruned.safetensors``, of whose 24 layers diffusers' configuration has 23.
+    """
+    state = tiny_models.open_clip(tiny.parts["text_encoder"].state_dict())
+    last = "transformer.resblocks.2."
+    unused = {
+        name.replace(last, "transformer.resblocks.3."): t.clone() for name, t in state.items() if last in name
+    }
+    return tiny_models.prefixed(state | unused, "cond_stage_model.model.")
+
+
+def xl_text(tiny: Tiny) -> dict[str, torch.Tensor]:
+    """Both text encoders as ``sd_xl_base_1.0.safetensors`` has them: transformers' and open_clip's."""
+    first = {f"text_model.{n}": t for n, t in tiny.parts["text_encoder"].state_dict().items()}
+    second = tiny_models.open_clip(tiny.parts["text_encoder_2"].state_dict())
+    return {
+        **tiny_models.prefixed(first, "conditioner.embedders.0.transformer."),
+        **tiny_models.prefixed(second, "conditioner.embedders.1.model."),
+    }
+
+
+def mask() -> Image.Image:
+    area = Image.new("L", (64, 64), 0)
+    area.paste(255, (16, 16, 48, 48))
+    return area
+
+
+# --- Stable Diffusion 2.x ---
+
+
+@pytest.mark.parametrize(("spread", "prediction_type"), [(0.05, "epsilon"), (0.2, "v_prediction")])
+def test_sd2_picture_is_the_stock_pipelines(sd2: Tiny, spread: float, prediction_type: str) -> None:
+    """Models that predict noise and models that predict v are told apart, and each renders as diffusers
+    does.
+    """
+    last = [
+        n for n, _ in sd2.parts["unet"].named_parameters() if n.endswith("transformer_blocks.0.norm1.bias")
+    ]
+    bias = sd2.parts["unet"].get_parameter([name for name in last if name.startswith("up_blocks.")][-1])
+    bias.data = bias.data / bias.data.std(unbiased=False) * spread
+    file = sd2.whole(sd2_text(sd2), prediction_type)
+    expected = sd2.expected("StableDiffusionPipeline", prediction_type, negative_prompt="")
+    assert (sd2.picture(file) == expected).all()
+    assert expected.std() > 10
+
+
+def test_inpainting_model_sees_the_mask(sd_inpaint: Tiny) -> None:
+    """A UNet of nine channels inpaints, pixel for pixel inside the mask as diffusers does."""
+    file = sd_inpaint.whole(sd2_text(sd_inpaint), "inpaint")
+    found = sd_inpaint.picture(file, inputs=Inputs(encoded(scene()), encoded(mask())), denoise=1.0)
+    expected = sd_inpaint.expected(
+        "StableDiffusionInpaintPipeline", negative_prompt="", image=scene(), mask_image=mask(), strength=1.0
+    )
+    inside = np.asarray(mask()) > 0
+    assert (found[inside] == expected[inside]).all()
+    assert (found[~inside] == np.asarray(scene())[~inside]).all()
+
+
+@pytest.mark.parametrize("inputs", [Inputs(), Inputs(encoded(scene()))])
+def test_inpainting_model_without_mask_is_refused_before_it_is_loaded(
+    sd_inpaint: Tiny, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An inpainting model is not asked for anything else, and says so without loading."""
+    file = sd_inpaint.whole(sd2_text(sd_inpaint), "unmasked")
+    monkeypatch.setattr("studio_worker.engine.diffusion.load_part", pytest.fail)
+    with pytest.raises(JobError, match=r"tiny-sd .*only .*maskUrl") as caught:
+        sd_inpaint.picture(file, inputs=inputs)
+    assert not caught.value.retryable
+
+
+# --- Stable Diffusion XL ---
+
+
+def test_xl_picture_is_the_stock_pipelines(xl: Tiny) -> None:
+    """From a checkpoint in one file, pixel for pixel what diffusers makes, with a negative prompt and
+    without.
+    """
+    file = xl.whole(xl_text(xl), "whole")
+    expected = xl.expected("StableDiffusionXLPipeline")
+    assert (xl.picture(file) == expected).all()
+    assert expected.std() > 10
+    negative = xl.expected("StableDiffusionXLPipeline", negative_prompt="blue")
+    assert (xl.picture(file, negative_prompt="blue") == negative).all()
+    assert (negative != expected).any()
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_xl_in_parts(xl: Tiny, layout: str) -> None:
+    """From a UNet, a vae and two text encoders of one role, told apart by their sizes, the same picture."""
+    unet, vae = xl.parts["unet"].state_dict(), xl.parts["vae"].state_dict()
+    if layout == "original":
+        unet, vae = tiny_models.original_unet(unet, 1), tiny_models.original_vae(vae, 2)
+    clip_l = {f"text_model.{n}": t for n, t in xl.parts["text_encoder"].state_dict().items()}
+    clip_g = xl.parts["text_encoder_2"].state_dict()
+    write = tiny_models.write_safetensors
+    files = (
+        write(xl.folder / "clip_g.safetensors", clip_g, "text-encoder"),
+        write(xl.folder / "clip_l.safetensors", clip_l, "text-encoder"),
+        write(xl.folder / f"{layout}-vae.safetensors", vae, "vae"),
+        write(xl.folder / f"{layout}-unet.safetensors", unet, "diffusion-model"),
+    )
+    assert (xl.picture(*files) == xl.expected("StableDiffusionXLPipeline")).all()
+
+
+def test_xl_picture_from_picture_and_inpainting(xl: Tiny) -> None:
+    """Image-to-image and inpainting are pixel for pixel what diffusers makes."""
+    file = xl.whole(xl_text(xl), "variants")
+    found = xl.picture(file, inputs=Inputs(encoded(scene())), denoise=0.7)
+    expected = xl.expected("StableDiffusionXLImg2ImgPipeline", image=scene(), strength=0.7)
+    assert (found == expected).all()
+    found = xl.picture(file, inputs=Inputs(encoded(scene()), encoded(mask())), denoise=1.0)
+    expected = xl.expected("StableDiffusionXLInpaintPipeline", image=scene(), mask_image=mask(), strength=1.0)
+    inside = np.asarray(mask()) > 0
+    assert (found[inside] == expected[inside]).all()
+
+
+@pytest.mark.parametrize(("markers", "name"), [(("v_pred",), "sdxl-v"), (("v_pred", "ztsnr"), "sdxl-v-zsnr")])
+def test_xl_that_predicts_v_says_so(tmp_path: Path, markers: tuple[str, ...], name: str) -> None:
+    """Models that predict v are told by the marker tensors that their makers put in."""
+    shapes = {n: tuple(t.shape) for n, t in published_xl().items()} | dict.fromkeys(markers, (0,))
+    path = write_header(tmp_path / "x.safetensors", shapes)
+    assert identify([LocalFile("model", path, "x")]).family.name == name
+
+
+def test_xl_whole_checkpoint_as_gguf(xl: Tiny) -> None:
+    """A checkpoint in one GGUF file, as stable-diffusion.cpp converts it, makes nearly the same picture."""
+    file = tiny_models.write_gguf(
+        xl.folder / "whole.gguf",
+        xl.original(xl_text(xl)),
+        "model",
+        "sdxl",
+        gguf.GGMLQuantizationType.Q8_0,
+        drop_outer_ones=True,
+    )
+    difference = np.abs(xl.picture(file) - xl.expected("StableDiffusionXLPipeline"))
+    assert difference.mean() < 4
+
+
+# --- the full sizes ---
+
+PUBLISHED_XL = {
+    UNET + "input_blocks.0.0.weight": (320, 4, 3, 3),
+    UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
+    UNET + "input_blocks.8.1.transformer_blocks.9.attn2.to_k.weight": (1280, 2048),
+    UNET + "label_emb.0.0.weight": (1280, 2816),
+    UNET + "middle_block.1.transformer_blocks.9.ff.net.0.proj.weight": (10240, 1280),
+    UNET + "output_blocks.8.0.skip_connection.weight": (320, 640, 1, 1),
+    UNET + "out.2.weight": (4, 320, 3, 3),
+    VAE + "decoder.conv_in.weight": (512, 4, 3, 3),
+    VAE + "encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+    "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
+    "conditioner.embedders.1.model.positional_embedding": (77, 1280),
+    "conditioner.embedders.1.model.text_projection": (1280, 1280),
+    "conditioner.embedders.1.model.transformer.resblocks.31.attn.in_proj_weight": (3840, 1280),
+    "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (1280,),
+}
+"""Some tensors of ``sd_xl_base_1.0.safetensors``: what Stability's generative-models
+(``configs/inference/sd_xl_base.yaml``) builds, and the keys by which diffusers and ComfyUI know it.
+"""
+
+
+def published_xl() -> dict[str, torch.Tensor]:
+    """All tensors of the published checkpoint, without memory."""
+    with init_empty_weights():
+        unet, first, second, vae = (empty_model(part).state_dict() for part in SDXL.parts.values())
+    tiny = {f"text_model.{n}": t for n, t in first.items()}
+    with torch.device("meta"):
+        return {
+            **tiny_models.prefixed(tiny_models.original_unet(unet, 2), UNET),
+            **tiny_models.prefixed(tiny_models.original_vae(vae, 4), VAE),
+            **tiny_models.prefixed(tiny, "conditioner.embedders.0.transformer."),
+            **tiny_models.prefixed(tiny_models.open_clip(second), "conditioner.embedders.1.model."),
+        }
+
+
+def test_full_size_xl_is_the_published_one(tmp_path: Path) -> None:
+    """The carried configurations build the published SDXL: its names, its shapes, its parameters."""
+    with init_empty_weights():
+        models = {name: empty_model(part) for name, part in SDXL.parts.items()}
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    assert counts == {
+        "unet": 2_567_463_684,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+        "vae": 83_653_863,
+    }
+    published = published_xl()
+    assert {name: tuple(published[name].shape) for name in PUBLISHED_XL} == PUBLISHED_XL
+    for name, prefix in (
+        ("unet", UNET),
+        ("vae", VAE),
+        ("text_encoder", "conditioner.embedders.0.transformer."),
+        ("text_encoder_2", "conditioner.embedders.1.model."),
+    ):
+        part = SDXL.parts[name]
+        own = {n.removeprefix(prefix): t for n, t in published.items() if n.startswith(prefix)}
+        layout = next(each for each in part.layouts if each.fits({n: tuple(t.shape) for n, t in own.items()}))
+        renamed = layout.rename(own)
+        wanted = dict(models[name].named_parameters())
+        assert {n: renamed[n].shape for n in wanted} == {n: p.shape for n, p in wanted.items()}
+    path = write_header(tmp_path / "xl.safetensors", {n: tuple(t.shape) for n, t in published.items()})
+    assert identify([LocalFile("model", path, "xl")]).family.name == "sdxl"
+
+
+def test_full_size_sd2_is_the_published_one() -> None:
+    """The carried configurations build the published Stable Diffusion 2.1: its parameters."""
+    with init_empty_weights():
+        counts = [sum(p.numel() for p in empty_model(part).parameters()) for part in SD2.parts.values()]
+    assert counts == [865_910_724, 340_387_840, 83_653_863]
+
+
+@pytest.mark.parametrize(
+    ("kind", "width"), [("sd1-inpaint", 768), ("sd2-inpaint", 1024), ("sdxl-inpaint", 2048)]
+)
+def test_full_size_inpainting_model_is_known(kind: str, width: int) -> None:
+    """The inpainting models' UNets are those of their base models, but for nine channels in."""
+    family = next(each for each in FAMILIES if each.name == kind)
+    with init_empty_weights():
+        unet = empty_model(family.parts["unet"])
+    assert (unet.config.in_channels, unet.config.cross_attention_dim) == (9, width)
+    assert isinstance(family, StableDiffusion) or kind == "sdxl-inpaint"
