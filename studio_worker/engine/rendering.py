@@ -113,9 +113,8 @@ class LoadedModel:
     def lora_pipeline(self) -> Any:
         """A pipeline that LoRAs can be brought in through; the components are the same in all of them."""
         kinds = self._family.pipelines
-        return self._pipeline(
-            next(name for name in (kinds.text, kinds.edit, kinds.image) if name is not None)
-        )
+        names = (kinds.text, kinds.edit, kinds.image, kinds.inpaint)
+        return self._pipeline(next(name for name in names if name is not None))
 
     def pipeline(self, starting: Starting) -> Any:
         """The diffusers pipeline for a job, over this model's components.
