@@ -170,6 +170,7 @@ class Worker:
             self._note(job)
             picture, timings_s = self._make(job)
             self._keep(job, picture, timings_s)
+            log.debug("picture made", extra={"op": "job", "job_id": job.job_id, "model": job.model})
             self._reports.job_made()
         except JobCancelled as error:
             self._report(job, str(error), retryable=True, handed_back=True)

@@ -1,0 +1,280 @@
+"""A TCP proxy between worker and studio that does on order what networks and servers do by themselves.
+
+It knows just enough of HTTP and WebSocket to tell a session from an upload and to see the frames go by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import json
+import re
+import socket
+import struct
+import threading
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+_PIECE = 16 * 1024
+_MAX_HEAD = 64 * 1024
+
+UploadKind = Literal["status", "refused", "swallowed", "denied", "cut", "slow"]
+
+
+@dataclass(frozen=True)
+class UploadFault:
+    """What happens to one upload.
+
+    ``status``: answered with ``status``, the studio hears nothing. ``refused``: answered with 409, and the
+    session is dropped, as where the studio has let go of the job. ``swallowed``: the studio has it, its
+    answer is lost. ``denied``: the studio has it, the worker reads a 502. ``cut``: the connection breaks in
+    the middle. ``slow``: it takes ``seconds``.
+    """
+
+    kind: UploadKind
+    status: int = 503
+    seconds: float = 0.0
+
+
+class Session:
+    """One WebSocket connection that goes through."""
+
+    def __init__(self, worker: asyncio.StreamWriter, studio: asyncio.StreamWriter) -> None:
+        self.worker = worker
+        self.studio = studio
+        self.is_stalled = False
+
+
+class ChaosProxy:
+    """Listens on a free port of 127.0.0.1 and forwards to ``port``; a context manager, for any thread."""
+
+    def __init__(self, port: int) -> None:
+        self._studio_port = port
+        self._loop = asyncio.new_event_loop()
+        self._sessions: set[Session] = set()
+        self._uploads: collections.deque[UploadFault] = collections.deque()
+        self._duplicates = 0
+        self._changed = threading.Condition()
+        self.counts: collections.Counter[str] = collections.Counter()
+        """Frames by type, uploads, and the faults that really happened."""
+        self.violations: list[str] = []
+        self._thread = threading.Thread(target=self._loop.run_forever, name="chaos-proxy", daemon=True)
+        self._thread.start()
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self._server = self._do(asyncio.start_server(self._serve, sock=listener, limit=_MAX_HEAD))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        async def end() -> None:
+            self._server.close()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        self._do(end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # --- orders ---
+
+    def drop(self) -> None:
+        """Break the sessions, without a close frame."""
+        self._loop.call_soon_threadsafe(self._drop)
+
+    def stall(self) -> None:
+        """Let nothing more through the present sessions, and keep them open: a cable pulled far away."""
+
+        def stall() -> None:
+            for session in self._sessions:
+                session.is_stalled = True
+                self._count("stall")
+
+        self._loop.call_soon_threadsafe(stall)
+
+    def duplicate_next_offer(self) -> None:
+        """The next offer goes out twice."""
+        self._duplicates += 1
+
+    def spoil_next_upload(self, fault: UploadFault) -> None:
+        self._uploads.append(fault)
+
+    def wait_for(self, what: str, count: int, limit_s: float) -> bool:
+        """Whether ``counts[what]`` reaches ``count`` within ``limit_s``."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.counts[what] >= count, limit_s)
+
+    # --- one connection ---
+
+    def _do(self, what: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(what, self._loop).result()
+
+    def _count(self, what: str) -> None:
+        with self._changed:
+            self.counts[what] += 1
+            self._changed.notify_all()
+
+    def _drop(self) -> None:
+        for session in self._sessions:
+            self._count("drop")
+            for writer in (session.worker, session.studio):
+                _reset(writer)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream: asyncio.StreamWriter | None = None
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            from_studio, upstream = await asyncio.open_connection("127.0.0.1", self._studio_port)
+            if b"/connect HTTP" in head.partition(b"\r\n")[0]:
+                # Frames are to be read here, so nobody is to compress them.
+                upstream.write(re.sub(rb"(?i)sec-websocket-extensions:[^\r]*\r\n", b"", head))
+                await self._serve_session(reader, writer, from_studio, upstream)
+            else:
+                # One request a connection: each is looked at.
+                head = re.sub(rb"(?i)\r\nconnection:[^\r]*", b"", head)
+                head = head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+                is_upload = b"/complete HTTP" in head.partition(b"\r\n")[0]
+                fault = None
+                if is_upload:
+                    self._count("upload")
+                    fault = self._uploads.popleft() if self._uploads else None
+                await self._serve_request(head, fault, reader, writer, from_studio, upstream)
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            _reset(writer)  # the studio is down, or one side has gone
+        finally:
+            for each in (writer, upstream):
+                if each is not None:
+                    each.close()
+
+    async def _serve_request(
+        self,
+        head: bytes,
+        fault: UploadFault | None,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        from_studio: asyncio.StreamReader,
+        upstream: asyncio.StreamWriter,
+    ) -> None:
+        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+        body = await reader.readexactly(int(length[1]) if length else 0)
+        kind = fault.kind if fault else None
+        if fault is not None:
+            self._count(fault.kind)
+            if kind == "status":
+                await _answer(writer, fault.status)
+                return
+            if kind == "refused":
+                await _answer(writer, 409)
+                self._drop()
+                return
+            if kind == "cut":
+                upstream.write(head + body[: len(body) // 2])
+                await upstream.drain()
+                _reset(upstream)
+                _reset(writer)
+                return
+            if kind == "slow":
+                pieces = max(1, len(body) // 512)
+                upstream.write(head)
+                for at in range(0, len(body), 512):
+                    upstream.write(body[at : at + 512])
+                    await upstream.drain()
+                    await asyncio.sleep(fault.seconds / pieces)
+                head, body = b"", b""
+        upstream.write(head + body)
+        await upstream.drain()
+        answer = await from_studio.read()  # the studio closes when it has said everything
+        if kind == "swallowed":
+            _reset(writer)
+        elif kind == "denied":
+            await _answer(writer, 502)
+        else:
+            writer.write(answer)
+            await writer.drain()
+
+    async def _serve_session(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        from_studio: asyncio.StreamReader,
+        upstream: asyncio.StreamWriter,
+    ) -> None:
+        answer = await from_studio.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        session = Session(writer, upstream)
+        self._sessions.add(session)
+        state = {"welcomed": False}
+
+        async def from_worker() -> None:
+            async for frame, content in _frames(reader):
+                kind = content.get("type")
+                if kind not in {None, "hello"} and not state["welcomed"]:
+                    self.violations.append(f"{kind} before welcome")
+                if not session.is_stalled:
+                    upstream.write(frame)
+                    await upstream.drain()
+                if kind is not None:
+                    self._count(str(kind))
+
+        async def to_worker() -> None:
+            async for frame, content in _frames(from_studio):
+                kind = content.get("type")
+                if kind == "welcome":
+                    state["welcomed"] = True
+                if session.is_stalled:
+                    continue
+                writer.write(frame)
+                if kind == "offer" and self._duplicates > 0:
+                    self._duplicates -= 1
+                    self._count("duplicate")
+                    writer.write(frame)
+                await writer.drain()
+                if kind is not None:
+                    self._count(str(kind))
+
+        tasks = [asyncio.create_task(from_worker()), asyncio.create_task(to_worker())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._sessions.discard(session)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _frames(reader: asyncio.StreamReader) -> Any:
+    """Every WebSocket frame as it came, and what it says where it is a message in JSON (RFC 6455, 5.2)."""
+    while True:
+        start = await reader.readexactly(2)
+        raw, size = start, start[1] & 0x7F
+        if size >= 126:
+            more = await reader.readexactly(2 if size == 126 else 8)
+            raw += more
+            size = int.from_bytes(more, "big")
+        mask = await reader.readexactly(4) if start[1] & 0x80 else b""
+        payload = await reader.readexactly(size)
+        raw += mask + payload
+        content: Any = {}
+        if start[0] & 0x0F == 1:
+            key = (mask or bytes(4)) * (size // 4 + 1)
+            plain = int.from_bytes(payload, "big") ^ int.from_bytes(key[:size], "big")
+            content = json.loads(plain.to_bytes(size, "big"))
+        yield raw, content
+
+
+async def _answer(writer: asyncio.StreamWriter, status: int) -> None:
+    writer.write(f"HTTP/1.1 {status} Chaos\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+    await writer.drain()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """End a connection as a crash does: with a reset, and nothing that was still to be sent."""
+    sock = writer.get_extra_info("socket")
+    if sock is not None and not writer.transport.is_closing():
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
