@@ -12,6 +12,9 @@ import sdnotify
 EXTEND_S = 90
 """How much longer a start may take after each sign of progress, in seconds."""
 
+_WAIT_S = 5.0
+"""A manager that does not read (a hung PID 1, a supervisor that is none) must not stop the service too."""
+
 
 class Notifier:
     """Messages to the service manager; safe to call from any thread (each is one datagram).
@@ -23,13 +26,14 @@ class Notifier:
     def __init__(self, on_status: Callable[[str], None] = lambda _: None) -> None:
         self._on_status = on_status
         self._systemd = sdnotify.SystemdNotifier()
+        self._guard = threading.Lock()
 
     def ready(self, status: str) -> None:
         self._send("READY=1", self._status(status))
 
     def status(self, text: str) -> None:
-        """One line for ``systemctl status``."""
-        self._send(self._status(text))
+        """One line for ``systemctl status``; dropped where the manager has not read the ones before."""
+        self._send(self._status(text), wait_s=0.0)
 
     def extend_timeout(self) -> None:
         """Ask for more time to start; to be sent only while bytes advance."""
@@ -50,10 +54,14 @@ class Notifier:
         self._on_status(line)
         return f"STATUS={line}"
 
-    def _send(self, *lines: str) -> None:
+    def _send(self, *lines: str, wait_s: float = _WAIT_S) -> None:
         # sdnotify encodes as Latin-1 and drops, without a word, the whole message that does not fit, READY
         # included; systemd reads UTF-8. Handing it each UTF-8 byte as one character gives systemd its own.
-        self._systemd.notify("\n".join(lines).encode(errors="replace").decode("latin-1"))
+        text = "\n".join(lines).encode(errors="replace").decode("latin-1")
+        with self._guard:
+            if self._systemd.socket is not None:
+                self._systemd.socket.settimeout(wait_s)
+            self._systemd.notify(text)
 
 
 class ReadyLine:

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,10 +41,14 @@ class ServiceProcess:
         self.log_path = log_path
         self.messages: list[str] = []
         """What it has told the notify socket so far, a line each, e.g. ``READY=1``."""
+        self._shown = 0
         # An abstract address: no path length limit, nothing to clean up.
         name = f"studio-worker-{os.getpid()}-{next(_numbers)}"
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind("\0" + name)
+        self._heard = threading.Condition()
+        self._listener = threading.Thread(target=self._listen, name="notify-listener", daemon=True)
+        self._listener.start()
         with log_path.open("ab") as log_file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "studio_worker", "run", "--config", str(config)],
@@ -60,6 +65,8 @@ class ServiceProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+        self._notify.shutdown(socket.SHUT_RDWR)  # the listener reads what has come, then the end
+        self._listener.join()
         self._notify.close()
 
     def await_message(
@@ -67,12 +74,22 @@ class ServiceProcess:
     ) -> None:
         """Wait until the service has told systemd ``wanted`` (the beginning of a line).
 
+        Args:
+            on_message: called here with every line since the last call of this method.
+
         Raises:
             ServiceProcessError: it ended before, or the limit passed.
         """
         deadline = time.monotonic() + limit_s
         while not any(line.startswith(wanted) for line in self.messages):
-            if self.process.poll() is not None and not self._hear(0.0, on_message):
+            has_ended = self.process.poll() is not None
+            with self._heard:
+                has_news = self._heard.wait_for(lambda: len(self.messages) > self._shown, 0.2)
+            for line in self.messages[self._shown :]:
+                self._shown += 1
+                if on_message is not None:
+                    on_message(line)
+            if has_ended and not has_news:
                 raise ServiceProcessError(
                     f"the service ended with exit status {self.process.returncode} before {wanted}; "
                     f"{self.last_line()}"
@@ -81,20 +98,13 @@ class ServiceProcess:
                 raise ServiceProcessError(
                     f"the service did not say {wanted} within {limit_s:g} s; {self.last_line()}"
                 )
-            self._hear(0.2, on_message)
 
-    def _hear(self, timeout_s: float, on_message: Callable[[str], None] | None) -> bool:
-        """Take one datagram in; returns whether there was one."""
-        self._notify.settimeout(timeout_s or 0.001)
-        try:
-            lines = self._notify.recv(8192).decode().splitlines()
-        except TimeoutError:
-            return False
-        self.messages += lines
-        for line in lines:
-            if on_message is not None:
-                on_message(line)
-        return True
+    def _listen(self) -> None:
+        """Take in what the service says, always: a sender on a socket that nobody reads is held up."""
+        while lines := self._notify.recv(8192).decode().splitlines():
+            with self._heard:
+                self.messages += lines
+                self._heard.notify_all()
 
     def stop(self, limit_s: float = 60.0) -> int:
         """SIGTERM; returns the exit status. Raises ServiceProcessError where it does not end in time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -52,6 +53,21 @@ def test_watchdog_and_stopping_are_told(systemd: socket.socket) -> None:
     notifier.stopping("finishing the job in hand")
     assert heard(systemd) == ["WATCHDOG=1"]
     assert heard(systemd) == ["STOPPING=1", "STATUS=finishing the job in hand"]
+
+
+def test_manager_that_does_not_read_stops_nothing(systemd: socket.socket) -> None:
+    """Status lines that nobody reads are dropped; the service goes on, and says the next one that fits."""
+    notifier = Notifier()
+    for number in range(1000):
+        notifier.status(f"number {number}")
+    told = 0
+    systemd.settimeout(0.0)
+    with contextlib.suppress(BlockingIOError):
+        while heard(systemd):
+            told += 1
+    assert 0 < told < 1000
+    notifier.ready("ready")
+    assert heard(systemd) == ["READY=1", "STATUS=ready"]
 
 
 @pytest.mark.parametrize("text", ["café: 1%", "模型: 1%", "\N{ARTIST PALETTE} ready"])
