@@ -6,13 +6,11 @@ changelog and for whoever suspects a regression.
 
 from __future__ import annotations
 
-import itertools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from studio_worker import sample_model
-from studio_worker.demo import MODEL_ID, sample_source, write_configuration
+from studio_worker.demo import MODEL_ID, write_configuration
 from studio_worker.local_studio import LocalStudio
 from studio_worker.service_process import ServiceProcess
 
@@ -32,7 +30,7 @@ IDLE_S = 30.0
 def main() -> None:
     """Run everything and print one table."""
     table = Table("what", "measured", "beside", title=f"{os.cpu_count()} cores")
-    for bench in (commands, engine_overhead, heartbeats, idle):
+    for bench in (commands, engine_overhead, idle):
         for row in bench():
             table.add_row(*row)
     Console().print(table)
@@ -110,36 +108,6 @@ def engine_overhead() -> list[tuple[str, str, str]]:
             f"plain pipeline: {theirs:.3f} s; ratio {ours / theirs:.2f}",
         ),
         ("load of the sample model", f"{first.timings_s['load']:.2f} s", ""),
-    ]
-
-
-def heartbeats() -> list[tuple[str, str, str]]:
-    """The longest gap between heartbeats while torch is imported, a model loads and pictures are made."""
-    gaps: list[float] = []
-    with tempfile.TemporaryDirectory() as folder, _running(Path(folder)) as (studio, service):
-        worker_id = studio.workers()[0].worker_id
-        ended = threading.Event()
-
-        def watch() -> None:
-            beats = []
-            while not ended.wait(0.05):
-                session = studio.sessions.live.get(worker_id)
-                if session is not None and session.heartbeat_at not in beats[-1:]:
-                    beats.append(session.heartbeat_at)
-            gaps.extend(b - a for a, b in itertools.pairwise(beats))
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        task = {"kind": "image", "prompt": "a red potion", "width": 256, "height": 256, "steps": 60}
-        ids = [
-            studio.queue_job(model=MODEL_ID, task=task, model_source=sample_source(studio)) for _ in range(4)
-        ]
-        studio.wait_for(lambda: all(studio.job(i).status == "done" for i in ids), 600.0)
-        ended.set()
-        watcher.join()
-        service.stop()
-    return [
-        ("longest gap between heartbeats, 4 large jobs", f"{max(gaps):.2f} s of {len(gaps)}", "interval: 5 s")
     ]
 
 
