@@ -194,6 +194,31 @@ def test_vae_in_diffusers_layout(tiny: Tiny, files: tuple[LocalFile, ...]) -> No
     assert (tiny.picture(*files[:2], vae_file(tiny, "diffusers")) == tiny.expected()).all()
 
 
+def test_whole_checkpoint_in_comfyuis_layout(tiny: Tiny) -> None:
+    """All three components may come in one file of role model, as ComfyUI saves checkpoints.
+
+    Source of the prefixes: ``comfy/supported_models.py``, ZImage and its ``process_*_state_dict_for_saving``.
+    """
+    text_encoder = tiny_models.prefixed(tiny.stock.text_encoder.state_dict(), "model.")
+    state = {
+        **tiny_models.prefixed(original_transformer(tiny.stock.transformer.state_dict()), PREFIX),
+        **tiny_models.prefixed(text_encoder, "text_encoders.qwen3_4b.transformer."),
+        **tiny_models.prefixed(tiny_models.original_vae(tiny.stock.vae.state_dict(), 3), "vae."),
+    }
+    file = tiny_models.write_safetensors(tiny.folder / "whole.safetensors", state, "model")
+    assert (tiny.picture(file) == tiny.expected()).all()
+
+
+def test_pickle_among_the_parts_is_refused_by_name(tiny: Tiny, files: tuple[LocalFile, ...]) -> None:
+    """A part that is a pickle is refused by name, whatever its role, and never loaded."""
+    for index, file in enumerate(files):
+        path = tiny.folder / "pickle.bin"
+        path.write_bytes(b"\x80\x04pickle")
+        parts = [*files[:index], file._replace(path=path), *files[index + 1 :]]
+        with pytest.raises(JobError, match=r"pickle\.bin is a Python pickle"):
+            tiny.picture(*parts)
+
+
 def test_guidance_is_the_usual_one(tiny: Tiny, files: tuple[LocalFile, ...]) -> None:
     """A cfgScale of 3 with a negative prompt is diffusers' guidance_scale of 2 in this family."""
     found = tiny.picture(*files, cfg_scale=3.0, negative_prompt="blue")

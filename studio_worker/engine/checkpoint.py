@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import gguf
 from safetensors import SafetensorError, safe_open
 
+from studio_worker.engine.gguf_files import DAMAGE, Shape, open_gguf, shape_of
 from studio_worker.errors import JobError
-
-Shape = tuple[int, ...]
 
 _MAGIC_BYTES = 512
 """Enough for every signature below; tar's stands at 257."""
@@ -111,12 +109,10 @@ def _safetensors(path: Path) -> Checkpoint:
 
 def _gguf(path: Path) -> Checkpoint:
     try:
-        reader = gguf.GGUFReader(path)
-        # GGUF counts dimensions from the innermost.
-        shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
+        reader = open_gguf(path)
+        shapes = {tensor.name: shape_of(reader, tensor) for tensor in reader.tensors}
         types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-    # The reader indexes into the mapped file unchecked: a damaged one shows as whatever that leads to.
-    except (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, UnicodeDecodeError) as error:
+    except DAMAGE as error:
         raise JobError(
             f"{path.name} is not a whole GGUF file ({path.stat().st_size} bytes): {type(error).__name__}",
             retryable=True,

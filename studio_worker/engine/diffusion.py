@@ -27,6 +27,7 @@ from studio_worker.engine.loras import Adapters, asked_loras
 from studio_worker.engine.parameters import Parameters, printable, resolve
 from studio_worker.engine.rendering import LoadedModel, Rendered, Starting
 from studio_worker.engine.residency import Key, Residency, default_budget_bytes
+from studio_worker.engine.weights import will_need
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, ImageTask, Picture
 
@@ -120,6 +121,8 @@ class DiffusionEngine:
         if missing:
             needed = sum(blueprint.sections[name].size_bytes(dtype.itemsize) for name in missing)
             self._residency.make_room(needed, keep=keys.values())
+        for name in missing:
+            will_need(blueprint.sections[name].checkpoint.path)
         for name in missing:
             section = blueprint.sections[name]
             component = load_part(family.parts[name], section, self._device, dtype)

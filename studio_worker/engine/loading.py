@@ -23,6 +23,8 @@ from studio_worker.engine.sections import Section
 from studio_worker.engine.weights import dequantised, read_tensors
 from studio_worker.errors import JobError
 
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -50,7 +52,7 @@ def load_part(part: Part, section: Section, device: torch.device, dtype: torch.d
         raise refused(f"{section} is no {part.kind}: {part.why_not(section)}")
     model = empty_model(part)
     try:
-        tensors = layout.rename(read_tensors(section, device))
+        tensors = layout.rename(read_tensors(section, device, _read_as(part, dtype)))
     except (KeyError, IndexError, RuntimeError, AttributeError) as error:  # what renaming meets in a torso
         raise refused(
             f"{section} holds no whole {part.kind}: {type(error).__name__} {str(error)[:200]}"
@@ -59,10 +61,17 @@ def load_part(part: Part, section: Section, device: torch.device, dtype: torch.d
     return model.to(device).eval().requires_grad_(False)
 
 
+def _read_as(part: Part, dtype: torch.dtype) -> torch.dtype:
+    """What numbers are narrowed to while they are read: not where the class keeps some of them wider."""
+    library, name = part.cls.split(".")
+    keeps = getattr(getattr(_LIBRARIES[library], name), "_keep_in_fp32_modules", None)
+    return torch.float32 if keeps and dtype == torch.float16 else dtype
+
+
 def empty_model(part: Part) -> torch.nn.Module:
     """The component of the class and configuration that ``part`` says, its weights without memory."""
     library, name = part.cls.split(".")
-    cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
+    cls = getattr(_LIBRARIES[library], name)
     with init_empty_weights():
         if library == "diffusers":
             return cls.from_config(cls.load_config(str(part.config), local_files_only=True))  # type: ignore[no-any-return]

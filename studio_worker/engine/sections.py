@@ -11,11 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import gguf
 
-from studio_worker.engine.checkpoint import Checkpoint, Shape, read_checkpoint
+from studio_worker.engine.checkpoint import Checkpoint, read_checkpoint
+from studio_worker.engine.gguf_files import Shape
+from studio_worker.errors import JobError
 from studio_worker.models import FileRole, LocalFile
 
 _PREFIX = re.compile(
@@ -62,12 +65,23 @@ def read_sections(files: Iterable[LocalFile]) -> tuple[Section, ...]:
     Raises:
         JobError: a file is no weights file, or damaged.
     """
-    return tuple(
-        section
-        for file in files
-        if file.role != "lora"
-        for section in split(file, read_checkpoint(file.path))
-    )
+    return tuple(section for file in files if file.role != "lora" for section in _sections(file))
+
+
+def _sections(file: LocalFile) -> tuple[Section, ...]:
+    try:
+        found = file.path.stat()
+    except OSError as error:
+        raise JobError(f"{file.path.name} cannot be read: {error.strerror}", retryable=True) from error
+    return _unchanged_sections(file, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _unchanged_sections(
+    file: LocalFile, _inode: int, _size_bytes: int, _mtime_ns: int
+) -> tuple[Section, ...]:
+    """The sections of a file that is the same as long as these numbers are: every job asks again."""
+    return tuple(split(file, read_checkpoint(file.path)))
 
 
 def split(file: LocalFile, checkpoint: Checkpoint) -> Iterator[Section]:

@@ -5,7 +5,11 @@ This module owns which number types weights may have. It renames nothing.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
@@ -14,36 +18,48 @@ from safetensors import SafetensorError, safe_open
 
 from studio_worker.engine.checkpoint import Checkpoint
 from studio_worker.engine.families.family import Tensors
-from studio_worker.engine.sections import Section, is_quantised
+from studio_worker.engine.gguf_files import DAMAGE, open_gguf
+from studio_worker.engine.sections import Section
 from studio_worker.errors import JobError
 
 _PLAIN_GGUF = {"F32", "F16", "F64", "I8", "I16", "I32", "I64"}
 """Types that torch has too; all others are blocks of bytes to it."""
 
+_FP8_NOTE = re.compile(r"(^|\.)(scale_weight|scale_input|weight_scale|input_scale|comfy_quant|scaled_fp8)$")
+"""What ComfyUI's 8-bit files carry beside each weight (``comfy/ops.py``, ``comfy/quant_ops.py``)."""
+
 _INDEX_TYPES = {"I8", "I16", "I32", "I64", "U8", "BOOL", "U16", "U32", "U64"}
 """Position tables and counters that old checkpoints carry beside their weights."""
 
 
-def read_tensors(section: Section, device: torch.device) -> Tensors:
-    """All tensors of ``section``, names without its prefix, on ``device``, of the types they are stored in.
+def read_tensors(section: Section, device: torch.device, dtype: torch.dtype) -> Tensors:
+    """All tensors of ``section``, names without its prefix, on ``device``.
 
-    Quantised ones are diffusers' ``GGUFParameter``, whose bytes are those of the file.
+    Plain numbers are as they are stored, but no wider than ``dtype`` and no narrower than 16 bits; quantised
+    ones are diffusers' ``GGUFParameter``, whose bytes are those of the file.
 
     Raises:
         JobError: the file is damaged or gone (retryable), or has weights of a type that is not served.
     """
-    checkpoint = section.checkpoint
+    path = section.checkpoint.path
     _check_types(section)
     try:
-        if checkpoint.format == "gguf":
+        if section.checkpoint.format == "gguf":
             return dict(_gguf(section, device))
         # Mapped: on the CPU these tensors are pages of the file until they are copied.
-        with safe_open(checkpoint.path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(section.prefix + name) for name in section.shapes}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise JobError(
-            f"{checkpoint.path.name} cannot be read: {type(error).__name__}", retryable=True
-        ) from error
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return _safetensors(section, file, dtype)
+    except (SafetensorError, *DAMAGE) as error:
+        raise JobError(f"{path.name} cannot be read: {type(error).__name__}", retryable=True) from error
+
+
+def will_need(path: Path) -> None:
+    """Have the kernel read a file ahead, beside whatever is read and computed until it is asked for."""
+    try:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    except OSError as error:
+        raise JobError(f"{path.name} cannot be read: {error.strerror}", retryable=True) from error
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,24 +75,46 @@ def dequantised(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype, copy=tensor.device.type == "cpu")
 
 
-def quantisation(section: Section) -> str:
-    """The most frequent quantised type of ``section``, e.g. ``Q4_K``, or an empty string."""
-    types = [section.checkpoint.types.get(section.prefix + name, "") for name in section.shapes]
-    quantised = [type_ for type_ in types if is_quantised(type_)]
-    return max(set(quantised), key=quantised.count, default="")
+def _safetensors(section: Section, file: Any, dtype: torch.dtype) -> Tensors:
+    tensors: Tensors = {}
+    for name in section.shapes:
+        if _FP8_NOTE.search(name):
+            continue
+        tensor = file.get_tensor(section.prefix + name)
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            scale = _fp8_scale(section, name)
+            if scale is not None:
+                factor = file.get_tensor(section.prefix + scale).float()
+                tensor = tensor.float() * factor.reshape(-1, *[1] * (tensor.ndim - 1))
+            tensor = tensor.to(dtype)
+        elif tensor.is_floating_point() and tensor.element_size() > dtype.itemsize:
+            tensor = tensor.to(dtype)  # at once, so that a file of wide numbers never lies whole in memory
+        tensors[name] = tensor
+    return tensors
+
+
+def _fp8_scale(section: Section, name: str) -> str | None:
+    """The name of the scale of the 8-bit weight ``name``, where the file has one."""
+    stem = name.removesuffix(".weight")
+    return next((each for each in (f"{stem}.scale_weight", f"{name}_scale") if each in section.shapes), None)
 
 
 def _gguf(section: Section, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    # "c" maps copy-on-write: torch wants memory that it could write to.
-    for tensor in gguf.GGUFReader(section.checkpoint.path, "c").tensors:
+    for tensor in open_gguf(section.checkpoint.path, "c").tensors:
         name = tensor.name.removeprefix(section.prefix)
         if not tensor.name.startswith(section.prefix) or name not in section.shapes:
             continue
         numbers = torch.from_numpy(tensor.data).to(device)
+        shape = section.shapes[name]
         if tensor.tensor_type.name in _PLAIN_GGUF:
-            yield name, numbers
-        else:
-            yield name, GGUFParameter(numbers, quant_type=tensor.tensor_type)
+            yield name, numbers.reshape(shape)
+            continue
+        elements, size_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+        if shape[-1] % elements == 0:
+            rows = numbers.reshape(*shape[:-1], shape[-1] // elements * size_bytes)
+            yield name, GGUFParameter(rows, quant_type=tensor.tensor_type)
+        else:  # blocks that go over the ends of rows cannot stay as they are
+            yield name, plain(GGUFParameter(numbers, quant_type=tensor.tensor_type)).reshape(shape)
 
 
 def _check_types(section: Section) -> None:
@@ -84,11 +122,13 @@ def _check_types(section: Section) -> None:
     served = (
         {kind.name for kind in SUPPORTED_GGUF_QUANT_TYPES} | _PLAIN_GGUF
         if checkpoint.format == "gguf"
-        else {"F64", "F32", "F16", "BF16"} | _INDEX_TYPES
+        else {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"} | _INDEX_TYPES
     )
     for name in section.shapes:
         type_ = checkpoint.types.get(section.prefix + name)
-        if type_ is not None and type_ not in served:
+        if type_ is None or _FP8_NOTE.search(name):
+            continue
+        if type_ not in served or (type_ in _INDEX_TYPES and name.endswith(".weight")):
             raise JobError(
                 f"{checkpoint.path.name} has weights of type {type_}, which is not served; "
                 f"register a file of one of {', '.join(sorted(served - _INDEX_TYPES))}",

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from studio_worker.engine.checkpoint import Shape
+from studio_worker.engine.gguf_files import Shape
 from studio_worker.engine.parameters import EngineDefaults, Parameters
 from studio_worker.engine.sections import Section
 from studio_worker.errors import JobError

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from studio_worker.engine.checkpoint import Checkpoint, Shape
+from studio_worker.engine.checkpoint import Checkpoint
+from studio_worker.engine.gguf_files import Shape
 
 _ATTENTION_KEY = ".transformer_blocks.0.attn2.to_k.weight"
 

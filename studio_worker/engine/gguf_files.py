@@ -1,0 +1,74 @@
+"""GGUF files: the library's reader without what slows it down, and ComfyUI-GGUF's notes on shapes.
+
+A language model's file lists some 300,000 words of its vocabulary. The library makes several numpy arrays of
+every one, which takes seconds; nothing here wants them, so they are passed over. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+
+Shape = tuple[int, ...]
+"""A tensor's, outermost dimension first as in torch."""
+
+_SHAPE_KEY = "comfy.gguf.orig_shape."
+"""ComfyUI-GGUF's ``tools/convert.py`` lays matrices out in rows of 256 where their own rows are not multiples
+of it, and notes here what they were (outermost dimension first).
+"""
+
+_SHORT = 64
+"""Arrays of numbers up to this long are kept: shapes are, vocabularies are not."""
+
+_NUMBER = struct.Struct("<Q")
+_ARRAY = struct.Struct("<IQ")
+
+
+class Reader(gguf.GGUFReader):  # type: ignore[misc]
+    """gguf's reader, without long arrays among the metadata."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            parts: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
+            return parts
+        item, count = _ARRAY.unpack_from(self.data, orig_offs)
+        start = end = orig_offs + _ARRAY.size
+        if item == gguf.GGUFValueType.STRING:
+            for _ in range(count):
+                end += _NUMBER.size + _NUMBER.unpack_from(self.data, end)[0]
+        elif count <= _SHORT:
+            parts = super()._get_field_parts(orig_offs, raw_type)
+            return parts
+        else:
+            end += count * self.gguf_scalar_to_np[gguf.GGUFValueType(item)]().itemsize
+        if end > len(self.data):
+            raise ValueError("an array is longer than the file")
+        return _ARRAY.size + end - start, [], [], [gguf.GGUFValueType.ARRAY]
+
+
+def open_gguf(path: Path, mode: Literal["r", "c"] = "r") -> Reader:
+    """A reader of the mapped file.
+
+    Args:
+        mode: ``c`` for memory that could be written to (copies of pages), as torch wants it.
+
+    Raises:
+        ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, UnicodeDecodeError, struct.error:
+            the file is damaged. The library looks at nothing before it uses it.
+    """
+    return Reader(path, mode)
+
+
+DAMAGE = (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, MemoryError, struct.error)
+"""What :func:`open_gguf` meets in a damaged file (UnicodeDecodeError is a ValueError)."""
+
+
+def shape_of(reader: Reader, tensor: Any) -> Shape:
+    """The tensor's shape, outermost dimension first, as it was before it was laid out for the file."""
+    noted = reader.fields.get(_SHAPE_KEY + tensor.name)
+    if noted is not None:
+        return tuple(int(noted.parts[index][0]) for index in noted.data)
+    return tuple(int(size) for size in reversed(tensor.shape))
