@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from studio_worker import __version__, sample_model
-from studio_worker.engine import Inputs, Request
+from studio_worker.engine import Inputs, Request, Router
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import clip_prompts, identify
 from studio_worker.engine.families.family import strength
@@ -28,10 +28,11 @@ from studio_worker.engine.families.stable_diffusion import SAMPLE as SAMPLE_FAMI
 from studio_worker.engine.loading import load_part
 from studio_worker.engine.parameters import EngineDefaults, resolve
 from studio_worker.engine.rendering import LoadedModel, Starting
+from studio_worker.engine.residency import Key, Residency
 from studio_worker.engine.samplers import SAMPLERS, make_scheduler
 from studio_worker.errors import DeviceError, JobCancelled, JobError
 from studio_worker.jobs import Cancel, Picture
-from studio_worker.models import CliDefaults, LocalFile
+from studio_worker.models import CliDefaults, LocalFile, ModelSource
 from tests.engine_lab import (
     PROMPT,
     SAMPLE,
@@ -480,6 +481,27 @@ class TestResidency:
         engine = DiffusionEngine("cpu", budget_bytes=1)
         a, b, _ = models
         assert [self.loads(engine, m) for m in (a, a, b, a)] == [True, False, True, True]
+
+    def test_resident_models_are_told_by_name(self) -> None:
+        """What is in memory, and how much of the device is in use, can be asked from outside."""
+        router = Router({"sd-cpp": lambda: DiffusionEngine("cpu")})
+        assert (router.resident(), router.used_bytes()) == ({}, None)
+        router.for_source(ModelSource(engine="sd-cpp")).generate(request(), lambda *_: None, Cancel())
+        assert list(router.resident()) == ["sample-model"]
+        assert router.resident()["sample-model"] >= 4 * sum(tensor.numel() for tensor in sample_tensors())
+        assert (router.used_bytes() or 0) > router.resident()["sample-model"]
+
+    def test_model_that_left_is_resident_no_more(self) -> None:
+        """A model of which a component has left is not called resident."""
+        residency = Residency(torch.device("cpu"), budget_bytes=100)
+        first, second = (Key(kind, "content", torch.float32) for kind in ("a", "b"))
+        for key in (first, second):
+            residency.add(key, torch.nn.Linear(2, 2))
+        residency.name("one", [first])
+        residency.name("both", [first, second])
+        assert residency.models == {"one": 24, "both": 48}
+        residency.make_room(60, keep=[second])
+        assert residency.models == {}
 
 
 def sample_tensors() -> list[torch.Tensor]:

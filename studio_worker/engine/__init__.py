@@ -84,8 +84,8 @@ class KeepsModels(Protocol):
         """Model names and their bytes in the device's memory."""
         ...
 
-    def used_bytes(self) -> int:
-        """Bytes in use on the device, by this process and others."""
+    def used_bytes(self) -> int | None:
+        """Bytes in use on the device, by this process and others; ``None`` where it does not say."""
         ...
 
 

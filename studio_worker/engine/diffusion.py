@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import diffusers
 import torch
@@ -26,7 +26,7 @@ from studio_worker.engine.loading import load_part, weights_dtype
 from studio_worker.engine.loras import Adapters, asked_loras
 from studio_worker.engine.parameters import Parameters, printable, resolve
 from studio_worker.engine.rendering import LoadedModel, Rendered, Starting
-from studio_worker.engine.residency import Key, Residency, default_budget_bytes
+from studio_worker.engine.residency import Key, Residency, default_budget_bytes, free_bytes, total_bytes
 from studio_worker.engine.weights import will_need
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, ImageTask, Picture
@@ -63,6 +63,17 @@ class DiffusionEngine:
         with translated(self._device, prompts, on_exhausted=self._residency.clear):
             return self._generate(request, progress, cancel)
 
+    def resident(self) -> Mapping[str, int]:
+        """See :meth:`studio_worker.engine.KeepsModels.resident`."""
+        return self._residency.models
+
+    def used_bytes(self) -> int | None:
+        """See :meth:`studio_worker.engine.KeepsModels.used_bytes`."""
+        try:
+            return total_bytes(self._device) - free_bytes(self._device)
+        except RuntimeError:  # the device is lost: the job in hand says so, and why
+            return None
+
     def _generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
         cancel.check()
         check_ext(request.task.ext)
@@ -78,10 +89,11 @@ class DiffusionEngine:
         family.pipeline_class(starting.kind)
 
         dtype = weights_dtype(family, self._device)
-        model, load_s = self._model(blueprint, dtype)
+        model, load_s = self._model(request.model, blueprint, dtype)
         started = time.perf_counter()
         self._adapters.set(model.lora_pipeline(), loras)
-        load_s += time.perf_counter() - started
+        if loras:
+            load_s += time.perf_counter() - started
         cancel.check()
         started = time.perf_counter()
         rendered = _render(model, parameters, starting, progress, cancel)
@@ -106,28 +118,31 @@ class DiffusionEngine:
         )
         return Picture(data, parameters.ext, meta, timings_s)
 
-    def _model(self, blueprint: Blueprint, dtype: torch.dtype) -> tuple[LoadedModel, float]:
-        """The model, and the seconds that loading took, 0 where all its components were resident."""
+    def _model(self, name: str, blueprint: Blueprint, dtype: torch.dtype) -> tuple[LoadedModel, float]:
+        """The model that the studio calls ``name``, and the seconds that loading took: 0 where all of its
+        components were resident.
+        """
         family = blueprint.family
         started = time.perf_counter()
         keys = {
-            name: Key(family.parts[name].identity, section.content, dtype)
-            for name, section in blueprint.sections.items()
+            part: Key(family.parts[part].identity, section.content, dtype)
+            for part, section in blueprint.sections.items()
         }
         parts: dict[str, torch.nn.Module | None] = {
-            name: self._residency.get(keys[name]) if name in keys else None for name in family.parts
+            part: self._residency.get(keys[part]) if part in keys else None for part in family.parts
         }
-        missing = [name for name in keys if parts[name] is None]
+        missing = [part for part in keys if parts[part] is None]
         if missing:
-            needed = sum(blueprint.sections[name].size_bytes(dtype.itemsize) for name in missing)
+            needed = sum(blueprint.sections[part].size_bytes(dtype.itemsize) for part in missing)
             self._residency.make_room(needed, keep=keys.values())
-        for name in missing:
-            will_need(blueprint.sections[name].checkpoint.path)
-        for name in missing:
-            section = blueprint.sections[name]
-            component = load_part(family.parts[name], section, self._device, dtype)
-            self._residency.add(keys[name], component)
-            parts[name] = component
+        for part in missing:
+            will_need(blueprint.sections[part].checkpoint.path)
+        for part in missing:
+            section = blueprint.sections[part]
+            component = load_part(family.parts[part], section, self._device, dtype)
+            self._residency.add(keys[part], component)
+            parts[part] = component
+        self._residency.name(name, keys.values())
         model = LoadedModel(family, parts)
         if not missing:
             return model, 0.0

@@ -10,7 +10,7 @@ import gc
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +51,11 @@ class Residency:
         self._device = device
         self._budget_bytes = budget_bytes
         self._resident: OrderedDict[Key, tuple[torch.nn.Module, int]] = OrderedDict()
+        self._made_of: dict[str, tuple[Key, ...]] = {}
+        self.models: Mapping[str, int] = {}
+        """Models that are wholly resident, by name, and their bytes; shared components count for each.
+        Replaced as a whole at every change, so that other threads may read it.
+        """
 
     @property
     def size_bytes(self) -> int:
@@ -73,6 +78,7 @@ class Residency:
             del self._resident[leaving.pop(0)]
             count += 1
         if count:
+            self._show()
             release_cached(self._device)
             _LOG.info("components unloaded", extra={"count": count, "resident_bytes": self.size_bytes})
 
@@ -80,10 +86,24 @@ class Residency:
         """Keep ``component``, as the most recently used."""
         self._resident[key] = (component, weight_bytes(component))
 
+    def name(self, model: str, keys: Iterable[Key]) -> None:
+        """``model`` is made of these components."""
+        self._made_of[model] = tuple(keys)
+        self._show()
+
     def clear(self) -> None:
         """Let every component go, and give cached memory back to the device."""
         self._resident.clear()
+        self._show()
         release_cached(self._device)
+
+    def _show(self) -> None:
+        self._made_of = {
+            model: keys for model, keys in self._made_of.items() if all(key in self._resident for key in keys)
+        }
+        self.models = {
+            model: sum(self._resident[key][1] for key in keys) for model, keys in self._made_of.items()
+        }
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
