@@ -26,7 +26,7 @@ SAMPLE_ID = "sample-model"
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the picture shows.")],
     model: Annotated[
         str,
         typer.Option(
