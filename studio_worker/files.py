@@ -12,8 +12,12 @@ import uuid
 from pathlib import Path
 
 
-def write_atomic(path: Path, content: bytes, *, mode: int = 0o600) -> None:
-    """Replace ``path`` with ``content``: unique temporary file beside it, fsync, rename, directory fsync."""
+def write_atomic(path: Path, content: bytes, *, mode: int = 0o600, sync_folder: bool = True) -> None:
+    """Replace ``path`` with ``content``: unique temporary file beside it, fsync, rename, directory fsync.
+
+    Args:
+        sync_folder: ``False`` where the caller goes on to something else in the folder that syncs it.
+    """
     temporary = path.with_name(
         f".{uuid.uuid4().hex}.tmp"
     )  # without the name, which may be as long as allowed
@@ -29,7 +33,8 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o600) -> None:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
-    fsync_directory(path.parent)
+    if sync_folder:
+        fsync_directory(path.parent)
 
 
 def fsync_directory(path: Path) -> None:

@@ -162,7 +162,7 @@ class Outbox:
         data, note = self._path(delivery.job_id, ".data"), self._path(delivery.job_id, ".json")
         text = json.dumps({name: getattr(delivery, name) for name in _NOTED}).encode()
         try:
-            write_atomic(data, delivery.in_memory)
+            write_atomic(data, delivery.in_memory, sync_folder=False)
             write_atomic(note, text)
         except OSError:
             if not note.exists():
