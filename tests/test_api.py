@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from email.parser import BytesParser
 from email.policy import HTTP
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,40 @@ def test_upload_to_a_studio_that_is_gone_is_to_be_tried_again(tmp_path: Path) ->
     with pytest.raises(StudioUnavailable) as caught:
         StudioApi(url + "?token=secret").upload("w", "t", delivery(tmp_path))
     assert "secret" not in str(caught.value)
+
+
+class Keeping(BaseHTTPRequestHandler):
+    """Keeps connections open, and notes which one each request came by."""
+
+    protocol_version = "HTTP/1.1"
+    ports: list[int]
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.ports.append(self.client_address[1])
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+        self.close_connection = len(self.ports) == 3  # without saying so, as a restart does
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+def test_uploads_in_a_row_share_a_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One picture after another goes by the connection that is there; one that was closed meanwhile, or that
+    has been idle for too long to be trusted, is replaced without a failure.
+    """
+    handler = type("Handler", (Keeping,), {"ports": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        api = StudioApi(f"http://127.0.0.1:{server.server_port}")
+        for _ in range(4):
+            api.upload("w1", "token-1", delivery(tmp_path))
+        first, second, third, fourth = handler.ports
+        assert first == second == third != fourth
+        monkeypatch.setattr("studio_worker.studio.api._WARM_S", 0.0)
+        api.upload("w1", "token-1", delivery(tmp_path))
+        assert handler.ports[4] != fourth
+        server.shutdown()

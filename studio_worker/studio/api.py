@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
+import threading
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -42,6 +44,8 @@ _TIMEOUT_S = (15.0, 60.0)
 """For the connection and each piece sent; for the wait for an answer. An upload may take longer in all."""
 _ANSWER_LIMIT_S = 60.0
 _ANSWER_LIMIT_BYTES = 1024 * 1024
+_WARM_S = 4.0
+"""So long a connection is used again: less than servers keep an idle one (uvicorn 5 s, nginx 75 s)."""
 _RETRY_AFTER_CAP_S = 3600.0
 """A studio that asks for more is asked again after an hour: it may have been a mistake."""
 
@@ -77,6 +81,7 @@ class StudioApi:
     def __init__(self, api_base_url: str) -> None:
         self.root = api_root(api_base_url)
         self.route = route_to(self.root)
+        self._warm = threading.local()
 
     def session_url(self, worker_id: str) -> str:
         """The WebSocket address of a worker's session."""
@@ -128,8 +133,7 @@ class StudioApi:
             f"/workers/{quote(worker_id, safe='')}/jobs/{quote(delivery.job_id, safe='')}/complete",
             token=token,
             headers={"Content-Type": content_type},
-            # Read piece by piece: one write of everything would have to be through within the time limit.
-            data=io.BytesIO(body),
+            data=body,
         )
         if answer.status == 401:
             raise RefusedByStudio("the studio does not accept this worker's token any more")
@@ -144,31 +148,60 @@ class StudioApi:
         *,
         token: str = "",
         headers: dict[str, str] | None = None,
-        data: Any = None,
+        data: bytes | None = None,
     ) -> _Answer:
         """One request; its answer is read within limits of size and time, whatever the studio sends."""
+        headers = {"User-Agent": USER_AGENT, **(headers or {})}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        session = requests.Session()
+        session.trust_env = False  # the route has read the environment; a netrc must not replace the token
+        try:
+            if (warm := self._take_warm()) is not None:
+                # The other side may be closing it at this very moment; that is no failure.
+                with contextlib.suppress(requests.ConnectionError):
+                    return self._send_by(warm, method, path, headers, data)
+            return self._send_by(session, method, path, headers, data)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            raise StudioUnavailable(f"the studio cannot be reached: {why(error)}") from None
+
+    def _take_warm(self) -> requests.Session | None:
+        """This thread's connection, where it has answered lately.
+
+        Between two pictures the device waits for the upload, and a new connection costs two or three round
+        trips. After a pause none is trusted: what drops an idle one on the way often does so without a word,
+        and the picture would wait for the time limit.
+        """
+        session: requests.Session | None = getattr(self._warm, "session", None)
+        self._warm.session = None
+        if session is not None and time.monotonic() - self._warm.used_at > _WARM_S:
+            session.close()
+            return None
+        return session
+
+    def _send_by(
+        self, session: requests.Session, method: str, path: str, headers: dict[str, str], data: bytes | None
+    ) -> _Answer:
         route = self.route
-        with requests.Session() as session:
-            session.trust_env = (
-                False  # the route has read the environment; a netrc must not replace the token
-            )
-            if token:
-                session.headers["Authorization"] = f"Bearer {token}"
-            try:
-                with session.request(
-                    method,
-                    self.root + path,
-                    headers={"User-Agent": USER_AGENT, **(headers or {})},
-                    data=data,
-                    timeout=_TIMEOUT_S,
-                    allow_redirects=False,
-                    stream=True,
-                    proxies={"http": route.proxy, "https": route.proxy} if route.proxy else {},
-                    verify=route.trusted,
-                ) as response:
-                    return _Answer(response.status_code, response.headers, _content(response))
-            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-                raise StudioUnavailable(f"the studio cannot be reached: {why(error)}") from None
+        try:
+            with session.request(
+                method,
+                self.root + path,
+                headers=headers,
+                # Read piece by piece: one write of everything would have to be through within the time limit.
+                data=None if data is None else io.BytesIO(data),
+                timeout=_TIMEOUT_S,
+                allow_redirects=False,
+                stream=True,
+                proxies={"http": route.proxy, "https": route.proxy} if route.proxy else {},
+                verify=route.trusted,
+            ) as response:
+                answer = _Answer(response.status_code, response.headers, _content(response))
+        except BaseException:
+            session.close()
+            raise
+        self._warm.session, self._warm.used_at = session, time.monotonic()
+        return answer
 
 
 def _content(response: requests.Response) -> bytes:
