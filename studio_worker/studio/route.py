@@ -59,7 +59,8 @@ def route_to(root: str) -> Route:
             )
     route = Route(proxy, _trusted())
     try:
-        route.ssl_context()
+        if root.startswith("https:"):
+            route.ssl_context()
     except OSError as error:  # ssl.SSLError too
         raise ConfigError(
             f"certificates cannot be read from {route.trusted}",

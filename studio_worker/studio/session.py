@@ -206,19 +206,8 @@ class StudioSession:
             return
         async with socket_:
             outgoing: asyncio.Queue[Body | None] = asyncio.Queue()
-            self._exchange = exchange = Exchange(
-                SessionProtocol(now_s(), self._timings.dead_peer_s),
-                outgoing.put_nowait,
-                desk=self._desk,
-                situation=self._situation,
-                capabilities=self._capabilities,
-                uploading=self._uploading,
-                shipping=Shipping(self._shipping),
-                on_redelivery=self._on_redelivery,
-                on_answer=self._on_answer,
-            )
+            exchange = self.begin(outgoing.put_nowait, credentials)
             try:
-                exchange.begin(credentials.auth_token)
                 await carry(
                     socket_,
                     exchange,
@@ -228,8 +217,29 @@ class StudioSession:
                     on_welcome=self._welcomed,
                 )
             finally:
-                self._exchange = None
-                exchange.end()
+                self.end()
+
+    def begin(self, send: Callable[[Body], None], credentials: Credentials) -> Exchange:
+        """A connection is made: say hello over it. In the loop's thread, like everything below."""
+        self._exchange = Exchange(
+            SessionProtocol(now_s(), self._timings.dead_peer_s),
+            send,
+            desk=self._desk,
+            situation=self._situation,
+            capabilities=self._capabilities,
+            uploading=self._uploading,
+            shipping=Shipping(self._shipping),
+            on_redelivery=self._on_redelivery,
+            on_answer=self._on_answer,
+        )
+        self._exchange.begin(credentials.auth_token)
+        return self._exchange
+
+    def end(self) -> None:
+        """The connection is gone: nothing more can be said over it."""
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.end()
 
     async def _open(self, credentials: Credentials, stopping: asyncio.Event) -> ClientConnection | None:
         """The connection, or ``None`` where the stop came first: a studio that is gone must not delay it."""
