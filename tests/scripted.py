@@ -6,6 +6,7 @@ import contextlib
 import json
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -34,6 +35,8 @@ class ScriptedHttp:
 
     def __init__(self, *answers: tuple[int, dict[str, str], Any]) -> None:
         self.heard: list[Heard] = []
+        self.on_first: Callable[[], None] = lambda: None
+        """Called while the first request waits for its answer."""
         self._answers: queue.SimpleQueue[tuple[int, dict[str, str], Any]] = queue.SimpleQueue()
         for answer in answers:
             self._answers.put(answer)
@@ -44,6 +47,8 @@ class ScriptedHttp:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 outer.heard.append(Heard(self.command, self.path, headers, body))
+                if len(outer.heard) == 1:
+                    outer.on_first()
                 status, extra, answer = outer._answers.get(timeout=LIMIT_S)
                 content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response_only(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import queue
 import threading
@@ -22,6 +23,7 @@ from studio_worker.studio.identity import Credentials
 from tests.scripted import LIMIT_S, ScriptedHttp
 
 OK = (200, {}, {})
+FAST = Patience(base_s=0.01, cap_s=0.05)
 
 
 class Told:
@@ -50,6 +52,10 @@ class Told:
             self.lost.append((job_id, reason))
             self._changed.notify_all()
 
+    def give(self, seconds: float) -> None:
+        """Let the courier work for so long."""
+        threading.Event().wait(seconds)
+
     def await_count(self, count: int) -> None:
         with self._changed:
             assert self._changed.wait_for(
@@ -65,7 +71,14 @@ def add(outbox: Outbox, job_id: str) -> None:
 
 
 @contextmanager
-def courier(outbox: Outbox, url: str) -> Iterator[tuple[Courier, Told, threading.Thread]]:
+def courier(
+    outbox: Outbox,
+    url: str,
+    patience: Patience = FAST,
+    *,
+    worker_id: str = "w1",
+    begins: bool = True,
+) -> Iterator[tuple[Courier, Told, threading.Thread]]:
     """A courier at work on its thread."""
     told = Told()
     running = Courier(
@@ -76,10 +89,11 @@ def courier(outbox: Outbox, url: str) -> Iterator[tuple[Courier, Told, threading
         on_lost=told.note_lost,
         on_settled=told.settled.put,
         reports=told.activity,
-        patience=Patience(base_s=0.01, cap_s=0.05),
+        patience=patience,
     )
-    thread = threading.Thread(target=running.run, args=(Credentials("w1", "token"),), daemon=True)
-    thread.start()
+    thread = threading.Thread(target=running.run, args=(Credentials(worker_id, "token"),), daemon=True)
+    if begins:
+        thread.start()
     yield running, told, thread
     running.stop()
     thread.join(LIMIT_S)
@@ -194,3 +208,168 @@ def test_courier_logs_one_summary_line_a_finished_job(
     )
     assert "upload_ms" in facts
     assert "castle" not in str(facts)
+
+
+# --- nothing holds up anything ---
+
+
+def test_courier_goes_on_past_a_picture_the_studio_stumbles_over(outbox: Outbox) -> None:
+    """An upload that ends in HTTP 500 again and again waits by itself; those behind it are delivered."""
+    add(outbox, "bad")
+    add(outbox, "good")
+    with (
+        ScriptedHttp((500, {}, {}), OK, (500, {}, {}), OK) as server,
+        courier(outbox, server.url) as (_, told, _),
+    ):
+        told.await_count(2)
+    assert told.delivered == ["good", "bad"]
+    assert [heard.path.split("/")[-2] for heard in server.heard] == ["bad", "good", "bad", "bad"]
+
+
+def test_courier_asked_for_patience_is_patient_with_everything(outbox: Outbox) -> None:
+    """Retry-After holds for all pictures, and no reconnect cuts it short."""
+    add(outbox, "a")
+    add(outbox, "b")
+    with ScriptedHttp((429, {"Retry-After": "3600"}, {})) as server:  # noqa: SIM117
+        with courier(outbox, server.url) as (running, told, _):
+            waiting = outbox.oldest()
+            while not server.heard:
+                told.give(0.01)
+            running.hurry()
+            told.give(0.3)
+    assert len(server.heard) == 1
+    assert outbox.oldest() == waiting
+
+
+def test_courier_tries_at_once_when_the_studio_is_there_again(outbox: Outbox) -> None:
+    """A session that opens is a sign that uploads are worth a try, long before the backoff ends."""
+    add(outbox, "a")
+    patience = Patience(base_s=3600.0, cap_s=3600.0)
+    with (
+        ScriptedHttp((502, {}, {}), OK) as server,
+        courier(outbox, server.url, patience) as (running, told, _),
+    ):
+        while not server.heard or running.uploading:
+            told.give(0.01)
+        running.hurry()
+        told.await_count(1)
+    assert told.delivered == ["a"]
+
+
+def test_courier_goes_on_past_a_picture_it_cannot_read(
+    outbox: Outbox, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One file on a failing disk is logged and kept, and keeps no other picture from the studio."""
+    add(outbox, "bad")
+    (data,) = (tmp_path / "outbox").glob("*.data")
+    add(outbox, "good")
+    data.unlink()
+    data.mkdir()  # reading it fails, as on a bad sector
+    with ScriptedHttp(OK) as server, courier(outbox, server.url) as (_, told, _):
+        told.await_count(1)
+    assert told.delivered == ["good"]
+    assert outbox.holds("bad")
+    failed = [r.__dict__ for r in caplog.records if r.message == "delivery failed"]
+    assert (failed[0]["job_id"], failed[0]["error"]) == ("bad", "Is a directory")
+    assert "castle" not in str(failed)
+
+
+def test_courier_delivers_from_memory_what_the_disk_did_not_take(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk costs no picture: it goes to the studio straight from memory."""
+
+    def full(path: Path, content: bytes, **_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("studio_worker.outbox.write_atomic", full)
+    add(outbox, "a")
+    with ScriptedHttp(OK) as server, courier(outbox, server.url) as (_, told, _):
+        told.await_count(1)
+    assert told.delivered == ["a"]
+    assert b"bytes of a" in server.heard[0].body
+
+
+def test_courier_stopped_reports_what_only_memory_holds(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture that would be lost with the process is given back as a job, with the reason."""
+
+    def full(path: Path, content: bytes, **_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("studio_worker.outbox.write_atomic", full)
+    add(outbox, "a")
+    with ScriptedHttp((503, {"Retry-After": "60"}, {})) as server:  # noqa: SIM117
+        with courier(outbox, server.url) as (running, told, thread):
+            while not server.heard:
+                told.give(0.01)
+            running.stop()
+            thread.join(LIMIT_S)
+    assert told.lost == [("a", "the disk took no picture, and the worker is stopping")]
+
+
+def test_courier_says_what_it_drops_for_its_age(tmp_path: Path) -> None:
+    """A picture beyond the limit of days is dropped with a report, so that nobody waits for it."""
+    now = [0.0]
+    outbox = Outbox(tmp_path / "outbox", max_age_s=10.0, clock=lambda: now[0])
+    add(outbox, "a")
+    now[0] = 11.0
+    with ScriptedHttp() as server, courier(outbox, server.url) as (_, told, _):
+        told.await_count(1)
+    assert [job_id for job_id, _ in told.lost] == ["a"]
+    assert "outbox_max_days" in told.lost[0][1]
+    assert server.heard == []
+
+
+# --- a job offered again while its picture is here ---
+
+
+def test_courier_offered_a_job_again_delivers_at_once(outbox: Outbox) -> None:
+    """The studio asks for it: no backoff and no Retry-After keeps the picture back."""
+    add(outbox, "a")
+    with ScriptedHttp((429, {"Retry-After": "3600"}, {}), OK) as server:  # noqa: SIM117
+        with courier(outbox, server.url) as (running, told, _):
+            while not server.heard or running.uploading:
+                told.give(0.01)
+            running.offered_again("a")
+            told.await_count(1)
+    assert told.delivered == ["a"]
+    assert running.has_just_delivered("a")
+    assert not running.has_just_delivered("b")
+
+
+def test_courier_keeps_a_picture_refused_while_it_was_offered_again(outbox: Outbox) -> None:
+    """A 409 that crossed a new offer of the same job is old news: the picture stays, and is sent again."""
+    add(outbox, "a")
+    server = ScriptedHttp((409, {}, {}), OK)
+    with server, courier(outbox, server.url, begins=False) as (running, told, thread):
+        server.on_first = lambda: running.offered_again("a")
+        thread.start()
+        assert told.settled.get(timeout=LIMIT_S) == "a"
+        running.offered_again("a")
+        told.await_count(1)
+    assert told.delivered == ["a"]
+    assert len(server.heard) == 2
+
+
+def test_courier_offered_a_job_whose_picture_is_gone_says_so(outbox: Outbox) -> None:
+    """A picture refused the moment before its job came back is reported, so that the job is made anew."""
+    with ScriptedHttp() as server, courier(outbox, server.url) as (running, told, _):
+        running.offered_again("a")
+        told.await_count(1)
+    assert told.lost == [("a", "the studio refused its picture before")]
+
+
+def test_courier_delivers_under_a_new_identity(outbox: Outbox, tmp_path: Path) -> None:
+    """What a refused token kept back is sent, after a new registration, as the new worker."""
+    add(outbox, "a")
+    with ScriptedHttp((401, {}, {})) as server, courier(outbox, server.url):
+        while not server.heard:
+            threading.Event().wait(0.01)
+    assert [d.job_id for d in Outbox(tmp_path / "outbox").oldest()] == ["a"]
+    with ScriptedHttp(OK) as server:
+        again = Outbox(tmp_path / "outbox")
+        with courier(again, server.url, worker_id="w2") as (_, told, _):
+            told.await_count(1)
+    assert server.heard[0].path.endswith("/workers/w2/jobs/a/complete")

@@ -366,6 +366,8 @@ class Sequences(RuleBasedStateMachine):
             assert not self.box.outbox.holds(job_id)
             self.settle(job_id)
         for job_id in self.box.api.refused[refused:]:
+            if answer == "gone" and offered and self.welcomed:
+                assert self.box.outbox.holds(job_id), "dropped while the studio asks for it"
             if not self.box.outbox.holds(job_id):
                 self.settle(job_id)
 

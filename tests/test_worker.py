@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import queue
 import threading
@@ -278,3 +279,118 @@ def test_worker_logs_a_failed_job_in_one_line(tmp_path: Path, caplog: pytest.Log
     assert (facts["job_id"], facts["model"], facts["error"]) == ("a", "m", "no such sampler")
     assert facts["retryable"] is False
     assert "elapsed_ms" in facts
+
+
+# --- one job's own end ---
+
+
+def test_worker_stopped_in_one_job_makes_the_next(tmp_path: Path) -> None:
+    """A job that is cancelled is reported as retryable and leaves the next one untouched."""
+    source = Source(job("a"), job("b"))
+
+    def endless(request: Request, progress: Progress, cancel: Cancel) -> None:
+        worker.cancel_job("enough")
+        cancel.check()
+
+    worker, outbox, _ = make(tmp_path, source, {"a": endless})
+    worker.run()
+    assert source.failures == [("a", "enough", True)]
+    assert [d.job_id for d in outbox.oldest()] == ["b"]
+
+
+def test_worker_cancelled_without_a_job_in_hand_cancels_none(tmp_path: Path) -> None:
+    """A cancellation that comes too late is not the next job's."""
+    source = Source(job("a"))
+    worker, outbox, _ = make(tmp_path, source)
+    worker.cancel_job("too late")
+    worker.run()
+    assert source.failures == []
+    assert [d.job_id for d in outbox.oldest()] == ["a"]
+
+
+def test_worker_stops_a_job_after_a_step_that_took_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step beyond step_timeout_s is the job's last, with its reason; the next job is made."""
+    now = 1000.0
+    monkeypatch.setattr("studio_worker.worker.time.monotonic", lambda: now)
+    source = Source(job("slow"), job("loading"), job("well"))
+
+    def steps(*seconds: float) -> Callable[[Request, Progress, Cancel], None]:
+        def act(request: Request, progress: Progress, cancel: Cancel) -> None:
+            nonlocal now
+            for number, each in enumerate(seconds, 1):
+                now += each
+                progress(number, len(seconds))
+                cancel.check()
+
+        return act
+
+    worker, outbox, in_hand = make(
+        tmp_path,
+        source,
+        # The first sign of progress comes after the model was loaded: that is no slow step.
+        {"slow": steps(1, 1, 61, 1), "loading": steps(500, 1, 1), "well": steps(59, 59, 59)},
+        step_timeout_s=60.0,
+    )
+    worker.run()
+    assert source.failures == [
+        ("slow", "step 3 of 4 took 61 s, longer than step_timeout_s (60 s)", True),
+    ]
+    assert [d.job_id for d in outbox.oldest()] == ["loading", "well"]
+    assert in_hand.recover() is None  # a job that was stopped is no crash
+
+
+def test_worker_in_a_step_that_never_returns_stays_stuck(tmp_path: Path) -> None:
+    """Where no step ends there is nothing to stop at: the verdict stays, for the watchdog to act on."""
+    entered, release = threading.Event(), threading.Event()
+
+    def hang(request: Request, progress: Progress, cancel: Cancel) -> None:
+        progress(1, 2)
+        entered.set()
+        release.wait(20)
+
+    source = Source(job("a"))
+    worker, _, _ = make(tmp_path, source, {"a": hang}, step_timeout_s=0.05)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    assert entered.wait(10)
+    release.wait(0.1)  # longer than the limit
+    worker.cancel_job("a step took too long")
+    verdicts = [worker.is_stuck() for _ in range(3)]
+    in_hand = (tmp_path / "spool" / "job-in-hand.json").exists()
+    release.set()
+    thread.join(10)
+    assert verdicts == [True, True, True]
+    assert in_hand  # so that the watchdog's kill counts as a crash of this job
+
+
+# --- disks ---
+
+
+def test_worker_says_why_a_job_cannot_be_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that cannot be noted on disk is not begun: it goes back with the reason, and so do later ones."""
+    source = Source(job("a"), job("b"))
+    worker, outbox, in_hand = make(tmp_path, source)
+
+    def full(job: Job) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(in_hand, "begin", full)
+    worker.run()
+    reason = "the job cannot be noted: No space left on device"
+    assert source.failures == [("a", reason, True), ("b", reason, True)]
+    assert outbox.oldest() == []
+
+
+def test_worker_says_why_a_picture_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that neither disk nor memory takes is a failure that may pass, with its reason."""
+    source = Source(job("a"))
+    worker, outbox, _ = make(tmp_path, source)
+
+    def full(job: Job, picture: Picture, timings_s: Mapping[str, float]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(outbox, "add", full)
+    worker.run()
+    assert source.failures == [("a", "the finished picture cannot be kept: No space left on device", True)]
