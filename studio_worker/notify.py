@@ -27,13 +27,18 @@ class Notifier:
         self._on_status = on_status
         self._systemd = sdnotify.SystemdNotifier()
         self._guard = threading.Lock()
+        self._is_stopping = False
 
     def ready(self, status: str) -> None:
         self._send("READY=1", self._status(status))
 
     def status(self, text: str) -> None:
-        """One line for ``systemctl status``; dropped where the manager has not read the ones before."""
-        self._send(self._status(text), wait_s=0.0)
+        """One line for ``systemctl status``; dropped where the manager has not read the ones before.
+
+        Once the service is stopping, its line says that and nothing else.
+        """
+        if not self._is_stopping:
+            self._send(self._status(text), wait_s=0.0)
 
     def extend_timeout(self) -> None:
         """Ask for more time to start; to be sent only while bytes advance."""
@@ -47,6 +52,7 @@ class Notifier:
         self._send("WATCHDOG=1")
 
     def stopping(self, status: str = "stopping") -> None:
+        self._is_stopping = True
         self._send("STOPPING=1", self._status(status))
 
     def _status(self, text: str) -> str:

@@ -55,6 +55,16 @@ def test_watchdog_and_stopping_are_told(systemd: socket.socket) -> None:
     assert heard(systemd) == ["STOPPING=1", "STATUS=finishing the job in hand"]
 
 
+def test_status_of_a_stopping_service_stays(systemd: socket.socket) -> None:
+    """A reconnect while the job in hand is being finished does not make the line say that all is ready."""
+    notifier = Notifier()
+    notifier.stopping("finishing the job in hand")
+    notifier.status("ready, connected")
+    notifier.stopping()
+    assert heard(systemd) == ["STOPPING=1", "STATUS=finishing the job in hand"]
+    assert heard(systemd) == ["STOPPING=1", "STATUS=stopping"]
+
+
 def test_manager_that_does_not_read_stops_nothing(systemd: socket.socket) -> None:
     """Status lines that nobody reads are dropped; the service goes on, and says the next one that fits."""
     notifier = Notifier()
