@@ -204,3 +204,11 @@ def test_variable_weights_are_the_fixed_ones_for_even_steps() -> None:
     for order in (1, 2, 3, 4):
         assert IPNDMVariable().weights(even[:order], 3.0) == pytest.approx(IPNDM.WEIGHTS[order - 1])
         assert sum(IPNDMVariable().weights(uneven[:order], 3.0)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_single_step_is_the_first_one(name: str) -> None:
+    """A picture of one step, as turbo models make, starts at full noise and not at the last noise level."""
+    scheduler = make_scheduler(name, shipped(), 1)
+    scheduler.set_timesteps(1)
+    assert float(scheduler.timesteps[0]) == pytest.approx(999, abs=21)  # 980: where LCM's own grid begins

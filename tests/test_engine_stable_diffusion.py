@@ -283,6 +283,22 @@ def test_xl_in_parts(xl: Tiny, layout: str) -> None:
     assert (xl.picture(*files) == xl.expected("StableDiffusionXLPipeline")).all()
 
 
+def test_vae_of_an_old_diffusers(xl: Tiny) -> None:
+    """A VAE under the attention names that diffusers had before 0.14 works, as sd-vae-ft-mse has them."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(name: str) -> str:
+        for new, former in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{former}.")
+        return name
+
+    state = tiny_models.renamed(xl.parts["vae"].state_dict(), rename)
+    assert "decoder.mid_block.attentions.0.query.weight" in state
+    vae = tiny_models.write_safetensors(xl.folder / "old-vae.safetensors", state, "vae")
+    file = xl.whole(xl_text(xl), "old")
+    assert (xl.picture(file, vae) == xl.expected("StableDiffusionXLPipeline")).all()
+
+
 def test_xl_picture_from_picture_and_inpainting(xl: Tiny) -> None:
     """Image-to-image and inpainting are pixel for pixel what diffusers makes."""
     file = xl.whole(xl_text(xl), "variants")

@@ -243,18 +243,14 @@ def test_inpainting(tiny: Tiny, files: tuple[LocalFile, ...]) -> None:
     assert (found[~inside] == np.asarray(scene())[~inside]).all()
 
 
-@pytest.mark.parametrize(("quantisation", "bound"), [(None, 0.0), (Q8, 0.5), (Q4, 8.0)])
-@pytest.mark.parametrize("converter", ["city96", "stable-diffusion.cpp"])
-def test_gguf_makes_nearly_the_same_picture(
-    tiny: Tiny,
-    files: tuple[LocalFile, ...],
-    quantisation: gguf.GGMLQuantizationType | None,
-    bound: float,
-    converter: str,
-) -> None:
-    """From GGUF files the picture differs by few grey levels on average, unquantised by none."""
-    name = f"{converter}-{quantisation}"
-    ours = converter == "stable-diffusion.cpp"
+def gguf_files(
+    tiny: Tiny, quantisation: gguf.GGMLQuantizationType | None, name: str, *, ours: bool
+) -> tuple[LocalFile, LocalFile]:
+    """Transformer and text encoder as GGUF files.
+
+    Args:
+        ours: as stable-diffusion.cpp converts, else as city96's ComfyUI-GGUF does.
+    """
     state = original_transformer(tiny.stock.transformer.state_dict())
     transformer = tiny_models.write_gguf(
         tiny.folder / f"{name}.gguf",
@@ -271,12 +267,31 @@ def test_gguf_makes_nearly_the_same_picture(
         "qwen3",
         quantisation,
     )
-    difference = np.abs(tiny.picture(transformer, text_encoder, files[2]) - tiny.expected())
+    return transformer, text_encoder
+
+
+@pytest.mark.parametrize(("quantisation", "bound"), [(None, 0.0), (Q8, 0.5), (Q4, 8.0)])
+@pytest.mark.parametrize("converter", ["city96", "stable-diffusion.cpp"])
+def test_gguf_makes_nearly_the_same_picture(
+    tiny: Tiny,
+    files: tuple[LocalFile, ...],
+    quantisation: gguf.GGMLQuantizationType | None,
+    bound: float,
+    converter: str,
+) -> None:
+    """From GGUF files the picture differs by few grey levels on average, unquantised by none."""
+    quantised = gguf_files(tiny, quantisation, f"{converter}-{quantisation}", ours="cpp" in converter)
+    difference = np.abs(tiny.picture(*quantised, files[2]) - tiny.expected())
     assert difference.mean() <= bound
 
 
-def test_picture_in_brain_floats_is_nearly_the_same(tiny: Tiny, files: tuple[LocalFile, ...]) -> None:
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_picture_in_brain_floats_is_nearly_the_same(
+    tiny: Tiny, files: tuple[LocalFile, ...], form: str
+) -> None:
     """With weights in bfloat16, as on a GPU, every kind of job gives nearly the same picture."""
+    if form == "gguf":
+        files = gguf_files(tiny, Q8, "brain", ours=True) + files[2:]
     blueprint = identify(files, (tiny.family,))
     asked = request(defaults=SIZE, denoise=0.75)
     mask = Image.new("L", (64, 64), 255)

@@ -7,7 +7,7 @@ Configurations and tokenizers come from folders that this package carries; the h
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,9 @@ def _fill(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    wanted = dict(model.named_parameters())
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    wanted = {**dict(model.named_parameters()), **buffers}
     _check_names_and_shapes(wanted, tensors, section, part)
     _replace_with_gguf_linear(model, dtype, tensors)
     keep = _kept_in_single_precision(model, dtype)
@@ -95,10 +97,14 @@ def _fill(
         module = model.get_submodule(owner)
         tensor = tensors.pop(name)
         is_matrix = isinstance(module, diffusers.quantizers.gguf.utils.GGUFLinear) and attribute == "weight"
-        if not (isinstance(tensor, GGUFParameter) and is_matrix):
-            tensor = dequantised(tensor, torch.float32 if keep(name) else dtype).reshape(wanted[name].shape)
-            tensor = torch.nn.Parameter(tensor.to(device), requires_grad=False)
-        module._parameters[attribute] = tensor
+        if isinstance(tensor, GGUFParameter) and is_matrix:
+            module._parameters[attribute] = tensor
+            continue
+        tensor = dequantised(tensor, torch.float32 if keep(name) else dtype).reshape(wanted[name].shape)
+        if name in buffers:
+            module._buffers[attribute] = tensor.to(device, buffers[name].dtype)
+        else:
+            module._parameters[attribute] = torch.nn.Parameter(tensor.to(device), requires_grad=False)
     if isinstance(model, transformers.PreTrainedModel):
         model.tie_weights()
     if tensors:
@@ -109,7 +115,7 @@ def _fill(
 
 
 def _check_names_and_shapes(
-    wanted: dict[str, torch.nn.Parameter], tensors: Tensors, section: Section, part: Part
+    wanted: Mapping[str, torch.Tensor], tensors: Tensors, section: Section, part: Part
 ) -> None:
     missing = [name for name in wanted if name not in tensors]
     if missing:

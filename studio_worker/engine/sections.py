@@ -22,7 +22,7 @@ from studio_worker.errors import JobError
 from studio_worker.models import FileRole, LocalFile
 
 _PREFIX = re.compile(
-    r"(?:model\.)?diffusion_model\.|net\."
+    r"(?:model\.)?diffusion_model\."
     r"|first_stage_model\.|vae\."
     r"|cond_stage_model\.(?:transformer|model)\."
     r"|conditioner\.embedders\.\d+\.(?:transformer|model)\."
