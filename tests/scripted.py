@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import Frame, Opcode
 from websockets.sync.server import ServerConnection, serve
 
 from studio_worker.studio.wire import SUBPROTOCOL
@@ -113,6 +114,22 @@ class Conversation:
         self.send(type="welcome", workerId="w1", serverTime="2026-01-01T00:00:00Z")
         return hello
 
+    def send_bad_text(self, content: bytes) -> None:
+        """A text frame whose content is no UTF-8, as no library would send it."""
+        with self._connection.protocol_mutex:
+            self._connection.protocol.writes.append(
+                Frame(Opcode.TEXT, content).serialize(mask=False, extensions=[])
+            )
+            self._connection.send_data()
+
+    def closed_with(self) -> int | None:
+        """The code with which the worker closes; what it says before is passed over."""
+        try:
+            while True:
+                self._connection.recv(LIMIT_S)
+        except ConnectionClosed as closed:
+            return closed.rcvd.code if closed.rcvd else None
+
     def close(self, code: int = 1000, reason: str = "") -> None:
         self._connection.close(code, reason)
         self.over.set()
@@ -126,7 +143,10 @@ class Conversation:
 class ScriptedStudio:
     """A WebSocket server whose connections the test takes with :meth:`accept` and plays by hand."""
 
-    def __init__(self, *, refuse_with: int | None = None, location: str | None = None) -> None:
+    def __init__(
+        self, *, refuse_with: int | None = None, location: str | None = None, refusals: int | None = None
+    ) -> None:
+        self.refused = 0
         self._waiting: queue.SimpleQueue[Conversation] = queue.SimpleQueue()
         self._conversations: list[Conversation] = []
 
@@ -137,8 +157,9 @@ class ScriptedStudio:
             conversation.over.wait()  # the library closes the connection when this returns
 
         def refuse(connection: ServerConnection, _request: object) -> Any:
-            if refuse_with is None:
+            if refuse_with is None or self.refused == refusals:
                 return None
+            self.refused += 1
             response = connection.respond(refuse_with, "no\n")  # type: ignore[arg-type]
             if location is not None:
                 response.headers["Location"] = location

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +276,27 @@ def test_cancellation_stops_at_that_step(engine: DiffusionEngine, step: int) -> 
         engine.generate(request(), progress, cancel)
     assert seen == list(range(1, step + 1))
     assert make(engine).data == make(engine).data
+
+
+def test_cancelled_job_leaves_no_tensor_and_no_trace(engine: DiffusionEngine) -> None:
+    """What a stopped job had in memory is let go at once, and the next picture is a fresh process's."""
+    make(engine)
+    gc.collect()
+    before = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+    cancel = Cancel()
+    with pytest.raises(JobCancelled) as held:  # whoever logs the error holds its frames meanwhile
+        engine.generate(request(seed=7), lambda done, _total: cancel.set("enough"), cancel)
+    gc.collect()
+    assert sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()) == before
+    assert held.traceback
+    script = (
+        "import sys\n"
+        "from studio_worker.engine.diffusion import DiffusionEngine\n"
+        "from tests.test_engine_diffusion import make\n"
+        "sys.stdout.buffer.write(make(DiffusionEngine('cpu')).data)\n"
+    )
+    fresh = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, timeout=240)
+    assert make(engine).data == fresh.stdout
 
 
 def test_long_prompt_is_read_to_its_end(engine: DiffusionEngine) -> None:

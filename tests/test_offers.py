@@ -14,6 +14,7 @@ from studio_worker.studio.offers import (
     Ignore,
     Impossible,
     Judgement,
+    OnItsWay,
     Refuse,
     Situation,
     Take,
@@ -77,6 +78,17 @@ def test_offer_that_can_be_done_is_taken_with_the_wires_defaults() -> None:
         (replace(IDLE, current_job_id="j1"), AlreadyOurs("j1")),
         (replace(IDLE, is_in_outbox=lambda job_id: True), AlreadyOurs("j1")),
         (replace(IDLE, is_in_outbox=lambda job_id: True, is_paused=True), AlreadyOurs("j1")),
+        (replace(IDLE, current_job_id="j1", is_paused=True), AlreadyOurs("j1")),
+        (replace(IDLE, is_uploading=lambda job_id: True, is_in_outbox=lambda job_id: True), OnItsWay("j1")),
+        (
+            replace(IDLE, is_just_delivered=lambda job_id: True),
+            Refuse("j1", "the job's result was delivered a moment ago", "busy"),
+        ),
+        (replace(IDLE, outbox_problem=lambda: "3 pictures wait"), Refuse("j1", "3 pictures wait", "busy")),
+        (
+            replace(IDLE, failed_for_good=lambda job_id: "no such sampler"),
+            Impossible("j1", "no such sampler"),
+        ),
         (
             replace(IDLE, is_poisoned=lambda job_id: True),
             Impossible("j1", "the worker crashed twice while it worked on this job"),
@@ -94,6 +106,10 @@ def test_offer_is_answered_by_the_workers_own_state(situation: Situation, expect
         ({"task": None}, IDLE, "no task"),
         ({"modelSource": None}, IDLE, "no modelSource"),
         ({"task": {"kind": "video", "prompt": "x"}}, IDLE, "kind 'video'"),
+        ({"task": {"kind": "llm", "messages": []}}, IDLE, "kind 'llm'"),
+        ({"task": {"kind": "audio_stt", "inputUrl": "x"}}, IDLE, "kind 'audio_stt'"),
+        ({"task": {"kind": "audio_tts", "text": "x"}}, IDLE, "kind 'audio_tts'"),
+        ({"task": {"kind": "k" * 5000}}, IDLE, "kind 'kkk"),
         ({"vramGbEstimate": 9.0}, IDLE, "needs 9 GB and this worker takes up to 8 GB"),
         ({}, replace(IDLE, shortfall_bytes=lambda files: 3_200_000_000), "3.2 GB too little"),
         ({}, replace(IDLE, on_demand=False, is_on_box=lambda files: False), "not on this box"),
@@ -127,6 +143,15 @@ def test_offer_that_another_worker_could_do_is_refused_without_code(
         ({"task": {"kind": "image", "prompt": "x", "initImageUrl": "file:///etc/passwd"}}, "address"),
         ({"model": None}, "model"),
         ({"vramGbEstimate": "much"}, "vramGbEstimate"),
+        ({"vramGbEstimate": float("nan")}, "vramGbEstimate"),
+        ({"vramGbEstimate": float("inf")}, "vramGbEstimate"),
+        ({"vramGbEstimate": -1}, "vramGbEstimate"),
+        ({"task": "a castle"}, "task"),
+        ({"task": {"prompt": "x"}}, "task.kind"),
+        ({"task": {"kind": ["image"], "prompt": "x"}}, "task.kind"),
+        ({"modelSource": []}, "modelSource"),
+        ({"modelSource": {**SOURCE, "files": [{**SOURCE["files"][0], "role": "oven"}]}}, "role"),  # type: ignore[dict-item]
+        ({"modelSource": {**SOURCE, "files": [{**SOURCE["files"][0], "sha256": "00"}]}}, "sha256"),  # type: ignore[dict-item]
     ],
 )
 def test_offer_that_no_worker_could_do_is_failed_for_good(changes: dict[str, Any], error: str) -> None:
@@ -172,3 +197,58 @@ def test_any_offer_gets_a_judgement(
         "modelSource": {**SOURCE, **source},
     }
     assert isinstance(judge(offered, IDLE), Take | Refuse | Impossible | Ignore | AlreadyOurs)
+
+
+def test_offer_is_read_with_every_field_of_the_protocol() -> None:
+    """Every field of claim, task, model source and defaults arrives as sent; unknown ones are ignored."""
+    offered = {
+        "jobId": "j1", "gameId": "g", "assetName": "a", "model": "m", "vramGbEstimate": 7.5, "newField": 1,
+        "task": {
+            "kind": "image", "prompt": "p", "negativePrompt": "n", "initImageUrl": "https://x/i.png",
+            "maskUrl": "https://x/m.png", "refImageUrl": "https://x/r.png", "denoise": 0.5, "cfgScale": 3.5,
+            "samplingMethod": "dpm++2m", "width": 640, "height": 480, "steps": 12, "seed": 99, "ext": "png",
+            "newField": [],
+        },
+        "modelSource": {
+            "engine": "sd-cpp",
+            "files": [
+                {"role": role, "url": f"https://x/{role}", "filename": f"{role}.gguf", "approxBytes": 5,
+                 "sha256": "A" * 64, "newField": {}}
+                for role in ("diffusion-model", "text-encoder", "text-encoder-vision", "vae", "lora", "model")
+            ],
+            "cliDefaults": {
+                "cfgScale": 1.0, "steps": 8, "width": 1024, "height": 768, "samplingMethod": "euler",
+                "flowShift": 3.0, "zeroCondT": True, "offloadToCpu": False, "contextSize": 4096,
+                "chatTemplateKwargs": {"a": 1}, "newField": None,
+            },
+        },
+    }  # fmt: skip
+    judgement = judge(offered, IDLE)
+    assert isinstance(judgement, Take)
+    job = judgement.job
+    task = job.task.model_dump(by_alias=True)
+    assert task == {key: value for key, value in offered["task"].items() if key != "newField"}  # type: ignore[attr-defined]
+    assert (job.job_id, job.model, job.vram_gb_estimate, job.source.engine) == ("j1", "m", 7.5, "sd-cpp")
+    first = job.source.files[0]
+    assert (first.role, first.url, first.filename) == ("diffusion-model", "https://x/diffusion-model",
+                                                       "diffusion-model.gguf")  # fmt: skip
+    assert (first.approx_bytes, first.sha256, len(job.source.files)) == (5, "a" * 64, 6)
+    defaults = job.source.cli_defaults.model_dump(by_alias=True)
+    sent = offered["modelSource"]["cliDefaults"]  # type: ignore[index]
+    assert defaults == {key: value for key, value in sent.items() if key != "newField"}
+
+
+def test_offer_without_its_optional_fields_has_the_protocols_defaults() -> None:
+    """Only jobId, model, task and modelSource are required; what is absent is the protocol's default."""
+    minimal = {
+        "jobId": "j1",
+        "model": "m",
+        "task": {"kind": "image", "prompt": "p"},
+        "modelSource": {"engine": "synthetic"},
+    }
+    judgement = judge(minimal, IDLE)
+    assert isinstance(judgement, Take)
+    task = judgement.job.task
+    assert (task.denoise, task.ext, task.width, task.height, task.steps) == (0.75, "webp", None, None, None)
+    assert judgement.job.vram_gb_estimate == 0.0
+    assert judgement.job.source.files == ()

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
-from studio_worker.engine.residency import free_bytes, total_bytes
-from studio_worker.errors import DeviceError, JobError, StudioWorkerError
+from studio_worker.engine.residency import free_bytes, release_cached, total_bytes
+from studio_worker.errors import DeviceError, JobCancelled, JobError, StudioWorkerError
 
 _MEMORY_SIGNS = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "out of memory")
 """How a failed allocation is worded where it is a plain RuntimeError: in RAM, or inside a CUDA library."""
@@ -41,6 +41,11 @@ def translated(
     """
     try:
         yield
+    except JobCancelled as error:
+        # They hold the tensors of the step it stopped at, for as long as anybody holds the error.
+        _clear_frames(error)
+        release_cached(device)
+        raise
     except StudioWorkerError:
         raise
     except Exception as error:
@@ -55,8 +60,8 @@ def _translate(
     error: Exception, device: torch.device, on_exhausted: Callable[[], None]
 ) -> DeviceError | JobError:
     if _is_exhausted(error):
-        # The traceback's frames hold the very tensors that did not fit.
-        traceback.clear_frames(error.__traceback__)
+        # They hold the very tensors that did not fit.
+        _clear_frames(error)
         on_exhausted()
         free_gb, total_gb = free_bytes(device) / 2**30, total_bytes(device) / 2**30
         return JobError(
@@ -70,6 +75,18 @@ def _translate(
             "If it happens again: look for Xid errors in the kernel log, reload the driver or reboot"
         )
     return JobError(f"the picture could not be made: {type(error).__name__}", retryable=True)
+
+
+def _clear_frames(error: Exception) -> None:
+    """Let go of what the frames of the error's traceback hold."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        try:
+            frame.clear()
+        except RuntimeError:  # still running: one of ours
+            continue
+        # Python 3.11 and 3.12 keep a copy where the code called locals(), as diffusers' pipelines do; looking
+        # at it brings it up to date, which is empty.
+        _ = frame.f_locals
 
 
 def _is_exhausted(error: Exception) -> bool:
