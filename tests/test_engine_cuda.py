@@ -9,7 +9,7 @@ from PIL import Image
 
 from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
-from studio_worker.engine.residency import free_bytes
+from studio_worker.engine.memory import free_bytes
 from studio_worker.engine.samplers import SAMPLERS
 from studio_worker.errors import DeviceError
 from studio_worker.jobs import Cancel

@@ -29,6 +29,7 @@ from studio_worker.engine.families import clip_prompts, identify
 from studio_worker.engine.families.family import strength
 from studio_worker.engine.families.stable_diffusion import SAMPLE as SAMPLE_FAMILY
 from studio_worker.engine.loading import load_part
+from studio_worker.engine.memory import MachineMemory
 from studio_worker.engine.parameters import EngineDefaults, resolve
 from studio_worker.engine.rendering import LoadedModel, Starting
 from studio_worker.engine.residency import Key, Residency
@@ -517,7 +518,8 @@ class TestResidency:
 
     def test_model_that_left_is_resident_no_more(self) -> None:
         """A model of which a component has left is not called resident."""
-        residency = Residency(torch.device("cpu"), budget_bytes=100)
+        device = torch.device("cpu")
+        residency = Residency(device, MachineMemory(device), budget_bytes=100)
         first, second = (Key(kind, "content", torch.float32) for kind in ("a", "b"))
         for key in (first, second):
             residency.add(key, torch.nn.Linear(2, 2))

@@ -30,9 +30,9 @@ from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.qwen import QWEN_TOKENIZER, from_llama_cpp
 from studio_worker.engine.families.z_image import Z_IMAGE, z_image
 from studio_worker.engine.loading import empty_model, load_part, load_tokenizer
+from studio_worker.engine.memory import weight_bytes
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.rendering import LoadedModel, Starting
-from studio_worker.engine.residency import weight_bytes
 from studio_worker.engine.sections import read_sections
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import diffusers
 import torch
@@ -20,18 +21,33 @@ from studio_worker.engine import Inputs, Progress, Request
 from studio_worker.engine.encoding import check_ext, encode, generation_meta
 from studio_worker.engine.families import FAMILIES, identify
 from studio_worker.engine.families.family import Blueprint, Family
-from studio_worker.engine.faults import translated, usable_device
+from studio_worker.engine.faults import OutOfMemory, translated, usable_device
 from studio_worker.engine.images import decode_mask, decode_picture
 from studio_worker.engine.loading import load_part, weights_dtype
 from studio_worker.engine.loras import Adapters, asked_loras
+from studio_worker.engine.memory import MachineMemory, Memory, free_bytes, total_bytes
 from studio_worker.engine.parameters import Parameters, printable, resolve
+from studio_worker.engine.placement import Footprint, Mode, Plan, choose, footprint, leaner
 from studio_worker.engine.rendering import LoadedModel, Rendered, Starting
-from studio_worker.engine.residency import Key, Residency, default_budget_bytes, free_bytes, total_bytes
+from studio_worker.engine.residency import Key, Place, Residency
 from studio_worker.engine.weights import will_need
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, ImageTask, Picture
+from studio_worker.models import CliDefaults
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class Attempt:
+    """One try at a picture: what it needed and how it was made, as far as it came.
+
+    ``failed`` is how the try before was made, for which memory did not suffice.
+    """
+
+    failed: Plan | None = None
+    needed: Footprint | None = None
+    plan: Plan | None = None
 
 
 class DiffusionEngine:
@@ -39,29 +55,45 @@ class DiffusionEngine:
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
-        budget_bytes: how many bytes of weights may stay loaded; by default a share of the device's memory.
+        budget_bytes: how many bytes of weights may stay on the device; by default as many as fit, on the CPU
+            half of what is free.
         families: the model families that it serves.
+        memory: what there is to decide with; by default this machine's.
 
     Raises:
         DeviceError: torch cannot use ``device``.
     """
 
     def __init__(
-        self, device: str, budget_bytes: int | None = None, families: Sequence[Family] = FAMILIES
+        self,
+        device: str,
+        budget_bytes: int | None = None,
+        families: Sequence[Family] = FAMILIES,
+        memory: Memory | None = None,
     ) -> None:
         _silence_libraries()
         self._device = usable_device(device)
         self._families = families
         self._adapters = Adapters()
-        self._residency = Residency(
-            self._device, default_budget_bytes(self._device) if budget_bytes is None else budget_bytes
-        )
+        self._memory = memory or MachineMemory(self._device)
+        self._residency = Residency(self._device, self._memory, budget_bytes)
 
     def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
         """See :meth:`studio_worker.engine.Engine.generate`."""
         prompts = (printable(request.task.prompt), printable(request.task.negative_prompt or ""))
+        attempt = Attempt()
+        try:
+            with translated(self._device, prompts, on_exhausted=self._residency.clear):
+                return self._generate(request, progress, cancel, attempt)
+        except OutOfMemory as error:
+            if attempt.needed is None or attempt.plan is None:
+                raise
+            if leaner(attempt.needed, attempt.plan, has_host=self._memory.has_host) is None:
+                raise
+            cancel.check()
+            _LOG.warning("out of memory, trying a leaner way", extra={"error": str(error)})
         with translated(self._device, prompts, on_exhausted=self._residency.clear):
-            return self._generate(request, progress, cancel)
+            return self._generate(request, progress, cancel, Attempt(failed=attempt.plan))
 
     def resident(self) -> Mapping[str, int]:
         """See :meth:`studio_worker.engine.KeepsModels.resident`."""
@@ -74,7 +106,7 @@ class DiffusionEngine:
         except RuntimeError:  # the device is lost: the job in hand says so, and why
             return None
 
-    def _generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
+    def _generate(self, request: Request, progress: Progress, cancel: Cancel, attempt: Attempt) -> Picture:
         cancel.check()
         check_ext(request.task.ext)
         _check_inputs(request.task, request.inputs)
@@ -89,7 +121,11 @@ class DiffusionEngine:
         family.pipeline_class(starting.kind)
 
         dtype = weights_dtype(family, self._device)
-        model, load_s = self._model(request.model, blueprint, dtype)
+        attempt.needed = footprint(blueprint, dtype.itemsize, parameters.width * parameters.height)
+        attempt.plan = self._plan(
+            attempt.needed, request.defaults, self._residency.size_bytes(), attempt.failed
+        )
+        model, load_s = self._model(request.model, blueprint, dtype, attempt.plan)
         started = time.perf_counter()
         self._adapters.set(model.lora_pipeline(), loras)
         if loras:
@@ -118,33 +154,60 @@ class DiffusionEngine:
         )
         return Picture(data, parameters.ext, meta, timings_s)
 
-    def _model(self, name: str, blueprint: Blueprint, dtype: torch.dtype) -> tuple[LoadedModel, float]:
-        """The model that the studio calls ``name``, and the seconds that loading took: 0 where all of its
-        components were resident.
+    def _plan(self, needed: Footprint, defaults: CliDefaults, device_bytes: int, failed: Plan | None) -> Plan:
+        """How the picture is made; another way than ``failed`` where memory did not suffice for that one."""
+        has_host = self._memory.has_host
+        if failed is not None:
+            plan = leaner(needed, failed, has_host=has_host)
+            assert plan is not None  # who tries again has looked
+            return plan
+        return choose(
+            needed,
+            self._memory.on_device(device_bytes),
+            has_host=has_host,
+            offload=bool(defaults.offload_to_cpu),
+            device=str(self._device),
+        )
+
+    def _model(
+        self, name: str, blueprint: Blueprint, dtype: torch.dtype, plan: Plan
+    ) -> tuple[LoadedModel, float]:
+        """The model that the studio calls ``name``, where ``plan`` wants it, and the seconds that took: 0
+        where all of its components were there.
         """
-        family = blueprint.family
+        family, residency = blueprint.family, self._residency
         started = time.perf_counter()
         keys = {
             part: Key(family.parts[part].identity, section.content, dtype)
             for part, section in blueprint.sections.items()
         }
-        parts: dict[str, torch.nn.Module | None] = {
-            part: self._residency.get(keys[part]) if part in keys else None for part in family.parts
+        place = Place.DEVICE if plan.mode is Mode.WHOLE else Place.RAM
+        coming = {
+            part: blueprint.sections[part].size_bytes(dtype.itemsize)
+            for part, key in keys.items()
+            if residency.place(key) is not place
         }
+        if place is Place.DEVICE:
+            working = plan.peak_bytes - sum(s.size_bytes(dtype.itemsize) for s in blueprint.sections.values())
+            residency.make_room(sum(coming.values()), working, keep=keys.values())
+        else:
+            residency.make_host_room(sum(coming.values()), keep=keys.values())
+        parts: dict[str, torch.nn.Module | None] = {
+            part: residency.get(keys[part], place) if part in keys else None for part in family.parts
+        }
+        if place is Place.RAM:
+            residency.make_room(0, plan.peak_bytes, keep=keys.values())
         missing = [part for part in keys if parts[part] is None]
-        if missing:
-            needed = sum(blueprint.sections[part].size_bytes(dtype.itemsize) for part in missing)
-            self._residency.make_room(needed, keep=keys.values())
         for part in missing:
             will_need(blueprint.sections[part].checkpoint.path)
         for part in missing:
-            section = blueprint.sections[part]
-            component = load_part(family.parts[part], section, self._device, dtype)
-            self._residency.add(keys[part], component)
+            where = self._device if place is Place.DEVICE else torch.device("cpu")
+            component = load_part(family.parts[part], blueprint.sections[part], where, dtype)
+            residency.add(keys[part], component, place)
             parts[part] = component
-        self._residency.name(name, keys.values())
-        model = LoadedModel(family, parts)
-        if not missing:
+        residency.name(name, keys.values())
+        model = LoadedModel(family, parts, plan, self._device)
+        if not coming:
             return model, 0.0
         load_s = time.perf_counter() - started
         _LOG.info(
@@ -152,8 +215,10 @@ class DiffusionEngine:
             extra={
                 "family": family.name,
                 "components": missing,
+                "moved": [part for part in coming if part not in missing],
+                "mode": plan.mode.value,
                 "load_s": load_s,
-                "resident_bytes": self._residency.size_bytes,
+                "resident_bytes": residency.size_bytes(),
             },
         )
         return model, load_s

@@ -12,8 +12,13 @@ from contextlib import contextmanager
 
 import torch
 
-from studio_worker.engine.residency import free_bytes, release_cached, total_bytes
+from studio_worker.engine.memory import free_bytes, release_cached, total_bytes
 from studio_worker.errors import DeviceError, JobCancelled, JobError, StudioWorkerError
+
+
+class OutOfMemory(JobError):
+    """Memory ran out while the picture was made. Everything that could be freed has been."""
+
 
 _MEMORY_SIGNS = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "out of memory")
 """How a failed allocation is worded where it is a plain RuntimeError: in RAM, or inside a CUDA library."""
@@ -37,7 +42,8 @@ def translated(
 
     Raises:
         DeviceError: the device is lost; the process must end, since CUDA keeps failing after such an error.
-        JobError: memory ran out, or a library failed; retryable.
+        OutOfMemory: memory ran out; retryable.
+        JobError: a library failed; retryable.
     """
     try:
         yield
@@ -64,7 +70,7 @@ def _translate(
         _clear_frames(error)
         on_exhausted()
         free_gb, total_gb = free_bytes(device) / 2**30, total_bytes(device) / 2**30
-        return JobError(
+        return OutOfMemory(
             f"out of memory on {device}: {free_gb:.1f} of {total_gb:.1f} GiB free with all models unloaded; "
             "a smaller picture or a device with more memory is needed",
             retryable=True,

@@ -18,10 +18,14 @@ from PIL import Image
 from studio_worker.engine import Progress
 from studio_worker.engine.families.family import Family, JobKind
 from studio_worker.engine.loading import load_scheduler, load_tokenizer
+from studio_worker.engine.offloading import placed
 from studio_worker.engine.parameters import Parameters
+from studio_worker.engine.placement import Mode, Plan
 from studio_worker.engine.samplers import make_scheduler
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
+
+_ALL_THERE = Plan(Mode.WHOLE, tiled=False, peak_bytes=0)
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,19 @@ class LoadedModel:
     Args:
         family: how they work together.
         parts: the loaded components by the names that the family's pipelines give them.
+        plan: how they come to their device; by default they are there.
     """
 
-    def __init__(self, family: Family, parts: Mapping[str, torch.nn.Module | None]) -> None:
+    def __init__(
+        self,
+        family: Family,
+        parts: Mapping[str, torch.nn.Module | None],
+        plan: Plan = _ALL_THERE,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    ) -> None:
         self._family = family
+        self._plan = plan
+        self._device = device
         self._shipped = family.schedule(load_scheduler(family), parts)
         tokenizers = {name: load_tokenizer(each) for name, each in family.tokenizers.items()}
         self._components = family.assemble({**parts, **tokenizers, "scheduler": self._shipped})
@@ -94,21 +107,28 @@ class LoadedModel:
             cancel.check()  # raising is the one way out of a diffusers pipeline that does not decode first
             return tensors
 
-        latents = pipeline(
-            num_inference_steps=parameters.steps,
-            generator=generator,
-            output_type="latent",
-            callback_on_step_end=on_step_end,
-            **family.encode(pipeline, parameters),
-            **family.guidance(parameters),
-            **self._pictures(pipeline, parameters, starting),
-        ).images
+        pictures = self._pictures(pipeline, parameters, starting)
+        with placed(pipeline, self._plan, self._device):
+            latents = pipeline(
+                num_inference_steps=parameters.steps,
+                generator=generator,
+                output_type="latent",
+                callback_on_step_end=on_step_end,
+                **family.encode(pipeline, parameters),
+                **family.guidance(parameters),
+                **pictures,
+            ).images
+            picture = self._decode(pipeline, latents, parameters)
         facts: dict[str, Any] = {"scheduler": type(pipeline.scheduler).__name__}
+        if self._plan.mode is not Mode.WHOLE:
+            facts["offload"] = self._plan.mode.value
+        if self._plan.tiled:
+            facts["tiledVae"] = True
         if any(
             family.is_truncated(pipeline, text) for text in (parameters.prompt, parameters.negative_prompt)
         ):
             facts["promptTruncated"] = True
-        return Rendered(self._decode(pipeline, latents, parameters), facts)
+        return Rendered(picture, facts)
 
     def lora_pipeline(self) -> Any:
         """A pipeline that LoRAs can be brought in through; the components are the same in all of them."""

@@ -1,28 +1,27 @@
-"""What stays loaded: components by the contents of their files, within a byte budget.
+"""What stays loaded and where: components by the contents of their files, on the device or in RAM.
 
-This module owns the memory of the device as far as weights go: the least recently used component leaves when
-the next one would not fit. Two models that share a file share the component. It knows no model family.
+This module owns the memory as far as weights go. Where the next component would not fit, the one used
+longest ago leaves the device, for RAM where there is room, else altogether. Two models that share a file
+share the component. It knows no model family.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 import torch
 
+from studio_worker.engine.memory import Memory, release_cached, weight_bytes
+
 _LOG = logging.getLogger(__name__)
 
-_RAM_SHARE = 0.5
-"""Of all RAM on a CPU worker: the pictures being made, and the rest of the machine, need the other half."""
-
-_VRAM_SHARE = 0.75
-"""Of a CUDA device's memory: a quarter for activations, the CUDA context and fragmentation."""
+_CPU_SHARE = 0.5
+"""Of what is free on a CPU worker: the rest of the machine needs the other half."""
 
 
 class Key(NamedTuple):
@@ -39,52 +38,118 @@ class Key(NamedTuple):
     dtype: torch.dtype
 
 
+class Place(Enum):
+    """Where a component is."""
+
+    DEVICE = "device"
+    RAM = "ram"
+
+
+@dataclass
+class _Held:
+    component: torch.nn.Module
+    size_bytes: int
+    place: Place
+
+
 class Residency:
     """Loaded components, least recently used first. For one thread.
 
     Args:
-        device: where the weights live.
-        budget_bytes: how many bytes of weights may stay. What one job needs may exceed it: it is then alone.
+        device: where pictures are made.
+        memory: what there is.
+        budget_bytes: how many bytes of weights may stay on the device, whatever there is. What one job needs
+            may exceed it: it is then alone.
     """
 
-    def __init__(self, device: torch.device, budget_bytes: int) -> None:
+    def __init__(self, device: torch.device, memory: Memory, budget_bytes: int | None = None) -> None:
         self._device = device
+        self._memory = memory
         self._budget_bytes = budget_bytes
-        self._resident: OrderedDict[Key, tuple[torch.nn.Module, int]] = OrderedDict()
+        self._held: OrderedDict[Key, _Held] = OrderedDict()
         self._made_of: dict[str, tuple[Key, ...]] = {}
         self.models: Mapping[str, int] = {}
         """Models that are wholly resident, by name, and their bytes; shared components count for each.
         Replaced as a whole at every change, so that other threads may read it.
         """
+        self.places: Mapping[str, str] = {}
+        """Where each of them is: ``device``, ``ram``, or ``device and ram``. Replaced likewise."""
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all resident weights."""
-        return sum(size_bytes for _, size_bytes in self._resident.values())
+    def size_bytes(self, place: Place = Place.DEVICE) -> int:
+        """Bytes of all weights in ``place``."""
+        return sum(held.size_bytes for held in self._held.values() if held.place is place)
 
-    def get(self, key: Key) -> torch.nn.Module | None:
-        """The component of ``key`` where it is resident; it is then the most recently used."""
-        if key not in self._resident:
+    def place(self, key: Key) -> Place | None:
+        """Where the component of ``key`` is; ``None`` where it is not loaded."""
+        held = self._held.get(key)
+        return None if held is None else held.place
+
+    def get(self, key: Key, place: Place = Place.DEVICE) -> torch.nn.Module | None:
+        """The component of ``key``, now in ``place`` and the most recently used; ``None`` where it is not
+        loaded. Room must have been made.
+        """
+        held = self._held.get(key)
+        if held is None:
             return None
-        self._resident.move_to_end(key)
-        return self._resident[key][0]
+        self._held.move_to_end(key)
+        self._move(held, place)
+        return held.component
 
-    def make_room(self, needed_bytes: int, keep: Iterable[Key] = ()) -> None:
-        """Let components go until ``needed_bytes`` more fit the budget, or none is left but those to keep."""
+    def add(self, key: Key, component: torch.nn.Module, place: Place = Place.DEVICE) -> None:
+        """Keep ``component``, which is in ``place``, as the most recently used."""
+        self._held[key] = _Held(component, weight_bytes(component), place)
+
+    def make_room(self, weights_bytes: int, working_bytes: int = 0, keep: Iterable[Key] = ()) -> None:
+        """Let components leave the device, least recently used first, until it has room, or only those to
+        keep are left.
+
+        Args:
+            weights_bytes: of components that are to come.
+            working_bytes: that are needed beside all weights while a picture is made.
+        """
         kept = set(keep)
-        leaving = [key for key in self._resident if key not in kept]
-        count = 0
-        while leaving and self.size_bytes + needed_bytes > self._budget_bytes:
-            del self._resident[leaving.pop(0)]
-            count += 1
-        if count:
+        leaving = [k for k, held in self._held.items() if k not in kept and held.place is Place.DEVICE]
+        # Asked once: what leaves is given back to the device only below.
+        available = self._memory.on_device(self.size_bytes())
+        limit = available if self._memory.has_host else int(available * _CPU_SHARE)
+        limit = min(limit if self._budget_bytes is None else self._budget_bytes, available - working_bytes)
+        lowered = dropped = 0
+        while leaving and self.size_bytes() + weights_bytes > limit:
+            key = leaving.pop(0)
+            if self._make_host_room(self._held[key].size_bytes, kept | {key}):
+                self._move(self._held[key], Place.RAM)
+                lowered += 1
+            else:
+                del self._held[key]
+                dropped += 1
+        if lowered or dropped:
             self._show()
             release_cached(self._device)
-            _LOG.info("components unloaded", extra={"count": count, "resident_bytes": self.size_bytes})
+            _LOG.info(
+                "components left the device",
+                extra={"to_ram": lowered, "unloaded": dropped, "resident_bytes": self.size_bytes()},
+            )
 
-    def add(self, key: Key, component: torch.nn.Module) -> None:
-        """Keep ``component``, as the most recently used."""
-        self._resident[key] = (component, weight_bytes(component))
+    def _make_host_room(self, size_bytes: int, kept: Collection[Key]) -> bool:
+        """Whether RAM has room for so much more, components that wait there longest having left."""
+        if not self._memory.has_host:
+            return False
+        waiting = [k for k, held in self._held.items() if k not in kept and held.place is Place.RAM]
+        available = self._memory.on_host(self.size_bytes(Place.RAM))
+        while self.size_bytes(Place.RAM) + size_bytes > available:
+            if not waiting:
+                return False
+            del self._held[waiting.pop(0)]
+        return True
+
+    def _move(self, held: _Held, place: Place) -> None:
+        if held.place is not place:
+            held.component.to(self._device if place is Place.DEVICE else "cpu")
+            held.place = place
+
+    def make_host_room(self, size_bytes: int, keep: Iterable[Key]) -> None:
+        """Let components in RAM leave, least recently used first, until it has room or none is left."""
+        self._make_host_room(size_bytes, set(keep))
 
     def name(self, model: str, keys: Iterable[Key]) -> None:
         """``model`` is made of these components."""
@@ -92,50 +157,19 @@ class Residency:
         self._show()
 
     def clear(self) -> None:
-        """Let every component go, and give cached memory back to the device."""
-        self._resident.clear()
+        """Let every component go, and give cached memory back."""
+        self._held.clear()
         self._show()
         release_cached(self._device)
 
     def _show(self) -> None:
         self._made_of = {
-            model: keys for model, keys in self._made_of.items() if all(key in self._resident for key in keys)
+            model: keys for model, keys in self._made_of.items() if all(key in self._held for key in keys)
+        }
+        self.places = {
+            model: " and ".join(sorted({self._held[key].place.value for key in keys}))
+            for model, keys in self._made_of.items()
         }
         self.models = {
-            model: sum(self._resident[key][1] for key in keys) for model, keys in self._made_of.items()
+            model: sum(self._held[key].size_bytes for key in keys) for model, keys in self._made_of.items()
         }
-
-
-def weight_bytes(module: torch.nn.Module) -> int:
-    """Bytes of a module's parameters and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
-
-
-def release_cached(device: torch.device) -> None:
-    """Give memory that nothing uses back to ``device``."""
-    gc.collect()  # pipelines hold reference cycles
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def default_budget_bytes(device: torch.device) -> int:
-    """Bytes of weights that may stay on ``device`` where the operator did not say."""
-    return int(total_bytes(device) * (_VRAM_SHARE if device.type == "cuda" else _RAM_SHARE))
-
-
-def total_bytes(device: torch.device) -> int:
-    """Memory that ``device`` has."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of ``device`` that is free now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    # What Linux could give without swapping; the free pages that sysconf counts leave out the page cache.
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable")  # every kernel since 3.14 has it

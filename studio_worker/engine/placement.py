@@ -1,0 +1,137 @@
+"""Where a model's components are while a picture is made: what a job needs, against what there is.
+
+Rules without torch, from the headers of the files alone, so that they can be asked before a job is accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from studio_worker.engine.families.family import Blueprint, read_json
+from studio_worker.errors import JobError
+
+_DENOISER_BYTES_PER_PIXEL = 600
+"""What a denoiser in half precision has in memory beside its weights, with guidance. Measured on the meta
+device (every tensor alive at the peak, attention fused): 520 for Stable Diffusion 1.x, 316 for SDXL."""
+
+_VAE_FULL_MAPS = 3
+"""Feature maps of the last but one width, at the picture's full size, that are alive at once at the peak of a
+VAE's decoder: exactly that many for AutoencoderKL at 512, 1024 and 2048 pixels, measured likewise."""
+
+_VAE_WIDTH = 256
+"""That width, where a VAE's configuration does not say it."""
+
+_TEXT_BYTES = 64 << 20
+"""What a text encoder has in memory beside its weights: a few hundred tokens."""
+
+_LAYERS_SHARE = 0.1
+"""How much of a denoiser is on the device at a time when its layers come one by one: generously, since the
+widest layer of the models served is below a twentieth."""
+
+
+class Mode(Enum):
+    """How much of a model is on the device at a time."""
+
+    WHOLE = "whole"
+    COMPONENT = "component"
+    """One component after the other, from RAM."""
+    LAYERS = "layers"
+    """One layer after the other, from RAM; slow."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a picture is made. ``tiled``: the VAE decodes it piece by piece. ``peak_bytes`` is what the device
+    has to have.
+    """
+
+    mode: Mode
+    tiled: bool
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a picture needs. Bytes; ``weights`` by component, as they are once loaded."""
+
+    weights: Mapping[str, int]
+    denoiser: str
+    vae: str
+    denoising: int
+    decoding: int
+    tile: int
+
+    def plans(self) -> tuple[Plan, ...]:
+        """Every way to make it, the fastest first."""
+        return tuple(
+            Plan(mode, tiled, self._peak(mode, self.tile if tiled else self.decoding))
+            for mode in Mode
+            for tiled in (False, True)
+        )
+
+    def _peak(self, mode: Mode, decoding: int) -> int:
+        weights, denoiser = self.weights, self.weights[self.denoiser]
+        vae = weights.get(self.vae, 0)
+        if mode is Mode.WHOLE:
+            return sum(weights.values()) + max(self.denoising, decoding)
+        if mode is Mode.COMPONENT:
+            texts = [size + _TEXT_BYTES for size in weights.values()]
+            return max(denoiser + self.denoising, vae + decoding, *texts)
+        layers = int(max(weights.values()) * _LAYERS_SHARE)
+        return vae + max(layers + self.denoising, decoding)
+
+
+def footprint(blueprint: Blueprint, itemsize: int, pixels: int) -> Footprint:
+    """What a picture of ``pixels`` of this model needs, its plain weights ``itemsize`` bytes a number."""
+    family = blueprint.family
+    weights = {name: section.size_bytes(itemsize) for name, section in blueprint.sections.items()}
+    config = read_json(family.parts["vae"].config / "config.json") if "vae" in family.parts else {}
+    widths = config.get("block_out_channels") or [_VAE_WIDTH]
+    # VAEs of families in float16 decode in single precision.
+    precise = 4 if family.half == "float16" else itemsize
+    per_pixel = _VAE_FULL_MAPS * widths[min(1, len(widths) - 1)] * precise
+    copy = weights.get("vae", 0) * (precise // itemsize - 1)
+    tile_pixels = min(pixels, int(config.get("sample_size") or 512) ** 2)
+    picture = 3 * 4 * pixels * 2  # the tiles, and the picture that they are put together to
+    return Footprint(
+        weights=weights,
+        denoiser=family.denoiser,
+        vae="vae",
+        denoising=_DENOISER_BYTES_PER_PIXEL * pixels * itemsize // 2,
+        decoding=per_pixel * pixels + copy,
+        tile=per_pixel * tile_pixels + picture + copy,
+    )
+
+
+def choose(needed: Footprint, available: int, *, has_host: bool, offload: bool, device: str) -> Plan:
+    """The fastest way to make the picture within ``available`` bytes of the device.
+
+    Args:
+        has_host: whether components can wait in RAM.
+        offload: the model asks for that (``offloadToCpu``).
+
+    Raises:
+        JobError: there is none; retryable, since another worker may have more.
+    """
+    plans = [plan for plan in needed.plans() if has_host or plan.mode is Mode.WHOLE]
+    if offload and has_host:
+        plans = [plan for plan in plans if plan.mode is not Mode.WHOLE]
+    for plan in plans:
+        if plan.peak_bytes <= available:
+            return plan
+    least = min(plan.peak_bytes for plan in plans)
+    raise JobError(
+        f"the picture needs {least / 2**30:.1f} GiB and {device} has {available / 2**30:.1f} GiB for it; "
+        "a smaller picture, a smaller quantisation of the model, or a device with more memory is needed",
+        retryable=True,
+    )
+
+
+def leaner(needed: Footprint, failed: Plan, *, has_host: bool) -> Plan | None:
+    """The next way that needs clearly less than one for which memory did not suffice."""
+    for plan in needed.plans():
+        if plan.peak_bytes < 0.9 * failed.peak_bytes and (has_host or plan.mode is Mode.WHOLE):
+            return plan
+    return None

@@ -1,0 +1,339 @@
+"""Memory: what a picture needs, what stays loaded where, and what happens when it does not suffice.
+
+The GPU's memory is faked by a number; components, pictures and RAM are real.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from studio_worker.engine import Inputs
+from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.families import identify
+from studio_worker.engine.loading import load_part
+from studio_worker.engine.parameters import resolve
+from studio_worker.engine.placement import Footprint, Mode, Plan, choose, footprint, leaner
+from studio_worker.engine.rendering import LoadedModel, Starting
+from studio_worker.engine.residency import Key, Place, Residency
+from studio_worker.errors import JobError
+from studio_worker.jobs import Cancel, Picture
+from studio_worker.models import LocalFile
+from tests.engine_lab import SAMPLE, SMALL, changed_sample, encoded, refuse_network, request, scene
+
+torch.set_num_threads(1)
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
+CPU = torch.device("cpu")
+GIB = 2**30
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_network(monkeypatch)
+
+
+class Fake:
+    """A GPU of ``device`` bytes in a machine with ``host`` bytes of RAM, which nobody else uses."""
+
+    has_host = True
+
+    def __init__(self, device: int, host: int = GIB) -> None:
+        self.device, self.host = device, host
+
+    def on_device(self, ours: int) -> int:
+        return self.device
+
+    def on_host(self, ours: int) -> int:
+        return self.host
+
+
+def sample_footprint(pixels: int = 64 * 64) -> Footprint:
+    return footprint(identify([SAMPLE]), 4, pixels)
+
+
+def made(engine: DiffusionEngine, *files: LocalFile, **task: Any) -> Picture:
+    return engine.generate(request(files=files or (SAMPLE,), **task), lambda done, total: None, Cancel())
+
+
+# --- what a picture needs ---
+
+
+def needs(**changed: Any) -> Footprint:
+    """A model of a 10, a 4 and a 1 GiB component."""
+    given = {
+        "weights": {"transformer": 10 * GIB, "text_encoder": 4 * GIB, "vae": GIB},
+        "denoiser": "transformer",
+        "vae": "vae",
+        "denoising": GIB,
+        "decoding": 3 * GIB,
+        "tile": GIB,
+    }
+    return Footprint(**{**given, **changed})
+
+
+@pytest.mark.parametrize(
+    ("gib", "mode", "tiled"),
+    [
+        (18.0, Mode.WHOLE, False),
+        (17.9, Mode.WHOLE, True),
+        (15.9, Mode.COMPONENT, False),
+        (10.9, Mode.LAYERS, False),
+        (3.9, Mode.LAYERS, True),
+    ],
+)
+def test_fastest_way_that_fits_is_taken(gib: float, mode: Mode, tiled: bool) -> None:
+    """The whole model where it fits, else component by component, else layer by layer."""
+    plan = choose(needs(), int(gib * GIB), has_host=True, offload=False, device="cuda:0")
+    assert (plan.mode, plan.tiled) == (mode, tiled)
+    assert plan.peak_bytes <= gib * GIB
+
+
+def test_picture_that_fits_in_no_way_is_refused_with_the_figures() -> None:
+    """A picture for which there is no room fails before anything is loaded; another worker may try."""
+    with pytest.raises(JobError, match=r"needs 3\.0 GiB and cuda:0 has 1\.5 GiB") as caught:
+        choose(needs(), int(1.5 * GIB), has_host=True, offload=False, device="cuda:0")
+    assert caught.value.retryable
+    with pytest.raises(JobError, match=r"needs 16\.0 GiB and cpu has 15\.0 GiB"):
+        choose(needs(), 15 * GIB, has_host=False, offload=False, device="cpu")
+
+
+def test_model_that_asks_for_it_is_offloaded_however_much_fits() -> None:
+    """offloadToCpu keeps a model's weights in RAM even where the device could hold them."""
+    assert choose(needs(), 100 * GIB, has_host=True, offload=True, device="d").mode is Mode.COMPONENT
+    assert choose(needs(), 100 * GIB, has_host=False, offload=True, device="cpu").mode is Mode.WHOLE
+
+
+def test_leaner_way_needs_clearly_less() -> None:
+    """Each way that is tried after one that failed needs less than it; in the end there is none."""
+    needed = needs()
+    plan: Plan | None = needed.plans()[0]
+    seen = []
+    while plan is not None:
+        seen.append(plan)
+        plan = leaner(needed, plan, has_host=True)
+    assert [each.peak_bytes for each in seen] == sorted({each.peak_bytes for each in seen}, reverse=True)
+    assert seen[-1].mode is Mode.LAYERS
+    assert leaner(needed, needed.plans()[1], has_host=False) is None
+
+
+def test_need_is_known_from_the_headers() -> None:
+    """Weights count as they are once loaded, and a larger picture needs more."""
+    small, large = sample_footprint(), sample_footprint(1024 * 1024)
+    engine = DiffusionEngine("cpu")
+    made(engine)
+    assert sum(small.weights.values()) == pytest.approx(engine.resident()["sample-model"], rel=0.01)
+    assert large.decoding > 200 * small.decoding
+    assert large.tile < large.decoding
+
+
+# --- what stays where ---
+
+
+def key(name: str) -> Key:
+    return Key(name, "content", torch.float32)
+
+
+def component(kib: int) -> torch.nn.Module:
+    return torch.nn.Linear(kib * 256, 1, bias=False)
+
+
+def test_component_leaves_for_ram_and_then_altogether() -> None:
+    """The one used longest ago leaves the device first, for RAM where there is room, else it is dropped."""
+    residency = Residency(CPU, Fake(device=3072, host=2048))
+    for name in "abc":
+        residency.make_room(1024)
+        residency.add(key(name), component(1))
+        residency.name(name, [key(name)])
+    residency.get(key("a"))
+    residency.make_room(2048)  # b and c are older than a
+    assert [residency.place(key(name)) for name in "abc"] == [Place.DEVICE, Place.RAM, Place.RAM]
+    assert residency.places == {"a": "device", "b": "ram", "c": "ram"}
+    residency.add(key("d"), component(2))
+    residency.make_room(2048, keep=[key("d")])  # a to RAM, where b has waited longest
+    assert [residency.place(key(name)) for name in "abcd"] == [Place.RAM, None, Place.RAM, Place.DEVICE]
+    assert residency.get(key("c")) is not None
+    assert residency.place(key("c")) is Place.DEVICE
+    residency.clear()
+    assert residency.models == {}
+
+
+def test_component_is_dropped_where_ram_is_the_device() -> None:
+    """On a CPU worker there is no second place: what leaves is dropped."""
+    memory = Fake(device=1024)
+    memory.has_host = False
+    residency = Residency(CPU, memory)
+    residency.add(key("a"), component(1))
+    residency.make_room(512)
+    assert residency.place(key("a")) is None
+
+
+def test_room_is_made_for_the_picture_too() -> None:
+    """What the picture takes while it is made counts beside the weights."""
+    residency = Residency(CPU, Fake(device=4096))
+    residency.add(key("a"), component(2))
+    residency.make_room(1024, working_bytes=1024)
+    assert residency.place(key("a")) is Place.DEVICE
+    residency.make_room(1024, working_bytes=2048)
+    assert residency.place(key("a")) is Place.RAM
+
+
+# --- pictures on a device that is too small ---
+
+
+def plan_of(mode: Mode, *, tiled: bool, pixels: int = 64 * 64) -> Plan:
+    return next(p for p in sample_footprint(pixels).plans() if (p.mode, p.tiled) == (mode, tiled))
+
+
+@pytest.mark.parametrize("kind", ["text", "mask"])
+@pytest.mark.parametrize("mode", [Mode.COMPONENT, Mode.LAYERS])
+def test_offloaded_picture_is_the_same(mode: Mode, kind: str) -> None:
+    """Component by component or layer by layer, the picture is that of the whole model, pixel for pixel."""
+    inputs = Inputs() if kind == "text" else Inputs(encoded(scene()), encoded(scene()))
+    # By the figures a model as small as this is never offloaded component by component.
+    is_asked = mode is Mode.COMPONENT
+    defaults = SMALL.model_copy(update={"offload_to_cpu": is_asked})
+    memory = Fake(GIB if is_asked else plan_of(mode, tiled=False).peak_bytes)
+    engine = DiffusionEngine("cpu", memory=memory)
+    picture = made(engine, inputs=inputs, defaults=defaults)
+    assert picture.meta["offload"] == mode.value
+    assert picture.data == made(DiffusionEngine("cpu"), inputs=inputs).data
+    again = made(engine, inputs=inputs, defaults=defaults)
+    assert again.data == picture.data
+    assert again.timings_s["load"] == 0  # it waits in RAM
+
+
+def test_offload_leaves_no_trace() -> None:
+    """After a job with offload, the same components make the same picture as a whole."""
+    memory = Fake(plan_of(Mode.LAYERS, tiled=False).peak_bytes)
+    engine = DiffusionEngine("cpu", memory=memory)
+    first = made(engine)
+    memory.device = GIB
+    second = made(engine)
+    assert "offload" not in second.meta
+    assert second.data == first.data
+
+
+def test_tiled_picture_is_nearly_the_same() -> None:
+    """Decoded in tiles a picture differs by no more than faint seams, and says so."""
+    blueprint = identify([SAMPLE])
+    family = blueprint.family
+    parts = {
+        name: load_part(part, blueprint.sections[name], CPU, torch.float32)
+        for name, part in family.parts.items()
+    }
+    asked = request(width=256, height=256, steps=2)
+    parameters = resolve(asked.task, asked.defaults, family.defaults, from_image=False)
+    whole, tiled = (
+        LoadedModel(family, parts, Plan(Mode.WHOLE, tiled=is_tiled, peak_bytes=0)).render(
+            parameters, Starting(), lambda done, total: None, Cancel()
+        )
+        for is_tiled in (False, True)
+    )
+    assert (whole.facts.get("tiledVae"), tiled.facts["tiledVae"]) == (None, True)
+    difference = np.abs(np.asarray(whole.picture, int) - np.asarray(tiled.picture, int))
+    assert 0 < difference.mean() < 8
+    assert not parts["vae"].use_tiling  # the next picture is not
+
+
+def test_model_waits_in_ram_for_its_next_job(tmp_path: Path) -> None:
+    """On a device with room for one model, two take turns without being read from disk again."""
+    other = changed_sample(tmp_path / "other.safetensors", lambda tensors: None)
+    mine = changed_sample(tmp_path / "mine.safetensors", lambda tensors: None)
+    engine = DiffusionEngine("cpu", memory=Fake(plan_of(Mode.WHOLE, tiled=False).peak_bytes))
+    first = made(engine, mine)
+    made(engine, other)
+    # Whoever reads it again makes no picture.
+    changed_sample(mine.path, lambda tensors: [tensor.fill_(torch.nan) for tensor in tensors.values()])
+    assert made(engine, mine).data == first.data
+
+
+# --- out of memory ---
+
+
+def fail_to_decode(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Decoding fails as on a full GPU, so many times."""
+    decode, left = AutoencoderKL.decode, iter(range(times))
+
+    def attempt(self: AutoencoderKL, *args: Any, **kwargs: Any) -> Any:
+        if next(left, None) is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", attempt)
+
+
+def test_out_of_memory_is_tried_once_more_in_a_leaner_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture for which memory ran out is made in a way that needs less; it is the same picture."""
+    expected = made(DiffusionEngine("cpu"))
+    fail_to_decode(monkeypatch, 1)
+    picture = made(DiffusionEngine("cpu", memory=Fake(GIB)))
+    assert picture.meta["offload"] == "layers"
+    assert picture.data == expected.data
+
+
+def test_out_of_memory_twice_fails_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the leaner way does not suffice either, the job fails so that another worker may try."""
+    engine = DiffusionEngine("cpu", memory=Fake(GIB))
+    fail_to_decode(monkeypatch, 2)
+    with pytest.raises(JobError, match=r"out of memory on cpu: [\d.]+ of [\d.]+ GiB free") as caught:
+        made(engine)
+    assert caught.value.retryable
+    assert engine.resident() == {}
+    assert made(engine).data
+
+
+CHILD = """
+import hashlib, json, resource, sys
+from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.errors import JobError
+from studio_worker.jobs import Cancel
+from tests.engine_lab import request
+
+def rss_mib():
+    return int(open("/proc/self/status").read().partition("VmRSS:")[2].split()[0]) / 1024
+
+def small():
+    made = engine.generate(request(), lambda done, total: None, Cancel())
+    return hashlib.sha256(made.data).hexdigest()
+
+engine = DiffusionEngine("cpu")
+said = {"before": small(), "rss_before": rss_mib()}
+used = int(open("/proc/self/status").read().partition("VmSize:")[2].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, -1))
+try:
+    engine.generate(request(width=2048, height=2048, steps=1), lambda done, total: None, Cancel())
+except JobError as error:
+    said |= {"error": str(error), "retryable": error.retryable}
+said |= {"after": small(), "rss_after": rss_mib()}
+print(json.dumps(said))
+"""
+
+
+def test_process_is_as_good_as_new_after_memory_ran_out() -> None:
+    """When the system really refuses memory, the job fails with figures; the next small picture is the one
+    that the process made when it was new, and the process is no larger than then.
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHILD],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
+    )
+    said = json.loads(done.stdout)
+    assert "out of memory on cpu" in said["error"]
+    assert said["retryable"]
+    assert said["after"] == said["before"]
+    assert said["rss_after"] < said["rss_before"] + 50
