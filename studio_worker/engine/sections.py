@@ -29,6 +29,9 @@ _PREFIX = re.compile(
     r"|text_encoders\.\w+\.(?:transformer|model)\."
 )
 
+_TABLE = re.compile(r"(token_embd|embed_tokens|shared|token_embedding|position_embedding)\.weight$")
+"""Embeddings, in the names of llama.cpp, transformers and open_clip."""
+
 
 @dataclass(frozen=True)
 class Section:
@@ -49,9 +52,9 @@ class Section:
         return f"{self.file.content}#{self.prefix}"
 
     def size_bytes(self, itemsize: int) -> int:
-        """Bytes of the weights once loaded: quantised ones as they are, others with ``itemsize`` a number."""
+        """Bytes of the weights once loaded: quantised matrices as they are, the rest ``itemsize`` each."""
         return sum(
-            _tensor_bytes(shape, self.checkpoint.types.get(self.prefix + name, ""), itemsize)
+            _tensor_bytes(name, shape, self.checkpoint.types.get(self.prefix + name, ""), itemsize)
             for name, shape in self.shapes.items()
         )
 
@@ -95,9 +98,10 @@ def split(file: LocalFile, checkpoint: Checkpoint) -> Iterator[Section]:
         yield Section(file, checkpoint, prefix, shapes)
 
 
-def _tensor_bytes(shape: Shape, type_: str, itemsize: int) -> int:
+def _tensor_bytes(name: str, shape: Shape, type_: str, itemsize: int) -> int:
     elements = prod(shape)
-    if not is_quantised(type_):
+    # Tables that are looked up in, and filters, do not compute with blocks: loading writes them out.
+    if not is_quantised(type_) or len(shape) != 2 or _TABLE.search(name):
         return elements * itemsize
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]]
     return int(elements // block * block_bytes)
