@@ -29,7 +29,6 @@ lint: $(STAMP) ## ruff and mypy --strict
 bench: $(STAMP) ## Measure, beside a peer in the same run; prints ratios
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench_download
-	$(BIN)/python -m tests.bench_store
 	$(BIN)/python -m tests.bench_loop
 	$(BIN)/python -m tests.bench_heartbeats
 

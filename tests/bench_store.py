@@ -1,4 +1,4 @@
-"""How long the check of verified models takes at the start: ``python -m tests.bench_store``.
+"""How long the check of verified models takes at the start; a part of ``tests.bench_download``.
 
 The files are sparse: their content is never read, which tests/test_store.py proves.
 """
@@ -9,14 +9,13 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from studio_worker.ledger import Verified, file_name
 from studio_worker.models import ModelFile
 from studio_worker.store import Store
-
-REPEATS = 5
 
 
 def large_models(root: Path, *, count: int, size_bytes: int) -> list[ModelFile]:
@@ -53,18 +52,11 @@ def check_s(root: Path, files: list[ModelFile]) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
-    """Print the median of a first and of later starts."""
+def measure(rounds: int) -> Iterator[tuple[str, float]]:
+    """What is measured, and the median of it in seconds."""
     for count, size_bytes in ((5, 4_000_000_000), (200, 100_000_000)):
         with tempfile.TemporaryDirectory() as folder:
             files = large_models(Path(folder), count=count, size_bytes=size_bytes)
-            first = check_s(Path(folder), files)
-            later = statistics.median(check_s(Path(folder), files) for _ in range(REPEATS))
-        print(
-            f"{count} files, {count * size_bytes / 1e9:.0f} GB: {1000 * later:.1f} ms "
-            f"(first start, which notes what belongs to which model: {1000 * first:.1f} ms); goal: 50 ms"
-        )
-
-
-if __name__ == "__main__":
-    main()
+            check_s(Path(folder), files)  # the first notes which model uses what, as a download does
+            check = statistics.median(check_s(Path(folder), files) for _ in range(rounds))
+        yield f"ledger check, {count} files, {count * size_bytes / 1e9:.0f} GB", check
