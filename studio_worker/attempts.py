@@ -12,9 +12,9 @@ from pathlib import Path
 from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused
 from studio_worker.formats import header_problem, impostor
 from studio_worker.line import FileChanged
-from studio_worker.logs import safe_url
 from studio_worker.ranges import PARALLEL_BYTES, Ranges
-from studio_worker.staging import Origin, Progress, Staged, boot_id
+from studio_worker.request import Address
+from studio_worker.staging import Origin, Progress, Staged
 from studio_worker.transport import Answer, Policy, UnwantedStatus
 
 _RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -38,18 +38,22 @@ class Attempts:
         sha256: str | None,
         size: int | None,
         progress: Progress,
+        reading: Progress,
         cancel: threading.Event,
         policy: Policy,
     ) -> None:
         self.url = url
-        self.name = safe_url(url)
+        self.address = Address(url)
+        self.name = self.address.name
         self.dest = dest
         self.sha256 = sha256
         self.size = size
         self.progress = progress
+        self.reading = reading
         self.cancel = cancel
         self.policy = policy
-        self.most_connections = policy.max_connections
+        self.is_single = False
+        """Whether one connection must do: several have brought something wrong."""
         self.resumed_from = 0
         """How many bytes of an earlier call are in the file."""
         self.connections = 1
@@ -59,8 +63,8 @@ class Attempts:
 
     def run(self, staged: Staged) -> int:
         """Try until the file is whole, nothing new comes any more, or another try would not help."""
-        if self.may_resume(staged, in_new_process=True):
-            staged.hash_kept(self.progress)
+        if self.may_resume(staged):
+            staged.hash_kept(self.reading)
             self.resumed_from = staged.kept
         else:
             staged.discard()
@@ -81,7 +85,7 @@ class Attempts:
                     if not is_first:
                         raise
                     fresh_starts, most = _FRESH_STARTS, 0
-                    self.most_connections = 1
+                    self.is_single = True
                     continue
                 if not _is_passing(error):
                     raise
@@ -110,7 +114,7 @@ class Attempts:
         headers = {"Range": f"bytes={have}-{'' if until is None else until - 1}"} if is_partial else {}
         if is_partial and known.validator:
             headers["If-Range"] = known.validator
-        with Answer(self.url, headers, self.policy, self.cancel) as answer:
+        with Answer(self.address, headers, self.policy, self.cancel) as answer:
             if answer.status == 416 and is_partial:
                 return self._finish_unsatisfiable(staged, answer)
             if answer.status == 206 and is_partial:
@@ -127,7 +131,9 @@ class Attempts:
                 raise self._size_error(total, self.size)
             # An answer to If-Range need not repeat the validator that it confirms.
             validator = answer.validator or (known.validator if answer.status == 206 else None)
-            staged.note(Origin(self.name, validator, total, boot_id()))
+            staged.note(Origin(self.name, validator, total))
+            if total is not None:
+                staged.check_room(total)
             if total is not None and (staged.is_split or total - staged.kept >= PARALLEL_BYTES):
                 return self._receive_ranges(staged, answer, total, until or total)
             return self._receive(staged, answer, total)
@@ -135,16 +141,20 @@ class Attempts:
     def _receive_ranges(self, staged: Staged, answer: Answer, total: int, until: int) -> int:
         """Large files: in place, over as many connections as are of use."""
         validator = self._known(staged).validator
-        is_single = answer.headers.get("Accept-Ranges", "").lower() == "none" or not self.may_resume(staged)
+        is_single = (
+            self.is_single
+            or answer.headers.get("Accept-Ranges", "").lower() == "none"
+            or not self.may_resume(staged)
+        )
         ranges = Ranges(
             staged,
-            url=self.url,
+            address=self.address,
             total=total,
             validator=validator,
             policy=self.policy,
             cancel=self.cancel,
             progress=self.progress,
-            most=1 if is_single else self.most_connections,
+            is_single=is_single,
         )
         try:
             ranges.receive(answer.detach(), staged.length, until)
@@ -213,15 +223,9 @@ class Attempts:
         staged.commit(self.dest)
         return staged.length
 
-    def may_resume(self, staged: Staged, *, in_new_process: bool = False) -> bool:
-        """Kept bytes are of use where the final hash covers them, or the server can say they are current.
-
-        In the second case nothing covers what a power cut did to them.
-        """
-        if self.sha256 is not None:
-            return True
-        known = self._known(staged)
-        return known.validator is not None and not (in_new_process and known.boot != boot_id())
+    def may_resume(self, staged: Staged) -> bool:
+        """Kept bytes are of use where the final hash covers them, or the server can say they are current."""
+        return self.sha256 is not None or self._known(staged).validator is not None
 
     def _known(self, staged: Staged) -> Origin:
         """What is noted of the kept bytes, if they come from this URL."""

@@ -253,6 +253,9 @@ class _Bars:
     def moved(self, file: Any, done: int, total: int | None) -> None:
         self._show(file.filename, done, total or file.approx_bytes, key=file.sha256 or file.url)
 
+    def reading(self, file: Any, done: int, total: int | None) -> None:
+        self._show(file.filename, done, total, "verifying", key=file.sha256 or file.url)
+
     def verified(self, file: Any, size_bytes: int) -> None:
         self._show(file.filename, size_bytes, size_bytes, "verified", key=file.sha256 or file.url)
 

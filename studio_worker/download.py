@@ -22,6 +22,7 @@ from studio_worker.attempts import Attempts
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.logs import safe_url
 from studio_worker.models import ModelFile
+from studio_worker.request import Address
 from studio_worker.staging import Progress as Progress
 from studio_worker.staging import Staged, hash_into, hold, staging_key
 from studio_worker.transport import Answer
@@ -40,6 +41,7 @@ def download_file(
     size: int | None = None,
     staging: Path | None = None,
     progress: Progress | None = None,
+    reading: Progress | None = None,
     cancel: threading.Event | None = None,
     policy: Policy | None = None,
 ) -> Path:
@@ -50,6 +52,7 @@ def download_file(
         size: exact length in bytes, where known.
         staging: folder for the bytes on their way, on the same file system as ``dest``; default
             ``.staging`` beside ``dest``.
+        reading: called in the place of ``progress`` while bytes of an earlier call are read back.
         cancel: when set, the download stops soon; its bytes are kept.
 
     Raises:
@@ -59,6 +62,7 @@ def download_file(
     started = time.monotonic()
     cancel = cancel or threading.Event()
     policy = policy or Policy()
+    reading = _until(cancel, safe_url(url), reading or progress or _unseen)
     progress = _until(cancel, safe_url(url), progress or _unseen)
     impatient = dataclasses.replace(policy, delays_s=policy.delays_s[:1])  # another way is left
     ways = [
@@ -68,6 +72,7 @@ def download_file(
             sha256=sha256.lower() if sha256 else None,
             size=size,
             progress=progress,
+            reading=reading,
             cancel=cancel,
             policy=policy if way == url else impatient,
         )
@@ -121,14 +126,15 @@ def _run_held(ways: Sequence[Attempts], staging: Path) -> tuple[int, Attempts]:
             if staged is None:
                 return attempts.dest.stat().st_size, attempts
             try:
-                return _run_ways(ways, staged)
+                with attempts.policy.connections.joined():
+                    return _run_ways(ways, staged)
             except (DownloadError, OSError):
                 if not staged.kept or not any(way.may_resume(staged) for way in ways):
                     staged.drop()
                 raise
     except OSError as error:
         what = (
-            f"no space left on the disk of {staging}"
+            f"no space left on the disk of {staging}: {error.strerror}"
             if error.errno in {errno.ENOSPC, errno.EDQUOT}
             else f"{error.strerror}: {error.filename or staging}"
         )
@@ -160,7 +166,8 @@ def ensure_file(directory: Path, file: ModelFile, **options: Any) -> Path:
     if dest.is_file():
         if file.sha256 is None:
             return dest
-        if hash_file(dest, progress=options.get("progress"), cancel=options.get("cancel")) == file.sha256:
+        reading = options.get("reading") or options.get("progress")
+        if hash_file(dest, progress=reading, cancel=options.get("cancel")) == file.sha256:
             return dest
         log.warning("cached file is damaged", extra={"op": "download", "dest": str(dest)})
         dest.unlink(missing_ok=True)
@@ -193,7 +200,7 @@ def fetch_bytes(
         DownloadError: as :func:`download_file`, or the body is larger than ``max_bytes``.
         DownloadCancelled: ``cancel`` was set.
     """
-    with Answer(url, {}, policy, cancel or threading.Event()) as answer:
+    with Answer(Address(url), {}, policy, cancel or threading.Event()) as answer:
         if answer.status != 200:
             raise answer.unwanted()
         body = bytearray()

@@ -21,7 +21,7 @@ from studio_worker.ledger import Ledger, Verified, content_key, file_name, is_ve
 from studio_worker.leftovers import find_staging, remove_staging
 from studio_worker.logs import safe_url
 from studio_worker.models import ModelFile
-from studio_worker.pool import Tally, do_all
+from studio_worker.pool import AT_ONCE, Tally, do_all
 from studio_worker.space import Space
 from studio_worker.staging import staging_key
 
@@ -70,7 +70,8 @@ class Fetcher:
 
         while True:
             try:
-                do_all([task(same) for same in by_content.values()], cancel)
+                at_once = min(AT_ONCE, self.policy.connections.most)
+                do_all([task(same) for same in by_content.values()], cancel, at_once)
                 return
             except (DownloadError, OSError) as error:
                 if not _is_disk_full(error):
@@ -88,25 +89,26 @@ class Fetcher:
                     remove_staging(leftover)
             outcome = "what had come was removed, because nothing else on this disk could work"
         return StoreError(
-            f"{self._root}: no space left on the disk in the middle of a download; free some space or set "
+            f"{self._root}: no space left on the disk for a download; free some space or set "
             f"another [models] root ({outcome})"
         )
 
     def _ensure_one(self, file: ModelFile, tally: Tally, cancel: threading.Event) -> None:
         path = self._root / file_name(file)
-        progress = tally.of(file)
-        self._drop_changed(file, progress, cancel)
+        reading = tally.reading(file)
+        self._drop_changed(file, reading, cancel)
         if not is_verified(self._ledger, file) and not self._link_twin(file):
             ensure_file(
                 path.parent,
                 file,
                 staging=self._staging,
-                progress=progress,
+                progress=tally.of(file),
+                reading=reading,
                 cancel=cancel,
                 policy=self.policy,
             )
             self._own(path)
-            sha256 = file.sha256 or hash_file(path, progress=progress, cancel=cancel)
+            sha256 = file.sha256 or hash_file(path, progress=reading, cancel=cancel)
             self._ledger.remember(file_name(file), sha256, safe_url(file.url))
         tally.verified(file, path.stat().st_size)
 
@@ -115,13 +117,13 @@ class Fetcher:
         if self._staging.is_dir():
             own_like_folder(self._staging)
 
-    def _drop_changed(self, file: ModelFile, progress: Progress, cancel: threading.Event) -> None:
+    def _drop_changed(self, file: ModelFile, reading: Progress, cancel: threading.Event) -> None:
         """Remove a file whose source names no hash and which is not what the ledger once verified."""
         path = self._root / file_name(file)
         entry = self._ledger.get(file_name(file))
         if file.sha256 is not None or entry is None or not path.is_file() or is_verified(self._ledger, file):
             return
-        if hash_file(path, progress=progress, cancel=cancel) != entry.sha256:
+        if hash_file(path, progress=reading, cancel=cancel) != entry.sha256:
             log.warning("cached file is damaged", extra={"op": "store", "dest": str(path)})
             path.unlink(missing_ok=True)
 

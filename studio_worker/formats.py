@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import IO
 
 _HTML = (b"<!doctype", b"<html", b"<head", b"<body")
+_TEXT_NAMES = (".html", ".htm", ".md", ".txt")
+"""What may well begin like a page."""
 _LFS_POINTER = b"version https://git-lfs"
 _MAX_HEADER = 100_000_000
 """What the safetensors library itself takes at most."""
@@ -46,12 +48,14 @@ def impostor(path: Path) -> str | None:
 
 
 def header_problem(path: Path, filename: str) -> str | None:
-    """Why a file is not what ``filename`` says it is, or ``None``; names of other formats are not judged."""
-    check = _check_of(filename)
-    if check is None:
+    """Why a file is not what ``filename`` says it is, or ``None``; of other formats only pages are known."""
+    if filename.lower().endswith(_TEXT_NAMES):
         return None
     if what := impostor(path):
         return f"this is {what}"
+    check = _check_of(filename)
+    if check is None:
+        return None
     size = path.stat().st_size
     if size < _GGUF_HEAD:
         return None  # too short for a header; nothing of it can be judged but its length

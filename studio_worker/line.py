@@ -10,8 +10,8 @@ import time
 from typing import Protocol
 
 from studio_worker.errors import DownloadError
-from studio_worker.logs import safe_url
 from studio_worker.policy import Policy
+from studio_worker.request import Address
 from studio_worker.staging import Staged
 from studio_worker.transport import Body, Connection
 
@@ -49,9 +49,8 @@ class Pieces(Protocol):
 class Line:
     """One connection. ``at`` and ``end`` are the rest of its piece; ``lock`` guards them and ``is_left``."""
 
-    def __init__(self, url: str, policy: Policy, staged: Staged, pieces: Pieces) -> None:
-        self.url = url
-        self.name = safe_url(url)
+    def __init__(self, address: Address, policy: Policy, staged: Staged, pieces: Pieces) -> None:
+        self.address = address
         self.policy = policy
         self.lock = threading.Lock()
         self.at = self.end = 0
@@ -112,7 +111,7 @@ class Line:
             if self.received == before:
                 raise error or DownloadError(
                     "streaming body",
-                    f"GET {self.name}: streaming body: {self._staged.kept} of "
+                    f"GET {self.address.name}: streaming body: {self._staged.kept} of "
                     f"{self._pieces.total} bytes arrived",
                 )
 
@@ -122,7 +121,7 @@ class Line:
         headers = {"Range": f"bytes={self.at}-{end}"}
         if self._pieces.validator:
             headers["If-Range"] = self._pieces.validator
-        body = connection.ask(self.url, headers)
+        body = connection.ask(self.address, headers)
         try:
             self._check(body)
         except BaseException:
@@ -139,8 +138,8 @@ class Line:
             if not is_same or body.length not in {None, pieces.total}:
                 raise FileChanged(body.name)
             raise RangesIgnored(body.name, "the server ignores ranges")
-        if body.status == 416:
-            raise FileChanged(body.name)
+        if body.status == 416:  # of a file that is long enough
+            raise RangesIgnored(body.name, "the server refuses ranges of the file")
         if body.status != 206:
             raise body.unwanted()
         first, total = body.content_range

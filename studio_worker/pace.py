@@ -6,7 +6,7 @@ connection, one is the fastest; where it does, the more the better, up to what t
 
 from __future__ import annotations
 
-_STEP = 4
+_STEP = 8
 _GAIN = 1.25
 """A step that brought less than so many times the rate before is taken back."""
 _WINDOW_S = 0.1
@@ -25,19 +25,27 @@ class Pace:
     """The number of connections, from what the last number brought.
 
     Args:
-        most: never more than so many.
+        is_single: never more than one.
         limit: bytes per second that may come at all.
     """
 
-    def __init__(self, most: int, limit: float | None = None) -> None:
+    def __init__(self, *, is_single: bool = False, limit: float | None = None) -> None:
         self.target = 1
-        self._most = max(1, most)
+        self._is_single = is_single
+        self._most = 1
         self._limit = limit
         self._changed_at: float | None = None
         self._window: tuple[float, int, float] | None = None
         self._before: tuple[int, float] | None = None
         """Number and rate before the step that is being tried."""
         self._rests_until = 0.0
+
+    def allow(self, now: float, most: int) -> None:
+        """Never more than ``most`` from now on."""
+        self._most = 1 if self._is_single else most
+        if self.target > self._most:
+            self._before = None
+            self._set(now, self._most)
 
     def note(self, now: float, received: int, delivering: int, busy_s: float) -> None:
         """Tell what has come: bytes in all, connections that deliver, CPU seconds in all."""
@@ -63,6 +71,7 @@ class Pace:
 
     def hold_at_one(self) -> None:
         """The server knows no ranges: one connection, for good."""
+        self._is_single = True
         self._most = self.target = 1
 
     def _judge(self, now: float, rate: float, busy_share: float) -> None:

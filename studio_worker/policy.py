@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +33,34 @@ class Limit:
             given_up.wait(wait_s)
 
 
+class Connections:
+    """So many connections at most over all downloads that share this object, in equal shares.
+
+    A download has at least one, so no more downloads should run at once than there are connections.
+    """
+
+    def __init__(self, most: int = 32) -> None:
+        self.most = most
+        self._lock = threading.Lock()
+        self._downloads = 0
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """While this lasts one more download shares the connections."""
+        with self._lock:
+            self._downloads += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._downloads -= 1
+
+    @property
+    def share(self) -> int:
+        """How many one download may have now."""
+        return max(1, self.most // max(1, self._downloads))
+
+
 @dataclass(frozen=True)
 class Policy:
     """How patient a download is, and which ways it may take. Times are seconds.
@@ -41,7 +70,8 @@ class Policy:
     waits for that long and says whether the event was set meanwhile; tests put their own there.
 
     ``stall_s``: a connection without a byte for so long is replaced. ``slow_s``: so often is one compared
-    with the others, and replaced where it is much slower. There is no limit to the whole.
+    with the others, and replaced where it is much slower. There is no limit to the whole. ``sync_s``: so
+    often is what has come made to outlast a power cut.
 
     ``mirrors`` are pairs of URL prefixes: what begins with the first is asked with the second in its place,
     before it is asked as it is. ``tokens`` are bearer tokens by host name, each sent to its host alone.
@@ -53,11 +83,12 @@ class Policy:
     connect_s: float = 15.0
     stall_s: float = 15.0
     slow_s: float = 3.0
+    sync_s: float = 30.0
     delays_s: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
     retry_after_cap_s: float = 120.0
     allow_insecure: bool = False
     wait: Callable[[threading.Event, float], bool] = threading.Event.wait
-    max_connections: int = 32
+    connections: Connections = field(default_factory=Connections)
     limit: Limit | None = None
     mirrors: tuple[tuple[str, str], ...] = ()
     tokens: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), repr=False)

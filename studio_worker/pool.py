@@ -23,18 +23,30 @@ class FileWatch(Protocol):
     """Who wants to know about each file by itself; called from several threads."""
 
     def moved(self, file: ModelFile, done: int, total: int | None) -> None: ...
+    def reading(self, file: ModelFile, done: int, total: int | None) -> None: ...
     def verified(self, file: ModelFile, size_bytes: int) -> None: ...
 
 
 class Tally:
-    """Adds up the progress of several files; each of them has its own ``Progress``."""
+    """Adds up the progress of several files; each of them has its own ``Progress``.
+
+    Args:
+        progress: gets the sum.
+        reading: gets it while nothing comes and files on disk are read back.
+    """
 
     def __init__(
-        self, files: Sequence[ModelFile], progress: Progress | None, watch: FileWatch | None
+        self,
+        files: Sequence[ModelFile],
+        progress: Progress | None,
+        reading: Progress | None,
+        watch: FileWatch | None,
     ) -> None:
         self._totals = {_key(file): file.approx_bytes for file in files}
         self._done = dict.fromkeys(self._totals, 0)
+        self._coming: set[tuple[str, str]] = set()
         self._progress = progress
+        self._reading = reading
         self._watch = watch
         self._lock = threading.Lock()
 
@@ -44,6 +56,18 @@ class Tally:
         def moved(done: int, total: int | None) -> None:
             if self._watch is not None:
                 self._watch.moved(file, done, total)
+            self._coming.add(_key(file))
+            self._moved(file, done, total, is_whole=False)
+
+        return moved
+
+    def reading(self, file: ModelFile) -> Progress:
+        """The progress of ``file`` while it is read back."""
+
+        def moved(done: int, total: int | None) -> None:
+            if self._watch is not None:
+                self._watch.reading(file, done, total)
+            self._coming.discard(_key(file))
             self._moved(file, done, total, is_whole=False)
 
         return moved
@@ -52,6 +76,7 @@ class Tally:
         """``file`` is here; what its source said of its size no longer counts."""
         if self._watch is not None:
             self._watch.verified(file, size_bytes)
+        self._coming.discard(_key(file))
         if _key(file) in self._done:
             self._moved(file, size_bytes, size_bytes, is_whole=True)
 
@@ -63,18 +88,23 @@ class Tally:
             self._totals[key] = total if is_whole or known is None else max(known, total or 0)
             totals = list(self._totals.values())
             whole = None if None in totals else sum(each or 0 for each in totals)
-            if self._progress is not None:
-                self._progress(sum(self._done.values()), whole)
+            tell = self._progress if self._coming or is_whole else self._reading
+            if tell is not None:
+                tell(sum(self._done.values()), whole)
 
 
-def do_all(tasks: Sequence[Callable[[threading.Event], None]], cancel: threading.Event | None) -> None:
-    """Do every task, :data:`AT_ONCE` at a time; each gets the event that ends it.
+def do_all(
+    tasks: Sequence[Callable[[threading.Event], None]],
+    cancel: threading.Event | None,
+    at_once: int = AT_ONCE,
+) -> None:
+    """Do every task, ``at_once`` at a time; each gets the event that ends it.
 
     Raises:
         Exception: the first error of any; the others are cancelled, and have ended when it is raised.
     """
     cancel = cancel or threading.Event()
-    if len(tasks) < 2:
+    if min(at_once, len(tasks)) < 2:
         for task in tasks:
             task(cancel)
         return
@@ -98,7 +128,7 @@ def do_all(tasks: Sequence[Callable[[threading.Event], None]], cancel: threading
                 return
         ended.put(None)
 
-    threads = min(AT_ONCE, len(tasks))
+    threads = min(at_once, len(tasks))
     for number in range(threads):
         threading.Thread(target=work, name=f"fetch-{number}", daemon=True).start()
     first: Exception | None = None

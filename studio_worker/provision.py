@@ -84,6 +84,14 @@ class ProvisionProgress:
         self._history.clear()
 
     def __call__(self, done: int, total: int | None) -> None:
+        """Bytes have come."""
+        self._moved("downloading", done, total)
+
+    def reading(self, done: int, total: int | None) -> None:
+        """Bytes on disk were read back."""
+        self._moved("verifying", done, total)
+
+    def _moved(self, doing: str, done: int, total: int | None) -> None:
         now = self._clock()
         if done < self._last:  # begun anew: what comes now has come before, but it does come
             self._last = done
@@ -93,10 +101,11 @@ class ProvisionProgress:
         self._last, self._said_at = done, now
         rate = self._rate(now, done)
         self._on_advance()
-        self._on_status(f"downloading {self._label}: {_share(done, total)}{_speed(rate, done, total)}")
+        self._on_status(f"{doing} {self._label}: {_share(done, total)}{_speed(rate, done, total)}")
         if now - self._logged_at >= _LOG_EVERY_S:
             self._logged_at = now
-            facts = {"op": "provision", "model": self._label, "bytes": done, "bytes_total": total}
+            facts: dict[str, object] = {"op": "provision", "model": self._label, "doing": doing}
+            facts |= {"bytes": done, "bytes_total": total}
             if rate:
                 facts["bytes_per_s"] = round(rate)
                 if total is not None:
@@ -123,7 +132,7 @@ def provision(
     began = time.monotonic()
     for model in required:
         progress.label = model.id
-        store.ensure(model.files, model=model.id, progress=progress, cancel=cancel)
+        store.ensure(model.files, model=model.id, progress=progress, reading=progress.reading, cancel=cancel)
         log.info("model verified", extra={"op": "provision", "model": model.id, "files": len(model.files)})
     log.info(
         "required models verified",
@@ -225,15 +234,21 @@ class SeenFiles:
         seen = ProvisionProgress(show, lambda: None)
         seen.label = model
 
-        def moved(done: int, total: int | None) -> None:
-            seen(done, total)
-            if progress is not None:
-                progress(done, total)
+        def both(show: Progress) -> Progress:
+            def moved(done: int, total: int | None) -> None:
+                show(done, total)
+                if progress is not None:
+                    progress(done, total)
+
+            return moved
 
         with contextlib.ExitStack() as held:
             try:
-                taken = self._store.taken(model, files, progress=moved, cancel=cancel)
-                local = held.enter_context(taken)
+                local = held.enter_context(
+                    self._store.taken(
+                        model, files, progress=both(seen), reading=both(seen.reading), cancel=cancel
+                    )
+                )
             finally:
                 if lines:
                     self._on_end()

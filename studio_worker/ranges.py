@@ -11,11 +11,13 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from collections.abc import Iterable
 
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.line import FileChanged, Line, RangesIgnored
 from studio_worker.pace import Pace
 from studio_worker.policy import Policy
+from studio_worker.request import Address
 from studio_worker.spans import Spans
 from studio_worker.staging import Progress, Staged
 from studio_worker.transport import Body, UnwantedStatus
@@ -41,20 +43,20 @@ class Ranges:
     Args:
         total: the file's length.
         validator: what every answer must be an answer for, where it is known.
-        most: so many connections at most.
+        is_single: one connection only.
     """
 
     def __init__(
         self,
         staged: Staged,
         *,
-        url: str,
+        address: Address,
         total: int,
         validator: str | None,
         policy: Policy,
         cancel: threading.Event,
         progress: Progress,
-        most: int,
+        is_single: bool,
     ) -> None:
         self.total = total
         self.validator = validator
@@ -63,21 +65,20 @@ class Ranges:
         self.requests = 1
         """How many answers the bytes are from."""
         self._staged = staged
-        self._url = url
+        self._address = address
         self._policy = policy
         self._cancel = cancel
         self._progress = progress
-        self._pace = Pace(most, policy.limit.bytes_per_s if policy.limit else None)
+        self._pace = Pace(is_single=is_single, limit=policy.limit.bytes_per_s if policy.limit else None)
         self._lock = threading.RLock()
         self._free = Spans()
         """What is missing and nobody fetches."""
         self._lines: list[Line] = []
         self._errors: list[Exception] = []
         self._changed = threading.Event()
-        self._grown = threading.Event()
         self._stop = threading.Event()
         self._hashing_s = self._ended_s = 0.0  # CPU seconds
-        self._hash_error: Exception | None = None
+        self._disk_error: Exception | None = None
 
     def receive(self, body: Body, start: int, end: int) -> None:
         """Everything that is missing; ``body`` is the answer that has begun, for ``[start, end)``.
@@ -92,6 +93,8 @@ class Ranges:
             self._free.add(*gap)
         hasher = threading.Thread(target=self._hash, name="download-hash", daemon=True)
         hasher.start()
+        # Not waited for in the end: a slow disk must not hold up a stop.
+        threading.Thread(target=self._sync, name="download-sync", daemon=True).start()
         try:
             self._begin(body, start, end)
             while self._staged.hashed < self.total:
@@ -100,14 +103,13 @@ class Ranges:
                 self._progress(self._staged.kept, self.total)
                 if self._cancel.is_set():
                     raise DownloadCancelled(body.name)
-                if self._hash_error is not None:
-                    raise self._hash_error
+                if self._disk_error is not None:
+                    raise self._disk_error
                 if self._staged.kept < self.total:
                     self._tend(time.monotonic())
             self._progress(self.total, self.total)
         finally:
             self._stop.set()
-            self._grown.set()
             with self._lock:
                 lines = list(self._lines)
             for line in lines:
@@ -154,13 +156,12 @@ class Ranges:
                 if error is not None:
                     self._errors.append(error)
         self._changed.set()
-        self._grown.set()
 
     def _next_piece(self) -> tuple[int, int] | None:
         first = next(iter(self._free), None)
         if first is None:
             return None
-        share = self._free.total // self._pace.target
+        share = self._free.total // (2 * self._pace.target)  # the last ones are small: all end at one time
         size = min(_LARGEST_PIECE, max(_SMALLEST_PIECE, share))
         start, end = first
         # What would be left over is not worth a request of its own.
@@ -176,7 +177,7 @@ class Ranges:
             left_s = (line.end - line.at) / rate if rate else float("inf")
             if line is not helper and line.end - line.at >= 2 * _SMALLEST_SHARE and left_s > longest_s:
                 slowest, longest_s = line, left_s
-        if slowest is None or longest_s < 3 * max(slowest.first_byte_s, helper.first_byte_s):
+        if slowest is None or longest_s < 2 * max(slowest.first_byte_s, helper.first_byte_s):
             return None
         with slowest.lock:
             middle = slowest.at + (slowest.end - slowest.at) // 2
@@ -189,7 +190,7 @@ class Ranges:
     # --- the caller's thread ---
 
     def _begin(self, body: Body, start: int, end: int) -> None:
-        line = Line(self._url, self._policy, self._staged, self)
+        line = Line(self._address, self._policy, self._staged, self)
         with self._lock:
             line.at, line.end = start, min(end, start + _AHEAD)
             line.is_open = line.end < end
@@ -199,14 +200,17 @@ class Ranges:
         line.start(body)
 
     def _tend(self, now: float) -> None:
-        """See to the connections: those that ended, those that are slow, those that are to be added."""
+        """See to the connections: those that ended, are slow, are too many, or are to be added."""
         self._note_errors(now)
         self._replace_slow(now)
+        share = self._policy.connections.share
+        self._pace.allow(now, share)
+        self._drop(list(self._lines)[share:])
         delivering = sum(line.is_delivering for line in list(self._lines))
         busy_s = self._hashing_s + self._ended_s + sum(line.busy_s for line in list(self._lines))
         self._pace.note(now, self._staged.kept, delivering, busy_s)
         while len(self._lines) < self._pace.target:
-            line = Line(self._url, self._policy, self._staged, self)
+            line = Line(self._address, self._policy, self._staged, self)
             with self._lock:
                 self._lines.append(line)
                 if not self.take(line):
@@ -244,27 +248,37 @@ class Ranges:
         is_limited = self._policy.limit is not None
         slow = {line for line, rate in rates if rate < _SLOW_SHARE * usual and not is_limited}
         silent = {line for line in lines if now - line.moved_at > self._policy.stall_s and not is_limited}
-        for line in slow | silent:
-            line.leave()
-            self.ended(line, None)
+        self._drop(slow | silent)
         if lines and silent == set(lines):
             raise DownloadError(
                 "streaming body",
-                f"GET {lines[0].name}: streaming body: no byte for {self._policy.stall_s:g} s",
+                f"GET {self._address.name}: streaming body: no byte for {self._policy.stall_s:g} s",
             )
 
-    # --- the hashing thread ---
+    def _drop(self, lines: Iterable[Line]) -> None:
+        for line in lines:
+            line.leave()
+            self.ended(line, None)
+
+    # --- threads beside the lines ---
 
     def _hash(self) -> None:
         try:
             while not self._stop.is_set() and self._staged.hashed < self.total:
                 if not self._staged.hash_more():
-                    self._grown.wait(_HASH_TICK_S)
-                    self._grown.clear()
+                    self._stop.wait(_HASH_TICK_S)
                 self._hashing_s = time.thread_time()
         except Exception as error:
-            self._hash_error = error
+            self._disk_error = error
         self._changed.set()
+
+    def _sync(self) -> None:
+        try:
+            while not self._stop.wait(self._policy.sync_s):
+                self._staged.sync()
+        except Exception as error:
+            self._disk_error = error
+            self._changed.set()
 
 
 def _rate(line: Line, now: float) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from studio_worker.config import Settings
 from studio_worker.errors import ConfigError
 from studio_worker.logs import add_secret
-from studio_worker.policy import Limit, Policy
+from studio_worker.policy import Connections, Limit, Policy
 
 TOKEN_PREFIX = "download-token."
 """A token's file is called so, with the host's name behind it."""
@@ -38,7 +38,7 @@ def policy_from(settings: Settings) -> Policy:
         tokens |= _tokens(Path(credentials), is_ours=False)
     return Policy(
         allow_insecure=models.allow_insecure_urls,
-        max_connections=models.max_connections,
+        connections=Connections(models.max_connections),
         limit=Limit(models.download_limit_mb_s * 1e6) if models.download_limit_mb_s else None,
         mirrors=tuple(models.mirrors.items()),
         tokens=tokens,

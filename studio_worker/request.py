@@ -1,5 +1,7 @@
 """One GET sent: its address checked at every hop, its token and proxy chosen for each host anew.
 
+Where redirects led is remembered for the next request of the same download, until that is refused there.
+
 Refuses what the rules for addresses refuse, before anything is asked of it, and bodies in another coding
 than the file's own bytes. No error text holds a query string, a fragment or user info, and no error carries
 the library's own, whose texts do.
@@ -23,6 +25,8 @@ from studio_worker.policy import Policy
 
 _MAX_REDIRECTS = 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_EXPIRED = frozenset({400, 401, 403, 404, 410})
+"""How an address that was good for a while is refused later."""
 _REQUESTS_VARIABLES = {"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}
 
 
@@ -54,12 +58,42 @@ class _Bearer(requests.auth.AuthBase):
         return r
 
 
+class Address:
+    """What is asked for, by all connections of one download. ``name`` is ``url`` as it may be told."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.name = safe_url(url)
+        self.redirected: str | None = None
+        """Where the last redirect from ``url`` led."""
+
+
 def ask(
-    url: str, headers: Mapping[str, str], policy: Policy, session: requests.Session | None = None
+    address: Address, headers: Mapping[str, str], policy: Policy, session: requests.Session | None = None
 ) -> requests.Response:
-    """Send the request, and on to where it is redirected; no address is asked before it is checked."""
-    name = safe_url(url)
-    via = ""
+    """Send the request, and on to where it is redirected; no address is asked before it is checked.
+
+    Raises:
+        DownloadError: there is no answer, or none that may be used.
+    """
+    if (known := address.redirected) is not None:
+        with contextlib.suppress(DownloadError):
+            response, _ = _follow(known, address.name, headers, policy, session)
+            if response.status_code not in _EXPIRED:
+                return response
+            response.close()
+        address.redirected = None
+    response, last = _follow(address.url, address.name, headers, policy, session)
+    if last != address.url:
+        address.redirected = last
+    return response
+
+
+def _follow(
+    url: str, name: str, headers: Mapping[str, str], policy: Policy, session: requests.Session | None
+) -> tuple[requests.Response, str]:
+    """The answer, and the address that gave it."""
+    first, via = url, ""
     for _ in range(_MAX_REDIRECTS + 1):
         url = _checked(url, name, via, policy)
         try:
@@ -74,6 +108,8 @@ def ask(
                     proxies=_proxies(url, policy),
                     verify=_verify(policy),
                 )
+        except requests.exceptions.SSLError as error:
+            raise _untrusted(name, via, error) from None
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError, OSError) as error:
             raise DownloadError("request error", f"GET {name}: {via}{cause(error)}") from None
         location = response.headers.get("Location")
@@ -83,7 +119,7 @@ def ask(
                 raise DownloadRefused(
                     "request error", f"GET {name}: {via}the server insists on coding {coding[:40]}"
                 )
-            return response
+            return response, url if via else first
         response.close()
         try:
             url = urljoin(url, location.encode("latin-1").decode("utf-8", "replace"))
@@ -91,6 +127,17 @@ def ask(
             url = ""
         via = f"redirected to {safe_url(url)}, "
     raise DownloadRefused("request error", f"GET {name}: more than {_MAX_REDIRECTS} redirects")
+
+
+def _untrusted(name: str, via: str, error: requests.exceptions.SSLError) -> DownloadError:
+    """A certificate that is not believed stays so; other troubles of TLS may pass."""
+    innermost = cause(error)
+    if not innermost.startswith("SSLCertVerificationError"):
+        return DownloadError("request error", f"GET {name}: {via}{innermost}")
+    return DownloadRefused(
+        "request error",
+        f"GET {name}: {via}{innermost}; a certificate authority of your own goes into [models] ca_bundle",
+    )
 
 
 def _checked(url: str, name: str, via: str, policy: Policy) -> str:

@@ -20,7 +20,7 @@ from studio_worker.errors import StoreError
 from studio_worker.files import make_folder
 from studio_worker.ledger import Ledger, content_key, file_name
 from studio_worker.models import ModelFile
-from studio_worker.staging import kept_bytes, staging_key
+from studio_worker.staging import kept_bytes, pending_bytes, staging_key
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,11 @@ class Space:
     def _short(self, files: list[ModelFile]) -> int:
         """How many bytes the disk has too little for ``files``; 0 or less = enough."""
         missing = self._missing_bytes(files)
-        return missing + self._spare_bytes - shutil.disk_usage(self._root).free if missing else 0
+        if not missing:
+            return 0
+        keys = {staging_key(file.url, file.sha256) for file in files}
+        spoken_for = self._spare_bytes + pending_bytes(self._root / ".staging", keys)
+        return missing + spoken_for - shutil.disk_usage(self._root).free
 
     def _over(self, files: list[ModelFile]) -> int:
         """By how much the budget would be exceeded with ``files``; 0 or less = not."""

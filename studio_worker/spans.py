@@ -1,30 +1,31 @@
 """Which bytes of a file are there: in memory to the byte, on disk to the block.
 
-Decides nothing about what they are worth. The map on disk outlives a killed process without a system call
-for each write, because it is mapped; it says less than the truth after a crash, never more.
+Decides nothing about what they are worth. The map on disk outlives a killed process; it says less than the
+truth then, never more.
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
-import mmap
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
-BLOCK_BYTES = 256 * 1024
+BLOCK_BYTES = 64 * 1024
 """A killed process loses at most so much for each of its connections."""
 
 
 class Spans:
     """A set of byte ranges ``[start, end)``, kept sorted and merged."""
 
-    def __init__(self) -> None:
+    def __init__(self, spans: Iterable[tuple[int, int]] = ()) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
         self.total = 0
         """How many bytes they hold."""
+        for span in spans:
+            self.add(*span)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(list(zip(self._starts, self._ends, strict=True)))
@@ -86,8 +87,9 @@ class BlockMap:
 
     def __init__(self, path: Path, total: int) -> None:
         self._total = total
-        with path.open("r+b") as file:
-            self._flags = mmap.mmap(file.fileno(), 0)
+        # Written, not mapped: where a disk is full, a write is an error and a mapped page the process's end.
+        self._file = path.open("r+b", buffering=0)
+        self._flags = bytearray(self._file.read())
         if len(self._flags) != _blocks(total):
             self.close()
             raise ValueError("the map is that of another file")
@@ -107,24 +109,24 @@ class BlockMap:
         """Note the blocks that lie wholly in ``[start, end)``."""
         first = -(-start // BLOCK_BYTES)
         last = _blocks(self._total) if end >= self._total else end // BLOCK_BYTES
-        if first < last:
+        if self._flags.find(0, first, last) >= 0:
             self._flags[first:last] = b"\1" * (last - first)
+            os.pwrite(self._file.fileno(), self._flags[first:last], first)
 
     def spans(self, size: int) -> Spans:
         """What is noted, as far as a file of ``size`` bytes can hold it."""
         found = Spans()
         at = 0
         flags = self._flags
-        while (first := flags.find(b"\1", at)) >= 0:
-            at = flags.find(b"\0", first)
+        while (first := flags.find(1, at)) >= 0:
+            at = flags.find(0, first)
             at = at if at >= 0 else len(flags)
             found.add(first * BLOCK_BYTES, min(at * BLOCK_BYTES, self._total, size))
         return found
 
     def close(self) -> None:
         """Let go of the file; what is noted stays."""
-        with contextlib.suppress(ValueError):
-            self._flags.close()
+        self._file.close()
 
 
 def _blocks(total: int) -> int:

@@ -12,11 +12,13 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from studio_worker.files import fsync_directory
 from studio_worker.spans import BLOCK_BYTES, BlockMap, Spans
@@ -25,28 +27,30 @@ Progress = Callable[[int, int | None], None]
 """Called as bytes arrive or are checked: (bytes so far, bytes in all where known)."""
 
 _READ_BYTES = 1024 * 1024
+_FRESH_BYTES = 8 * 1024 * 1024
+_PATIENCE_S = 0.25
+"""So long is the hashing waited for before it has to read back what it did not take from memory."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where kept bytes come from: the note beside them.
+    """Where kept bytes come from.
 
-    ``validator`` goes into ``If-Range``; ``total`` is the length of the whole file; ``boot`` is the boot of
-    this machine they were written in, because a power cut may leave a file of the right length with wrong
-    bytes in it.
+    ``validator`` goes into ``If-Range``; ``total`` is the length of the whole file.
     """
 
     url: str
     validator: str | None = None
     total: int | None = None
-    boot: str = ""
 
 
 class Staged:
     """The kept bytes of one download, open and locked; made by :func:`hold`.
 
     Bytes come one behind the other (:meth:`append`), or, after :meth:`split`, at any place from several
-    threads (:meth:`write_at`); then a map on disk says which are there.
+    threads (:meth:`write_at`); then a map on disk says which are there. A note beside them tells their origin
+    and the boot of this machine in which they were written: a power cut may leave wrong bytes in a file of
+    the right length, so of another boot only what was synced is believed.
     """
 
     def __init__(self, part: Path, file: IO[bytes]) -> None:
@@ -55,12 +59,17 @@ class Staged:
         self._map_path = part.with_suffix(".map")
         self._file = file
         self._lock = threading.Lock()
+        self._has_room = threading.Condition(self._lock)
         self._spans = Spans()
         self._map: BlockMap | None = None
+        self._fresh: deque[memoryview] = deque()
+        """What has come behind all that is hashed, still in memory: reading it back would cost a copy."""
+        self._fresh_bytes = self._fresh_end = 0
         self._buffer = memoryview(bytearray(_READ_BYTES))
+        self._durable: list[tuple[int, int]] = []
         self._reset_hash()
-        self.origin = self._read_origin()
-        self._read_map(os.fstat(file.fileno()).st_size)
+        self.origin: Origin | None = None
+        self._read_kept(os.fstat(file.fileno()).st_size)
 
     @property
     def length(self) -> int:
@@ -95,19 +104,36 @@ class Staged:
     def hash_more(self) -> int:
         """Hash on, a megabyte at most; returns how many bytes that were, 0 where the next is not there."""
         with self._lock:
-            count = min(self._spans.end_from(self.hashed) - self.hashed, len(self._buffer))
-        if count > 0:
-            count = os.preadv(self._file.fileno(), [self._buffer[:count]], self.hashed)
-            if not count:
+            fresh = self._fresh.popleft() if self._fresh else None
+            if fresh is not None:
+                self._fresh_bytes -= len(fresh)
+                self._has_room.notify_all()
+            else:
+                count = min(self._spans.end_from(self.hashed) - self.hashed, len(self._buffer))
+                self._fresh_end = self.hashed + count
+        if fresh is not None:
+            chunk = fresh
+        else:
+            chunk = self._buffer[: os.preadv(self._file.fileno(), [self._buffer[:count]], self.hashed)]
+            if len(chunk) < count:
                 raise OSError(errno.EIO, "bytes that were written are gone", str(self._part))
-            self._digest.update(self._buffer[:count])
-            self.hashed += count
-        return count
+        self._digest.update(chunk)
+        self.hashed += len(chunk)
+        return len(chunk)
 
     def split(self, total: int) -> None:
         """From now on bytes come at any place of a file of ``total`` bytes."""
         if self._map is None:
             self._map = BlockMap.create(self._map_path, self._spans, total)
+        self._fresh_end = self.hashed
+
+    def check_room(self, total: int) -> None:
+        """Whether the disk can take what is missing of ``total`` bytes. Raises OSError (ENOSPC)."""
+        missing = total - self.kept
+        free = shutil.disk_usage(self._part.parent).free
+        if missing > free:
+            what = f"{missing / 1e6:.1f} MB are missing and {free / 1e6:.1f} MB are free"
+            raise OSError(errno.ENOSPC, what, str(self._part.parent))
 
     def append(self, chunk: bytes) -> None:
         """Write ``chunk`` behind the others and hash it."""
@@ -126,6 +152,12 @@ class Staged:
         with self._lock:
             start, end = self._spans.add(at, at + len(chunk))
             self._map.mark(max(start, at - BLOCK_BYTES), min(end, at + len(chunk) + BLOCK_BYTES))
+            if at == self._fresh_end and self._fresh_bytes > _FRESH_BYTES:
+                self._has_room.wait(_PATIENCE_S)
+            if at == self._fresh_end and self._fresh_bytes <= _FRESH_BYTES:
+                self._fresh.append(memoryview(chunk))
+                self._fresh_bytes += len(chunk)
+                self._fresh_end = at + len(chunk)
 
     def _write(self, chunk: bytes | memoryview, at: int) -> None:
         rest = memoryview(chunk)
@@ -142,11 +174,20 @@ class Staged:
     def note(self, origin: Origin) -> None:
         """Remember where the bytes come from, before they come."""
         if origin != self.origin:
-            # No fsync: a note that a power cut takes or tears is one that is not trusted.
-            temporary = self._note.with_suffix(".json.tmp")
-            temporary.write_text(json.dumps(asdict(origin)))
-            temporary.replace(self._note)
-            self.origin = origin
+            with self._lock:
+                self.origin = origin
+                self._write_note()
+
+    def sync(self) -> None:
+        """Make what is there outlast a power cut; may take as long as the disk needs."""
+        with self._lock:
+            kept = self._spans
+            durable = list(kept)
+        os.fdatasync(self._file.fileno())
+        with self._lock:
+            if self._spans is kept and self.origin is not None:  # neither renamed nor removed meanwhile
+                self._durable = durable
+                self._write_note()
 
     def discard(self) -> None:
         """Forget the bytes, keep the hold."""
@@ -179,36 +220,53 @@ class Staged:
 
     def _reset_hash(self) -> None:
         self._digest = hashlib.sha256()
+        self._fresh.clear()
+        self._fresh_bytes = self._fresh_end = 0
         self.hashed = 0
         """How far the bytes are hashed."""
 
     def _forget(self) -> None:
         self.close()
-        self._map = None
-        self.origin = None
-        for path in (self._map_path, self._note):
-            path.unlink(missing_ok=True)
-            path.with_suffix(path.suffix + ".tmp").unlink(missing_ok=True)
+        with self._lock:
+            self._map = None
+            self.origin = None
+            self._durable = []
+            for path in (self._map_path, self._note):
+                path.unlink(missing_ok=True)
+                path.with_suffix(path.suffix + ".tmp").unlink(missing_ok=True)
 
-    def _read_origin(self) -> Origin | None:
-        try:
-            origin = Origin(**json.loads(self._note.read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
-            return None
-        return origin if isinstance(origin.validator, str | None) else None
+    def _write_note(self) -> None:
+        # No fsync: a note that a power cut takes or tears is one that is not trusted.
+        assert self.origin is not None
+        note = {**asdict(self.origin), "boot": boot_id(), "durable": self._durable}
+        temporary = self._note.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(note))
+        temporary.replace(self._note)
 
-    def _read_map(self, size: int) -> None:
-        """Believe the map where there is one; without it the bytes came one behind the other."""
-        if not self._map_path.exists():
-            self._spans.add(0, size)
-            return
-        total = self.origin.total if self.origin is not None else None
-        if isinstance(total, int):
-            with contextlib.suppress(OSError, ValueError):
-                self._map = BlockMap(self._map_path, total)
-                self._spans = self._map.spans(size)
+    def _read_kept(self, size: int) -> None:
+        """Find out what is there, as far as it can be believed."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            note = json.loads(self._note.read_text())
+            origin = Origin(note["url"], note["validator"], note["total"])
+            if isinstance(origin.validator, str | None):
+                self.origin = origin
+                self._read_spans(size, note)
         if not self._spans:
             self.discard()
+
+    def _read_spans(self, size: int, note: dict[str, Any]) -> None:
+        assert self.origin is not None
+        total = self.origin.total
+        if note["boot"] != boot_id():
+            self._durable = [(start, min(end, size)) for start, end in note["durable"]]
+            if isinstance(total, int):
+                self._spans = Spans(self._durable)
+                self._map = BlockMap.create(self._map_path, self._spans, total)
+        elif not self._map_path.exists():  # the bytes came one behind the other
+            self._spans = Spans([(0, size)])
+        elif isinstance(total, int):
+            self._map = BlockMap(self._map_path, total)
+            self._spans = self._map.spans(size)
 
 
 @contextlib.contextmanager
@@ -253,6 +311,16 @@ def kept_bytes(folder: Path, key: str) -> int:
         return 0
 
 
+def pending_bytes(folder: Path, but: Set[str]) -> int:
+    """What the downloads that are under way in ``folder``, ``but`` those keys, have yet to write."""
+    pending = 0
+    for note in folder.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            if note.stem not in but and not _is_free(note.with_suffix(".part")):
+                pending += max(0, json.loads(note.read_text())["total"] - kept_bytes(folder, note.stem))
+    return pending
+
+
 def boot_id() -> str:
     """Changes with every boot of this machine."""
     try:
@@ -270,6 +338,11 @@ def hash_into(digest: hashlib._Hash, file: IO[bytes], progress: Progress) -> int
         done += len(chunk)
         progress(done, total)
     return done
+
+
+def _is_free(part: Path) -> bool:
+    with part.open("rb") as file:
+        return _lock(file)
 
 
 def _lock(file: IO[bytes]) -> bool:

@@ -92,6 +92,7 @@ class Store:
         *,
         model: str | None = None,
         progress: Progress | None = None,
+        reading: Progress | None = None,
         watch: FileWatch | None = None,
         cancel: threading.Event | None = None,
     ) -> tuple[LocalFile, ...]:
@@ -99,7 +100,8 @@ class Store:
 
         Args:
             model: the model that they are; it is noted with them.
-            progress: gets the sum of what is fetched or read.
+            progress: gets the sum of what has come.
+            reading: gets it in its place while only files on disk are read back.
             watch: gets each file by itself.
 
         Raises:
@@ -108,7 +110,12 @@ class Store:
         """
         wanted = list(files)
         with store_errors(self.root), self._space.holding(map(content_key, wanted)):
-            return self._ensure_held(wanted, model, progress, watch, cancel)
+            local = self._ensure_held(wanted, progress, reading, watch, cancel)
+            if model is not None:
+                self._note_use(
+                    model, [name for name in map(file_name, wanted) if model not in self._models_of(name)]
+                )
+            return local
 
     @contextlib.contextmanager
     def taken(
@@ -117,6 +124,7 @@ class Store:
         files: Iterable[ModelFile],
         *,
         progress: Progress | None = None,
+        reading: Progress | None = None,
         cancel: threading.Event | None = None,
     ) -> Iterator[tuple[LocalFile, ...]]:
         """As :meth:`ensure`, for a job: a use of ``model`` is noted, and no process removes it meanwhile."""
@@ -124,11 +132,8 @@ class Store:
         with contextlib.ExitStack() as held:
             with store_errors(self.root):
                 held.enter_context(self._space.holding(map(content_key, wanted)))
-                local = self._ensure_held(wanted, model, progress, None, cancel)
-            try:
-                self._ledger.note_use(model, [file_name(file) for file in wanted], self._clock())
-            except OSError as error:  # a full disk: the job itself can be done
-                log.warning("use of a model not noted", extra={"op": "store", "error": str(error)})
+                local = self._ensure_held(wanted, progress, reading, None, cancel)
+            self._note_use(model, [file_name(file) for file in wanted])
             yield local
 
     def is_verified(self, file: ModelFile) -> bool:
@@ -236,8 +241,8 @@ class Store:
     def _ensure_held(
         self,
         wanted: list[ModelFile],
-        model: str | None,
         progress: Progress | None,
+        reading: Progress | None,
         watch: FileWatch | None,
         cancel: threading.Event | None,
     ) -> tuple[LocalFile, ...]:
@@ -247,13 +252,16 @@ class Store:
                 watch.verified(file, self.path(file).stat().st_size)
         if missing:
             self._space.make_room(wanted)
-            tally = Tally(missing, progress, watch)
+            tally = Tally(missing, progress, reading, watch)
             self._fetcher.fetch(missing, wanted, tally, cancel)
             self._space.trim()
-        if model is not None:
-            new = [name for name in map(file_name, wanted) if model not in self._models_of(name)]
-            self._ledger.note_use(model, new, self._clock())
         return tuple(LocalFile(file.role, self.path(file), content_key(file)) for file in wanted)
+
+    def _note_use(self, model: str, names: list[str]) -> None:
+        try:
+            self._ledger.note_use(model, names, self._clock())
+        except OSError as error:  # a full disk: the files are here all the same
+            log.warning("use of a model not noted", extra={"op": "store", "error": str(error)})
 
     def _models_of(self, name: str) -> Iterable[str]:
         entry = self._ledger.get(name)

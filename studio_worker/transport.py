@@ -20,12 +20,14 @@ import requests
 import urllib3
 
 from studio_worker.errors import DownloadCancelled, DownloadError
-from studio_worker.logs import safe_url
 from studio_worker.policy import Policy as Policy
-from studio_worker.request import Session, ask, cause
+from studio_worker.request import Address, Session, ask, cause
 
 CHUNK_BYTES = 256 * 1024
 """Measured: larger buffers do not make one connection faster."""
+_GATHER_BYTES_PER_S = 50 * CHUNK_BYTES
+"""From this rate on a whole chunk is waited for: TLS gives 16 KiB at a time, much work in Python."""
+_GATHER_AFTER_S = 0.05
 
 _QUEUED_CHUNKS = 8
 _LOOK_AGAIN_S = 0.1
@@ -97,10 +99,19 @@ class Body(Head):
     def __init__(self, name: str, response: requests.Response) -> None:
         super().__init__(name, response)
         self._response = response
+        self._is_fast = False
+        self._since = time.monotonic()
+        self._count = 0
 
     def read(self) -> bytes:
         """What has arrived, ``b""`` at the end. Raises DownloadError where the connection breaks."""
-        return _next_chunk(self._response, self.name)
+        chunk = _next_chunk(self._response, self.name, is_fast=self._is_fast)
+        self._count += len(chunk)
+        now = time.monotonic()
+        if now - self._since > _GATHER_AFTER_S:
+            self._is_fast = self._count > _GATHER_BYTES_PER_S * (now - self._since)
+            self._since, self._count = now, 0
+        return chunk
 
     def finish(self) -> None:
         """All that is wanted has come: read the end too, so that the connection can be used again."""
@@ -120,9 +131,9 @@ class Connection:
         self._policy = policy
         self._session = Session(policy.networks)
 
-    def ask(self, url: str, headers: Mapping[str, str]) -> Body:
+    def ask(self, address: Address, headers: Mapping[str, str]) -> Body:
         """The answer to one GET. Raises DownloadError."""
-        return Body(safe_url(url), ask(url, headers, self._policy, self._session))
+        return Body(address.name, ask(address, headers, self._policy, self._session))
 
     def close(self) -> None:
         """Close it."""
@@ -141,8 +152,10 @@ class Answer(Head):
         DownloadCancelled: ``cancel`` was set.
     """
 
-    def __init__(self, url: str, headers: Mapping[str, str], policy: Policy, cancel: threading.Event) -> None:
-        self.name = safe_url(url)
+    def __init__(
+        self, address: Address, headers: Mapping[str, str], policy: Policy, cancel: threading.Event
+    ) -> None:
+        self.name = address.name
         self._cancel = cancel
         self._items: queue.Queue[requests.Response | bytes | DownloadError | None] = queue.Queue(
             _QUEUED_CHUNKS
@@ -151,7 +164,8 @@ class Answer(Head):
         self._decided = threading.Event()
         self._is_detached = False
         self._limit = policy.limit
-        threading.Thread(target=self._read, args=(url, headers, policy), name="download", daemon=True).start()
+        arguments = (address, headers, policy)
+        threading.Thread(target=self._read, args=arguments, name="download", daemon=True).start()
         try:
             head = self._take()
         except BaseException:
@@ -199,9 +213,9 @@ class Answer(Head):
 
     # --- the reading thread ---
 
-    def _read(self, url: str, headers: Mapping[str, str], policy: Policy) -> None:
+    def _read(self, address: Address, headers: Mapping[str, str], policy: Policy) -> None:
         try:
-            response = ask(url, headers, policy)
+            response = ask(address, headers, policy)
             self._put(response)
             self._decided.wait()
             if self._is_detached:
@@ -224,10 +238,11 @@ class Answer(Head):
                 return
 
 
-def _next_chunk(response: requests.Response, name: str) -> bytes:
+def _next_chunk(response: requests.Response, name: str, *, is_fast: bool = False) -> bytes:
     try:
         # read1: what has arrived, so that a connection that breaks loses nothing of it.
-        return bytes(response.raw.read1(CHUNK_BYTES))
+        chunk = response.raw.read(CHUNK_BYTES) if is_fast else response.raw.read1(CHUNK_BYTES)
+        return bytes(chunk)  # the same object: only its type is not known
     except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
         raise DownloadError("streaming body", f"GET {name}: streaming body: {cause(error)}") from None
 

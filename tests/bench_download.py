@@ -146,6 +146,7 @@ def _measure(
             for who, command in commands.items():
                 if command:
                     _run(url, command, out, digest, pem, found[who])
+                    print(f"{case.name:14}{who:18}{found[who].wall_s[-1]:8.2f} s", file=sys.stderr)
     mib = path.stat().st_size // 2**20
     ours = found["ours"]
     wall, cpu = statistics.median(ours.wall_s), statistics.median(ours.cpu_s)
@@ -281,9 +282,10 @@ def _certificate(folder: Path) -> Path:
 def _file(folder: Path, size_mib: int) -> Path:
     path = folder / f"{size_mib}"
     if not path.exists():
+        block = os.urandom(2**20)
         with path.open("wb") as file:
-            for _ in range(size_mib):
-                file.write(os.urandom(2**20))
+            for number in range(size_mib):
+                file.write(number.to_bytes(8, "little") + block[8:])
     return path
 
 

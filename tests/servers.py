@@ -9,10 +9,12 @@ import contextlib
 import email.utils
 import hashlib
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Self
 
 _PIECE = 16 * 1024
@@ -54,6 +56,7 @@ class ServedFile:
         rate: every connection gets so many bytes a second.
         range_answers: as ``answers``, for requests of a range alone.
         hold_request: the request with this number (from 0) is held before its answer's first byte.
+        hold_every: one request of so many is held in this way, beginning with the first.
         extra_headers: sent with every 200 and 206.
         on_request: called before each answer with the number of earlier requests.
     """
@@ -78,14 +81,17 @@ class ServedFile:
     rate: float | None = None
     range_answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     hold_request: int | None = None
+    hold_every: int | None = None
     extra_headers: dict[str, str] = field(default_factory=dict)
     on_request: Callable[[int], None] | None = None
 
     requests: list[Asked] = field(default_factory=list)
     bytes_sent: int = 0
+    """Of the file itself."""
     held: threading.Event = field(default_factory=threading.Event)
     pause: threading.Event = field(default_factory=threading.Event)
     """Never set: what a slow connection waits on."""
+    _counting: threading.Lock = field(default_factory=threading.Lock)
     _hangs_up: bool = False
     _released: threading.Event = field(default_factory=threading.Event)
 
@@ -111,19 +117,46 @@ class ServedFile:
         if self._hangs_up:
             raise ConnectionAbortedError
 
+    def count(self, sent: int) -> None:
+        with self._counting:
+            self.bytes_sent += sent
+
     def current_etag(self) -> str | None:
         return f'"{self.sha256[:16]}"' if self.etag == "auto" else self.etag
 
 
+class Crowd:
+    """How many are there at once."""
+
+    def __init__(self) -> None:
+        self.most = self._now = 0
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._now -= 1
+
+
 class FileServer:
-    """Serves files on a free port of 127.0.0.1; a context manager."""
+    """Serves files on a free port of 127.0.0.1; a context manager. ``crowd`` counts connections."""
 
     def __init__(self) -> None:
         self._files: dict[str, ServedFile] = {}
+        self._scheme = "http"
         files = self._files
+
+        self.crowd = crowd = Crowd()
 
         class Handler(_Handler):
             served = files
+            present = crowd
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -138,9 +171,19 @@ class FileServer:
 
     def serve(self, path: str, content: bytes, **faults: Any) -> ServedFile:
         """Serve ``content`` under ``path``; ``faults`` are attributes of :class:`ServedFile`."""
-        file = ServedFile(url=f"http://127.0.0.1:{self.port}{path}", content=content, **faults)
+        file = ServedFile(url=f"{self._scheme}://127.0.0.1:{self.port}{path}", content=content, **faults)
         self._files[path] = file
         return file
+
+    def use_tls(self, certificate: Path, key: Path) -> None:
+        """Speak TLS; call before :meth:`serve`."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        # The handshake is for the connection's own thread, not for the one that accepts.
+        self._server.socket = context.wrap_socket(
+            self._server.socket, server_side=True, do_handshake_on_connect=False
+        )
+        self._scheme = "https"
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -157,6 +200,12 @@ class FileServer:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     served: dict[str, ServedFile]
+    present: Crowd
+
+    def setup(self) -> None:
+        super().setup()
+        # What waits in buffers counts as sent: not much of it, whatever the client leaves unread.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
 
     def do_GET(self) -> None:
         self.close_connection = True
@@ -169,8 +218,9 @@ class _Handler(BaseHTTPRequestHandler):
         if file.on_request is not None:
             file.on_request(earlier)
         # Whoever was cancelled or killed has closed the connection.
-        with contextlib.suppress(ConnectionError):
-            if file.hold_head or earlier == file.hold_request:
+        with contextlib.suppress(ConnectionError), self.present.joined():
+            is_next = file.hold_every is not None and earlier % file.hold_every == 0
+            if file.hold_head or earlier == file.hold_request or is_next:
                 file.hold()
             self._answer(file)
 
@@ -247,7 +297,7 @@ class _Handler(BaseHTTPRequestHandler):
                 stop = min(stop, hold_at)
             piece = body[at:stop]
             self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if file.chunked else piece)
-            file.bytes_sent += len(piece)
+            file.count(len(piece))
             if file.rate is not None:
                 file.pause.wait(len(piece) / file.rate)
             at = stop

@@ -915,7 +915,7 @@ def test_download_refuses_addresses_that_are_not_allowed(
 
 
 def test_download_follows_redirects(server: FileServer, tmp_path: Path) -> None:
-    """A redirect to an allowed address, on another host too, is followed with its range."""
+    """A redirect to an allowed address, on another host too, is followed, and remembered for the rest."""
     file = server.serve("/model.bin", BIG, drop_after=600_000)
     there = f"http://localhost:{server.port}/model.bin"
     entry = server.serve("/entry", b"", redirect=there)
@@ -926,7 +926,7 @@ def test_download_follows_redirects(server: FileServer, tmp_path: Path) -> None:
     assert dest.read_bytes() == BIG
     assert [asked.range for asked in file.requests] == [None, "bytes=600000-"]
     assert file.requests[0].headers["host"] == f"localhost:{server.port}"
-    assert len(entry.requests) == 2
+    assert len(entry.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -1109,7 +1109,7 @@ def test_download_tells_when_the_disk_is_full(server: FileServer, tmp_path: Path
     if mount.returncode:
         pytest.skip("a file system of half a megabyte cannot be mounted here")
     try:
-        file = server.serve("/model.bin", BIG)
+        file = server.serve("/model.bin", BIG, chunked=True)  # its length is not told before
         with pytest.raises(DownloadError, match="no space left on the disk of") as failure:
             download_file(file.url, mounted / "m", sha256=file.sha256, policy=QUICK)
         assert str(mounted) in str(failure.value)

@@ -92,8 +92,10 @@ def test_headers_of_garbage_do_not_hold(tmp_path: Path, name: str, content: byte
 
 
 def test_other_names_are_not_judged(tmp_path: Path) -> None:
-    """A format that is not known here is trusted by its length."""
-    assert problem(tmp_path, "a.bin", HTML) is None
+    """A format that is not known here is trusted by its length, unless it is plainly an error page."""
+    assert problem(tmp_path, "a.bin", b"whatever") is None
+    assert problem(tmp_path, "README.html", HTML) is None
+    assert "HTML page" in str(problem(tmp_path, "a.bin", HTML))
 
 
 def test_impostors_are_called_what_they_are(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def test_progress_logs_every_ten_seconds(watched: Watched, caplog: pytest.LogCap
     assert facts(caplog.records[0]) == {
         "op": "provision",
         "model": "sample",
+        "doing": "downloading",
         "bytes": 1000,
         "bytes_total": 2_000_000,
     }
@@ -274,6 +275,24 @@ def test_files_of_a_job_are_shown_while_they_come(server: FileServer, tmp_path: 
     assert shown[-1] == "ready"
     assert shown.count("ready") == 1
     assert moved[-1] == 4000
+
+
+def test_status_tells_reading_from_downloading(server: FileServer, tmp_path: Path) -> None:
+    """A file on disk that has to be hashed is verified, not downloaded; one that comes beside it is."""
+    here, coming = server.serve("/a", b"a" * 4000), server.serve("/b", b"b" * 4000)
+    (file,) = required("one", here, size=4000).files
+    Store(tmp_path, QUICK).ensure([file])
+    (tmp_path / "ledger.json").unlink()
+    shown: list[str] = []
+    files = SeenFiles(Store(tmp_path, QUICK), shown.append, lambda: None)
+
+    with files.taken("one", [file]):
+        pass
+    with files.taken("two", required("two", coming, size=4000).files):
+        pass
+
+    assert [line.split(":")[0] for line in shown] == ["verifying one", "downloading two"]
+    assert len(here.requests) == 1
 
 
 def test_files_of_a_job_that_cannot_be_had_leave_no_line_behind(server: FileServer, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from studio_worker.config import ModelsSection, Settings
 from studio_worker.download import Policy, download_file
-from studio_worker.errors import ConfigError, DownloadError
+from studio_worker.errors import ConfigError, DownloadError, DownloadRefused
 from studio_worker.logs import facts
 from studio_worker.policy import Limit
 from studio_worker.reach import policy_from
@@ -143,6 +144,25 @@ def test_missing_ca_bundle_is_an_error_of_the_download(tmp_path: Path) -> None:
     assert failure.value.reason == "request error"
 
 
+def test_certificate_that_is_not_believed_is_final_and_names_the_key(
+    server: FileServer, tmp_path: Path
+) -> None:
+    """A server with a certificate of its own is asked once, and the error says where the authority goes."""
+    pem = tmp_path / "server.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=x"]
+    make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", f"{pem}.key", "-out", str(pem)]
+    subprocess.run(make, check=True, capture_output=True)
+    server.use_tls(pem, Path(f"{pem}.key"))
+    file = server.serve("/m.bin", b"model")
+
+    with pytest.raises(DownloadRefused, match=r"certificate verify failed.*\[models\] ca_bundle"):
+        download_file(file.url, tmp_path / "m", policy=quick())
+    download_file(file.url, tmp_path / "m", policy=quick(ca_bundle=pem))
+
+    assert (tmp_path / "m").read_bytes() == b"model"
+    assert len(file.requests) == 1
+
+
 # --- how fast ---
 
 
@@ -197,7 +217,7 @@ def test_policy_holds_what_the_configuration_says(tmp_path: Path) -> None:
     )
 
     assert policy.allow_insecure
-    assert policy.max_connections == 4
+    assert policy.connections.most == 4
     assert policy.limit is not None
     assert policy.limit.bytes_per_s == 2_500_000
     assert policy.ways("https://a.example/m") == ("https://b.example/a/m", "https://a.example/m")

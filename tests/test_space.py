@@ -394,6 +394,7 @@ def test_full_disk_in_the_middle_of_a_required_model_keeps_what_came(small_disk:
     """What has come of a required model waits for the operator to make room, and nothing comes twice."""
     box.root = small_disk / "models"
     required = box.file("required", 3_500_000, approx_bytes=None)
+    box.served["required"].chunked = True  # its length is not told before
     store = box.store(spare_bytes=0, required=(required,))
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * 2_000_000)
@@ -417,6 +418,43 @@ def test_full_disk_in_the_middle_removes_older_models_and_goes_on(small_disk: Pa
 
     assert box.held(store) == {"b"}
     assert store.is_verified(box.file("b", 2_500_000))
+
+
+def test_full_disk_costs_no_job_whose_files_are_here(
+    small_disk: Path, box: Box, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the use of a model cannot be written down, a warning says so and the job is done."""
+    box.root = small_disk / "models"
+    store = box.store(spare_bytes=0)
+    a = box.file("a")
+    box.use(store, a)
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+
+    for model in ("a", "another"):
+        box.clock.now += 3600
+        with store.taken(model, [a]) as (local,):
+            assert local.path.exists()
+        store.ensure([a], model="a third")
+
+    assert {record.message for record in caplog.records} == {"use of a model not noted"}
+
+
+def test_room_that_another_download_needs_is_not_given_away(small_disk: Path, box: Box) -> None:
+    """A model is refused where what is free has yet to be filled by a download under way."""
+    box.root = small_disk / "models"
+    first, second = box.file("a", 2_500_000), box.file("b", 2_500_000)
+    box.served["a"].hold_after = 300_000
+    thread = threading.Thread(target=box.store(spare_bytes=0).ensure, args=([first],))
+    thread.start()
+    assert box.served["a"].held.wait(10)
+
+    with pytest.raises(StoreError, match="free some space"):
+        box.store(spare_bytes=0).ensure([second])
+
+    assert box.served["b"].requests == []
+    box.served["a"].release()
+    thread.join()
+    assert box.store(spare_bytes=0).is_verified(first)
 
 
 # --- several files at once ---
