@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,11 @@ from studio_worker.demo import MODEL_ID, sample_source, write_configuration
 from studio_worker.local_studio import LocalStudio
 from studio_worker.sample_model import WEIGHTS, prompt
 from studio_worker.service_process import ServiceProcess
+from studio_worker.studio.api import StudioApi
+from studio_worker.studio.identity import IdentityFile
+from studio_worker.studio.registration import Registration
 from tests.servers import FileServer, ServedFile
+from tests.test_wire import CAPABILITIES
 
 READY_S = 60.0
 DONE_S = 120.0
@@ -260,6 +265,10 @@ def test_service_killed_in_a_job_says_so_at_the_next_start(
         line for line in running.log_lines() if line["message"].startswith("the last process ended with")
     ]
     assert [line["job_id"] for line in found] == [job_id]
+    shipped = [
+        line for line in studio.logs() if "the last process ended with this job in hand" in line.message
+    ]
+    assert [(line.level, line.job_id) for line in shipped] == [("warn", job_id)]
 
 
 def test_service_refuses_a_job_that_was_in_hand_at_two_crashes(
@@ -427,3 +436,41 @@ def test_service_with_bad_configuration_ends_with_one_clear_line(config: Path, t
     assert len(running.log_lines()) == 1
     error = running.log_lines()[0]["error"]
     assert "50-test.toml:2: worker.devcie: unknown key; did you mean device?" in error
+
+
+def test_service_given_its_credentials_asks_nobody(config: Path, studio: LocalStudio, tmp_path: Path) -> None:
+    """With worker id and token from systemd credentials the worker connects without a registration."""
+    given = Registration(
+        StudioApi(studio.base_url), IdentityFile(tmp_path / "elsewhere.json"), lambda: CAPABILITIES,
+        on_waiting=lambda line: None, stop=threading.Event(), tick_s=0.1,
+    ).run()  # fmt: skip
+    assert given is not None
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    (folder / "studio-worker.worker-id").write_text(given.worker_id)
+    (folder / "studio-worker.auth-token").write_text(given.auth_token)
+    environment = {"CREDENTIALS_DIRECTORY": str(folder)}
+    with ServiceProcess(config, tmp_path / "log", environment) as running:
+        assert await_online(studio) == given.worker_id
+        assert running.stop() == 0
+    assert not (tmp_path / "work" / "state" / "identity.json").exists()
+    assert len(studio.workers()) == 1
+    assert given.auth_token not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("damaged", "status", "text"),
+    [("identity.json", 78, "register --reset"), ("spool", 74, "File exists")],
+)
+def test_service_with_damaged_state_says_so_before_it_is_ready(
+    config: Path, tmp_path: Path, damaged: str, status: int, text: str
+) -> None:
+    """What is wrong with the state folder ends the start with one line, not with a traceback."""
+    state = tmp_path / "work" / "state"
+    state.mkdir(exist_ok=True)
+    (state / damaged).write_text("{")
+    with ServiceProcess(config, tmp_path / "log") as running:
+        assert running.wait(READY_S) == status
+    assert not any(line.startswith("READY") for line in running.messages)
+    assert text in running.log_lines()[-1]["error"]
+    assert "Traceback" not in (tmp_path / "log").read_text()

@@ -1,0 +1,294 @@
+"""What comes back: jobs over dropped connections, pictures after restarts, against a real local studio.
+
+The studio, the session, the courier, the worker and the spool are real and joined as in the service; only
+the engine is played by hand, so that a test says when a picture is finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from studio_worker.activity import Activity
+from studio_worker.engine import Engine, Router
+from studio_worker.errors import RefusedByStudio
+from studio_worker.local_studio import LocalStudio
+from studio_worker.logs import ShippingBuffer
+from studio_worker.outbox import Outbox
+from studio_worker.spool import Failures, JobInHand
+from studio_worker.studio.api import StudioApi
+from studio_worker.studio.connection import Timings
+from studio_worker.studio.delivery import Courier, Patience
+from studio_worker.studio.desk import Desk
+from studio_worker.studio.identity import Credentials, IdentityFile
+from studio_worker.studio.offers import Situation
+from studio_worker.studio.registration import Registration
+from studio_worker.studio.session import StudioSession
+from studio_worker.worker import Worker
+from tests.scripted import LIMIT_S
+from tests.test_sequences import GatedEngine, NoFiles
+from tests.test_wire import CAPABILITIES
+
+SOURCE = {"engine": "sd-cpp", "files": [], "cliDefaults": {}}
+FAST = Timings(heartbeat_s=0.05, log_batch_s=0.05, backoff_base_s=0.05, backoff_cap_s=0.2)
+
+
+class Box:
+    """A worker without its process: started, and left as a crash would leave it."""
+
+    def __init__(self, studio: LocalStudio, folder: Path) -> None:
+        self.studio = studio
+        self.engine = GatedEngine()
+        self.outbox = Outbox(folder / "outbox", reserve_bytes=0)
+        self.in_hand = JobInHand(folder / "spool")
+        self.in_hand.recover()
+        self.failures = Failures(folder / "spool")
+        self.desk = Desk()
+        self.ended_with: BaseException | None = None
+        self.ended = threading.Event()
+        self.uploads_wait = threading.Event()  # set: an upload waits for `let_upload`
+        self.let_upload = threading.Event()
+        api = StudioApi(studio.base_url)
+        box = self
+
+        class Api(StudioApi):
+            def upload(self, worker_id: str, token: str, delivery: Any) -> None:
+                if box.uploads_wait.is_set():
+                    box.let_upload.wait(LIMIT_S)
+                super().upload(worker_id, token, delivery)
+
+        self.session = StudioSession(
+            api=api,
+            desk=self.desk,
+            situation=self.situation,
+            capabilities=lambda: CAPABILITIES.model_copy(update={"auto_enabled": not self.desk.is_paused}),
+            uploading=lambda: self.courier.uploading,
+            on_redelivery=lambda job_id: self.courier.offered_again(job_id),
+            on_answer=lambda judgement, model: None,
+            on_unreported=lambda job_id, error, passing: self.failures.add(job_id, error, retryable=passing),
+            on_state=lambda state: self.courier.hurry() if state == "connected" else None,
+            shipping=ShippingBuffer(),
+            timings=FAST,
+        )
+        self.courier = Courier(
+            self.outbox,
+            Api(studio.base_url),
+            on_delivered=self.session.delivered,
+            on_unacceptable=lambda job_id, error: self.session.report_failure(job_id, error, retryable=False),
+            on_lost=lambda job_id, error: self.session.report_failure(job_id, error, retryable=True),
+            on_settled=self.session.settled,
+            reports=Activity(),
+            patience=Patience(0.05, 0.2, 0.2),
+        )
+        engine = self.engine
+
+        def make() -> Engine:
+            return engine
+
+        self.worker = Worker(
+            source=self.session,
+            files=NoFiles(),
+            engines=Router({"sd-cpp": make}),
+            in_hand=self.in_hand,
+            results=self.outbox,
+            reports=Activity(),
+            fetch=lambda url, cancel: b"",
+            step_timeout_s=60.0,
+        )
+        self.credentials = self._registered(api, folder)
+        self._threads = [self._thread(self.worker.run), self._thread(self._deliver), self._thread(self._talk)]
+
+    def _registered(self, api: StudioApi, folder: Path) -> Credentials:
+        registration = Registration(
+            api,
+            IdentityFile(folder / "identity.json"),
+            lambda: CAPABILITIES,
+            on_waiting=lambda line: None,
+            stop=threading.Event(),
+            tick_s=0.0,
+        )
+        credentials = registration.run()
+        assert credentials is not None
+        return credentials
+
+    def _thread(self, work: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        return thread
+
+    def _deliver(self) -> None:
+        self.courier.run(self.credentials)
+
+    def _talk(self) -> None:
+        try:
+            self.session.run(self.credentials)
+        except Exception as error:
+            self.ended_with = error
+        self.ended.set()
+
+    def situation(self) -> Situation:
+        return Situation(
+            now=0.0,
+            current_job_id=self.desk.current_job_id,
+            is_paused=self.desk.is_paused,
+            threshold_gb=8.0,
+            engines=frozenset({"sd-cpp"}),
+            on_demand=True,
+            allow_insecure_urls=False,
+            is_uploading=self.courier.is_uploading,
+            is_just_delivered=self.courier.has_just_delivered,
+            is_in_outbox=self.outbox.holds,
+            outbox_problem=self.outbox.fullness,
+            is_poisoned=self.in_hand.is_poisoned,
+            failed_for_good=self.failures.final,
+            is_on_box=lambda files: True,
+            shortfall_bytes=lambda files: 0,
+        )
+
+    def drop(self) -> None:
+        """The connection goes, and is there again."""
+        before = self.studio.sessions.live.get(self.credentials.worker_id)
+        self.studio.sessions.end(self.credentials.worker_id, "internal_error", "a test dropped it")
+        self.studio.wait_for(
+            lambda: self.studio.sessions.live.get(self.credentials.worker_id) not in {None, before}, LIMIT_S
+        )
+
+    def leave(self) -> None:
+        self.let_upload.set()
+        self.worker.hand_back("the test is over")
+        self.desk.close()
+        self.engine.ends.put("picture")
+        self.courier.stop()
+        self._threads[0].join(LIMIT_S)
+        self._threads[1].join(LIMIT_S)
+        self.session.stop()
+        self._threads[2].join(LIMIT_S)
+        assert not any(thread.is_alive() for thread in self._threads)
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Iterator[LocalStudio]:
+    """A local studio that lets every worker in."""
+    with LocalStudio(tmp_path / "studio.sqlite3", auto_approve=True, max_attempts=9) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def box(studio: LocalStudio, folder: Path) -> Iterator[Box]:
+    running = Box(studio, folder)
+    try:
+        yield running
+    finally:
+        running.leave()
+
+
+def queue_job(studio: LocalStudio, **task: Any) -> str:
+    return studio.queue_job(
+        model="m", task={"kind": "image", "prompt": "a castle", **task}, model_source=SOURCE
+    )
+
+
+def await_done(studio: LocalStudio, *job_ids: str) -> None:
+    studio.wait_for(lambda: all(studio.job(job_id).status == "done" for job_id in job_ids), LIMIT_S)
+
+
+def test_job_goes_on_over_a_dropped_connection_and_is_delivered_once(
+    studio: LocalStudio, tmp_path: Path
+) -> None:
+    """A connection that drops, twice, stops no job; its picture arrives after the reconnect, made once."""
+    job_id = queue_job(studio)
+    with box(studio, tmp_path) as running:
+        assert running.engine.entered.get(timeout=LIMIT_S) == job_id
+        running.drop()
+        running.drop()
+        assert running.engine.at_work == 1
+        running.engine.ends.put("picture")
+        await_done(studio, job_id)
+        assert running.engine.entered.empty()
+    job = studio.job(job_id)
+    assert (job.completions, job.refused_uploads) == (1, 0)
+    assert studio.result(job_id) == b"picture"
+
+
+def test_job_offered_again_while_its_picture_waits_is_not_made_again(
+    studio: LocalStudio, tmp_path: Path
+) -> None:
+    """A picture whose upload lingers over a drop and a new offer of its job is delivered, and made once."""
+    job_id = queue_job(studio)
+    with box(studio, tmp_path) as running:
+        running.uploads_wait.set()
+        assert running.engine.entered.get(timeout=LIMIT_S) == job_id
+        running.engine.ends.put("picture")
+        studio.wait_for(lambda: running.courier.uploading == job_id, LIMIT_S)
+        running.drop()
+        running.let_upload.set()
+        await_done(studio, job_id)
+        after = queue_job(studio)
+        assert running.engine.entered.get(timeout=LIMIT_S) == after
+        running.engine.ends.put("picture")
+        await_done(studio, after)
+    assert studio.job(job_id).completions == 1
+
+
+def test_failure_found_out_without_a_connection_is_told_when_the_job_comes_again(
+    studio: LocalStudio, tmp_path: Path
+) -> None:
+    """A job that failed for good while nobody could be told is not tried again, also after a restart."""
+    job_id = queue_job(studio)
+    with box(studio, tmp_path) as running:
+        assert running.engine.entered.get(timeout=LIMIT_S) == job_id
+        running.drop()
+        running.engine.ends.put("for good")
+        studio.wait_for(lambda: studio.job(job_id).status == "failed", LIMIT_S)
+        assert running.engine.entered.empty()
+    assert studio.job(job_id).reason == "it failed"
+    studio.retry(job_id)
+    with box(studio, tmp_path):
+        studio.wait_for(lambda: studio.job(job_id).status == "failed", LIMIT_S)
+
+
+def test_picture_of_a_deleted_worker_waits_for_the_next_identity(studio: LocalStudio, tmp_path: Path) -> None:
+    """A final close keeps what is finished; registered anew, the box does its work again."""
+    job_id = queue_job(studio)
+    with box(studio, tmp_path) as running:
+        running.uploads_wait.set()
+        assert running.engine.entered.get(timeout=LIMIT_S) == job_id
+        running.engine.ends.put("picture")
+        studio.wait_for(lambda: running.courier.uploading == job_id, LIMIT_S)
+        studio.delete_worker(running.credentials.worker_id)
+        assert running.ended.wait(LIMIT_S)
+        assert isinstance(running.ended_with, RefusedByStudio)
+        assert "register --reset" in str(running.ended_with)
+    assert Outbox(tmp_path / "outbox").holds(job_id)  # its upload was answered with 401
+    IdentityFile(tmp_path / "identity.json").reset()
+    with box(studio, tmp_path) as running:
+        # It is the new worker's to deliver, or refused for good and made by the new worker.
+        while studio.job(job_id).status != "done":
+            with contextlib.suppress(queue.Empty):
+                running.engine.entered.get(timeout=0.1)
+                running.engine.ends.put("picture")
+        studio.wait_for(lambda: not running.outbox.oldest(), LIMIT_S)
+    assert studio.job(job_id).completions == 1
+
+
+def test_job_that_crashed_twice_is_refused_and_the_studio_reads_why(
+    studio: LocalStudio, tmp_path: Path
+) -> None:
+    """The third offer of a job that was in hand at two crashes is failed for good, with the reason."""
+    job_id = queue_job(studio)
+    spool = tmp_path / "spool"
+    for _ in range(2):
+        with box(studio, tmp_path) as running:
+            assert running.engine.entered.get(timeout=LIMIT_S) == job_id
+            note = (spool / "job-in-hand.json").read_bytes()
+        (spool / "job-in-hand.json").write_bytes(note)  # as a kill would have left it
+    with box(studio, tmp_path) as running:
+        studio.wait_for(lambda: studio.job(job_id).status == "failed", LIMIT_S)
+        assert running.engine.entered.empty()
+    assert studio.job(job_id).reason == "the worker crashed twice while it worked on this job"
