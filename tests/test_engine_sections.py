@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from studio_worker import sample_model
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
+from studio_worker.engine.families.stable_diffusion import SAMPLE as SAMPLE_FAMILY
 from studio_worker.engine.sections import read_sections
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
@@ -117,3 +119,23 @@ def test_file_nothing_needs_is_refused(parts: dict[str, LocalFile]) -> None:
     extra = parts["vae"]._replace(role="text-encoder-vision", content="extra")
     with pytest.raises(JobError, match=r"has no use for vae\.safetensors \(text-encoder-vision\)"):
         identify([*parts.values(), extra])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")],
+)
+def test_memory_that_runs_out_while_loading_is_no_fault_of_the_file(
+    parts: dict[str, LocalFile], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that runs out while a component is loaded is said so, and another worker may have more."""
+
+    def exhausted(_tensors: object) -> dict[str, Any]:
+        raise error
+
+    vae = SAMPLE_FAMILY.parts["vae"]
+    layouts = tuple(replace(layout, rename=exhausted) for layout in vae.layouts)
+    family = replace(SAMPLE_FAMILY, parts={**SAMPLE_FAMILY.parts, "vae": replace(vae, layouts=layouts)})
+    with pytest.raises(JobError, match="out of memory") as caught:
+        picture(DiffusionEngine("cpu", families=(family,)), *parts.values())
+    assert caught.value.retryable

@@ -65,7 +65,7 @@ def translated(
 def _translate(
     error: Exception, device: torch.device, on_exhausted: Callable[[], None]
 ) -> DeviceError | JobError:
-    if _is_exhausted(error):
+    if is_exhausted(error):
         # They hold the very tensors that did not fit.
         _clear_frames(error)
         on_exhausted()
@@ -95,7 +95,8 @@ def _clear_frames(error: Exception) -> None:
         _ = frame.f_locals
 
 
-def _is_exhausted(error: Exception) -> bool:
+def is_exhausted(error: Exception) -> bool:
+    """Whether memory ran out, on the device or in RAM."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _MEMORY_SIGNS)

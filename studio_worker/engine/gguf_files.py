@@ -62,7 +62,7 @@ def open_gguf(path: Path, mode: Literal["r", "c"] = "r") -> Reader:
     return Reader(path, mode)
 
 
-DAMAGE = (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, MemoryError, struct.error)
+DAMAGE = (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, struct.error)
 """What :func:`open_gguf` meets in a damaged file (UnicodeDecodeError is a ValueError)."""
 
 

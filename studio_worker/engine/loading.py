@@ -19,6 +19,7 @@ from accelerate import init_empty_weights
 from diffusers.quantizers.gguf.utils import GGUFParameter, _replace_with_gguf_linear
 
 from studio_worker.engine.families.family import Family, Part, Tensors, Tokenizer, read_json, refused
+from studio_worker.engine.faults import is_device_lost, is_exhausted
 from studio_worker.engine.sections import Section
 from studio_worker.engine.weights import dequantised, read_tensors
 from studio_worker.errors import JobError
@@ -51,9 +52,12 @@ def load_part(part: Part, section: Section, device: torch.device, dtype: torch.d
     if layout is None:
         raise refused(f"{section} is no {part.kind}: {part.why_not(section)}")
     model = empty_model(part)
+    tensors = read_tensors(section, device, _read_as(part, dtype))
     try:
-        tensors = layout.rename(read_tensors(section, device, _read_as(part, dtype)))
+        tensors = layout.rename(tensors)
     except (KeyError, IndexError, RuntimeError, AttributeError) as error:  # what renaming meets in a torso
+        if is_exhausted(error) or is_device_lost(error):
+            raise
         raise refused(
             f"{section} holds no whole {part.kind}: {type(error).__name__} {str(error)[:200]}"
         ) from error
