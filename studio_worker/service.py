@@ -174,7 +174,7 @@ class Service:
             on_unacceptable=lambda job_id, error: self._session.report_failure(
                 job_id, error, retryable=False
             ),
-            on_lost=lambda job_id, error: self._session.report_failure(job_id, error, retryable=True),
+            on_lost=self._session.lost,
             on_settled=self._session.settled,
             reports=self._activity,
         )

@@ -81,7 +81,7 @@ class Box:
             Api(studio.base_url),
             on_delivered=self.session.delivered,
             on_unacceptable=lambda job_id, error: self.session.report_failure(job_id, error, retryable=False),
-            on_lost=lambda job_id, error: self.session.report_failure(job_id, error, retryable=True),
+            on_lost=self.session.lost,
             on_settled=self.session.settled,
             reports=Activity(),
             patience=Patience(0.05, 0.2, 0.2),

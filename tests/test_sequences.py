@@ -171,7 +171,7 @@ class Box:
             api,
             on_delivered=self.session.delivered,
             on_unacceptable=lambda job_id, error: self.session.report_failure(job_id, error, retryable=False),
-            on_lost=lambda job_id, error: self.session.report_failure(job_id, error, retryable=True),
+            on_lost=self.session.lost,
             on_settled=self.session.settled,
             reports=Activity(),
             patience=Patience(0.0, 0.0, 0.0),
@@ -345,7 +345,6 @@ class Sequences(RuleBasedStateMachine):
 
     # --- uploads ---
 
-    @precondition(lambda self: any(self.box.outbox.oldest()))
     @rule(answer=st.sampled_from(sorted(UPLOADS)), offered=st.booleans())
     def upload(self, answer: str, offered: bool) -> None:
         """A round of the courier; during it the studio may offer the very job that is under way."""
@@ -459,6 +458,7 @@ class Sequences(RuleBasedStateMachine):
                     self.offered.remove(job_id)
                 case "fail":
                     assert job_id in self.held, "failed what is not held: a protocol violation"
+                    assert job_id != self.running, "failed a job that is being made"
                     self.held.discard(job_id)
                     assert not self.box.outbox.holds(job_id), "failed a job whose picture is there"
                     self.owed.discard(job_id)

@@ -173,6 +173,7 @@ def test_session_dropped_in_a_job_reconnects_and_takes_the_job_back(
     assert second.receive_type("heartbeat")["currentJobId"] == "j1"
     second.send(type="offer", claim=CLAIM)
     assert second.receive_type("accept")["jobId"] == "j1"
+    assert not running.redelivered.is_set()  # there is no picture yet
     job = running.session.take()
     assert job is not None
     running.session.finished(job)

@@ -120,10 +120,12 @@ class Exchange:
             self._send(frame)
         return frame is not None
 
-    def settle(self, job_id: str) -> None:
-        """The upload during which ``job_id`` was offered has ended: answer that offer now."""
-        if (offer := self._postponed.pop(job_id, None)) is not None:
+    def settle(self, job_id: str) -> bool:
+        """The upload during which ``job_id`` was offered has ended: answer that offer, if there is one."""
+        offer = self._postponed.pop(job_id, None)
+        if offer is not None:
             self._answer(offer)
+        return offer is not None
 
     def _answer(self, offer: Offered) -> None:
         judgement = self._judge(offer)
@@ -138,7 +140,8 @@ class Exchange:
             case AlreadyOurs(job_id):
                 self._send(self.protocol.accept(job_id))
                 log.info("job offered again", extra=_facts(job_id))
-                self._on_redelivery(job_id)
+                if job_id != self._desk.current_job_id:  # it is made at this moment; its picture comes later
+                    self._on_redelivery(job_id)
             case Refuse(job_id, reason, code):
                 self._send(self.protocol.reject(job_id, reason, code))
                 log.info("job rejected", extra=_facts(job_id, reason=reason, code=code))

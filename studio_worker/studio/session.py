@@ -115,6 +115,11 @@ class StudioSession:
         """Send a heartbeat at once, if there is an open session: what the studio should know has changed."""
         self._call(self._beat)
 
+    def lost(self, job_id: str, error: str) -> None:
+        """A finished picture is gone that the studio may wait for: report it, or answer its offer anew."""
+        if not self._call(self._lose, job_id, error):
+            self._on_unreported(job_id, error, True)
+
     def settled(self, job_id: str) -> None:
         """An upload has ended, during which its job was offered again."""
         self._call(self._settle, job_id)
@@ -268,6 +273,10 @@ class StudioSession:
             extra={"op": "job", "job_id": job_id},
         )
         self._on_unreported(job_id, error, retryable)
+
+    def _lose(self, job_id: str, error: str) -> None:
+        if self._exchange is None or not self._exchange.settle(job_id):
+            self._fail(job_id, error, True)
 
     def _settle(self, job_id: str) -> None:
         if self._exchange is not None:
