@@ -367,8 +367,8 @@ class TestWhatIsRefused:
             ({"ext": "gif"}, "unknown ext 'gif'"),
             ({"width": 100_000}, "100000 px"),
             ({"steps": 151}, "151 steps"),
-            ({"inputs": Inputs(ref_image=b"x")}, "cannot edit by reference"),
-            ({"ref_image_url": "https://studio/r"}, "cannot edit by reference"),
+            ({"inputs": Inputs(ref_image=encoded(scene()))}, "works only with .*, not with refImageUrl"),
+            ({"inputs": Inputs(init_image=b"x", ref_image=b"x")}, "initImageUrl and refImageUrl in one task"),
             ({"inputs": Inputs(mask=encoded(scene()))}, "maskUrl without initImageUrl"),
             ({"inputs": Inputs(init_image=b"no picture")}, "initial picture is not a picture"),
             (

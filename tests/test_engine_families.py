@@ -159,14 +159,20 @@ FOREIGN = {
     },
     "InstructPix2Pix": SD1_KEYS | {PREFIX + "input_blocks.0.0.weight": (320, 8, 3, 3)},
     "Stable Diffusion 3": {PREFIX + "joint_blocks.0.context_block.adaLN_modulation.1.bias": (9216,)},
-    "FLUX.1": {"double_blocks.0.img_attn.norm.key_norm.scale": (128,), "img_in.weight": (3072, 64)},
+    "FLUX.1 of another kind": {
+        "double_blocks.0.img_attn.norm.key_norm.scale": (128,),
+        "img_in.weight": (3072, 64),
+    },
     "FLUX.2": {"single_stream_modulation.lin.weight": (18432, 6144)},
     "Chroma": {
         "distilled_guidance_layer.in_proj.bias": (5120,),
         "double_blocks.0.img_attn.norm.key_norm.scale": (128,),
     },
     "Lumina Image 2": {"cap_embedder.0.weight": (2304,), "layers.0.adaLN_modulation.1.weight": (9216, 1024)},
-    "Qwen-Image": {"transformer_blocks.0.img_mod.1.weight": (18432, 3072), "txt_norm.weight": (3584,)},
+    "Qwen-Image of another kind": {
+        "transformer_blocks.0.img_mod.1.weight": (18432, 3072),
+        "txt_norm.weight": (3584,),
+    },
     "a VAE alone": {"decoder.conv_in.weight": (512, 4, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)},
     "a ControlNet": {"control_model.time_embed.0.weight": (1280, 320)},
 }

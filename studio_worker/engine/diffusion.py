@@ -22,7 +22,7 @@ from studio_worker.engine.encoding import check_ext, encode, generation_meta
 from studio_worker.engine.families import FAMILIES, identify
 from studio_worker.engine.families.family import Blueprint, Family
 from studio_worker.engine.faults import OutOfMemory, translated, usable_device
-from studio_worker.engine.images import decode_mask, decode_picture
+from studio_worker.engine.images import decode_mask, decode_picture, decode_reference
 from studio_worker.engine.loading import load_part, weights_dtype
 from studio_worker.engine.loras import Adapters, asked_loras
 from studio_worker.engine.memory import MachineMemory, Memory, free_bytes, total_bytes
@@ -231,36 +231,45 @@ def _render(
     if starting.picture is not None and parameters.denoise == 0:
         return Rendered(starting.picture)  # nothing may change, and diffusers cannot run zero steps
     rendered = model.render(parameters, starting, progress, cancel)
-    if starting.picture is None or starting.mask is None:
+    given = starting.picture or starting.reference
+    if given is None or starting.mask is None:
         return rendered
-    # Inpainting keeps what the mask protects only to within what the VAE does to it; here it stays exactly.
-    return Rendered(Image.composite(rendered.picture, starting.picture, starting.mask), rendered.facts)
+    # Inpainting keeps what the mask protects only to within what the VAE does to it, and an edit not even so;
+    # here it stays exactly.
+    kept = given.resize(rendered.picture.size, Image.Resampling.LANCZOS)  # a reference has its own size
+    return Rendered(Image.composite(rendered.picture, kept, starting.mask), rendered.facts)
 
 
 def _check_inputs(task: ImageTask, inputs: Inputs) -> None:
     """Whether the pictures fit the task and each other, before anything is decoded."""
-    if task.ref_image_url is not None or inputs.ref_image is not None:
-        raise JobError(
-            "this model family cannot edit by reference (refImageUrl); use initImageUrl", retryable=False
-        )
     for name, url, data in (
         ("initImageUrl", task.init_image_url, inputs.init_image),
+        ("refImageUrl", task.ref_image_url, inputs.ref_image),
         ("maskUrl", task.mask_url, inputs.mask),
     ):
         if (url is None) != (data is None):
             # Without this a picture that was never fetched would silently become text-to-image.
             raise JobError(f"{name} and the fetched inputs do not agree", retryable=True)
-    if inputs.mask is not None and inputs.init_image is None:
-        raise JobError("maskUrl without initImageUrl: there is no picture to change", retryable=False)
+    if inputs.init_image is not None and inputs.ref_image is not None:
+        raise JobError(
+            "initImageUrl and refImageUrl in one task: a picture is either changed (image-to-image) or read "
+            "(edit by reference)",
+            retryable=False,
+        )
+    if inputs.mask is not None and inputs.init_image is None and inputs.ref_image is None:
+        raise JobError(
+            "maskUrl without initImageUrl or refImageUrl: there is no picture to change", retryable=False
+        )
 
 
 def _starting(inputs: Inputs, parameters: Parameters) -> Starting:
     size = (parameters.width, parameters.height)
-    if inputs.init_image is None:
-        return Starting()
-    picture = decode_picture(inputs.init_image, "initial picture", *size)
+    picture = (
+        None if inputs.init_image is None else decode_picture(inputs.init_image, "initial picture", *size)
+    )
+    reference = None if inputs.ref_image is None else decode_reference(inputs.ref_image)
     mask = None if inputs.mask is None else decode_mask(inputs.mask, *size)
-    return Starting(picture, mask)
+    return Starting(picture, mask, reference)
 
 
 def _silence_libraries() -> None:

@@ -63,6 +63,15 @@ def decode_picture(data: bytes, what: str, width: int, height: int) -> Image.Ima
     return picture
 
 
+def decode_reference(data: bytes) -> Image.Image:
+    """The reference picture in ``data``, upright, without alpha, as RGB of its own size.
+
+    Raises:
+        JobError: as :func:`decode_picture`.
+    """
+    return _flatten(_open(data, "reference picture"), background="white")
+
+
 def decode_mask(data: bytes, width: int, height: int) -> Image.Image:
     """The mask in ``data`` as a picture of mode L, ``width`` x ``height`` px, of 0 (keep) and 255 (may
     change).

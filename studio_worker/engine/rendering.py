@@ -108,6 +108,7 @@ class LoadedModel:
             return tensors
 
         pictures = self._pictures(pipeline, parameters, starting)
+        prepared = family.prepare(pipeline, parameters)
         with placed(pipeline, self._plan, self._device):
             latents = pipeline(
                 num_inference_steps=parameters.steps,
@@ -116,6 +117,7 @@ class LoadedModel:
                 callback_on_step_end=on_step_end,
                 **family.encode(pipeline, parameters),
                 **family.guidance(parameters),
+                **prepared,
                 **pictures,
             ).images
             picture = self._decode(pipeline, latents, parameters)

@@ -3,7 +3,8 @@
 A file of a single component is one section without a prefix. A whole checkpoint holds several, below the
 prefixes that its layout puts before each component: CompVis' (``model.diffusion_model.``,
 ``first_stage_model.``, ``cond_stage_model.``), Stability's generative-models' (``conditioner.embedders.N.``)
-and ComfyUI's (``text_encoders.NAME.``, ``vae.``). This module owns those prefixes. It imports no torch.
+and ComfyUI's (``text_encoders.NAME.``, ``vae.``). A text encoder that sees holds its vision encoder below
+``visual.``. This module owns those prefixes. It imports no torch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _PREFIX = re.compile(
     r"|cond_stage_model\.(?:transformer|model)\."
     r"|conditioner\.embedders\.\d+\.(?:transformer|model)\."
     r"|text_encoders\.\w+\.(?:transformer|model)\."
+    r"|(?:model\.)?visual\."
 )
 
 _TABLE = re.compile(r"(token_embd|embed_tokens|shared|token_embedding|position_embedding)\.weight$")

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from studio_worker.engine.families.family import Blueprint, Family, Part, refused
+from studio_worker.engine.families.flux import FLUX_FAMILIES
+from studio_worker.engine.families.qwen_image import QWEN_FAMILIES
 from studio_worker.engine.families.recognised import recognise
 from studio_worker.engine.families.sdxl import SDXL, SDXL_INPAINT, SDXL_V, SDXL_V_ZSNR
 from studio_worker.engine.families.stable_diffusion import SAMPLE, SD1, SD1_INPAINT, SD2, SD2_INPAINT
@@ -29,6 +31,8 @@ FAMILIES: tuple[Family, ...] = (
     SDXL_INPAINT,
     SAMPLE,
     Z_IMAGE,
+    *QWEN_FAMILIES,
+    *FLUX_FAMILIES,
 )
 """The first that fits wins."""
 
@@ -80,8 +84,13 @@ def _missing(family: Family, part: Part, sections: Sequence[Section]) -> JobErro
 def _refuse_unused(family: Family, sections: Sequence[Section], chosen: dict[str, Section]) -> None:
     used = {section.file for section in chosen.values()}
     for section in sections:
-        if section.file not in used:
-            raise refused(f"{family.name} has no use for {section}, which is {_what(section)}")
+        if section.file in used:
+            continue
+        wanted = next(
+            (p for n, p in family.parts.items() if p.role == section.role and n not in chosen), None
+        )
+        why = f" and no {wanted.kind} ({wanted.why_not(section)})" if wanted else ""
+        raise refused(f"{family.name} has no use for {section}, which is {_what(section)}{why}")
 
 
 def _unknown(sections: Sequence[Section], families: Sequence[Family]) -> JobError:

@@ -51,18 +51,20 @@ class Layout:
         tells: names and shapes that a section must have to be of it. ``None`` in a shape is any size.
         rename: from all tensors under published names to all under the library class's. It may split and
             transpose them, and leave out what the class has no use for.
+        without: names that a section of this layout must not have, since they tell a wider architecture.
     """
 
     name: str
     tells: Mapping[str, tuple[int | None, ...]]
     rename: Callable[[Tensors], Tensors] = lambda tensors: tensors
+    without: tuple[str, ...] = ()
 
     def fits(self, shapes: Mapping[str, Shape]) -> bool:
         return not self.misfits(shapes)
 
     def misfits(self, shapes: Mapping[str, Shape]) -> list[str]:
-        """What of :attr:`tells` is missing or has another shape."""
-        wrong = []
+        """What of :attr:`tells` is missing or has another shape, and what should not be there."""
+        wrong = [f"{name}, which it must not have" for name in self.without if name in shapes]
         for name, expected in self.tells.items():
             found = shapes.get(name)
             if found is None:
@@ -235,6 +237,10 @@ class Family:
     def guidance(self, parameters: Parameters) -> dict[str, Any]:
         """The guidance, where 1 means none, as arguments of the pipeline's call."""
         return {"guidance_scale": parameters.guidance}
+
+    def prepare(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:  # noqa: ARG002
+        """What else the pipeline needs for a job: done to it here, or returned as arguments of its call."""
+        return {}
 
     def strength(self, parameters: Parameters) -> float:
         """diffusers' word for ``denoise``; at least one step is made."""

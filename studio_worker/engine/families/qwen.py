@@ -1,4 +1,4 @@
-"""Qwen language models as text encoders, and the tokenizer that all of them share.
+"""Qwen language models as text encoders, what Qwen2.5-VL sees with, and the tokenizer that all of them share.
 
 Names as transformers has them (``model.layers.0.self_attn.q_proj``) and as llama.cpp's GGUF files
 (``blk.0.attn_q``; gguf's ``TensorNameMap`` is the source of the table below).
@@ -10,9 +10,14 @@ with which Z-Image was trained, for the later Instruct-2507 weights too.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from studio_worker.engine.families.family import CONFIGS, Layout, Part, Tensors, Tokenizer, read_json
+
+if TYPE_CHECKING:
+    import torch
 
 QWEN_TOKENIZER = Tokenizer("Qwen2Tokenizer", CONFIGS / "qwen" / "tokenizer", 151_669)
 """151,643 byte-pair tokens and 26 of control; the models' embeddings have more rows, which nothing uses."""
@@ -76,3 +81,110 @@ def qwen3(kind: str, config_dir: Path) -> Part:
             ),
         ),
     )
+
+
+def qwen25_language(kind: str, config_dir: Path) -> Part:
+    """The language model of Qwen2.5-VL (GGUF files call it qwen2vl) without its head."""
+    config = read_json(config_dir / "config.json")
+    width, layers = config["hidden_size"], config["num_hidden_layers"]
+
+    def transformers(tensors: Tensors) -> Tensors:
+        return {
+            name.removeprefix("language_model."): tensor
+            for name, tensor in _bare(tensors).items()
+            if name != "lm_head.weight"
+        }
+
+    def tells(table: str, last: str) -> Mapping[str, tuple[int, ...]]:
+        # Qwen3 has no such biases.
+        return {f"{table}.weight": (config["vocab_size"], width), f"{last}.bias": (width,)}
+
+    def named(stem: str) -> Mapping[str, tuple[int, ...]]:
+        return tells(f"{stem}embed_tokens", f"{stem}layers.{layers - 1}.self_attn.q_proj")
+
+    return Part(
+        kind=kind,
+        role="text-encoder",
+        cls="transformers.Qwen2_5_VLTextModel",
+        config=config_dir,
+        layouts=(
+            Layout("transformers", named("model."), transformers),
+            Layout("transformers", named("model.language_model."), transformers),
+            Layout("llama.cpp", tells("token_embd", f"blk.{layers - 1}.attn_q"), from_llama_cpp),
+        ),
+    )
+
+
+def qwen25_vision(kind: str, config_dir: Path) -> Part:
+    """The vision encoder of Qwen2.5-VL: within its safetensors file, or llama.cpp's ``mmproj`` GGUF."""
+    config = read_json(config_dir / "config.json")
+    width, depth, patch = config["hidden_size"], config["depth"], config["patch_size"]
+    frames, channels, out = config["temporal_patch_size"], config["in_channels"], config["out_hidden_size"]
+
+    gate = (config["intermediate_size"], width)
+    return Part(
+        kind=kind,
+        role="text-encoder-vision",
+        cls="transformers.Qwen2_5_VisionTransformerPretrainedModel",
+        config=config_dir,
+        layouts=(
+            Layout(
+                "transformers",
+                {
+                    "patch_embed.proj.weight": (width, channels, frames, patch, patch),
+                    f"blocks.{depth - 1}.mlp.gate_proj.weight": gate,
+                    "merger.mlp.2.bias": (out,),
+                },
+            ),
+            Layout(
+                "llama.cpp",
+                {
+                    "v.patch_embd.weight": (width, channels, patch, patch),
+                    f"v.blk.{depth - 1}.ffn_gate.weight": gate,
+                    "mm.2.bias": (out,),
+                },
+                _from_mmproj,
+            ),
+        ),
+    )
+
+
+_MMPROJ_ENDS = {"v.post_ln": "merger.ln_q", "mm.0": "merger.mlp.0", "mm.2": "merger.mlp.2"}
+_MMPROJ_BLOCK = {
+    "ln1": "norm1",
+    "ln2": "norm2",
+    "attn_out": "attn.proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def _from_mmproj(tensors: Tensors) -> Tensors:
+    """llama.cpp's names for a vision encoder as transformers', with what its converter took apart together
+    again: queries, keys and values, and the two frames of a patch. Those are multiplied out, since the pieces
+    may be quantised differently.
+    """
+    import torch
+
+    from studio_worker.engine.weights import dequantised
+
+    def joined(names: Iterable[str]) -> Iterator[torch.Tensor]:
+        return (dequantised(tensors[name], torch.float32) for name in names)
+
+    renamed: Tensors = {
+        "patch_embed.proj.weight": torch.stack(
+            [*joined(("v.patch_embd.weight", "v.patch_embd.weight.1"))], dim=2
+        )
+    }
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        match = re.fullmatch(r"v\.blk\.(\d+)\.(\w+)", module)
+        if module in _MMPROJ_ENDS:
+            renamed[f"{_MMPROJ_ENDS[module]}.{leaf}"] = tensor
+        elif match and match[2] in _MMPROJ_BLOCK:
+            renamed[f"blocks.{match[1]}.{_MMPROJ_BLOCK[match[2]]}.{leaf}"] = tensor
+        elif match and match[2] == "attn_q":
+            pieces = joined(f"v.blk.{match[1]}.attn_{each}.{leaf}" for each in "qkv")
+            renamed[f"blocks.{match[1]}.attn.qkv.{leaf}"] = torch.cat([*pieces])
+    return renamed

@@ -62,9 +62,15 @@ RECOGNISED: tuple[Recognised, ...] = (
     Recognised("Chroma", ("distilled_guidance_layer.in_proj.bias",)),
     Recognised("FLUX.2", ("single_stream_modulation.lin.weight",)),
     Recognised("HunyuanVideo", ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",)),
-    Recognised("FLUX.1", ("double_blocks.0.img_attn.norm.key_norm.scale",)),
+    Recognised(
+        "FLUX.1 of another kind (Depth, Canny, of another size)",
+        ("double_blocks.0.img_attn.norm.key_norm.scale",),
+    ),
     Recognised("Lumina Image 2", ("cap_embedder.0.weight", "layers.0.adaLN_modulation.1.weight")),
-    Recognised("Qwen-Image", ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight")),
+    Recognised(
+        "Qwen-Image of another kind (Layered, of another size)",
+        ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"),
+    ),
     Recognised("AuraFlow", ("double_layers.0.attn.w1q.weight", "cond_seq_linear.weight")),
     Recognised("HiDream", ("double_stream_blocks.0.block.adaLN_modulation.1.bias",)),
     Recognised("LTX-Video", ("patchify_proj.weight",)),
@@ -76,4 +82,10 @@ RECOGNISED: tuple[Recognised, ...] = (
     ),
     Recognised("a VAE alone, not a checkpoint", ("decoder.conv_in.weight", "encoder.conv_in.weight")),
     Recognised("a CLIP text encoder alone", ("text_model.embeddings.token_embedding.weight",)),
+    Recognised("T5's encoder alone", ("encoder.block.0.layer.0.SelfAttention.q.weight",)),
+    Recognised("T5's encoder alone", ("enc.blk.0.attn_q.weight",)),
+    Recognised("a language model alone", ("model.layers.0.self_attn.q_proj.weight",)),
+    Recognised("a language model alone", ("blk.0.attn_q.weight", "token_embd.weight")),
+    Recognised("a vision encoder alone", ("v.patch_embd.weight",)),
+    Recognised("a VAE of Wan's or Qwen-Image's alone", ("decoder.conv1.weight", "encoder.conv1.weight")),
 )

@@ -1,0 +1,85 @@
+"""T5's encoder as a text encoder, and its tokenizer.
+
+Names as transformers has them (``t5xxl_fp16.safetensors`` too) and as llama.cpp's GGUF files, of the
+architecture t5encoder or t5 (gguf's ``TensorNameMap`` is the source of the table below).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from studio_worker.engine.families.family import CONFIGS, Layout, Part, Tensors, Tokenizer, read_json
+
+T5_TOKENIZER = Tokenizer("T5Tokenizer", CONFIGS / "t5" / "tokenizer", 32_100)
+"""32,000 pieces and 100 sentinels; the model's embedding has more rows, which nothing uses."""
+
+_LLAMA_CPP_ENDS = {
+    "token_embd.weight": "shared.weight",
+    "enc.output_norm.weight": "encoder.final_layer_norm.weight",
+}
+_LLAMA_CPP_BLOCK = {
+    "attn_norm": "layer.0.layer_norm",
+    "attn_q": "layer.0.SelfAttention.q",
+    "attn_k": "layer.0.SelfAttention.k",
+    "attn_v": "layer.0.SelfAttention.v",
+    "attn_o": "layer.0.SelfAttention.o",
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "ffn_norm": "layer.1.layer_norm",
+    "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "ffn_up": "layer.1.DenseReluDense.wi_1",
+    "ffn_down": "layer.1.DenseReluDense.wo",
+}
+
+
+def t5(kind: str, config_dir: Path) -> Part:
+    """T5's encoder."""
+    config = read_json(config_dir / "config.json")
+    embedding, layers = (config["vocab_size"], config["d_model"]), config["num_layers"]
+    attention = (config["num_heads"] * config["d_kv"], config["d_model"])
+    last = {f"encoder.block.{layers - 1}.layer.0.SelfAttention.q.weight": attention}
+    return Part(
+        kind=kind,
+        role="text-encoder",
+        cls="transformers.T5EncoderModel",
+        config=config_dir,
+        layouts=(
+            Layout("transformers", {"shared.weight": embedding} | last, _both_names),
+            Layout("transformers", {"encoder.embed_tokens.weight": embedding} | last, _both_names),
+            Layout(
+                "llama.cpp",
+                {"token_embd.weight": embedding, f"enc.blk.{layers - 1}.attn_q.weight": attention},
+                _from_llama_cpp,
+            ),
+        ),
+    )
+
+
+def _both_names(tensors: Tensors) -> Tensors:
+    """The embedding under both of its names; files have it under either or both."""
+    shared = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
+    return {**tensors, "shared.weight": shared, "encoder.embed_tokens.weight": shared}
+
+
+def _from_llama_cpp(tensors: Tensors) -> Tensors:
+    renamed: Tensors = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"enc\.blk\.(\d+)\.(\w+)\.weight", name)
+        if name in _LLAMA_CPP_ENDS:
+            renamed[_LLAMA_CPP_ENDS[name]] = tensor
+        elif match and match[2] in _LLAMA_CPP_BLOCK:
+            place = f"encoder.block.{match[1]}.{_LLAMA_CPP_BLOCK[match[2]]}.weight"
+            renamed[place] = _uncast(tensor) if match[2] == "ffn_down" else tensor
+    return _both_names(renamed)
+
+
+def _uncast(tensor: Any) -> Any:
+    """The bytes of a quantised matrix as signed ones.
+
+    Before this one transformers casts the numbers to the matrix's type (T5DenseGatedActDense.forward), bytes
+    or not, and leaves them alone for int8 only. What multiplies it out looks at the bits.
+    """
+    import torch
+
+    return tensor.view(torch.int8) if hasattr(tensor, "quant_type") else tensor

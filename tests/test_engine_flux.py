@@ -1,0 +1,361 @@
+"""FLUX.1: tiny random models in the published layouts, beside the library's own pipelines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from diffusers.pipelines.flux import pipeline_flux_kontext
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from studio_worker.engine import Inputs
+from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.families import flux as families
+from studio_worker.engine.families.black_forest import from_black_forest
+from studio_worker.engine.families.flux import Flux, flux
+from studio_worker.engine.families.t5 import T5_TOKENIZER
+from studio_worker.errors import JobError
+from studio_worker.models import FileRole, LocalFile
+from tests.engine_lab import encoded, refuse_network, scene
+from tests.flow_models import (
+    CLIP,
+    GUIDANCE,
+    HEIGHT,
+    Q4,
+    Q8,
+    T5,
+    VAE,
+    WIDTH,
+    Tensors,
+    black_forest,
+    compvis_vae,
+    config,
+    difference,
+    drawn,
+    llama_cpp,
+    make,
+    quantised,
+    right_half,
+    safetensors,
+    same,
+    state,
+    stock,
+)
+from tests.published import Shapes, flux1
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
+TRANSFORMER = {
+    "_class_name": "FluxTransformer2DModel",
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "guidance_embeds": True,
+    "axes_dims_rope": [4, 6, 6],
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dev": TRANSFORMER,
+    "schnell": TRANSFORMER | {"guidance_embeds": False},
+    # the picture's latents, its masked latents, and 8x8 mask pixels of each of 4
+    "fill": TRANSFORMER | {"in_channels": 16 + 16 + 4 * 64, "out_channels": 16},
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """The library's own modules of one variant, and a family of their sizes."""
+
+    parts: dict[str, Any]
+    scheduler: Any
+    family: Flux
+    folder: Path
+
+    def pipeline(self, cls: Any) -> Any:
+        return cls(**self.parts, scheduler=FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config))
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_network(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _small_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kontext reads reference pictures at a few thousand pixels, not a million: here and in the library."""
+    monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(80, 64), (64, 80)])
+
+
+@pytest.fixture(scope="module")
+def tinies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tiny]:
+    """All variants; what they share is shared."""
+    folder = tmp_path_factory.mktemp("flux")
+    torch.manual_seed(0)
+    shared = {
+        "text_encoder": drawn(CLIPTextModel(CLIPTextConfig(**CLIP)), 1),
+        "text_encoder_2": drawn(T5EncoderModel(T5Config(**T5)), 2),
+        "vae": drawn(AutoencoderKL.from_config(VAE), 3),
+        "tokenizer": CLIPTokenizer.from_pretrained(str(families.FOLDERS["tokenizer"])),
+        "tokenizer_2": T5Tokenizer.from_pretrained(str(T5_TOKENIZER.folder)),
+    }
+    folders = {
+        **families.FOLDERS,
+        "text_encoder": config(folder / "text_encoder", CLIP),
+        "text_encoder_2": config(folder / "text_encoder_2", T5),
+        "vae": config(folder / "vae", VAE),
+    }
+    made = {}
+    for name, published in (
+        ("dev", families.FLUX_DEV),
+        ("schnell", families.FLUX_SCHNELL),
+        ("fill", families.FLUX_FILL),
+    ):
+        transformer = config(folder / name, VARIANTS[name])
+        family = flux(
+            f"tiny-{name}",
+            {**folders, "transformer": transformer, "scheduler": published.scheduler},
+            type(published),
+            pipelines=published.pipelines,
+            prompt_tokens=published.prompt_tokens,
+        )
+        parts = {**shared, "transformer": drawn(FluxTransformer2DModel.from_config(VARIANTS[name]), 4)}
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(str(published.scheduler))
+        made[name] = Tiny(parts, scheduler, family, folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def engine(tinies: dict[str, Tiny]) -> DiffusionEngine:
+    # In the order of the real ones: what is narrower stands first.
+    return DiffusionEngine("cpu", families=[tinies[name].family for name in ("dev", "fill", "schnell")])
+
+
+@pytest.fixture(scope="module")
+def shared_files(tinies: dict[str, Tiny]) -> tuple[LocalFile, ...]:
+    """``clip_l.safetensors`` and ``t5xxl_fp16.safetensors`` as comfyanonymous/flux_text_encoders has them
+    (transformers' names, CLIP's below ``text_model.``), and Black Forest Labs' ``ae.safetensors``.
+    """
+    tiny = tinies["dev"]
+    return (
+        safetensors(tiny.folder / "clip_l.safetensors", "text-encoder", clip_l(tiny)),
+        safetensors(tiny.folder / "t5xxl.safetensors", "text-encoder", t5xxl(tiny)),
+        safetensors(tiny.folder / "ae.safetensors", "vae", compvis_vae(state(tiny.parts["vae"]), 4)),
+    )
+
+
+def clip_l(tiny: Tiny) -> Tensors:
+    return {f"text_model.{name}": tensor for name, tensor in state(tiny.parts["text_encoder"]).items()}
+
+
+def t5xxl(tiny: Tiny) -> Tensors:
+    return state(tiny.parts["text_encoder_2"])
+
+
+def denoiser(tiny: Tiny, role: FileRole = "diffusion-model") -> LocalFile:
+    tensors = black_forest(state(tiny.parts["transformer"]))
+    return safetensors(tiny.folder / f"{tiny.family.name}.safetensors", role, tensors)
+
+
+DEV = {"guidance_scale": 3.5, "true_cfg_scale": GUIDANCE, "negative_prompt": ""}
+
+
+@pytest.mark.parametrize("name", ["dev", "schnell"])
+def test_picture_is_the_librarys(
+    tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...], name: str
+) -> None:
+    """From the published files a picture is, pixel for pixel, what the library's pipeline makes."""
+    tiny = tinies[name]
+    tokens = {"max_sequence_length": tiny.family.prompt_tokens}
+    picture = make(engine, [denoiser(tiny), *shared_files])
+    assert same(picture, stock(tiny.pipeline(FluxPipeline), **DEV, **tokens))
+    assert picture.meta["family"] == f"tiny-{name}"
+
+
+def test_picture_without_true_guidance_is_the_librarys(
+    tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...]
+) -> None:
+    """At cfgScale 1, which is how FLUX.1 is meant, only the distilled guidance is used."""
+    expected = stock(tinies["dev"].pipeline(FluxPipeline), guidance_scale=3.5)
+    assert same(make(engine, [denoiser(tinies["dev"]), *shared_files], cfg_scale=1.0), expected)
+
+
+def test_picture_from_picture_is_the_librarys(
+    tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...]
+) -> None:
+    """Image-to-image is the library's, pixel for pixel."""
+    start = scene(WIDTH, HEIGHT)
+    expected = stock(tinies["dev"].pipeline(FluxImg2ImgPipeline), **DEV, image=start, strength=0.7)
+    picture = make(
+        engine, [denoiser(tinies["dev"]), *shared_files], inputs=Inputs(encoded(start)), denoise=0.7
+    )
+    assert same(picture, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "guidance"),
+    [("dev", FluxInpaintPipeline, DEV), ("fill", FluxFillPipeline, {"guidance_scale": 30.0})],
+)
+def test_picture_within_mask_is_the_librarys(
+    tinies: dict[str, Tiny],
+    engine: DiffusionEngine,
+    shared_files: tuple[LocalFile, ...],
+    name: str,
+    cls: Any,
+    guidance: dict[str, Any],
+) -> None:
+    """Inpainting, by dev and by Fill, is the library's where the mask is white, and untouched elsewhere."""
+    start, mask = scene(WIDTH, HEIGHT), right_half()
+    expected = stock(tinies[name].pipeline(cls), **guidance, image=start, mask_image=mask, strength=0.7)
+    picture = make(
+        engine,
+        [denoiser(tinies[name]), *shared_files],
+        inputs=Inputs(encoded(start), encoded(mask)),
+        denoise=0.7,
+        cfg_scale=1.0 if name == "fill" else None,
+    )
+    assert same(picture, Image.composite(expected, start, mask))
+
+
+def test_whole_checkpoint_makes_the_librarys_picture(
+    tinies: dict[str, Tiny], engine: DiffusionEngine
+) -> None:
+    """One file of role model, as Comfy-Org packs it (flux1-dev-fp8.safetensors), makes the same picture."""
+    tiny = tinies["dev"]
+    packed = {
+        "model.diffusion_model.": black_forest(state(tiny.parts["transformer"])),
+        "text_encoders.clip_l.transformer.": clip_l(tiny),
+        "text_encoders.t5xxl.transformer.": t5xxl(tiny),
+        "vae.": compvis_vae(state(tiny.parts["vae"]), 4),
+    }
+    tensors = {prefix + name: tensor for prefix, part in packed.items() for name, tensor in part.items()}
+    file = safetensors(tiny.folder / "whole.safetensors", "model", tensors)
+    assert same(make(engine, [file]), stock(tiny.pipeline(FluxPipeline), **DEV))
+
+
+def gguf_files(tiny: Tiny, kind: gguf.GGMLQuantizationType | None) -> tuple[LocalFile, LocalFile]:
+    """The denoiser as city96/FLUX.1-dev-gguf has it (Black Forest Labs' names), and T5's encoder as
+    city96/t5-v1_1-xxl-encoder-gguf (llama.cpp's, architecture ``t5encoder``).
+    """
+    transformer = black_forest(state(tiny.parts["transformer"]))
+    language = llama_cpp(t5xxl(tiny), gguf.MODEL_ARCH.T5ENCODER, T5["num_layers"])
+    return (
+        quantised(tiny.folder / f"dit-{kind}.gguf", "diffusion-model", transformer, "flux", kind),
+        quantised(tiny.folder / f"t5-{kind}.gguf", "text-encoder", language, "t5encoder", kind),
+    )
+
+
+def test_unquantised_gguf_makes_the_librarys_picture(
+    tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...]
+) -> None:
+    """GGUF files in single precision make the library's picture pixel for pixel."""
+    clip, _, vae = shared_files
+    files = [*gguf_files(tinies["dev"], None), clip, vae]
+    assert same(make(engine, files), stock(tinies["dev"].pipeline(FluxPipeline), **DEV))
+
+
+@pytest.mark.parametrize(("kind", "bound"), [(Q8, 3.0), (Q4, 20.0)])
+def test_quantised_gguf_is_near_the_librarys_picture(
+    tinies: dict[str, Tiny],
+    engine: DiffusionEngine,
+    shared_files: tuple[LocalFile, ...],
+    kind: gguf.GGMLQuantizationType,
+    bound: float,
+) -> None:
+    """Quantised files make nearly the library's picture: off by less than ``bound`` in 255."""
+    clip, _, vae = shared_files
+    files = [*gguf_files(tinies["dev"], kind), clip, vae]
+    apart = difference(make(engine, files), stock(tinies["dev"].pipeline(FluxPipeline), **DEV))
+    assert 0 < apart < bound
+
+
+def test_fused_tensors_are_taken_apart_as_the_library_does() -> None:
+    """The published names become diffusers' as the library's own converter turns them, value for value.
+
+    The converter knows one width only, 3072: of each matrix one column is enough.
+    """
+    from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+
+    published = one_column(flux1(double=2, single=2))
+    assert_same_tensors(
+        from_black_forest(published), convert_flux_transformer_checkpoint_to_diffusers(dict(published))
+    )
+
+
+def test_inverse_of_the_published_layout_is_exact(tinies: dict[str, Tiny]) -> None:
+    """The layout that these tests write is the one that is read: back and forth, nothing changes."""
+    tensors = state(tinies["dev"].parts["transformer"])
+    assert_same_tensors(from_black_forest(black_forest(tensors)), tensors)
+
+
+def assert_same_tensors(one: Tensors, other: Tensors) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def one_column(shapes: Shapes) -> Tensors:
+    """A tensor for each name, of as many rows and one column, every number another."""
+    tensors: Tensors = {}
+    first = 0
+    for name, (rows, *columns) in shapes.items():
+        tensors[name] = torch.arange(first, first + rows).reshape(rows, *(1 for _ in columns))
+        first += rows
+    return tensors
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_edit_is_the_librarys_kontext(
+    tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...], masked: bool
+) -> None:
+    """An edit by reference (refImageUrl) is what the library's Kontext pipeline makes, of the size asked for;
+    within a mask, what it leaves black stays the reference.
+    """
+    reference = scene(80, 56)
+    pipeline = tinies["dev"].pipeline(FluxKontextPipeline)
+    expected = stock(pipeline, **DEV, image=reference, max_area=WIDTH * HEIGHT)
+    if masked:
+        kept = reference.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+        expected = Image.composite(expected, kept, right_half())
+    inputs = Inputs(mask=encoded(right_half()) if masked else None, ref_image=encoded(reference))
+    assert same(make(engine, [denoiser(tinies["dev"]), *shared_files], inputs=inputs), expected)
+
+
+def test_edit_by_schnell_is_refused(
+    tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...]
+) -> None:
+    """A model that was not made for edits refuses them by name, whatever its weights could be fed."""
+    inputs = Inputs(ref_image=encoded(scene()))
+    with pytest.raises(JobError, match=r"tiny-schnell works only with .*, not with refImageUrl"):
+        make(engine, [denoiser(tinies["schnell"]), *shared_files], inputs=inputs)
+
+
+def test_fill_without_mask_is_refused(
+    tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...]
+) -> None:
+    """Fill paints within masks; anything else is refused, and so is guidance that it has not."""
+    files = [denoiser(tinies["fill"]), *shared_files]
+    with pytest.raises(
+        JobError, match="tiny-fill works only with initImageUrl with maskUrl, not with a prompt alone"
+    ):
+        make(engine, files, cfg_scale=1.0)
+    with pytest.raises(JobError, match="cfgScale must be 1"):
+        make(engine, files, inputs=Inputs(encoded(scene()), encoded(right_half())))

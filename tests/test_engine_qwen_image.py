@@ -1,0 +1,404 @@
+"""Qwen-Image and its edits: tiny random models in the published layouts, beside the library's pipelines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPlusPipeline,
+    QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+from PIL import Image
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from studio_worker.engine import Inputs
+from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.families.qwen import QWEN_TOKENIZER
+from studio_worker.engine.families.qwen_image import FOLDERS, QwenImage, qwen_image
+from studio_worker.engine.qwen_vl import PictureProcessor
+from studio_worker.errors import JobError
+from studio_worker.models import LocalFile
+from tests.engine_lab import decoded, encoded, refuse_network, scene
+from tests.flow_models import (
+    DEFAULTS,
+    GUIDANCE,
+    HEIGHT,
+    Q4,
+    Q8,
+    WIDTH,
+    Tensors,
+    config,
+    difference,
+    drawn,
+    llama_cpp,
+    make,
+    quantised,
+    right_half,
+    safetensors,
+    same,
+    state,
+    stock,
+    wan_vae,
+)
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
+TRANSFORMER = {
+    "_class_name": "QwenImageTransformer2DModel",
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": [4, 6, 6],
+}
+TEXT = {
+    "model_type": "qwen2_5_vl_text",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [2, 3, 3]},
+    "vocab_size": 151_936,
+    "rms_norm_eps": 1e-06,
+}
+VISION = {
+    "model_type": "qwen2_5_vl_vision",
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "in_channels": 3,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "fullatt_block_indexes": [1],
+    "tokens_per_second": 2,
+}
+VAE = {
+    "_class_name": "AutoencoderKLQwenImage",
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 2, 4, 4],
+    "input_channels": 3,
+    "latents_mean": [0.1, -0.2, 0.3, 0.0],
+    "latents_std": [1.1, 0.9, 1.3, 1.0],
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """The library's own modules, and a family of their sizes."""
+
+    transformer: Any
+    text_encoder: Any
+    vae: Any
+    tokenizer: Any
+    scheduler: Any
+    family: QwenImage
+    folders: dict[str, Path]
+    folder: Path
+
+    def parts(self) -> dict[str, Any]:
+        return {
+            "transformer": self.transformer,
+            "text_encoder": self.text_encoder,
+            "vae": self.vae,
+            "tokenizer": self.tokenizer,
+            "scheduler": FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config),
+        }
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_network(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _small_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference pictures are read at a few thousand pixels, not a million: by engine and library alike."""
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64)
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 112 * 112)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("qwen-image")
+    folders = {
+        **FOLDERS,
+        "transformer": config(folder / "transformer", TRANSFORMER),
+        "text_encoder": config(folder / "text_encoder", TEXT),
+        "vision": config(folder / "vision", VISION),
+        "vae": config(folder / "vae", VAE),
+    }
+    torch.manual_seed(0)
+    text_encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=TEXT, vision_config=VISION)
+    )
+    return Tiny(
+        drawn(QwenImageTransformer2DModel.from_config(TRANSFORMER), 1),
+        drawn(text_encoder, 2),
+        drawn(AutoencoderKLQwenImage.from_config(VAE), 3),
+        Qwen2Tokenizer.from_pretrained(str(QWEN_TOKENIZER.folder)),
+        FlowMatchEulerDiscreteScheduler.from_pretrained(str(FOLDERS["scheduler"])),
+        qwen_image("tiny-qwen-image", folders),
+        folders,
+        folder,
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tiny: Tiny) -> tuple[LocalFile, ...]:
+    """As Comfy-Org publishes them (Qwen-Image_ComfyUI/split_files): ``qwen_image_bf16.safetensors`` with
+    diffusers' names, ``qwen_2.5_vl_7b.safetensors`` with those of transformers 4.49, vision encoder and head
+    included, ``qwen_image_vae.safetensors`` with Wan's.
+    """
+    return (
+        safetensors(tiny.folder / "dit.safetensors", "diffusion-model", state(tiny.transformer)),
+        safetensors(tiny.folder / "te.safetensors", "text-encoder", as_published(state(tiny.text_encoder))),
+        safetensors(tiny.folder / "vae.safetensors", "vae", wan_vae(state(tiny.vae))),
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Tiny) -> DiffusionEngine:
+    return DiffusionEngine("cpu", families=(tiny.family,))
+
+
+def as_published(tensors: Tensors) -> Tensors:
+    """Qwen2.5-VL's tensors as its repository names them: ``model.`` and ``visual.``, which transformers has
+    since moved into ``model.language_model.`` and ``model.visual.``.
+    """
+    return {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def guided(tiny: Tiny, cls: Any = QwenImagePipeline, **arguments: Any) -> Image.Image:
+    """What the library's own pipeline makes, guided as the files' defaults say."""
+    return stock(cls(**tiny.parts()), **{"true_cfg_scale": GUIDANCE, "negative_prompt": ""} | arguments)
+
+
+def test_picture_is_the_librarys(tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...]) -> None:
+    """From the published files a picture is, pixel for pixel, what the library's pipeline makes."""
+    assert same(make(engine, files), guided(tiny))
+
+
+def test_picture_without_guidance_is_the_librarys(
+    tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...]
+) -> None:
+    """At cfgScale 1 nothing is computed for the negative prompt, and the picture is the library's."""
+    expected = guided(tiny, true_cfg_scale=1.0, negative_prompt=None)
+    assert same(make(engine, files, cfg_scale=1.0, negative_prompt="blue"), expected)
+
+
+def test_picture_from_picture_is_the_librarys(
+    tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...]
+) -> None:
+    """Image-to-image is the library's, pixel for pixel."""
+    expected = guided(tiny, QwenImageImg2ImgPipeline, image=scene(WIDTH, HEIGHT), strength=0.7)
+    assert same(make(engine, files, inputs=Inputs(encoded(scene(WIDTH, HEIGHT))), denoise=0.7), expected)
+
+
+def test_picture_within_mask_is_the_librarys(
+    tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...]
+) -> None:
+    """Inpainting is the library's where the mask is white, and untouched elsewhere."""
+    start, mask = scene(WIDTH, HEIGHT), right_half()
+    expected = guided(tiny, QwenImageInpaintPipeline, image=start, mask_image=mask, strength=0.7)
+    picture = make(engine, files, inputs=Inputs(encoded(start), encoded(mask)), denoise=0.7)
+    assert same(picture, Image.composite(expected, start, mask))
+
+
+def language_gguf(tiny: Tiny, kind: gguf.GGMLQuantizationType | None) -> LocalFile:
+    """The language model as llama.cpp converts it (architecture ``qwen2vl``), which unsloth and mradermacher
+    publish.
+    """
+    language = {
+        name.replace("model.language_model.", "model."): tensor
+        for name, tensor in state(tiny.text_encoder).items()
+    }
+    tensors = llama_cpp(language, gguf.MODEL_ARCH.QWEN2VL, TEXT["num_hidden_layers"])
+    return quantised(tiny.folder / f"te-{kind and kind.name}.gguf", "text-encoder", tensors, "qwen2vl", kind)
+
+
+def vision_gguf(tiny: Tiny, kind: gguf.GGMLQuantizationType | None) -> LocalFile:
+    """The vision encoder as llama.cpp's ``mmproj`` file has it.
+
+    Source: https://github.com/ggml-org/llama.cpp (convert_hf_to_gguf.py, Qwen2VLVisionModel): queries, keys
+    and values apart, the patch convolution taken apart by frame.
+    """
+    vision = {
+        name.removeprefix("model."): tensor
+        for name, tensor in state(tiny.text_encoder).items()
+        if name.startswith("model.visual.")
+    }
+    for layer in range(VISION["depth"]):
+        attention = f"visual.blocks.{layer}.attn"
+        for leaf in ("weight", "bias"):
+            fused = vision.pop(f"{attention}.qkv.{leaf}")
+            vision |= {
+                f"{attention}.{each}.{leaf}": part for each, part in zip("qkv", fused.chunk(3), strict=True)
+            }
+    frames = vision.pop("visual.patch_embed.proj.weight")
+    tensors = llama_cpp(vision, gguf.MODEL_ARCH.MMPROJ, 3)  # its merger counts as blocks to 2
+    tensors |= {"v.patch_embd.weight": frames[:, :, 0], "v.patch_embd.weight.1": frames[:, :, 1]}
+    return quantised(
+        tiny.folder / f"mmproj-{kind and kind.name}.gguf", "text-encoder-vision", tensors, "clip", kind
+    )
+
+
+def denoiser_gguf(tiny: Tiny, kind: gguf.GGMLQuantizationType | None) -> LocalFile:
+    """The denoiser as city96 and QuantStack publish it: diffusers' names, architecture ``qwen_image``."""
+    tensors = state(tiny.transformer)
+    return quantised(
+        tiny.folder / f"dit-{kind and kind.name}.gguf", "diffusion-model", tensors, "qwen_image", kind
+    )
+
+
+def test_unquantised_gguf_makes_the_librarys_picture(
+    tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...]
+) -> None:
+    """GGUF files in single precision, text encoder included, make the library's picture pixel for pixel."""
+    parts = (denoiser_gguf(tiny, None), language_gguf(tiny, None), files[2])
+    assert same(make(engine, parts), guided(tiny))
+
+
+@pytest.mark.parametrize(("kind", "bound"), [(Q8, 0.3), (Q4, 2.0)])
+def test_quantised_gguf_is_near_the_librarys_picture(
+    tiny: Tiny,
+    engine: DiffusionEngine,
+    files: tuple[LocalFile, ...],
+    kind: gguf.GGMLQuantizationType,
+    bound: float,
+) -> None:
+    """Quantised files make nearly the library's picture: off by less than ``bound`` in 255."""
+    parts = (denoiser_gguf(tiny, kind), language_gguf(tiny, kind), files[2])
+    apart = difference(make(engine, parts), guided(tiny))
+    assert 0 < apart < bound
+
+
+class ToldWherePicturesAre(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
+    """The library's text encoder, told which tokens are a picture's.
+
+    transformers 5 numbers a picture's patches by their place only then, and diffusers' pipelines for
+    Qwen-Image-Edit (0.42) do not tell it; the model was trained with places.
+    """
+
+    def forward(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        kinds = (input_ids == self.config.image_token_id).int()
+        return super().forward(input_ids=input_ids, mm_token_type_ids=kinds, **inputs)
+
+
+def edited(tiny: Tiny, reference: Image.Image, **arguments: Any) -> Image.Image:
+    """What the library's pipeline for edits makes."""
+    processor = PictureProcessor(tiny.tokenizer, tiny.text_encoder.config.vision_config)
+    text_encoder = ToldWherePicturesAre(tiny.text_encoder.config).eval()
+    text_encoder.load_state_dict(tiny.text_encoder.state_dict())
+    pipeline = QwenImageEditPlusPipeline(**tiny.parts() | {"text_encoder": text_encoder}, processor=processor)
+    asked = {"true_cfg_scale": GUIDANCE, "negative_prompt": "", "image": reference}
+    return stock(pipeline, **asked | arguments)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Image.Image:
+    return scene(80, 56)
+
+
+def test_edit_is_the_librarys(
+    tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...], reference: Image.Image
+) -> None:
+    """An edit by reference (refImageUrl) is the library's, from the text encoder's own vision encoder."""
+    picture = make(engine, files, inputs=Inputs(ref_image=encoded(reference)))
+    assert same(picture, edited(tiny, reference))
+    assert (picture.meta["width"], picture.meta["height"]) == (WIDTH, HEIGHT)
+
+
+def test_edit_within_mask_keeps_the_rest(
+    engine: DiffusionEngine, files: tuple[LocalFile, ...], reference: Image.Image
+) -> None:
+    """With a mask, an edit leaves the reference picture as it is where the mask is black."""
+    inputs = {"ref_image": encoded(reference)}
+    whole = decoded(make(engine, files, inputs=Inputs(**inputs)).data)
+    picture = make(engine, files, inputs=Inputs(**inputs, mask=encoded(right_half())))
+    kept = reference.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+    assert same(picture, Image.composite(whole, kept, right_half()))
+
+
+def test_edit_reads_vision_encoder_from_mmproj(
+    tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...], reference: Image.Image
+) -> None:
+    """GGUF language model and GGUF vision encoder (role text-encoder-vision) make the library's edit."""
+    parts = (files[0], language_gguf(tiny, None), vision_gguf(tiny, None), files[2])
+    assert same(make(engine, parts, inputs=Inputs(ref_image=encoded(reference))), edited(tiny, reference))
+
+
+def test_edit_without_vision_encoder_says_what_to_register(
+    tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...], reference: Image.Image
+) -> None:
+    """A GGUF text encoder alone cannot see: the error names the role and the files that can."""
+    parts = (files[0], language_gguf(tiny, None), files[2])
+    with pytest.raises(JobError, match=r"role text-encoder-vision .*mmproj") as caught:
+        make(engine, parts, inputs=Inputs(ref_image=encoded(reference)))
+    assert not caught.value.retryable
+
+
+def zero_cond_t(tiny: Tiny, folder: Path) -> Tiny:
+    """The same weights in a denoiser that reads the reference as at time step zero."""
+    denoiser = QwenImageTransformer2DModel.from_config({**TRANSFORMER, "zero_cond_t": True}).eval()
+    denoiser.load_state_dict(tiny.transformer.state_dict())
+    return replace(tiny, transformer=denoiser, folder=folder)
+
+
+def test_zero_cond_t_of_a_source_is_the_librarys(
+    tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...], reference: Image.Image, tmp_path: Path
+) -> None:
+    """cliDefaults.zeroCondT makes the library's picture with that switch, for that source alone."""
+    inputs = Inputs(ref_image=encoded(reference))
+    switched = make(engine, files, inputs=inputs, defaults=DEFAULTS.model_copy(update={"zero_cond_t": True}))
+    assert same(switched, edited(zero_cond_t(tiny, tmp_path), reference))
+    assert same(make(engine, files, inputs=inputs), edited(tiny, reference))
+
+
+def test_zero_cond_t_is_told_by_the_file(
+    tiny: Tiny, files: tuple[LocalFile, ...], reference: Image.Image, tmp_path: Path
+) -> None:
+    """ComfyUI's files of Qwen-Image-Edit-2511 say so themselves, by an empty tensor."""
+    marked = {**state(tiny.transformer), "__index_timestep_zero__": torch.empty(0)}
+    narrow = qwen_image(
+        "tiny-2511", {**tiny.folders, "transformer": config(tmp_path, {**TRANSFORMER, "zero_cond_t": True})}
+    )
+    engine = DiffusionEngine("cpu", families=(tiny.family, narrow))
+    parts = (safetensors(tmp_path / "2511.safetensors", "diffusion-model", marked), *files[1:])
+    picture = make(engine, parts, inputs=Inputs(ref_image=encoded(reference)))
+    assert picture.meta["family"] == "tiny-2511"
+    assert same(picture, edited(zero_cond_t(tiny, tmp_path), reference))
+
+
+def test_picture_takes_as_many_tokens_as_the_vision_encoder_gives(tiny: Tiny) -> None:
+    """Of each picture the prompt holds one token for every four patches, in the pictures' order."""
+    processor = PictureProcessor(tiny.tokenizer, tiny.text_encoder.config.vision_config)
+    prompt = "<|vision_start|><|image_pad|><|vision_end|> and <|vision_start|><|image_pad|><|vision_end|>"
+    inputs = processor([prompt], [scene(112, 56), scene(56, 84)], padding=True, return_tensors="pt")
+    assert inputs["image_grid_thw"].tolist() == [[1, 4, 8], [1, 6, 4]]
+    assert inputs["pixel_values"].shape == (4 * 8 + 6 * 4, 3 * 2 * 14 * 14)
+    pads = (inputs["input_ids"][0] == tiny.text_encoder.config.image_token_id).long()
+    runs = [len(run) for run in "".join(map(str, pads.tolist())).split("0") if run]
+    assert runs == [8, 6]
