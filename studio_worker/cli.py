@@ -11,9 +11,10 @@ import typer
 
 from studio_worker import __version__, config, logs
 from studio_worker.cli_control import pause, resume, status
+from studio_worker.cli_doctor import check_config, doctor
 from studio_worker.cli_generate import generate
 from studio_worker.cli_models import models_app
-from studio_worker.cli_options import ConfigDir, Json
+from studio_worker.cli_options import ConfigDir
 from studio_worker.errors import ConfigError, StudioWorkerError
 
 app = typer.Typer(
@@ -25,8 +26,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.add_typer(models_app, name="models")
-for command in (generate, status, pause, resume):
+for command in (generate, status, pause, resume, doctor):
     app.command()(command)
+app.command("check-config")(check_config)
 
 
 def main() -> None:
@@ -49,19 +51,6 @@ def run(directory: ConfigDir = config.DEFAULT_DIR) -> None:
     from studio_worker import service
 
     raise typer.Exit(service.run(directory))
-
-
-@app.command("check-config")
-def check_config(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> None:
-    """Check the configuration; exit status 78 and one line with file, key and cure where it is wrong."""
-    loaded = config.load(directory)
-    config.check_folders(loaded.settings)
-    if as_json:
-        typer.echo(loaded.settings.model_dump_json(indent=2))
-        return
-    count = len(loaded.required)
-    studio = logs.safe_url(loaded.settings.studio.api_base_url)
-    typer.echo(f"{directory}: configuration is valid; {count} required model(s); studio {studio}")
 
 
 @app.command()

@@ -126,6 +126,13 @@ def _facts(path: Path, **more: object) -> dict[str, object]:
     return {"op": "spool", "path": str(path), **more}
 
 
+def poisoned_jobs(folder: Path) -> list[str]:
+    """The jobs that are not tried again, the latest last; changes nothing. Raises PermissionError."""
+    path = folder / "crashes.json"
+    crashes = (_read_json(path) or {}) if path.exists() else {}
+    return [job for job, notes in crashes.items() if _are_names(notes) and len(notes) >= POISON_CRASHES]
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text())

@@ -40,6 +40,13 @@ class Starts:
         self._clock = clock
         self._note = _Note()
 
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What is noted in ``folder``; counts nothing."""
+        starts = cls(folder)
+        starts._note = starts._read()
+        return starts
+
     @property
     def count(self) -> int:
         """Starts, this one included."""

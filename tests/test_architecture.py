@@ -32,11 +32,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "fetching checking inputs",
         "store",
         "provision bundles engine studio",
-        "worker local_studio reload reporting",
+        "worker local_studio reload reporting doctor",
         "service service_process",
         "demo",
         "cli_options",
-        "cli_models cli_control cli_generate",
+        "cli_models cli_control cli_generate cli_doctor",
         "cli",
         "__main__",
     )
@@ -76,10 +76,10 @@ LIBRARIES = {
     "gguf": {"engine"},
     "websockets": {"studio.connection", "studio.session", "studio.endings"},  # the last only names exceptions
     "sdnotify": {"notify"},
-    "requests": {"transport", "request", "networks", "studio.api", "studio.route"},
+    "requests": {"transport", "request", "networks", "studio.api", "studio.route", "doctor"},
     "starlette": {"local_studio"},
     "uvicorn": {"local_studio"},
-    "typer": {"cli", "cli_models", "cli_control", "cli_generate", "cli_options"},
+    "typer": {"cli", "cli_models", "cli_control", "cli_doctor", "cli_generate", "cli_options"},
     "rich": {"cli_models", "cli_control", "cli_generate", "demo"},
     "pydantic_settings": {"config"},
 }
@@ -228,7 +228,7 @@ def test_imports_inside_functions_are_for_what_is_heavy() -> None:
         str(f)
         for f in ALL
         if f.in_function
-        and f.room not in {"cli", "cli_models", "cli_control", "cli_generate", "engine", "demo"}
+        and f.room not in {"cli", "cli_models", "cli_control", "cli_generate", "cli_doctor", "engine", "demo"}
     ]
     assert wrong == []
 

@@ -1,0 +1,68 @@
+"""The commands that look for faults: check-config before a start, doctor at any time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import typer
+
+from studio_worker import config, logs
+from studio_worker.cli_options import ConfigDir, Json
+from studio_worker.errors import StudioWorkerError
+
+_MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failure": ("FAILURE", "red")}
+
+
+def check_config(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> None:
+    """Check what must hold before a start; exit status 78 and one line with file, key and cure where not."""
+    from studio_worker.reach import policy_from
+    from studio_worker.studio.identity import IdentityFile
+
+    loaded = config.load(directory)
+    config.check_folders(loaded.settings)
+    policy_from(loaded.settings)
+    identity = loaded.settings.state.dir / "identity.json"
+    if identity.exists():
+        IdentityFile(identity).load()
+    if as_json:
+        shown = loaded.settings.model_dump(mode="json")
+        if proxy := shown["models"]["proxy"]:
+            shown["models"]["proxy"] = logs.safe_url(proxy)
+        typer.echo(json.dumps(shown, indent=2))
+        return
+    count = len(loaded.required)
+    studio = logs.safe_url(loaded.settings.studio.api_base_url)
+    typer.echo(f"{directory}: configuration is valid; {count} required model(s); studio {studio}")
+
+
+def doctor(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> None:
+    """Look at everything the worker needs, each line with its cure; exit status 1 where something fails."""
+    from studio_worker.control import ask, runtime_dir
+    from studio_worker.doctor import Box, examine
+    from studio_worker.doctor.checks import CHECKS
+    from studio_worker.snapshot import Snapshot
+
+    logs.configure("critical")  # what is wrong is told here, not logged
+    loaded = service = None
+    with contextlib.suppress(StudioWorkerError):  # its check tells it
+        loaded = config.load(directory)
+        folder = runtime_dir(loaded.settings.state.runtime_dir)
+        with contextlib.suppress(ValueError):
+            service = Snapshot.model_validate(ask(folder, "status", limit_s=3.0))
+    findings = examine(Box(Path(directory), loaded, service), CHECKS)
+    failed = any(finding.level == "failure" for finding in findings)
+    if as_json:
+        shown = {"ok": not failed, "findings": [vars(finding) for finding in findings]}
+        typer.echo(json.dumps(shown, indent=2))
+    else:
+        for finding in findings:
+            word, color = _MARKS[finding.level]
+            typer.echo(f"{typer.style(f'{word:8}', fg=color)} {finding.check}: {finding.text}")
+            if finding.cure:
+                typer.echo(f"{'':8} → {finding.cure}")
+    sys.stdout.flush()
+    os._exit(1 if failed else 0)  # a check that hangs in a driver must not hold up the end

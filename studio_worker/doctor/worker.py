@@ -1,0 +1,118 @@
+"""Checks of the worker itself: its models, who it is to the studio, whether it runs, what went wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from studio_worker.control import ask, runtime_dir
+from studio_worker.doctor import Box, Result, failure, ok, warning
+from studio_worker.errors import ControlDenied, ServiceNotRunning
+from studio_worker.ledger import Ledger, is_verified
+from studio_worker.provision import show_bytes, show_duration
+from studio_worker.spool import poisoned_jobs
+from studio_worker.starts import Starts
+from studio_worker.studio.identity import IdentityFile
+
+_AS_ROOT = "run this as root or as the service's user"
+_RECENT_S = 24 * 3600.0
+_OUTBOX_OLD_S = 3600.0
+
+
+def check_models(box: Box) -> Result:
+    """By the ledger; nothing is read again."""
+    root = box.config.settings.models.root
+    files = [file for model in box.config.required for file in model.files]
+    if not files:
+        return ok("none is required; offers bring them")
+    if not root.is_dir():
+        return warning(f"{root} is not there yet", "the service makes it at its first start")
+    try:
+        ledger = Ledger(root)
+    except PermissionError:
+        return warning(f"{root} cannot be looked at by this user", _AS_ROOT)
+    missing = [file for file in files if not is_verified(ledger, file)]
+    if missing:
+        size = show_bytes(sum(file.approx_bytes or 0 for file in missing))
+        return warning(
+            f"{len(missing)} of {len(files)} required file(s) are missing or changed since ({size})",
+            "the next start downloads them; `studio-worker models pull` does so now",
+        )
+    return ok(f"{len(files)} required file(s) verified")
+
+
+def check_registration(box: Box) -> Result:
+    path = box.config.settings.state.dir / "identity.json"
+    try:
+        if not path.exists():
+            return warning("this worker has not asked for registration yet", "start the service: it asks")
+        identity = IdentityFile(path).load()
+    except PermissionError:
+        return warning(f"{path} cannot be read by this user", _AS_ROOT)
+    if identity.worker_id and identity.auth_token:
+        return ok(identity.describe())
+    if identity.rejected is not None:
+        return failure(
+            identity.describe(), "talk to whoever runs the studio, then: studio-worker register --reset"
+        )
+    return warning(identity.describe(), "approve this worker on the studio's page")
+
+
+def check_service(box: Box) -> Result:
+    """Whether it runs, and whether the studio has it."""
+    if (snapshot := box.service) is None:
+        try:
+            # It answers nothing: the reason is told in its own words.
+            ask(runtime_dir(box.config.settings.state.runtime_dir), "status", 3.0)
+        except ServiceNotRunning:
+            return warning("not running", "systemctl enable --now studio-worker")
+        except ControlDenied:
+            return warning("this user may not ask it", _AS_ROOT)
+        return failure("running, and does not answer in a readable way", "systemctl restart studio-worker")
+    text = f"{snapshot.status or snapshot.phase}; up {show_duration(snapshot.process.uptime_s)}"
+    if snapshot.paused:
+        return warning(text, "studio-worker resume")
+    if snapshot.session.state == "reconnecting":
+        return warning(text, "it tries again by itself; see studio")
+    if "restart to apply" in snapshot.status:
+        return warning(text, "systemctl restart studio-worker")
+    if "not reloaded" in snapshot.status:
+        return warning(text, "mend the configuration, then: systemctl reload studio-worker")
+    oldest = snapshot.outbox.oldest_at
+    if oldest is not None and time.time() - oldest > _OUTBOX_OLD_S:
+        age = show_duration(time.time() - oldest)
+        return warning(f"{text}; a picture waits for delivery since {age}", "see studio, and the log")
+    return ok(text)
+
+
+def check_last_errors(box: Box) -> Result:
+    """Crashes, jobs that were given up for them, pictures set aside, and the last jobs that failed."""
+    state = box.config.settings.state.dir
+    try:
+        problems = list(_from_state(state))
+    except PermissionError:
+        return warning(f"{state} cannot be read by this user", _AS_ROOT)
+    if box.service is not None:
+        failed = [job for job in box.service.last_jobs if job.outcome in {"failed", "refused"}]
+        problems += [f"job {job.job_id} {job.outcome}: {job.reason}" for job in failed[:3]]
+    if problems:
+        return warning("; ".join(problems), "journalctl -u studio-worker -p warning")
+    return ok("none")
+
+
+def _from_state(state: Path) -> Iterator[str]:
+    """Raises PermissionError where the folder is closed to us."""
+    if not state.exists():
+        return
+    list(state.iterdir())
+    starts = Starts.read(state)
+    if starts.last_crash_at is not None and time.time() - starts.last_crash_at < _RECENT_S:
+        at = datetime.fromtimestamp(starts.last_crash_at, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        yield f"{starts.crashes} crash(es) so far, the last before {at}"
+    for job in poisoned_jobs(state / "spool")[-3:]:
+        yield f"job {job} is refused: it was in hand at two crashes"
+    aside = state / "outbox" / "unreadable"
+    if count := len(list(aside.glob("*.json"))):
+        yield f"{count} picture(s) that could not be delivered lie in {aside}"
