@@ -19,17 +19,19 @@ from PIL import Image
 
 from studio_worker.engine import Inputs, Progress, Request
 from studio_worker.engine.encoding import check_ext, encode, generation_meta
-from studio_worker.engine.families import FAMILIES, identify
+from studio_worker.engine.families import FAMILIES
 from studio_worker.engine.families.family import Blueprint, Family
 from studio_worker.engine.faults import OutOfMemory, translated, usable_device
 from studio_worker.engine.images import decode_mask, decode_picture, decode_reference
 from studio_worker.engine.loading import load_part, weights_dtype
-from studio_worker.engine.loras import Adapters, asked_loras
+from studio_worker.engine.loras import Adapters, Lora, asked_loras
 from studio_worker.engine.memory import MachineMemory, Memory, free_bytes, total_bytes
 from studio_worker.engine.parameters import Parameters, printable, resolve
 from studio_worker.engine.placement import Footprint, Mode, Plan, choose, footprint, leaner
+from studio_worker.engine.prompts import PromptCache
 from studio_worker.engine.rendering import LoadedModel, Rendered, Starting
 from studio_worker.engine.residency import Key, Place, Residency
+from studio_worker.engine.sources import Sources
 from studio_worker.engine.weights import will_need
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, ImageTask, Picture
@@ -73,8 +75,9 @@ class DiffusionEngine:
     ) -> None:
         _silence_libraries()
         self._device = usable_device(device)
-        self._families = families
+        self._sources = Sources(families)
         self._adapters = Adapters()
+        self._prompts = PromptCache()
         self._memory = memory or MachineMemory(self._device)
         self._residency = Residency(self._device, self._memory, budget_bytes)
 
@@ -112,7 +115,7 @@ class DiffusionEngine:
         _check_inputs(request.task, request.inputs)
         prompt, loras = asked_loras(request.task.prompt, request.files)
         task = request.task.model_copy(update={"prompt": prompt})
-        blueprint = identify([file for file in request.files if file.role != "lora"], self._families)
+        blueprint = self._sources.identify([file for file in request.files if file.role != "lora"])
         family = blueprint.family
         from_image = request.inputs.init_image is not None
         parameters = resolve(task, request.defaults, family.defaults, from_image=from_image)
@@ -125,7 +128,7 @@ class DiffusionEngine:
         attempt.plan = self._plan(
             attempt.needed, request.defaults, self._residency.size_bytes(), attempt.failed
         )
-        model, load_s = self._model(request.model, blueprint, dtype, attempt.plan)
+        model, load_s = self._model(request.model, blueprint, dtype, attempt.plan, loras)
         started = time.perf_counter()
         self._adapters.set(model.lora_pipeline(), loras)
         if loras:
@@ -170,7 +173,7 @@ class DiffusionEngine:
         )
 
     def _model(
-        self, name: str, blueprint: Blueprint, dtype: torch.dtype, plan: Plan
+        self, name: str, blueprint: Blueprint, dtype: torch.dtype, plan: Plan, loras: tuple[Lora, ...]
     ) -> tuple[LoadedModel, float]:
         """The model that the studio calls ``name``, where ``plan`` wants it, and the seconds that took: 0
         where all of its components were there.
@@ -206,7 +209,8 @@ class DiffusionEngine:
             residency.add(keys[part], component, place)
             parts[part] = component
         residency.name(name, keys.values())
-        model = LoadedModel(family, parts, plan, self._device)
+        readers = tuple(key for part, key in keys.items() if part not in {family.denoiser, "vae"})
+        model = LoadedModel(family, parts, plan, self._device, self._prompts, (family.name, readers, loras))
         if not coming:
             return model, 0.0
         load_s = time.perf_counter() - started

@@ -7,7 +7,7 @@ together for every job from components that residency keeps, which takes less th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from studio_worker.engine.loading import load_scheduler, load_tokenizer
 from studio_worker.engine.offloading import placed
 from studio_worker.engine.parameters import Parameters
 from studio_worker.engine.placement import Mode, Plan
+from studio_worker.engine.prompts import PromptCache
 from studio_worker.engine.samplers import make_scheduler
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
@@ -63,6 +64,8 @@ class LoadedModel:
         family: how they work together.
         parts: the loaded components by the names that the family's pipelines give them.
         plan: how they come to their device; by default they are there.
+        prompts: where encoded prompts are kept between jobs.
+        reads_by: what tells apart models that make different embeddings of one prompt.
     """
 
     def __init__(
@@ -71,7 +74,11 @@ class LoadedModel:
         parts: Mapping[str, torch.nn.Module | None],
         plan: Plan = _ALL_THERE,
         device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+        prompts: PromptCache | None = None,
+        reads_by: Hashable = None,
     ) -> None:
+        self._prompts = prompts or PromptCache(budget_bytes=0)
+        self._reads_by = reads_by
         self._family = family
         self._plan = plan
         self._device = device
@@ -115,7 +122,7 @@ class LoadedModel:
                 generator=generator,
                 output_type="latent",
                 callback_on_step_end=on_step_end,
-                **family.encode(pipeline, parameters),
+                **self._encoded(pipeline, parameters, starting),
                 **family.guidance(parameters),
                 **prepared,
                 **pictures,
@@ -131,6 +138,17 @@ class LoadedModel:
         ):
             facts["promptTruncated"] = True
         return Rendered(picture, facts)
+
+    def _encoded(self, pipeline: Any, parameters: Parameters, starting: Starting) -> dict[str, Any]:
+        """The prompts as the family encodes them. An edit's depend on its picture, and are not kept."""
+
+        def encode() -> dict[str, Any]:
+            return self._family.encode(pipeline, parameters)
+
+        if starting.reference is not None:
+            return encode()
+        words = (parameters.prompt, parameters.negative_prompt, parameters.guidance)
+        return self._prompts.get((self._reads_by, words), self._device, encode)
 
     def lora_pipeline(self) -> Any:
         """A pipeline that LoRAs can be brought in through; the components are the same in all of them."""
