@@ -73,6 +73,7 @@ class WorkerSection(_Section):
     vram_threshold_gb: float | None = Field(default=None, gt=0)
     step_timeout_s: float = Field(default=300.0, gt=0)
     stop_timeout_s: float = Field(default=240.0, gt=0, le=86_400)
+    preload: bool = False
 
 
 class ModelsSection(_Section):

@@ -236,6 +236,12 @@ class Service:
             _thread("watchdog", lambda: self._feed_watchdog(interval_s))
         studio = _thread("studio", self._talk_to_studio)
         try:
+            if self._settings.worker.preload:
+                self._worker.preload(
+                    self._reloader.config.required,
+                    go_on=lambda: not self._stop.is_set() and self._desk.current_job_id is None,
+                    say=self._say_preload,
+                )
             self._worker.run()
         finally:
             self._activity.entered("stopping")
@@ -375,6 +381,10 @@ class Service:
         self._line.say(state)
         if state == "connected":
             self._courier.hurry()
+
+    def _say_preload(self, text: str) -> None:
+        self._line.note("preload", text)
+        self._line.say()
 
     def _note_pause(self) -> None:
         self._session.beat()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from studio_worker.engine import Engine, Inputs, Request
+from studio_worker.engine import Engine, Inputs, KeepsModels, Request
 from studio_worker.errors import (
     DeviceError,
     DownloadCancelled,
@@ -24,7 +24,7 @@ from studio_worker.errors import (
     JobError,
 )
 from studio_worker.jobs import Cancel, Job, Picture
-from studio_worker.models import LocalFile, ModelFile, ModelSource
+from studio_worker.models import LocalFile, ModelFile, ModelSource, RequiredModel
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +126,48 @@ class Worker:
         self._cancel_download = threading.Event()
         self._ending: str | None = None
         self._stepped_at: float | None = None
+
+    def preload(
+        self, models: Iterable[RequiredModel], go_on: Callable[[], bool], say: Callable[[str], None]
+    ) -> None:
+        """Have engines load ``models`` before their first job, as many as fit together.
+
+        Args:
+            go_on: whether nothing more urgent waits; asked between components.
+            say: gets what is being loaded, and an empty string at the end.
+
+        Raises:
+            DeviceError: the device is lost; the process should end.
+        """
+        for model in models:
+            if not go_on():
+                break
+            say(f"loading {model.id}")
+            self._moved(0, None)
+            try:
+                self._preload(model, go_on)
+            except (JobError, DownloadError) as error:
+                log.warning(
+                    "model not preloaded", extra={"op": "preload", "model": model.id, "error": str(error)}
+                )
+            finally:
+                self._stepped_at = None
+                say("")
+
+    def _preload(self, model: RequiredModel, go_on: Callable[[], bool]) -> None:
+        began = time.monotonic()
+        engine = self._engines.for_source(model)
+        if not isinstance(engine, KeepsModels):
+            return
+
+        def goes_on() -> bool:
+            self._moved(0, None)
+            return go_on()
+
+        with self._files.taken(model.id, model.files, cancel=self._cancel_download) as files:
+            is_whole = engine.preload(model.id, files, model.cli_defaults, goes_on)
+        facts = {"op": "preload", "model": model.id, "elapsed_ms": round((time.monotonic() - began) * 1000)}
+        log.info("model preloaded" if is_whole else "model not preloaded", extra=facts)
 
     def run(self) -> None:
         """Work until the source has no more jobs.

@@ -337,3 +337,37 @@ def test_process_is_as_good_as_new_after_memory_ran_out() -> None:
     assert said["retryable"]
     assert said["after"] == said["before"]
     assert said["rss_after"] < said["rss_before"] + 50
+
+
+# --- before the first job ---
+
+
+def preloaded(engine: DiffusionEngine, file: LocalFile, times: int = 99) -> bool:
+    """Preload, but for components after so many."""
+    left = iter(range(times))
+    return engine.preload(file.path.stem, [file], SMALL, lambda: next(left, None) is not None)
+
+
+def test_preloaded_model_needs_no_loading() -> None:
+    """The first job of a preloaded model waits for nothing."""
+    engine = DiffusionEngine("cpu")
+    assert preloaded(engine, SAMPLE)
+    assert list(engine.resident()) == ["sample"]
+    assert made(engine).timings_s["load"] == 0
+
+
+def test_preloading_ends_between_two_components() -> None:
+    """When something more urgent comes, the component at hand is finished and kept, and no other begun."""
+    engine = DiffusionEngine("cpu")
+    assert not preloaded(engine, SAMPLE, times=1)
+    assert engine.resident() == {}
+    assert 0 < engine._residency.size_bytes() < sum(sample_footprint().weights.values())
+    assert made(engine).data == made(DiffusionEngine("cpu")).data
+
+
+def test_preloading_pushes_nothing_out(tmp_path: Path) -> None:
+    """A model that does not fit beside those that are loaded is not preloaded."""
+    engine = DiffusionEngine("cpu", memory=Fake(plan_of(Mode.WHOLE, tiled=False).peak_bytes))
+    assert preloaded(engine, SAMPLE)
+    assert not preloaded(engine, changed_sample(tmp_path / "other.safetensors", lambda tensors: None))
+    assert engine.resident().keys() == {"sample"}

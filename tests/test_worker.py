@@ -17,7 +17,7 @@ from studio_worker.activity import Activity
 from studio_worker.engine import Engine, Progress, Request, Router
 from studio_worker.errors import DeviceError, DownloadError, DownloadRefused, JobError, StoreError
 from studio_worker.jobs import Cancel, ImageTask, Job, Picture
-from studio_worker.models import LocalFile, ModelFile, ModelSource
+from studio_worker.models import LocalFile, ModelFile, ModelSource, RequiredModel
 from studio_worker.outbox import Outbox
 from studio_worker.spool import JobInHand
 from studio_worker.worker import Worker
@@ -394,3 +394,83 @@ def test_worker_says_why_a_picture_cannot_be_kept(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(outbox, "add", full)
     worker.run()
     assert source.failures == [("a", "the finished picture cannot be kept: No space left on device", True)]
+
+
+class KeepingEngine(ScriptedEngine):
+    """Notes what it is told to load; does what ``loads`` says for a model."""
+
+    def __init__(self, loads: Mapping[str, Callable[[Callable[[], bool]], bool]] | None = None) -> None:
+        super().__init__({})
+        self._loads = loads or {}
+        self.asked: list[str] = []
+
+    def resident(self) -> Mapping[str, int]:
+        return {}
+
+    def used_bytes(self) -> int | None:
+        return None
+
+    def preload(
+        self, model: str, files: Iterable[LocalFile], defaults: object, go_on: Callable[[], bool]
+    ) -> bool:
+        self.asked.append(model)
+        return self._loads.get(model, lambda go_on: True)(go_on)
+
+
+def preloading(
+    tmp_path: Path, engine: KeepingEngine, go_on: Callable[[], bool] = lambda: True, **options: Any
+) -> list[str]:
+    """Preload models a and b; what was said meanwhile."""
+    worker, _, _ = make(tmp_path, Source(), **options)
+    worker._engines = Router({"scripted": lambda: engine})
+    said: list[str] = []
+    worker.preload([RequiredModel(id=name, engine="scripted") for name in "ab"], go_on, said.append)
+    assert not worker.is_stuck()
+    return said
+
+
+def test_worker_preloads_models_in_their_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every model is loaded before its first job, and it is said which one; a model that cannot be loaded
+    does not keep the next one from it.
+    """
+
+    def broken(go_on: Callable[[], bool]) -> bool:
+        raise JobError("no room", retryable=True)
+
+    engine = KeepingEngine({"a": broken})
+    with caplog.at_level(logging.INFO):
+        assert preloading(tmp_path, engine) == ["loading a", "", "loading b", ""]
+    assert engine.asked == ["a", "b"]
+    told = {r.message: r.__dict__ for r in caplog.records if getattr(r, "op", "") == "preload"}
+    assert told["model not preloaded"]["error"] == "no room"
+    assert told["model preloaded"]["model"] == "b"
+
+
+def test_job_goes_before_preloading(tmp_path: Path) -> None:
+    """When a job comes, or the service stops, no further model is begun."""
+    waiting = [False]
+
+    def job_comes(go_on: Callable[[], bool]) -> bool:
+        waiting[0] = True
+        return go_on()
+
+    engine = KeepingEngine({"a": job_comes})
+    preloading(tmp_path, engine, lambda: not waiting[0])
+    assert engine.asked == ["a"]
+
+
+def test_preloading_that_hangs_is_noticed(tmp_path: Path) -> None:
+    """A device that hangs while a model is loaded is stuck as it is in a job."""
+    verdicts: list[bool] = []
+    held = threading.Event()
+    worker, _, _ = make(tmp_path, Source(), step_timeout_s=0.1)
+
+    def hang(go_on: Callable[[], bool]) -> bool:
+        go_on()
+        held.wait(0.15)  # longer than the step limit
+        verdicts.append(worker.is_stuck())
+        return True
+
+    worker._engines = Router({"scripted": lambda: KeepingEngine({"a": hang})})
+    worker.preload([RequiredModel(id="a", engine="scripted")], lambda: True, lambda text: None)
+    assert verdicts == [True]

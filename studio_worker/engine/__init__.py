@@ -8,7 +8,7 @@ error, ``status`` and the way to READY never pay for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -86,6 +86,23 @@ class KeepsModels(Protocol):
 
     def used_bytes(self) -> int | None:
         """Bytes in use on the device, by this process and others; ``None`` where it does not say."""
+        ...
+
+    def preload(
+        self, model: str, files: Sequence[LocalFile], defaults: CliDefaults, go_on: Callable[[], bool]
+    ) -> bool:
+        """Load a model before its first job, unless others would have to leave for it; called from the
+        engine's own thread.
+
+        Args:
+            go_on: asked before each component; the rest stays where it is when it says no.
+
+        Returns whether the model is wholly loaded.
+
+        Raises:
+            JobError: the model cannot be loaded.
+            DeviceError: the device is lost; the process should end.
+        """
         ...
 
 

@@ -9,33 +9,31 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import diffusers
-import torch
 import transformers
 from PIL import Image
 
 from studio_worker.engine import Inputs, Progress, Request
 from studio_worker.engine.encoding import check_ext, encode, generation_meta
 from studio_worker.engine.families import FAMILIES
-from studio_worker.engine.families.family import Blueprint, Family
+from studio_worker.engine.families.family import Family
 from studio_worker.engine.faults import OutOfMemory, translated, usable_device
 from studio_worker.engine.images import decode_mask, decode_picture, decode_reference
-from studio_worker.engine.loading import load_part, weights_dtype
-from studio_worker.engine.loras import Adapters, Lora, asked_loras
+from studio_worker.engine.loader import Loader
+from studio_worker.engine.loading import weights_dtype
+from studio_worker.engine.loras import Adapters, asked_loras
 from studio_worker.engine.memory import MachineMemory, Memory, free_bytes, total_bytes
 from studio_worker.engine.parameters import Parameters, printable, resolve
-from studio_worker.engine.placement import Footprint, Mode, Plan, choose, footprint, leaner
-from studio_worker.engine.prompts import PromptCache
+from studio_worker.engine.placement import Footprint, Plan, leaner
 from studio_worker.engine.rendering import LoadedModel, Rendered, Starting
-from studio_worker.engine.residency import Key, Place, Residency
+from studio_worker.engine.residency import Residency
 from studio_worker.engine.sources import Sources
-from studio_worker.engine.weights import will_need
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, ImageTask, Picture
-from studio_worker.models import CliDefaults
+from studio_worker.models import CliDefaults, LocalFile
 
 _LOG = logging.getLogger(__name__)
 
@@ -77,9 +75,9 @@ class DiffusionEngine:
         self._device = usable_device(device)
         self._sources = Sources(families)
         self._adapters = Adapters()
-        self._prompts = PromptCache()
         self._memory = memory or MachineMemory(self._device)
         self._residency = Residency(self._device, self._memory, budget_bytes)
+        self._loader = Loader(self._device, self._memory, self._residency)
 
     def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
         """See :meth:`studio_worker.engine.Engine.generate`."""
@@ -97,6 +95,16 @@ class DiffusionEngine:
             _LOG.warning("out of memory, trying a leaner way", extra={"error": str(error)})
         with translated(self._device, prompts, on_exhausted=self._residency.clear):
             return self._generate(request, progress, cancel, Attempt(failed=attempt.plan))
+
+    def preload(
+        self, model: str, files: Sequence[LocalFile], defaults: CliDefaults, go_on: Callable[[], bool]
+    ) -> bool:
+        """See :meth:`studio_worker.engine.KeepsModels.preload`."""
+        with translated(self._device, (), on_exhausted=self._residency.clear):
+            blueprint = self._sources.identify([file for file in files if file.role != "lora"])
+            own = blueprint.family.defaults
+            pixels = (defaults.width or own.width) * (defaults.height or own.height)
+            return self._loader.preload(model, blueprint, pixels, defaults, go_on)
 
     def resident(self) -> Mapping[str, int]:
         """See :meth:`studio_worker.engine.KeepsModels.resident`."""
@@ -123,12 +131,11 @@ class DiffusionEngine:
         starting = _starting(request.inputs, parameters)
         family.pipeline_class(starting.kind)
 
-        dtype = weights_dtype(family, self._device)
-        attempt.needed = footprint(blueprint, dtype.itemsize, parameters.width * parameters.height)
-        attempt.plan = self._plan(
-            attempt.needed, request.defaults, self._residency.size_bytes(), attempt.failed
+        attempt.needed = self._loader.footprint(blueprint, parameters.width * parameters.height)
+        attempt.plan = self._loader.plan(attempt.needed, request.defaults, attempt.failed)
+        model, load_s = self._loader.load(
+            request.model, blueprint, attempt.plan, loras, lambda: not cancel.is_set
         )
-        model, load_s = self._model(request.model, blueprint, dtype, attempt.plan, loras)
         started = time.perf_counter()
         self._adapters.set(model.lora_pipeline(), loras)
         if loras:
@@ -151,81 +158,11 @@ class DiffusionEngine:
             family=family.name,
             timings_s=timings_s,
             device=str(self._device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=str(weights_dtype(family, self._device)).removeprefix("torch."),
             **({"loras": {lora.name: lora.weight for lora in loras}} if loras else {}),
             **rendered.facts,
         )
         return Picture(data, parameters.ext, meta, timings_s)
-
-    def _plan(self, needed: Footprint, defaults: CliDefaults, device_bytes: int, failed: Plan | None) -> Plan:
-        """How the picture is made; another way than ``failed`` where memory did not suffice for that one."""
-        has_host = self._memory.has_host
-        if failed is not None:
-            plan = leaner(needed, failed, has_host=has_host)
-            assert plan is not None  # who tries again has looked
-            return plan
-        return choose(
-            needed,
-            self._memory.on_device(device_bytes),
-            has_host=has_host,
-            offload=bool(defaults.offload_to_cpu),
-            device=str(self._device),
-        )
-
-    def _model(
-        self, name: str, blueprint: Blueprint, dtype: torch.dtype, plan: Plan, loras: tuple[Lora, ...]
-    ) -> tuple[LoadedModel, float]:
-        """The model that the studio calls ``name``, where ``plan`` wants it, and the seconds that took: 0
-        where all of its components were there.
-        """
-        family, residency = blueprint.family, self._residency
-        started = time.perf_counter()
-        keys = {
-            part: Key(family.parts[part].identity, section.content, dtype)
-            for part, section in blueprint.sections.items()
-        }
-        place = Place.DEVICE if plan.mode is Mode.WHOLE else Place.RAM
-        coming = {
-            part: blueprint.sections[part].size_bytes(dtype.itemsize)
-            for part, key in keys.items()
-            if residency.place(key) is not place
-        }
-        if place is Place.DEVICE:
-            working = plan.peak_bytes - sum(s.size_bytes(dtype.itemsize) for s in blueprint.sections.values())
-            residency.make_room(sum(coming.values()), working, keep=keys.values())
-        else:
-            residency.make_host_room(sum(coming.values()), keep=keys.values())
-        parts: dict[str, torch.nn.Module | None] = {
-            part: residency.get(keys[part], place) if part in keys else None for part in family.parts
-        }
-        if place is Place.RAM:
-            residency.make_room(0, plan.peak_bytes, keep=keys.values())
-        missing = [part for part in keys if parts[part] is None]
-        for part in missing:
-            will_need(blueprint.sections[part].checkpoint.path)
-        for part in missing:
-            where = self._device if place is Place.DEVICE else torch.device("cpu")
-            component = load_part(family.parts[part], blueprint.sections[part], where, dtype)
-            residency.add(keys[part], component, place)
-            parts[part] = component
-        residency.name(name, keys.values())
-        readers = tuple(key for part, key in keys.items() if part not in {family.denoiser, "vae"})
-        model = LoadedModel(family, parts, plan, self._device, self._prompts, (family.name, readers, loras))
-        if not coming:
-            return model, 0.0
-        load_s = time.perf_counter() - started
-        _LOG.info(
-            "model loaded",
-            extra={
-                "family": family.name,
-                "components": missing,
-                "moved": [part for part in coming if part not in missing],
-                "mode": plan.mode.value,
-                "load_s": load_s,
-                "resident_bytes": residency.size_bytes(),
-            },
-        )
-        return model, load_s
 
 
 def _render(

@@ -1,0 +1,144 @@
+"""A model to where its next picture is made: the way chosen, room made, missing components read.
+
+This module owns the order of these; what fits is placement.py's, what stays is residency.py's to say.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from studio_worker.engine.families.family import Blueprint
+from studio_worker.engine.loading import load_part, weights_dtype
+from studio_worker.engine.loras import Lora
+from studio_worker.engine.memory import Memory
+from studio_worker.engine.placement import Footprint, Mode, Plan, choose, footprint, leaner
+from studio_worker.engine.prompts import PromptCache
+from studio_worker.engine.rendering import LoadedModel
+from studio_worker.engine.residency import Key, Place, Residency
+from studio_worker.engine.weights import will_need
+from studio_worker.errors import JobCancelled
+from studio_worker.models import CliDefaults
+
+_LOG = logging.getLogger(__name__)
+
+
+class Loader:
+    """Loads models for one device. For one thread."""
+
+    def __init__(self, device: torch.device, memory: Memory, residency: Residency) -> None:
+        self._device = device
+        self._memory = memory
+        self._residency = residency
+        self._prompts = PromptCache()
+
+    def footprint(self, blueprint: Blueprint, pixels: int) -> Footprint:
+        """What a picture of so many pixels needs, from the files' headers."""
+        return footprint(blueprint, weights_dtype(blueprint.family, self._device).itemsize, pixels)
+
+    def plan(self, needed: Footprint, defaults: CliDefaults, failed: Plan | None = None) -> Plan:
+        """How the picture is made; another way than ``failed`` where memory did not suffice for that one.
+
+        Raises:
+            JobError: there is no way; retryable.
+        """
+        has_host = self._memory.has_host
+        if failed is not None:
+            plan = leaner(needed, failed, has_host=has_host)
+            assert plan is not None  # who tries again has looked
+            return plan
+        return choose(
+            needed,
+            self._memory.on_device(self._residency.size_bytes()),
+            has_host=has_host,
+            offload=bool(defaults.offload_to_cpu),
+            device=str(self._device),
+        )
+
+    def load(
+        self,
+        name: str,
+        blueprint: Blueprint,
+        plan: Plan,
+        loras: tuple[Lora, ...],
+        go_on: Callable[[], bool],
+    ) -> tuple[LoadedModel, float]:
+        """The model that the studio calls ``name``, where ``plan`` wants it, and the seconds that took: 0
+        where all of its components were there.
+
+        Raises:
+            JobCancelled: ``go_on`` said no between two components.
+        """
+        family, residency = blueprint.family, self._residency
+        dtype = weights_dtype(family, self._device)
+        started = time.perf_counter()
+        keys = {
+            part: Key(family.parts[part].identity, section.content, dtype)
+            for part, section in blueprint.sections.items()
+        }
+        place = Place.DEVICE if plan.mode is Mode.WHOLE else Place.RAM
+        coming = {
+            part: blueprint.sections[part].size_bytes(dtype.itemsize)
+            for part, key in keys.items()
+            if residency.place(key) is not place
+        }
+        if place is Place.DEVICE:
+            working = plan.peak_bytes - sum(s.size_bytes(dtype.itemsize) for s in blueprint.sections.values())
+            residency.make_room(sum(coming.values()), working, keep=keys.values())
+        else:
+            residency.make_host_room(sum(coming.values()), keep=keys.values())
+        parts: dict[str, torch.nn.Module | None] = {
+            part: residency.get(keys[part], place) if part in keys else None for part in family.parts
+        }
+        if place is Place.RAM:
+            residency.make_room(0, plan.peak_bytes, keep=keys.values())
+        missing = [part for part in keys if parts[part] is None]
+        for part in missing:
+            will_need(blueprint.sections[part].checkpoint.path)
+        for part in missing:
+            if not go_on():
+                raise JobCancelled
+            where = self._device if place is Place.DEVICE else torch.device("cpu")
+            component = load_part(family.parts[part], blueprint.sections[part], where, dtype)
+            residency.add(keys[part], component, place)
+            parts[part] = component
+        residency.name(name, keys.values())
+        readers = tuple(key for part, key in keys.items() if part not in {family.denoiser, "vae"})
+        model = LoadedModel(family, parts, plan, self._device, self._prompts, (family.name, readers, loras))
+        if not coming:
+            return model, 0.0
+        load_s = time.perf_counter() - started
+        _LOG.info(
+            "model loaded",
+            extra={
+                "family": family.name,
+                "components": missing,
+                "moved": [part for part in coming if part not in missing],
+                "mode": plan.mode.value,
+                "load_s": load_s,
+                "resident_bytes": residency.size_bytes(),
+            },
+        )
+        return model, load_s
+
+    def preload(
+        self,
+        name: str,
+        blueprint: Blueprint,
+        pixels: int,
+        defaults: CliDefaults,
+        go_on: Callable[[], bool],
+    ) -> bool:
+        """Load a model unless others would have to leave for it; whether it is wholly loaded."""
+        plan = self.plan(self.footprint(blueprint, pixels), defaults)
+        ours = self._residency.size_bytes()
+        if ours + plan.peak_bytes > self._memory.on_device(ours):
+            return False
+        try:
+            self.load(name, blueprint, plan, (), go_on)
+        except JobCancelled:
+            return False
+        return True
