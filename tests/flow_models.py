@@ -20,6 +20,7 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, FileRole, LocalFile
 from tests.engine_lab import decoded, request
+from tests.published import Shapes
 
 Tensors = dict[str, torch.Tensor]
 
@@ -127,9 +128,11 @@ def config(folder: Path, content: Mapping[str, Any]) -> Path:
 def drawn(module: torch.nn.Module, seed: int) -> Any:
     """``module`` with every weight drawn from ``seed``, rounded to half precision as published ones are."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         scale = 0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+        if ".SelfAttention.q." in name:
+            scale /= 4  # T5 leaves it to these weights to keep its attention's logits small
         centre = parameter.data.float() if parameter.ndim == 1 else 0.0
         parameter.data = (centre + noise * scale).half().float()
     return module.eval().requires_grad_(False)
@@ -294,3 +297,13 @@ def _wan_name(name: str) -> str:
     if kind == "upsamplers":
         return f"{half}.upsamples.{4 * int(block) + 3}.{'.'.join(inner)}.{leaf}"
     return f"{half}.upsamples.{4 * int(block) + int(index)}.{_WAN_BLOCK[inner[0]]}.{leaf}"
+
+
+def one_column(shapes: Shapes) -> Tensors:
+    """A tensor for each name, of as many rows and one column, every number another."""
+    tensors: Tensors = {}
+    first = 0
+    for name, (rows, *columns) in shapes.items():
+        tensors[name] = torch.arange(first, first + rows).reshape(rows, *(1 for _ in columns))
+        first += rows
+    return tensors

@@ -68,6 +68,45 @@ def _flux_blocks(double: int, single: int) -> Shapes:
     return _with_biases(modules) | norms
 
 
+def sd3(*, blocks: int = 38, positions: int = 192, normed: bool = True, dual: int = 0) -> Shapes:
+    """``sd3.5_large.safetensors`` without its prefix; ``sd3.5_medium`` has 24 blocks, 13 of them with a
+    second attention, and a table of 384 x 384 places; ``sd3_medium`` has 24 and no norms of queries and keys.
+
+    Source: https://github.com/Stability-AI/sd3.5 (mmditx.py, sd3_impls.py).
+    """
+    width = 64 * blocks
+    modules = {
+        "context_embedder": (width, 4096),
+        "t_embedder.mlp.0": (width, 256),
+        "t_embedder.mlp.2": (width, width),
+        "y_embedder.mlp.0": (width, 2048),
+        "y_embedder.mlp.2": (width, width),
+        "final_layer.linear": (64, width),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+        "x_embedder.proj": (width, 16, 2, 2),
+    }
+    plain: Shapes = {"pos_embed": (1, positions**2, width)}
+    for block in range(blocks):
+        for stream in ("x", "context"):
+            place = f"joint_blocks.{block}.{stream}_block"
+            attentions = ["attn", *(["attn2"] if stream == "x" and block < dual else [])]
+            last = stream == "context" and block == blocks - 1  # whose output nothing reads
+            parts = 2 if last else 3 + 3 * len(attentions)
+            modules[f"{place}.adaLN_modulation.1"] = (parts * width, width)
+            for attention in attentions:
+                modules[f"{place}.{attention}.qkv"] = (3 * width, width)
+                if not last:
+                    modules[f"{place}.{attention}.proj"] = (width, width)
+                if normed:
+                    plain |= {f"{place}.{attention}.ln_{each}.weight": (64,) for each in "qk"}
+            if not last:
+                modules |= {
+                    f"{place}.mlp.fc1": (4 * width, width),
+                    f"{place}.mlp.fc2": (width, 4 * width),
+                }
+    return _with_biases(modules) | plain
+
+
 def qwen_image(*, blocks: int = 60) -> Shapes:
     """``qwen_image_bf16.safetensors`` and, of the same names, Qwen-Image-Edit's.
 

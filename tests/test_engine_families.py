@@ -158,13 +158,15 @@ FOREIGN = {
         "conditioner.embedders.0.model.text_projection": (1280, 1280),
     },
     "InstructPix2Pix": SD1_KEYS | {PREFIX + "input_blocks.0.0.weight": (320, 8, 3, 3)},
-    "Stable Diffusion 3": {PREFIX + "joint_blocks.0.context_block.adaLN_modulation.1.bias": (9216,)},
+    "Stable Diffusion 3 of another kind": {
+        PREFIX + "joint_blocks.0.context_block.adaLN_modulation.1.bias": (9216,)
+    },
     "FLUX.1 of another kind": {
         "double_blocks.0.img_attn.norm.key_norm.scale": (128,),
         "img_in.weight": (3072, 64),
     },
     "FLUX.2": {"single_stream_modulation.lin.weight": (18432, 6144)},
-    "Chroma": {
+    "Chroma of another kind": {
         "distilled_guidance_layer.in_proj.bias": (5120,),
         "double_blocks.0.img_attn.norm.key_norm.scale": (128,),
     },

@@ -49,6 +49,7 @@ from tests.flow_models import (
     drawn,
     llama_cpp,
     make,
+    one_column,
     quantised,
     right_half,
     safetensors,
@@ -56,7 +57,7 @@ from tests.flow_models import (
     state,
     stock,
 )
-from tests.published import Shapes, flux1
+from tests.published import flux1
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -310,16 +311,6 @@ def test_inverse_of_the_published_layout_is_exact(tinies: dict[str, Tiny]) -> No
 def assert_same_tensors(one: Tensors, other: Tensors) -> None:
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
-def one_column(shapes: Shapes) -> Tensors:
-    """A tensor for each name, of as many rows and one column, every number another."""
-    tensors: Tensors = {}
-    first = 0
-    for name, (rows, *columns) in shapes.items():
-        tensors[name] = torch.arange(first, first + rows).reshape(rows, *(1 for _ in columns))
-        first += rows
-    return tensors
 
 
 @pytest.mark.parametrize("masked", [False, True])

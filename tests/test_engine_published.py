@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from studio_worker.engine.families import identify
+from studio_worker.engine.families.chroma import CHROMA
 from studio_worker.engine.families.family import Family, Part
 from studio_worker.engine.families.flux import FLUX_DEV, FLUX_FILL, FLUX_SCHNELL
 from studio_worker.engine.families.qwen_image import QWEN_IMAGE
+from studio_worker.engine.families.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from studio_worker.engine.loading import empty_model, load_tokenizer
 from studio_worker.engine.sections import read_sections
 from studio_worker.errors import JobError
 from studio_worker.models import FileRole, LocalFile
 from tests.engine_lab import refuse_network, write_header
-from tests.published import Shapes, chroma, flux1, qwen25_vl, qwen_image, t5_xxl
+from tests.published import Shapes, chroma, flux1, qwen25_vl, qwen_image, sd3, t5_xxl
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +33,10 @@ PUBLISHED: list[tuple[Family, str, Callable[[], Shapes]]] = [
     (FLUX_SCHNELL, "transformer", lambda: flux1(guidance=False)),
     (FLUX_FILL, "transformer", lambda: flux1(reads=384)),
     (FLUX_DEV, "text_encoder_2", t5_xxl),
+    (SD35_LARGE, "transformer", sd3),
+    (SD35_MEDIUM, "transformer", lambda: sd3(blocks=24, positions=384, dual=13)),
+    (SD3_MEDIUM, "transformer", lambda: sd3(blocks=24, normed=False)),
+    (CHROMA, "transformer", chroma),
     (QWEN_IMAGE, "transformer", qwen_image),
     (QWEN_IMAGE, "text_encoder", qwen25_vl),
     (QWEN_IMAGE, "vision", qwen25_vl),
@@ -53,7 +59,9 @@ def test_published_tensors_are_what_the_configuration_builds(
     layout = part.layout(section)
     assert layout is not None
     renamed = layout.rename({key: torch.empty(shape, device="meta") for key, shape in section.shapes.items()})
-    built = {key: tuple(tensor.shape) for key, tensor in empty_model(part).named_parameters()}
+    model = empty_model(part)
+    saved = model.state_dict(keep_vars=True)  # parameters, and the buffers that a class saves
+    built = {key: tuple(tensor.shape) for key, tensor in saved.items()}
     assert {key: tuple(tensor.shape) for key, tensor in renamed.items()} == built
 
 
@@ -106,6 +114,10 @@ DENOISERS: list[tuple[str, Shapes]] = [
     ("flux1-dev", flux1()),  # Kontext's are the same
     ("flux1-schnell", flux1(guidance=False)),
     ("flux1-fill", flux1(reads=384)),
+    ("sd3.5-large", sd3()),
+    ("sd3.5-medium", sd3(blocks=24, positions=384, dual=13)),
+    ("sd3-medium", sd3(blocks=24, normed=False)),
+    ("chroma", chroma()),
     ("qwen-image", qwen_image()),  # Qwen-Image-Edit's and 2509's are the same
     ("qwen-image-edit-2511", qwen_image() | {"__index_timestep_zero__": (0,)}),
 ]
@@ -125,14 +137,15 @@ def test_denoiser_is_told_by_its_tensors(name: str, shapes: Shapes, prefix: str,
     [
         (flux1(reads=128), "FLUX.1 of another kind"),  # Depth and Canny
         (flux1(double=8), "FLUX.1 of another kind"),  # Freepik's FLUX.1-lite
-        (chroma(), "Chroma"),
+        (chroma(double=8), "Chroma of another kind"),
+        (sd3(blocks=30), "Stable Diffusion 3 of another kind"),
         (
             qwen_image() | {"time_text_embed.addition_t_embedding.weight": (2, 3072)},
             "Qwen-Image of another kind",
         ),
         (qwen25_vl(), "a language model alone"),
     ],
-    ids=["Depth", "lite", "Chroma", "Layered", "text encoder"],
+    ids=["Depth", "lite", "Chroma", "SD3", "Layered", "text encoder"],
 )
 def test_neighbour_is_refused_by_name(shapes: Shapes, says: str, tmp_path: Path) -> None:
     """What is near a served family and is none is refused by its own name."""

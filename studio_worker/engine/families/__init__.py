@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from studio_worker.engine.families.chroma import CHROMA
 from studio_worker.engine.families.family import Blueprint, Family, Part, refused
 from studio_worker.engine.families.flux import FLUX_FAMILIES
 from studio_worker.engine.families.qwen_image import QWEN_FAMILIES
 from studio_worker.engine.families.recognised import recognise
+from studio_worker.engine.families.sd3 import SD3_FAMILIES
 from studio_worker.engine.families.sdxl import SDXL, SDXL_INPAINT, SDXL_V, SDXL_V_ZSNR
 from studio_worker.engine.families.stable_diffusion import SAMPLE, SD1, SD1_INPAINT, SD2, SD2_INPAINT
 from studio_worker.engine.families.z_image import Z_IMAGE
@@ -33,6 +35,8 @@ FAMILIES: tuple[Family, ...] = (
     Z_IMAGE,
     *QWEN_FAMILIES,
     *FLUX_FAMILIES,
+    *SD3_FAMILIES,
+    CHROMA,
 )
 """The first that fits wins."""
 

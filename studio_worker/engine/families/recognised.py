@@ -58,8 +58,10 @@ RECOGNISED: tuple[Recognised, ...] = (
     Recognised("Stable Diffusion XL refiner", ("input_blocks.0.0.weight",), _context(1280)),
     Recognised("a ControlNet, not a checkpoint", ("control_model.time_embed.0.weight",)),
     Recognised("InstructPix2Pix", ("input_blocks.0.0.weight",), _channels(8)),
-    Recognised("Stable Diffusion 3", ("joint_blocks.0.context_block.adaLN_modulation.1.bias",)),
-    Recognised("Chroma", ("distilled_guidance_layer.in_proj.bias",)),
+    Recognised(
+        "Stable Diffusion 3 of another kind", ("joint_blocks.0.context_block.adaLN_modulation.1.bias",)
+    ),
+    Recognised("Chroma of another kind (Radiance)", ("distilled_guidance_layer.in_proj.bias",)),
     Recognised("FLUX.2", ("single_stream_modulation.lin.weight",)),
     Recognised("HunyuanVideo", ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",)),
     Recognised(

@@ -1,0 +1,168 @@
+"""Stable Diffusion 3: 3 medium, 3.5 large and large turbo, 3.5 medium. T5 reads long prompts and is optional.
+
+3.5 large and its turbo have the same shapes, so that cliDefaults tell them apart (steps, cfgScale).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from studio_worker.engine.families.family import CONFIGS, Family, Layout, Part, Pipelines, Tensors, read_json
+from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae
+from studio_worker.engine.families.t5 import T5_TOKENIZER, t5
+from studio_worker.engine.parameters import EngineDefaults, Parameters
+
+_T5_TOKENS = 256
+"""How many of T5's tokens the models were trained with (their model cards)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StableDiffusion3(Family):
+    """Two CLIPs side by side, then T5's tokens, or zeros in their place, as the models were trained too."""
+
+    def encode(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
+        names = (
+            "prompt_embeds",
+            "negative_prompt_embeds",
+            "pooled_prompt_embeds",
+            "negative_pooled_prompt_embeds",
+        )
+        encoded = pipeline.encode_prompt(
+            prompt=parameters.prompt,
+            prompt_2=None,
+            prompt_3=None,
+            negative_prompt=parameters.negative_prompt,
+            do_classifier_free_guidance=parameters.guidance > 1,
+            max_sequence_length=_T5_TOKENS,
+        )
+        return dict(zip(names, encoded, strict=True))
+
+    def strength(self, parameters: Parameters) -> float:
+        return parameters.denoise or 1.0  # diffusers' flow pipelines round up to a whole step by themselves
+
+    def is_truncated(self, pipeline: Any, text: str) -> bool:
+        if pipeline.text_encoder_3 is not None:
+            return len(pipeline.tokenizer_3(text, verbose=False).input_ids) > _T5_TOKENS
+        return super().is_truncated(pipeline, text)
+
+
+def transformer(kind: str, config_dir: Path) -> Part:
+    """Stable Diffusion 3's denoiser, in Stability AI's naming (GGUF files keep it) and in diffusers'."""
+    config = read_json(config_dir / "config.json")
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    patch = (width, config["in_channels"], config["patch_size"], config["patch_size"])
+    positions = (None, config["pos_embed_max_size"] ** 2, width)
+    context, last = (width, config["joint_attention_dim"]), config["num_layers"] - 1
+    original: dict[str, tuple[int | None, ...]] = {
+        "x_embedder.proj.weight": patch,
+        "pos_embed": positions,
+        "context_embedder.weight": context,
+        f"joint_blocks.{last}.x_block.attn.qkv.weight": (3 * width, width),
+    }
+    diffusers: dict[str, tuple[int | None, ...]] = {
+        "pos_embed.proj.weight": patch,
+        "pos_embed.pos_embed": positions,
+        "context_embedder.weight": context,
+        f"transformer_blocks.{last}.attn.to_q.weight": (width, width),
+    }
+    # What 3.5 has and 3 has not, and what 3.5 medium alone has.
+    only: list[tuple[bool, str, str, tuple[int, ...]]] = [
+        (bool(config["qk_norm"]), "attn.ln_q.weight", "attn.norm_q.weight", (config["attention_head_dim"],)),
+        (bool(config["dual_attention_layers"]), "attn2.proj.weight", "attn2.to_out.0.weight", (width, width)),
+    ]
+    absent: tuple[list[str], list[str]] = ([], [])
+    for is_there, published, ours, shape in only:
+        names = (f"joint_blocks.0.x_block.{published}", f"transformer_blocks.0.{ours}")
+        for layout, missing, name in zip((original, diffusers), absent, names, strict=True):
+            if is_there:
+                layout[name] = shape
+            else:
+                missing.append(name)
+
+    def from_stability(tensors: Tensors) -> Tensors:
+        from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+        renamed: Tensors = convert_sd3_transformer_checkpoint_to_diffusers(dict(tensors))
+        return renamed
+
+    return Part(
+        kind=kind,
+        role="diffusion-model",
+        cls="diffusers.SD3Transformer2DModel",
+        config=config_dir,
+        layouts=(
+            Layout("original", original, from_stability, tuple(absent[0])),
+            Layout("diffusers", diffusers, without=tuple(absent[1])),
+        ),
+    )
+
+
+def _clip_l(config_dir: Path) -> Part:
+    """CLIP-L with its projection, which files made for FLUX.1 leave out.
+
+    Stability AI's hold the identity there, and diffusers puts it there likewise
+    (loaders/single_file_utils.py, create_diffusers_clip_model_from_ldm).
+    """
+    part = clip("text encoder CLIP-L", config_dir, projected=True)
+    width = read_json(config_dir / "config.json")["projection_dim"]
+
+    def completed(layout: Layout) -> Layout:
+        def rename(tensors: Tensors) -> Tensors:
+            import torch
+
+            return {"text_projection.weight": torch.eye(width)} | layout.rename(tensors)
+
+        return replace(layout, rename=rename)
+
+    return replace(part, layouts=tuple(completed(layout) for layout in part.layouts))
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the configurations of one size of the family are."""
+
+    transformer: Path
+    text_encoder: Path = CONFIGS / "sd1" / "text_encoder"
+    text_encoder_2: Path = CONFIGS / "sdxl" / "text_encoder_2"
+    text_encoder_3: Path = CONFIGS / "t5" / "text_encoder"
+    vae: Path = CONFIGS / "sd3" / "vae"
+    tokenizer: Path = CONFIGS / "sd1" / "tokenizer"
+    scheduler: Path = CONFIGS / "sd3" / "scheduler"
+
+
+def sd3(name: str, folders: Folders) -> StableDiffusion3:
+    """The family of the sizes that the configurations say."""
+    return StableDiffusion3(
+        name=name,
+        parts={
+            "transformer": transformer(f"{name} transformer", folders.transformer),
+            "text_encoder": _clip_l(folders.text_encoder),
+            "text_encoder_2": clip("text encoder CLIP-G", folders.text_encoder_2, projected=True),
+            "text_encoder_3": t5("text encoder (T5-XXL)", folders.text_encoder_3),
+            "vae": kl_vae("Stable Diffusion 3 VAE", folders.vae),
+        },
+        optional=frozenset({"text_encoder_3"}),
+        tokenizers={
+            "tokenizer": clip_tokenizer(folders.tokenizer, folders.text_encoder),
+            # open_clip pads with the token of number 0.
+            "tokenizer_2": clip_tokenizer(folders.tokenizer, folders.text_encoder_2, pad_token="!"),
+            "tokenizer_3": T5_TOKENIZER,
+        },
+        scheduler=folders.scheduler,
+        pipelines=Pipelines(
+            text="StableDiffusion3Pipeline",
+            image="StableDiffusion3Img2ImgPipeline",
+            inpaint="StableDiffusion3InpaintPipeline",
+        ),
+        flow=True,
+        half="bfloat16",
+        defaults=EngineDefaults(width=1024, height=1024, guidance=4.5, sampler="euler", size_multiple=16),
+    )
+
+
+SD3_MEDIUM = sd3("sd3-medium", Folders(CONFIGS / "sd3" / "medium"))
+SD35_LARGE = sd3("sd3.5-large", Folders(CONFIGS / "sd3" / "large-3.5"))
+SD35_MEDIUM = sd3("sd3.5-medium", Folders(CONFIGS / "sd3" / "medium-3.5"))
+SD3_FAMILIES = (SD35_LARGE, SD35_MEDIUM, SD3_MEDIUM)
