@@ -17,6 +17,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.families import identify
+from studio_worker.engine.families.family import Family
+from studio_worker.engine.loading import load_part
+from studio_worker.engine.parameters import resolve
+from studio_worker.engine.placement import Mode, Plan
+from studio_worker.engine.rendering import LoadedModel, Starting
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, FileRole, LocalFile
 from tests.engine_lab import decoded, request
@@ -80,6 +86,27 @@ def make(engine: DiffusionEngine, files: Sequence[LocalFile], **task: Any) -> Pi
     """What the engine makes of ``files`` and :data:`DEFAULTS`, but for what ``task`` says."""
     asked = {"files": tuple(files), "defaults": DEFAULTS, "prompt": PROMPT, "seed": SEED} | task
     return engine.generate(request(**asked), lambda _done, _total: None, Cancel())
+
+
+def offloaded(
+    family: Family,
+    files: Sequence[LocalFile],
+    mode: Mode,
+    starting: Starting = Starting(),  # noqa: B008
+) -> Image.Image:
+    """The same picture, its components coming to the device as ``mode`` says."""
+    blueprint = identify(files, [family])
+    cpu = torch.device("cpu")
+    parts = {
+        name: load_part(family.parts[name], blueprint.sections[name], cpu, torch.float32)
+        if name in blueprint.sections
+        else None
+        for name in family.parts
+    }
+    task = request(prompt=PROMPT, seed=SEED).task
+    parameters = resolve(task, DEFAULTS, family.defaults, from_image=starting.picture is not None)
+    model = LoadedModel(family, parts, Plan(mode, tiled=False, peak_bytes=0), cpu)
+    return model.render(parameters, starting, lambda _done, _total: None, Cancel()).picture
 
 
 def stock(pipeline: Any, **arguments: Any) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ from studio_worker.engine.families import flux as families
 from studio_worker.engine.families.black_forest import from_black_forest
 from studio_worker.engine.families.flux import Flux, flux
 from studio_worker.engine.families.t5 import T5_TOKENIZER
+from studio_worker.engine.placement import Mode
 from studio_worker.errors import JobError
 from studio_worker.models import FileRole, LocalFile
 from tests.engine_lab import encoded, refuse_network, scene
 from tests.flow_models import (
     CLIP,
+    DEFAULTS,
     GUIDANCE,
     HEIGHT,
     Q4,
@@ -49,6 +52,7 @@ from tests.flow_models import (
     drawn,
     llama_cpp,
     make,
+    offloaded,
     one_column,
     quantised,
     right_half,
@@ -350,3 +354,28 @@ def test_fill_without_mask_is_refused(
         make(engine, files, cfg_scale=1.0)
     with pytest.raises(JobError, match="cfgScale must be 1"):
         make(engine, files, inputs=Inputs(encoded(scene()), encoded(right_half())))
+
+
+@pytest.mark.parametrize("mode", [Mode.COMPONENT, Mode.LAYERS])
+def test_offloaded_picture_is_the_same(
+    tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...], mode: Mode
+) -> None:
+    """On a card too small for the model, quantised as it is, a picture is the same."""
+    clip, _, vae = shared_files
+    files = [*gguf_files(tinies["dev"], Q8), clip, vae]
+    assert same(make(engine, files), offloaded(tinies["dev"].family, files, mode))
+
+
+def test_flow_shift_is_stable_diffusion_cpps(
+    tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...]
+) -> None:
+    """cliDefaults.flowShift is the logarithm of the shift, as stable-diffusion.cpp's --flow-shift for FLUX.1
+    (its flux_time_shift), and holds for every size of picture.
+    """
+    tiny = tinies["dev"]
+    pipeline = tiny.pipeline(FluxPipeline)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        tiny.scheduler.config, shift=math.exp(1.15), use_dynamic_shifting=False
+    )
+    defaults = DEFAULTS.model_copy(update={"flow_shift": 1.15})
+    assert same(make(engine, [denoiser(tiny), *shared_files], defaults=defaults), stock(pipeline, **DEV))

@@ -26,7 +26,9 @@ from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.qwen import QWEN_TOKENIZER
 from studio_worker.engine.families.qwen_image import FOLDERS, QwenImage, qwen_image
+from studio_worker.engine.placement import Mode
 from studio_worker.engine.qwen_vl import PictureProcessor
+from studio_worker.engine.rendering import Starting
 from studio_worker.errors import JobError
 from studio_worker.models import LocalFile
 from tests.engine_lab import decoded, encoded, refuse_network, scene
@@ -43,6 +45,7 @@ from tests.flow_models import (
     drawn,
     llama_cpp,
     make,
+    offloaded,
     quantised,
     right_half,
     safetensors,
@@ -402,3 +405,27 @@ def test_picture_takes_as_many_tokens_as_the_vision_encoder_gives(tiny: Tiny) ->
     pads = (inputs["input_ids"][0] == tiny.text_encoder.config.image_token_id).long()
     runs = [len(run) for run in "".join(map(str, pads.tolist())).split("0") if run]
     assert runs == [8, 6]
+
+
+@pytest.mark.parametrize("mode", [Mode.COMPONENT, Mode.LAYERS])
+def test_offloaded_edit_is_the_same(
+    tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...], reference: Image.Image, mode: Mode
+) -> None:
+    """On a card too small for the model, text encoder in two parts as it is, an edit is the same picture."""
+    parts = (denoiser_gguf(tiny, Q8), language_gguf(tiny, Q8), vision_gguf(tiny, Q8), files[2])
+    whole = make(engine, parts, inputs=Inputs(ref_image=encoded(reference)))
+    assert same(whole, offloaded(tiny.family, parts, mode, Starting(reference=reference)))
+
+
+@pytest.mark.parametrize("flow_shift", [3.0, 1.0])
+def test_flow_shift_is_stable_diffusion_cpps(
+    tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...], flow_shift: float
+) -> None:
+    """cliDefaults.flowShift holds for every size of picture, as stable-diffusion.cpp's --flow-shift."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        tiny.scheduler.config, shift=flow_shift, use_dynamic_shifting=False, shift_terminal=None
+    )
+    pipeline = QwenImagePipeline(**tiny.parts() | {"scheduler": scheduler})
+    expected = stock(pipeline, true_cfg_scale=GUIDANCE, negative_prompt="")
+    defaults = DEFAULTS.model_copy(update={"flow_shift": flow_shift})
+    assert same(make(engine, files, defaults=defaults), expected)
