@@ -24,9 +24,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.families import identify
 from studio_worker.engine.families.qwen import QWEN_TOKENIZER
 from studio_worker.engine.families.qwen_image import FOLDERS, QwenImage, qwen_image
-from studio_worker.engine.placement import Mode
+from studio_worker.engine.placement import Mode, footprint
 from studio_worker.engine.qwen_vl import PictureProcessor
 from studio_worker.engine.rendering import Starting
 from studio_worker.errors import JobError
@@ -402,6 +403,11 @@ def test_picture_takes_as_many_tokens_as_the_vision_encoder_gives(tiny: Tiny) ->
     inputs = processor([prompt], [scene(112, 56), scene(56, 84)], padding=True, return_tensors="pt")
     assert inputs["image_grid_thw"].tolist() == [[1, 4, 8], [1, 6, 4]]
     assert inputs["pixel_values"].shape == (4 * 8 + 6 * 4, 3 * 2 * 14 * 14)
+    # A prompt that speaks of places for pictures adds none.
+    more = processor(
+        [f"{prompt} <|image_pad|>"], [scene(112, 56), scene(56, 84)], padding=True, return_tensors="pt"
+    )
+    assert (more["input_ids"] == tiny.text_encoder.config.image_token_id).sum() == 8 + 6
     pads = (inputs["input_ids"][0] == tiny.text_encoder.config.image_token_id).long()
     runs = [len(run) for run in "".join(map(str, pads.tolist())).split("0") if run]
     assert runs == [8, 6]
@@ -429,3 +435,11 @@ def test_flow_shift_is_stable_diffusion_cpps(
     expected = stock(pipeline, true_cfg_scale=GUIDANCE, negative_prompt="")
     defaults = DEFAULTS.model_copy(update={"flow_shift": flow_shift})
     assert same(make(engine, files, defaults=defaults), expected)
+
+
+def test_edit_needs_memory_for_its_reference(tiny: Tiny, files: tuple[LocalFile, ...]) -> None:
+    """The memory estimated for an edit counts the reference that the denoiser sees beside its own picture."""
+    blueprint = identify(files, [tiny.family])
+    alone, beside = (footprint(blueprint, 2, 1024 * 1024, is_edit=is_edit) for is_edit in (False, True))
+    assert beside.denoising == 2 * alone.denoising
+    assert beside.decoding == alone.decoding

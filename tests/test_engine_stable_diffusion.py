@@ -243,7 +243,7 @@ def test_inpainting_model_without_mask_is_refused_before_it_is_loaded(
 ) -> None:
     """An inpainting model is not asked for anything else, and says so without loading."""
     file = sd_inpaint.whole(sd2_text(sd_inpaint), "unmasked")
-    monkeypatch.setattr("studio_worker.engine.diffusion.load_part", pytest.fail)
+    monkeypatch.setattr("studio_worker.engine.loader.load_part", pytest.fail)
     with pytest.raises(JobError, match=r"tiny-sd .*only .*maskUrl") as caught:
         sd_inpaint.picture(file, inputs=inputs)
     assert not caught.value.retryable

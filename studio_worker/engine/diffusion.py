@@ -129,9 +129,11 @@ class DiffusionEngine:
         parameters = resolve(task, request.defaults, family.defaults, from_image=from_image)
         family.check(parameters)
         starting = _starting(request.inputs, parameters)
-        family.pipeline_class(starting.kind)
+        family.check_job(starting.kind, blueprint.sections)
 
-        attempt.needed = self._loader.footprint(blueprint, parameters.width * parameters.height)
+        attempt.needed = self._loader.footprint(
+            blueprint, parameters.width * parameters.height, is_edit=starting.kind == "edit"
+        )
         attempt.plan = self._loader.plan(attempt.needed, request.defaults, attempt.failed)
         model, load_s = self._loader.load(
             request.model, blueprint, attempt.plan, loras, lambda: not cancel.is_set

@@ -35,9 +35,10 @@ class Loader:
         self._residency = residency
         self._prompts = PromptCache()
 
-    def footprint(self, blueprint: Blueprint, pixels: int) -> Footprint:
+    def footprint(self, blueprint: Blueprint, pixels: int, *, is_edit: bool = False) -> Footprint:
         """What a picture of so many pixels needs, from the files' headers."""
-        return footprint(blueprint, weights_dtype(blueprint.family, self._device).itemsize, pixels)
+        itemsize = weights_dtype(blueprint.family, self._device).itemsize
+        return footprint(blueprint, itemsize, pixels, is_edit=is_edit)
 
     def plan(self, needed: Footprint, defaults: CliDefaults, failed: Plan | None = None) -> Plan:
         """How the picture is made; another way than ``failed`` where memory did not suffice for that one.

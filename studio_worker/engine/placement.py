@@ -83,7 +83,7 @@ class Footprint:
         return vae + max(layers + self.denoising, decoding)
 
 
-def footprint(blueprint: Blueprint, itemsize: int, pixels: int) -> Footprint:
+def footprint(blueprint: Blueprint, itemsize: int, pixels: int, *, is_edit: bool = False) -> Footprint:
     """What a picture of ``pixels`` of this model needs, its plain weights ``itemsize`` bytes a number."""
     family = blueprint.family
     weights = {name: section.size_bytes(itemsize) for name, section in blueprint.sections.items()}
@@ -94,12 +94,13 @@ def footprint(blueprint: Blueprint, itemsize: int, pixels: int) -> Footprint:
     per_pixel = _VAE_FULL_MAPS * widths[min(1, len(widths) - 1)] * precise
     copy = weights.get("vae", 0) * (precise // itemsize - 1)
     tile_pixels = min(pixels, int(config.get("sample_size") or 512) ** 2)
+    seen = pixels + (family.reference_pixels if is_edit else 0)
     picture = 3 * 4 * pixels * 2  # the tiles, and the picture that they are put together to
     return Footprint(
         weights=weights,
         denoiser=family.denoiser,
         vae="vae",
-        denoising=_DENOISER_BYTES_PER_PIXEL * pixels * itemsize // 2,
+        denoising=_DENOISER_BYTES_PER_PIXEL * seen * itemsize // 2,
         decoding=per_pixel * pixels + copy,
         tile=per_pixel * tile_pixels + picture + copy,
     )

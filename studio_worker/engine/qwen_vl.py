@@ -61,12 +61,15 @@ class PictureProcessor:
     def __call__(
         self, text: Sequence[str], images: Sequence[Image.Image], *, padding: bool, return_tensors: str
     ) -> BatchFeature:
-        """Tokens of ``text``, a picture's place in it widened to one token for each of its merged patches."""
+        """Tokens of ``text``, a picture's place in it widened to one token for each of its merged patches.
+
+        Places beyond the pictures are somebody's prompt, and are left out.
+        """
         seen = self._pictures(images=images, return_tensors=return_tensors)
         counts = iter((seen["image_grid_thw"].prod(dim=1) // self._merged).tolist())
         widened = []
         for prompt in text:
             first, *rest = prompt.split(PICTURE_TOKEN)
-            widened.append(first + "".join(PICTURE_TOKEN * next(counts) + part for part in rest))
+            widened.append(first + "".join(PICTURE_TOKEN * next(counts, 0) + part for part in rest))
         tokens = self._tokenizer(widened, padding=padding, return_tensors=return_tensors)
         return BatchFeature({**tokens, **seen})

@@ -19,7 +19,7 @@ Nothing here imports torch: library classes are named as text, and what handles 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -175,6 +175,7 @@ class Family:
         fixed: further arguments of every pipeline's constructor, by name; one a class does not know is left
             out.
         flow: whether the denoiser predicts a flow (rectified flow), not noise; decides which samplers exist.
+        reference_pixels: in how many pixels the denoiser sees a reference picture, whatever size it has.
         half: torch's name of the type that weights have on a GPU; on the CPU it is ``float32``.
         defaults: parameters where neither the task nor the model says anything, and the size multiple.
     """
@@ -187,6 +188,7 @@ class Family:
     pipelines: Pipelines
     fixed: Mapping[str, Any] = field(default_factory=dict)
     flow: bool = False
+    reference_pixels: int = 0
     half: str = "float16"
     defaults: EngineDefaults = field(default_factory=EngineDefaults)
 
@@ -208,6 +210,16 @@ class Family:
         return name
 
     # --- what families override ---
+
+    def check_job(self, kind: JobKind, brought: Collection[str]) -> None:  # noqa: ARG002
+        """
+        Args:
+            brought: the names of the parts that the source brings.
+
+        Raises:
+            JobError: a job of ``kind`` cannot be done with them; called before anything is loaded.
+        """
+        self.pipeline_class(kind)
 
     def fits(self, sections: Iterable[Section]) -> bool:
         """Whether a source of these sections is of this family; its denoiser is among them."""

@@ -139,7 +139,7 @@ _PIPELINES = Pipelines(
     inpaint="FluxInpaintPipeline",
     edit="FluxKontextPipeline",
 )
-_DEFAULTS = EngineDefaults(guidance=1.0, sampler="euler", size_multiple=16)
+_DEFAULTS = EngineDefaults(width=1024, height=1024, guidance=1.0, sampler="euler", size_multiple=16)
 
 
 def flux(name: str, folders: Mapping[str, Path], cls: type[Flux] = Flux, **options: Any) -> Flux:
@@ -165,6 +165,7 @@ def flux(name: str, folders: Mapping[str, Path], cls: type[Flux] = Flux, **optio
             },
             "scheduler": folders["scheduler"],
             "pipelines": _PIPELINES,
+            "reference_pixels": 1024 * 1024,  # Kontext's PREFERRED_KONTEXT_RESOLUTIONS
             "defaults": _DEFAULTS,
             **options,
         }

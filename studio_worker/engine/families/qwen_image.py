@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from studio_worker.engine.families.family import (
     CONFIGS,
     Family,
+    JobKind,
     Layout,
     Part,
     Pipelines,
@@ -40,6 +41,15 @@ class QwenImage(Family):
     flow: bool = True
     half: str = "bfloat16"
 
+    def check_job(self, kind: JobKind, brought: Collection[str]) -> None:
+        super().check_job(kind, brought)
+        if kind == "edit" and "vision" not in brought:
+            raise refused(
+                f"{self.name} reads a reference picture with a vision encoder, which the source lacks: "
+                "register it with role text-encoder-vision (the mmproj GGUF file), or as text-encoder the "
+                "safetensors file that holds both"
+            )
+
     def assemble(self, components: dict[str, Any]) -> dict[str, Any]:
         from studio_worker.engine.qwen_vl import PictureProcessor, join
 
@@ -54,12 +64,6 @@ class QwenImage(Family):
     def encode(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
         guided = parameters.guidance > 1
         if "Edit" in type(pipeline).__name__:
-            if pipeline.processor is None:
-                raise refused(
-                    f"{self.name} reads a reference picture with a vision encoder, which the source lacks: "
-                    "register it with role text-encoder-vision (the mmproj GGUF file), or as text-encoder "
-                    "the safetensors file that holds both"
-                )
             # The pipeline encodes the prompt itself, since it has the picture in the size that it wants.
             negative = {"negative_prompt": parameters.negative_prompt} if guided else {}
             return {"prompt": parameters.prompt, **negative}
@@ -177,7 +181,8 @@ def qwen_image(name: str, folders: Mapping[str, Path]) -> QwenImage:
             # stable-diffusion.cpp does for all of them.
             edit="QwenImageEditPlusPipeline",
         ),
-        defaults=EngineDefaults(guidance=4.0, sampler="euler", size_multiple=16),
+        reference_pixels=1024 * 1024,  # the pipeline's VAE_IMAGE_SIZE
+        defaults=EngineDefaults(width=1024, height=1024, guidance=4.0, sampler="euler", size_multiple=16),
     )
 
 
