@@ -28,6 +28,16 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_network(monkeypatch)
 
 
+@pytest.fixture(autouse=True)
+def _no_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stable Diffusion 3's tables of places are not computed: seconds each, for numbers that nobody reads."""
+
+    def places(width: int, side: int, **_: object) -> torch.Tensor:
+        return torch.empty(side**2, width)
+
+    monkeypatch.setattr("diffusers.models.embeddings.get_2d_sincos_pos_embed", places)
+
+
 PUBLISHED: list[tuple[Family, str, Callable[[], Shapes]]] = [
     (FLUX_DEV, "transformer", flux1),
     (FLUX_SCHNELL, "transformer", lambda: flux1(guidance=False)),
