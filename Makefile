@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := packaging/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench chaos check venv clean
+.PHONY: help demo test lint bench soak chaos check venv clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -28,9 +28,13 @@ lint: $(STAMP) ## ruff and mypy --strict
 
 bench: $(STAMP) ## Measure, beside a peer in the same run; prints ratios
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -W ignore -m tests.bench_engine
 	$(BIN)/python -m tests.bench_download
 	$(BIN)/python -m tests.bench_loop
 	$(BIN)/python -m tests.bench_heartbeats
+
+soak: $(STAMP) ## 300 jobs in one process, models and LoRAs in turn: does its memory grow? (about 5 minutes)
+	$(BIN)/python -W ignore -m tests.soak_engine
 
 chaos: $(STAMP) ## Soak: 500 jobs while studio, network and worker fail 110 times (SEED=1; about 10 minutes)
 	$(BIN)/python -m tests.chaos --seed $(or $(SEED),1)

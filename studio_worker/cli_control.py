@@ -71,7 +71,7 @@ def _facts(snapshot: Snapshot, now: float) -> Any:
         ("device", _device(snapshot)),
         (
             "models loaded",
-            ", ".join(f"{r.model} ({_bytes(r.size_bytes)})" for r in snapshot.resident) or "none",
+            ", ".join(f"{r.model} ({_bytes(r.size_bytes)}, {r.place})" for r in snapshot.resident) or "none",
         ),
         ("since start", _totals(snapshot)),
     ):

@@ -22,18 +22,19 @@ models_app = typer.Typer(no_args_is_help=True, help="The models on this box.")
 
 @models_app.command("list")
 def models_list(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> None:
-    """Show every model file: state, size, required or on demand, last use."""
+    """Show every model file: state, size, required or on demand, where it is in memory, last use."""
     from rich.console import Console
     from rich.table import Table
 
     from studio_worker.provision import show_bytes
 
     with _opened(directory) as (loaded, store):
-        rows = _rows(loaded, store)
+        places = _in_memory(loaded)
+        rows = [{**row, "in_memory": places.get(row["model"])} for row in _rows(loaded, store)]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("model", "role", "file", "state", "size", "kept", "last use")
+    table = Table("model", "role", "file", "state", "size", "kept", "in memory", "last use")
     for row in rows:
         table.add_row(
             row["model"],
@@ -42,6 +43,7 @@ def models_list(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False
             row["state"],
             show_bytes(row["size_bytes"]) if row["size_bytes"] else "",
             "required" if row["required"] else "on demand",
+            row["in_memory"] or "",
             (row["last_used"] or "never").replace("T", " ").removesuffix("+00:00"),
         )
     Console().print(table)
@@ -214,6 +216,19 @@ def _rows(loaded: config.Config, store: Any) -> list[dict[str, Any]]:
                 row(model, "", name, state, entry.size, required=False) for model in entry.models or ("",)
             ]
     return rows
+
+
+def _in_memory(loaded: config.Config) -> dict[str, str]:
+    """Where the running service has each model loaded; nothing where it does not run."""
+    from studio_worker.control import ask, runtime_dir
+    from studio_worker.errors import StudioWorkerError
+    from studio_worker.snapshot import Snapshot
+
+    try:
+        answer = ask(runtime_dir(loaded.settings.state.runtime_dir), "status")
+    except StudioWorkerError:
+        return {}
+    return {each.model: each.place for each in Snapshot.model_validate(answer).resident}
 
 
 class _Bars:

@@ -92,8 +92,8 @@ class Reporting:
                     used_bytes=self._engines.used_bytes(),
                 ),
                 "resident": tuple(
-                    ResidentModel(model=model, size_bytes=size_bytes)
-                    for model, size_bytes in self._engines.resident().items()
+                    ResidentModel(model=model, size_bytes=found.size_bytes, place=found.place)
+                    for model, found in self._engines.resident().items()
                 ),
             }
         )

@@ -96,10 +96,11 @@ class OutboxFacts(_Facts):
 
 
 class ResidentModel(_Facts):
-    """A model in the device's memory."""
+    """A model that is loaded, and where: ``device``, ``ram`` or ``device and ram``."""
 
     model: str
     size_bytes: int
+    place: str = "device"
 
 
 class DeviceFacts(_Facts):

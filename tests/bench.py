@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from studio_worker import sample_model
-from studio_worker.demo import MODEL_ID, write_configuration
+from studio_worker.demo import write_configuration
 from studio_worker.local_studio import LocalStudio
 from studio_worker.service_process import ServiceProcess
 
@@ -30,7 +30,7 @@ IDLE_S = 30.0
 def main() -> None:
     """Run everything and print one table."""
     table = Table("what", "measured", "beside", title=f"{os.cpu_count()} cores")
-    for bench in (commands, engine_overhead, idle):
+    for bench in (commands, idle):
         for row in bench():
             table.add_row(*row)
     Console().print(table)
@@ -62,52 +62,6 @@ def commands() -> list[tuple[str, str, str]]:
     return [
         ("import of the command line", f"{imported:.3f} s", beside),
         ("check-config", f"{checked:.3f} s", beside),
-    ]
-
-
-def engine_overhead() -> list[tuple[str, str, str]]:
-    """One job of the sample model through the engine, beside the plain pipeline called in a loop."""
-    from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
-
-    from studio_worker.engine import Request
-    from studio_worker.engine.diffusion import DiffusionEngine
-    from studio_worker.jobs import Cancel, ImageTask
-    from studio_worker.models import CliDefaults, LocalFile
-
-    engine = DiffusionEngine("cpu")
-    prompt = sample_model.prompt("red", "potion", "grass")
-    request = Request(
-        job_id="bench",
-        model=MODEL_ID,
-        task=ImageTask(prompt=prompt, seed=1, steps=24, ext="png"),
-        defaults=CliDefaults(cfg_scale=4.0, steps=20, width=64, height=64),
-        files=(LocalFile("model", sample_model.WEIGHTS, sample_model.SHA256),),
-    )
-    first = engine.generate(request, lambda done, total: None, Cancel())
-    plain = StableDiffusionPipeline.from_single_file(
-        str(sample_model.WEIGHTS),
-        config=str(sample_model.CONFIG_DIR),
-        local_files_only=True,
-        safety_checker=None,
-    )
-    plain.scheduler = EulerAncestralDiscreteScheduler.from_config(plain.scheduler.config)
-    plain.set_progress_bar_config(disable=True)
-
-    def through_engine() -> None:
-        engine.generate(request, lambda done, total: None, Cancel())
-
-    def through_pipeline() -> None:
-        plain(prompt, num_inference_steps=24, guidance_scale=4.0, width=64, height=64)
-
-    through_pipeline()
-    ours, theirs = _median_s(through_engine), _median_s(through_pipeline)
-    return [
-        (
-            "one 64 x 64 job, 24 steps, encoded",
-            f"{ours:.3f} s",
-            f"plain pipeline: {theirs:.3f} s; ratio {ours / theirs:.2f}",
-        ),
-        ("load of the sample model", f"{first.timings_s['load']:.2f} s", ""),
     ]
 
 

@@ -23,6 +23,8 @@ import typer
 from typer.testing import CliRunner
 
 from studio_worker import cli, config
+from studio_worker.control import ControlServer
+from studio_worker.snapshot import ResidentModel, Snapshot
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = b"weights " * 4096
@@ -343,8 +345,20 @@ def test_models_list_tells_what_is_missing(folder: Path, required: Path) -> None
             "required": True,
             "last_used": None,
             "path": str(required),
+            "in_memory": None,
         }
     ]
+
+
+def test_models_list_tells_what_the_service_has_loaded(folder: Path, required: Path, tmp_path: Path) -> None:
+    """While the service runs, models list shows where in memory it has each model."""
+    loaded = Snapshot(resident=(ResidentModel(model="sample", size_bytes=1, place="ram"),))
+    with (folder / "config.toml").open("a") as file:
+        file.write(f'runtime_dir = "{tmp_path}/run"\n')
+    handlers = {"status": lambda: loaded.model_dump(mode="json")}
+    with contextlib.closing(ControlServer(tmp_path / "run", handlers)):
+        (row,) = json.loads(command("models", "list", "--json", "--config", folder).stdout)
+    assert row["in_memory"] == "ram"
 
 
 def test_models_list_is_a_table_for_people(folder: Path, required: Path) -> None:

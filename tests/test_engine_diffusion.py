@@ -513,8 +513,10 @@ class TestResidency:
         assert (router.resident(), router.used_bytes()) == ({}, None)
         router.for_source(ModelSource(engine="sd-cpp")).generate(request(), lambda *_: None, Cancel())
         assert list(router.resident()) == ["sample-model"]
-        assert router.resident()["sample-model"] >= 4 * sum(tensor.numel() for tensor in sample_tensors())
-        assert (router.used_bytes() or 0) > router.resident()["sample-model"]
+        assert router.resident()["sample-model"].size_bytes >= 4 * sum(
+            tensor.numel() for tensor in sample_tensors()
+        )
+        assert (router.used_bytes() or 0) > router.resident()["sample-model"].size_bytes
 
     def test_model_that_left_is_resident_no_more(self) -> None:
         """A model of which a component has left is not called resident."""
@@ -525,7 +527,7 @@ class TestResidency:
             residency.add(key, torch.nn.Linear(2, 2))
         residency.name("one", [first])
         residency.name("both", [first, second])
-        assert residency.models == {"one": 24, "both": 48}
+        assert residency.models == {"one": (24, "device"), "both": (48, "device")}
         residency.make_room(60, keep=[second])
         assert residency.models == {}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, ImageTask, Picture
@@ -76,12 +76,21 @@ class Engine(Protocol):
         ...
 
 
+class Resident(NamedTuple):
+    """A model that is loaded: its weights' bytes, and where they are: ``device``, ``ram`` or
+    ``device and ram``.
+    """
+
+    size_bytes: int
+    place: str
+
+
 @runtime_checkable
 class KeepsModels(Protocol):
     """What an engine that keeps models in memory tells of it, from any thread."""
 
-    def resident(self) -> Mapping[str, int]:
-        """Model names and their bytes in the device's memory."""
+    def resident(self) -> Mapping[str, Resident]:
+        """The models that are wholly loaded, by name."""
         ...
 
     def used_bytes(self) -> int | None:
@@ -130,13 +139,13 @@ class Router:
             self._engines[name] = self._factories[name]()
         return self._engines[name]
 
-    def resident(self) -> dict[str, int]:
-        """The models in the device's memory and their bytes, of engines that keep any. From any thread."""
+    def resident(self) -> dict[str, Resident]:
+        """The models that are loaded, of engines that keep any. From any thread."""
         return {
-            model: size_bytes
+            model: found
             for engine in self._engines.copy().values()
             if isinstance(engine, KeepsModels)
-            for model, size_bytes in engine.resident().items()
+            for model, found in engine.resident().items()
         }
 
     def used_bytes(self) -> int | None:

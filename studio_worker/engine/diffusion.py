@@ -16,7 +16,7 @@ import diffusers
 import transformers
 from PIL import Image
 
-from studio_worker.engine import Inputs, Progress, Request
+from studio_worker.engine import Inputs, Progress, Request, Resident
 from studio_worker.engine.encoding import check_ext, encode, generation_meta
 from studio_worker.engine.families import FAMILIES
 from studio_worker.engine.families.family import Family
@@ -106,7 +106,7 @@ class DiffusionEngine:
             pixels = (defaults.width or own.width) * (defaults.height or own.height)
             return self._loader.preload(model, blueprint, pixels, defaults, go_on)
 
-    def resident(self) -> Mapping[str, int]:
+    def resident(self) -> Mapping[str, Resident]:
         """See :meth:`studio_worker.engine.KeepsModels.resident`."""
         return self._residency.models
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from studio_worker.engine import Resident
 from studio_worker.engine.memory import Memory, release_cached, weight_bytes
 
 _LOG = logging.getLogger(__name__)
@@ -68,12 +69,10 @@ class Residency:
         self._budget_bytes = budget_bytes
         self._held: OrderedDict[Key, _Held] = OrderedDict()
         self._made_of: dict[str, tuple[Key, ...]] = {}
-        self.models: Mapping[str, int] = {}
-        """Models that are wholly resident, by name, and their bytes; shared components count for each.
-        Replaced as a whole at every change, so that other threads may read it.
+        self.models: Mapping[str, Resident] = {}
+        """Models that are wholly resident, by name; shared components count for each. Replaced as a whole at
+        every change, so that other threads may read it.
         """
-        self.places: Mapping[str, str] = {}
-        """Where each of them is: ``device``, ``ram``, or ``device and ram``. Replaced likewise."""
 
     def size_bytes(self, place: Place = Place.DEVICE) -> int:
         """Bytes of all weights in ``place``."""
@@ -166,10 +165,10 @@ class Residency:
         self._made_of = {
             model: keys for model, keys in self._made_of.items() if all(key in self._held for key in keys)
         }
-        self.places = {
-            model: " and ".join(sorted({self._held[key].place.value for key in keys}))
-            for model, keys in self._made_of.items()
-        }
         self.models = {
-            model: sum(self._held[key].size_bytes for key in keys) for model, keys in self._made_of.items()
+            model: Resident(
+                sum(self._held[key].size_bytes for key in keys),
+                " and ".join(sorted({self._held[key].place.value for key in keys})),
+            )
+            for model, keys in self._made_of.items()
         }
