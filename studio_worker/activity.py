@@ -15,6 +15,7 @@ from typing import Literal
 
 from studio_worker.snapshot import (
     OUTCOMES,
+    DownloadFacts,
     EndedJob,
     JobFacts,
     OfferFacts,
@@ -64,6 +65,9 @@ class Activity:
         self._offers: collections.Counter[str] = collections.Counter()
         self._rejected: collections.Counter[str] = collections.Counter()
         self._uploads = UploadFacts()
+        self._downloads = DownloadFacts()
+        self._began = monotonic()
+        self._ready_after_s: float | None = None
 
     # --- readers ---
 
@@ -93,6 +97,8 @@ class Activity:
                 stages_s=dict(self._stages_s),
                 offers=OfferFacts(**self._offers, rejected=dict(self._rejected)),
                 uploads=self._uploads,
+                downloads=self._downloads,
+                ready_after_s=self._ready_after_s,
             )
 
     # --- the service ---
@@ -100,6 +106,8 @@ class Activity:
     def entered(self, phase: Phase) -> None:
         with self._guard:
             self._phase = phase
+            if phase == "ready":
+                self._ready_after_s = self._monotonic() - self._began
 
     def said(self, status: str) -> None:
         """The status line is ``status`` now."""
@@ -197,6 +205,18 @@ class Activity:
         """A delivery did not succeed and will be tried again."""
         with self._guard:
             self._uploads = self._uploads.model_copy(update={"retries": self._uploads.retries + 1})
+
+    # --- downloads ---
+
+    def download_ended(self, succeeded: bool, size_bytes: int) -> None:
+        """A model file's download has come to its end, with so many bytes received."""
+        with self._guard:
+            before = self._downloads
+            self._downloads = DownloadFacts(
+                done=before.done + succeeded,
+                failed=before.failed + (not succeeded),
+                received_bytes=before.received_bytes + size_bytes,
+            )
 
     # --- in here ---
 

@@ -22,7 +22,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from studio_worker.config_files import Document, list_files, read_document, user
 from studio_worker.errors import ConfigError
 from studio_worker.files import own_like_folder
-from studio_worker.models import RequiredModel, url_problem
+from studio_worker.models import RequiredModel, is_loopback, url_problem
 from studio_worker.required import read_required
 
 DEFAULT_DIR = Path("/etc/studio-worker")
@@ -57,6 +57,19 @@ def _proxy(value: str) -> str:
     if problem := url_problem(value, allow_insecure=True):
         raise ValueError(problem)
     return value
+
+
+def _listen(value: str) -> str:
+    host, port = listen_address(value)
+    if not is_loopback(host) or not 0 < port < 65_536:
+        raise ValueError("must be an address of this machine alone and a port, e.g. 127.0.0.1:9464")
+    return value
+
+
+def listen_address(value: str) -> tuple[str, int]:
+    """Host and port of ``host:port``; port 0 where there is none. Raises ValueError."""
+    parts = urlsplit(f"//{value}")
+    return parts.hostname or "", parts.port or 0
 
 
 class _Section(BaseModel):
@@ -101,6 +114,11 @@ class LogSection(_Section):
     format: Literal["auto", "json", "text"] = "auto"
 
 
+class MetricsSection(_Section):
+    listen: Annotated[str, AfterValidator(_listen)] | None = None
+    textfile: Path | None = None
+
+
 class Settings(BaseSettings):
     """Every setting, with its default. ``packaging/config.toml`` explains each key."""
 
@@ -117,6 +135,7 @@ class Settings(BaseSettings):
     models: ModelsSection = ModelsSection()
     state: StateSection = StateSection()
     log: LogSection = LogSection()
+    metrics: MetricsSection = MetricsSection()
 
     @classmethod
     def settings_customise_sources(

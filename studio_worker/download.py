@@ -90,12 +90,14 @@ def download_file(
         if error.status is not None:
             facts["status"] = error.status
         log.warning(f"download failed: {error.reason}", extra={**facts, "error": str(error)})
+        policy.on_end(False, 0)
         raise
     finally:
         if staging is None:  # our own default, not a caller's folder
             with contextlib.suppress(OSError):  # not empty, or never made: both are fine
                 (dest.parent / ".staging").rmdir()
     facts["elapsed_ms"] = _elapsed_ms(started)
+    policy.on_end(True, length - attempts.resumed_from)
     log.info(
         "download done",
         extra={

@@ -75,6 +75,7 @@ class Policy:
 
     ``mirrors`` are pairs of URL prefixes: what begins with the first is asked with the second in its place,
     before it is asked as it is. ``tokens`` are bearer tokens by host name, each sent to its host alone.
+    ``on_end`` is told of each download's end: whether it succeeded, and how many bytes came for it.
     ``ca_bundle`` and ``proxy`` come before what the usual variables of the environment say.
 
     ``networks``: where connections may go; ``None`` = anywhere.
@@ -94,6 +95,7 @@ class Policy:
     tokens: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), repr=False)
     ca_bundle: Path | None = None
     proxy: str | None = field(default=None, repr=False)  # may hold a password
+    on_end: Callable[[bool, int], None] = field(default=lambda _succeeded, _size_bytes: None, repr=False)
     networks: Networks | None = None
 
     def ways(self, url: str) -> tuple[str, ...]:

@@ -70,7 +70,8 @@ def read_again(directory: Path, running: Config, policy: Policy) -> Reloaded:
     config.check_folders(wanted.settings)
     changed = tuple(_differences(running.settings, wanted.settings))
     settings = _with_live_keys(running.settings, wanted.settings)
-    new_policy = policy_from(settings)  # always: a token may have changed in its file
+    # Always: a token may have changed in its file.
+    new_policy = dataclasses.replace(policy_from(settings), on_end=policy.on_end)
     if policy.limit and new_policy.limit and policy.limit.bytes_per_s == new_policy.limit.bytes_per_s:
         # The same object, or downloads under way and new ones would take the limit twice.
         new_policy = dataclasses.replace(new_policy, limit=policy.limit)
@@ -108,6 +109,8 @@ class Reloader:
         self._notifier = notifier
         self._line = line
         self._adopt = adopt
+        self.succeeded = True
+        """Whether the files, as they were last read, are in effect, apart from what needs a restart."""
         self._is_allowed = self._is_wanted = False
         self._lock = threading.Lock()
 
@@ -129,6 +132,7 @@ class Reloader:
 
     def _reload(self) -> None:
         self._notifier.reloading()
+        self.succeeded = False
         try:
             self._replace(read_again(self._directory, self.config, self.policy))
         except ConfigError as error:
@@ -142,6 +146,7 @@ class Reloader:
     def _replace(self, reloaded: Reloaded) -> None:
         self.config, self.policy = reloaded.config, reloaded.policy
         self._adopt(reloaded)
+        self.succeeded = True
         restart = ", ".join(reloaded.needs_restart)
         self._line.note("reload", f"restart to apply: {restart}" if restart else "")
         log.log(

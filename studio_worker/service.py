@@ -8,6 +8,7 @@ and then runs the worker's loop. Signals have a thread of their own, the session
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import getpass
 import logging
 import os
@@ -29,6 +30,7 @@ from studio_worker.engine import default_router
 from studio_worker.errors import DeviceError, StudioWorkerError
 from studio_worker.inputs import input_fetcher
 from studio_worker.lock import state_lock
+from studio_worker.metrics import Exporter, Metrics
 from studio_worker.notify import Notifier, ReadyLine, watchdog_interval_s
 from studio_worker.outbox import Outbox
 from studio_worker.provision import (
@@ -136,7 +138,7 @@ class Service:
                 "memory_gb": round(self._device.memory_gb, 1),
             },
         )
-        policy = policy_from(settings)
+        policy = dataclasses.replace(policy_from(settings), on_end=self._activity.download_ended)
         self._reloader = Reloader(directory, loaded, policy, self._notifier, self._line, self._adopt)
         shipping = logs.ShippingBuffer()
         logging.getLogger().addHandler(shipping)
@@ -219,7 +221,10 @@ class Service:
         """
         _thread("signals", self._watch_signals)
         folder = runtime_dir(self._settings.state.runtime_dir)
-        with contextlib.closing(ControlServer(folder, self._reporting.handlers())):
+        with (
+            contextlib.closing(ControlServer(folder, self._reporting.handlers())),
+            contextlib.closing(self._exporter()),
+        ):
             self._recover()
             if self._provision():
                 self._work()
@@ -254,6 +259,13 @@ class Service:
             self._session.stop()
             studio.join(_LAST_DELIVERY_S)
             self._ended.set()
+
+    def _exporter(self) -> Exporter:
+        metrics = Metrics(self._reporting.snapshot, lambda: self._reloader.succeeded)
+        self._activity.on_job_end(metrics.job_ended)
+        settings = self._settings.metrics
+        listen = None if settings.listen is None else config.listen_address(settings.listen)
+        return Exporter(metrics, listen, settings.textfile)
 
     # --- before READY ---
 

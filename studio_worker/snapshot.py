@@ -86,6 +86,14 @@ class UploadFacts(_Facts):
     delivered_bytes: int = 0
 
 
+class DownloadFacts(_Facts):
+    """Downloads of model files since the start; ``received_bytes`` without what was there from earlier."""
+
+    done: int = 0
+    failed: int = 0
+    received_bytes: int = 0
+
+
 class OutboxFacts(_Facts):
     """Finished pictures that wait for delivery."""
 
@@ -136,6 +144,8 @@ class Snapshot(_Facts):
     status: str = ""
     """The line that ``systemctl status`` shows."""
     paused: bool = False
+    ready_after_s: float | None = None
+    """From the service's start to READY."""
     process: ProcessFacts = ProcessFacts()
     registration: RegistrationFacts = RegistrationFacts()
     session: SessionFacts = SessionFacts()
@@ -148,6 +158,7 @@ class Snapshot(_Facts):
     """Seconds spent by all jobs since the start, by stage."""
     offers: OfferFacts = OfferFacts()
     uploads: UploadFacts = UploadFacts()
+    downloads: DownloadFacts = DownloadFacts()
     outbox: OutboxFacts = OutboxFacts()
     device: DeviceFacts = DeviceFacts()
     resident: tuple[ResidentModel, ...] = ()

@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "transport",
         "line",
         "ranges",
-        "attempts config device spool outbox space pool activity",
+        "metrics attempts config device spool outbox space pool activity",
         "download reach",
         "fetching checking inputs",
         "store",
@@ -82,6 +82,7 @@ LIBRARIES = {
     "typer": {"cli", "cli_models", "cli_control", "cli_doctor", "cli_generate", "cli_options"},
     "rich": {"cli_models", "cli_control", "cli_generate", "demo"},
     "pydantic_settings": {"config"},
+    "prometheus_client": {"metrics"},
 }
 """The libraries that only certain rooms (or one module of a room) may use."""
 
