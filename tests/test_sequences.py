@@ -324,10 +324,14 @@ class Sequences(RuleBasedStateMachine):
         if not is_ours and any(frame["type"] == "accept" for frame in self.box.frames[at:]):
             assert not is_paused, "accepted while paused or draining"
             assert in_hand is None, "accepted beside a job in hand"
-        if self.box.desk.current_job_id != in_hand:
+        self.let_job_begin()
+
+    def let_job_begin(self) -> None:
+        """A job that was accepted is on its way to the engine in a thread of its own: wait for it there."""
+        if self.running is None and self.box.desk.current_job_id is not None:
             self.running = self.box.engine.entered.get(timeout=LIMIT_S)
             note = json.loads((self.folder / "spool" / "job-in-hand.json").read_text())
-            assert note["job_id"] == self.running == job_id, "the engine works on what is not on disk"
+            assert note["job_id"] == self.running == self.box.desk.current_job_id, "it is not on disk"
 
     # --- the worker ---
 
@@ -360,6 +364,7 @@ class Sequences(RuleBasedStateMachine):
         taken, refused = len(self.box.api.taken), len(self.box.api.refused)
         self.box.api.answer, self.box.api.meanwhile = answer, meanwhile
         self.box.courier._round(CREDENTIALS)
+        self.let_job_begin()
         assert crossed == [], "said before it was known whether the studio takes the picture"
         for job_id in self.box.api.taken[taken:]:
             assert not self.box.outbox.holds(job_id)
@@ -460,6 +465,7 @@ class Sequences(RuleBasedStateMachine):
                     assert job_id in self.held, "failed what is not held: a protocol violation"
                     assert job_id != self.running, "failed a job that is being made"
                     self.held.discard(job_id)
+                    self.offered = [offer for offer in self.offered if offer != job_id]  # one offered twice
                     assert not self.box.outbox.holds(job_id), "failed a job whose picture is there"
                     self.owed.discard(job_id)
                 case "heartbeat":

@@ -117,6 +117,7 @@ class Exchange:
         """Report a failure; ``False`` where the studio does not hold the job for this connection."""
         frame = self.protocol.fail(job_id, error, retryable=retryable) if self.is_open else None
         if frame is not None:
+            self._postponed.pop(job_id, None)  # an offer of what we held is answered with this
             self._send(frame)
         return frame is not None
 
