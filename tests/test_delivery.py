@@ -361,6 +361,21 @@ def test_courier_offered_a_job_whose_picture_is_gone_says_so(outbox: Outbox) -> 
     assert told.lost == [("a", "the studio refused its picture before")]
 
 
+def test_courier_forgets_an_offer_of_a_picture_that_is_refused_for_good(outbox: Outbox) -> None:
+    """An unacceptable picture is dropped once; its job, made anew, is not given up for the old offer."""
+    add(outbox, "a")
+    server = ScriptedHttp((422, {}, {}), OK)
+    with server, courier(outbox, server.url, begins=False) as (running, told, thread):
+        server.on_first = lambda: running.offered_again("a")
+        thread.start()
+        assert told.settled.get(timeout=LIMIT_S) == "a"
+        add(outbox, "b")
+        told.await_count(2)
+    assert [job_id for job_id, _ in told.unacceptable] == ["a"]
+    assert told.delivered == ["b"]
+    assert told.lost == []
+
+
 def test_courier_delivers_under_a_new_identity(outbox: Outbox, tmp_path: Path) -> None:
     """What a refused token kept back is sent, after a new registration, as the new worker."""
     add(outbox, "a")

@@ -191,8 +191,7 @@ class Courier:
             with self._guard:
                 self.uploading = None
                 is_offered = job_id in self._offered_again
-                if job_id in self._delivered_at:
-                    self._offered_again.discard(job_id)
+                self._offered_again.discard(job_id)  # settled below, and marked anew if it is
             if is_offered:
                 self._on_settled(job_id)
 

@@ -275,6 +275,8 @@ class StudioSession:
         self._on_unreported(job_id, error, retryable)
 
     def _lose(self, job_id: str, error: str) -> None:
+        if job_id == self._desk.current_job_id:
+            return  # it is being made anew already
         if self._exchange is None or not self._exchange.settle(job_id):
             self._fail(job_id, error, True)
 
