@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := packaging/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench soak chaos check venv clean
+.PHONY: docs help demo test lint bench soak chaos check venv clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -38,6 +38,9 @@ soak: $(STAMP) ## 300 jobs in one process, models and LoRAs in turn: does its me
 
 chaos: $(STAMP) ## Soak: 500 jobs while studio, network and worker fail 110 times (SEED=1; about 10 minutes)
 	$(BIN)/python -m tests.chaos --seed $(or $(SEED),1)
+
+docs: $(STAMP) ## Renew man pages and shell completions from the program and config.toml
+	$(BIN)/python packaging/docs/make.py
 
 check: lint test ## lint and test
 

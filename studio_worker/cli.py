@@ -34,7 +34,7 @@ app.command("check-config")(check_config)
 def main() -> None:
     """Entry point: an operator's mistake is one line on stderr and an exit status, never a traceback."""
     try:
-        app()
+        app(prog_name="studio-worker")  # however it is started; completion goes by it
     except StudioWorkerError as error:
         print(f"studio-worker: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
