@@ -27,10 +27,13 @@ from studio_worker.activity import Activity
 from studio_worker.control import ControlServer, runtime_dir
 from studio_worker.device import find_device, probe, wait_for_device
 from studio_worker.engine import default_router
+from studio_worker.engine.estimate import Estimates
 from studio_worker.errors import DeviceError, StudioWorkerError
 from studio_worker.inputs import input_fetcher
+from studio_worker.jobs import ImageTask
 from studio_worker.lock import state_lock
 from studio_worker.metrics import Exporter, Metrics
+from studio_worker.models import LocalFile, ModelSource
 from studio_worker.notify import Notifier, ReadyLine, watchdog_interval_s
 from studio_worker.outbox import Outbox
 from studio_worker.provision import (
@@ -143,6 +146,7 @@ class Service:
         shipping = logs.ShippingBuffer()
         logging.getLogger().addHandler(shipping)
         self._engines = default_router(self._device.name)
+        self._estimates = Estimates(self._device.name)
         self._store = open_store(loaded, policy)
         self._later = LaterProvision(self._store, self._note_provision)
         self._in_hand = JobInHand(settings.state.dir / "spool")
@@ -444,7 +448,19 @@ class Service:
             failed_for_good=self._failures.final,
             is_on_box=lambda files: all(self._store.is_verified(file) for file in files),
             shortfall_bytes=self._store.shortfall_bytes,
+            memory_gb=self._device.memory_gb,
+            needed_gb=self._needed_gb,
         )
+
+    def _needed_gb(self, source: ModelSource, task: ImageTask) -> float | None:
+        """What a job needs of the device's memory at least; ``None`` where its files are not here to tell."""
+        if not source.files or not all(self._store.is_verified(file) for file in source.files):
+            return None
+        files = [
+            LocalFile(file.role, self._store.path(file), file.sha256 or file.url) for file in source.files
+        ]
+        needed_bytes = self._estimates.needed_bytes(files, task, source.cli_defaults)
+        return None if needed_bytes is None else needed_bytes / 1e9
 
 
 def _thread(name: str, work: Callable[[], None]) -> threading.Thread:

@@ -377,3 +377,28 @@ def test_preloading_pushes_nothing_out(tmp_path: Path) -> None:
     assert preloaded(engine, SAMPLE)
     assert not preloaded(engine, changed_sample(tmp_path / "other.safetensors", lambda tensors: None))
     assert engine.resident().keys() == {"sample"}
+
+
+# --- before a job is accepted ---
+
+
+def test_estimate_is_told_without_torch() -> None:
+    """What a job needs is known in a process that has not loaded torch, and grows with the picture."""
+    script = """
+import sys
+from studio_worker import sample_model
+from studio_worker.engine.estimate import Estimates
+from studio_worker.jobs import ImageTask
+from studio_worker.models import CliDefaults, LocalFile
+file = LocalFile("model", sample_model.WEIGHTS, sample_model.SHA256)
+for side in (64, 2048, 9000):
+    print(Estimates("cpu").needed_bytes([file], ImageTask(prompt="", width=side, height=side), CliDefaults()))
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    small, large, impossible = done.stdout.split()
+    assert 15 * MIB < int(small) < 64 * MIB
+    assert 2 * GIB < int(large) < 8 * GIB
+    assert impossible == "None"  # the job itself says what is wrong with it

@@ -59,6 +59,20 @@ def claim(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in {**CLAIM, **changes}.items() if value is not None}
 
 
+def test_job_that_the_device_cannot_hold_is_left_to_another_worker() -> None:
+    """Where the files are here to tell that a picture needs more memory than there is, it is rejected at
+    once, whatever the studio's estimate says; where they are not, the studio's estimate counts.
+    """
+    situation = replace(IDLE, memory_gb=8.0, needed_gb=lambda source, task: 9.3)
+    judgement = judge(claim(vramGbEstimate=1.0), situation)
+    assert isinstance(judgement, Refuse)
+    assert judgement.reason == "the job needs 9.3 GB of memory and this worker has 8.0 GB"
+    assert judgement.code is None
+    for needed in (7.9, None):
+        told = replace(situation, needed_gb=lambda source, task, n=needed: n)
+        assert isinstance(judge(CLAIM, told), Take)
+
+
 def test_offer_that_can_be_done_is_taken_with_the_wires_defaults() -> None:
     """A plain offer becomes a job; what the task leaves out has the protocol's defaults."""
     judgement = judge(CLAIM, IDLE)

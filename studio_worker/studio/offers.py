@@ -69,7 +69,8 @@ class Situation:
     """What the worker knows of itself when an offer arrives. Memory in GB, ``now`` monotonic seconds.
 
     ``failed_for_good`` says why a job cannot be done, where that could not be reported when it was found out;
-    ``outbox_problem`` why no further result has room.
+    ``outbox_problem`` why no further result has room. ``memory_gb`` is the whole memory of the device,
+    ``needed_gb`` the least that a job needs of it by its files, where they are here to tell.
     """
 
     now: float
@@ -87,6 +88,8 @@ class Situation:
     failed_for_good: Callable[[str], str | None]
     is_on_box: Callable[[Sequence[ModelFile]], bool]
     shortfall_bytes: Callable[[Sequence[ModelFile]], int]
+    memory_gb: float = float("inf")
+    needed_gb: Callable[[ModelSource, ImageTask], float | None] = lambda source, task: None  # noqa: ARG005
 
 
 def judge(claim: dict[str, Any], situation: Situation) -> Judgement:
@@ -147,6 +150,12 @@ def _judge_content(claim: Claim, situation: Situation) -> Judgement:
             job_id,
             f"the job needs {claim.vram_gb_estimate:g} GB and this worker takes up to "
             f"{situation.threshold_gb:g} GB",
+        )
+    needed_gb = situation.needed_gb(source, task)
+    if needed_gb is not None and needed_gb > situation.memory_gb:
+        return Refuse(
+            job_id,
+            f"the job needs {needed_gb:.1f} GB of memory and this worker has {situation.memory_gb:.1f} GB",
         )
     if not situation.on_demand and not situation.is_on_box(source.files):
         return Refuse(job_id, f"model {claim.model[:100]} is not on this box")

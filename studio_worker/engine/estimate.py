@@ -1,0 +1,43 @@
+"""What a job will need of the device's memory, told from its files' headers before it is accepted.
+
+Imports no torch, and reads no weights; asked by the session's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from studio_worker.engine.parameters import resolve
+from studio_worker.engine.placement import Mode, footprint
+from studio_worker.engine.sources import Sources
+from studio_worker.errors import JobError
+from studio_worker.jobs import ImageTask
+from studio_worker.models import CliDefaults, LocalFile
+
+
+class Estimates:
+    """For one device and one thread.
+
+    Args:
+        device: torch's name of it, ``cpu`` or ``cuda:N``.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._is_cpu = device == "cpu"
+        self._sources = Sources()
+
+    def needed_bytes(self, files: Sequence[LocalFile], task: ImageTask, defaults: CliDefaults) -> int | None:
+        """The least that the picture can be made with: on a GPU component by component, on the CPU whole.
+
+        ``None`` where it cannot be told: the job's own run says what is wrong with it.
+        """
+        try:
+            blueprint = self._sources.identify([file for file in files if file.role != "lora"])
+            family = blueprint.family
+            parameters = resolve(task, defaults, family.defaults, from_image=False)
+        except JobError:
+            return None
+        itemsize = 4 if self._is_cpu else 2
+        needed = footprint(blueprint, itemsize, parameters.width * parameters.height)
+        mode = Mode.WHOLE if self._is_cpu else Mode.COMPONENT
+        return min(plan.peak_bytes for plan in needed.plans() if plan.mode is mode)
