@@ -1,15 +1,16 @@
 """What a job will need of the device's memory, told from its files' headers before it is accepted.
 
-Imports no torch, and reads no weights; asked by the session's thread.
+Imports no torch, reads no weights, and loads what reads headers when it is first asked: the service starts
+without it. Asked by the session's thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 from studio_worker.engine.parameters import resolve
-from studio_worker.engine.placement import Mode, footprint
-from studio_worker.engine.sources import Sources
 from studio_worker.errors import JobError
 from studio_worker.jobs import ImageTask
 from studio_worker.models import CliDefaults, LocalFile
@@ -24,13 +25,20 @@ class Estimates:
 
     def __init__(self, device: str) -> None:
         self._is_cpu = device == "cpu"
-        self._sources = Sources()
+
+    @cached_property
+    def _sources(self) -> Any:
+        from studio_worker.engine.sources import Sources
+
+        return Sources()
 
     def needed_bytes(self, files: Sequence[LocalFile], task: ImageTask, defaults: CliDefaults) -> int | None:
         """The least that the picture can be made with: on a GPU component by component, on the CPU whole.
 
         ``None`` where it cannot be told: the job's own run says what is wrong with it.
         """
+        from studio_worker.engine.placement import Mode, footprint
+
         try:
             blueprint = self._sources.identify([file for file in files if file.role != "lora"])
             family = blueprint.family
