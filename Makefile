@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := packaging/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: docs help demo test lint bench soak chaos check venv clean
+.PHONY: docs help demo test test-deb lint bench soak chaos check venv clean deb lock
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -41,6 +41,19 @@ chaos: $(STAMP) ## Soak: 500 jobs while studio, network and worker fail 110 time
 
 docs: $(STAMP) ## Renew man pages and shell completions from the program and config.toml
 	$(BIN)/python packaging/docs/make.py
+
+deb: ## Build the Debian packages into build/packages (torch's CPU build; see debian/rules for CUDA)
+	rm -rf build/packages && mkdir -p build/packages/studio-worker
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -P -t build/packages/studio-worker
+	cd build/packages/studio-worker && dpkg-buildpackage -us -uc -b
+	rm -rf build/packages/studio-worker
+	@ls -l build/packages/*.deb
+
+test-deb: $(STAMP) ## Build the packages and check them in a booted Debian 12 (as root; minutes)
+	packaging/test-deb
+
+lock: $(STAMP) ## Renew packaging/lock: versions and hashes of what goes into the packages
+	$(BIN)/python packaging/lock/lock.py
 
 check: lint test ## lint and test
 

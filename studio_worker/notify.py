@@ -51,9 +51,15 @@ class Notifier:
     def watchdog(self) -> None:
         self._send("WATCHDOG=1")
 
-    def stopping(self, status: str = "stopping") -> None:
+    def stopping(self, status: str = "stopping", *, within_s: float = 0.0) -> None:
+        """The service is on its way out.
+
+        Args:
+            within_s: how long that may take; asked for where it is longer than the unit's TimeoutStopSec.
+        """
         self._is_stopping = True
-        self._send("STOPPING=1", self._status(status))
+        extend = [f"EXTEND_TIMEOUT_USEC={round(within_s * 1_000_000)}"] if within_s else []
+        self._send("STOPPING=1", self._status(status), *extend)
 
     def _status(self, text: str) -> str:
         line = " ".join(text.splitlines())  # a line end inside a name would begin a new assignment

@@ -65,6 +65,8 @@ _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _RELOAD_SIGNAL = signal.SIGHUP
 _LAST_DELIVERY_S = 30.0
 """How long a stop waits for the last upload; what is not delivered by then stays in the outbox."""
+_AFTER_LIMIT_S = 120.0
+"""What handing a job back may take beyond stop_timeout_s: its step, the last delivery, the session's end."""
 _LOOP_SILENCE_S = 30.0
 """The session's loop turns every second; silent for this long, it hangs."""
 
@@ -339,11 +341,12 @@ class Service:
             self._reloader.request()
         log.info("stop requested", extra={"op": "service", "signal": signal.Signals(number).name})
         self._activity.entered("draining")
-        self._notifier.stopping("finishing the job in hand")
+        limit_s = self._settings.worker.stop_timeout_s
+        self._notifier.stopping("finishing the job in hand", within_s=limit_s + _AFTER_LIMIT_S)
         self._stop.set()
         self._desk.close()
         self._stages.put(None)
-        again = signal.sigtimedwait(_STOP_SIGNALS, self._settings.worker.stop_timeout_s)
+        again = signal.sigtimedwait(_STOP_SIGNALS, limit_s)
         log.warning(
             "handing the job in hand back",
             extra={"op": "service", "reason": "second signal" if again else "stop limit"},

@@ -55,6 +55,12 @@ def test_watchdog_and_stopping_are_told(systemd: socket.socket) -> None:
     assert heard(systemd) == ["STOPPING=1", "STATUS=finishing the job in hand"]
 
 
+def test_stop_that_takes_long_is_asked_for(systemd: socket.socket) -> None:
+    """A job that may be finished gets its time, whatever TimeoutStopSec says."""
+    Notifier().stopping("finishing the job in hand", within_s=360.5)
+    assert heard(systemd)[2:] == ["EXTEND_TIMEOUT_USEC=360500000"]
+
+
 def test_status_of_a_stopping_service_stays(systemd: socket.socket) -> None:
     """A reconnect while the job in hand is being finished does not make the line say that all is ready."""
     notifier = Notifier()

@@ -1,0 +1,119 @@
+"""Renew the lock files beside this script: exact versions and hashes of what goes into the packages.
+
+Run by ``make lock``. pip resolves as it would for an installation, within ``packaging/constraints.txt``, and
+reports what it chose; nothing is installed. What only torch needs is locked with torch, once for each build:
+``torch-cpu.txt`` wants the index or folder with torch's CPU build in pip's configuration (the wheel's version
+ends in ``+cpu``), ``torch-cuda.txt`` takes the wheel without such an ending.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CONSTRAINTS = ROOT / "packaging" / "constraints.txt"
+TORCH = "torch"
+BUILD = ("pip", "setuptools")
+"""What builds the wheels of this project and of libraries that publish none."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One distribution as pip chose it; ``requires`` are those of its requirements that hold here."""
+
+    name: str
+    version: str
+    sha256: str
+    requires: tuple[Requirement, ...]
+
+
+def resolve(*wanted: str, constraints: Iterable[str] = ()) -> dict[str, Chosen]:
+    """What pip would install for ``wanted``, by canonical name.
+
+    Raises:
+        subprocess.CalledProcessError: pip found no answer; it has said why on stderr.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report, pins = Path(folder, "report.json"), Path(folder, "pins.txt")
+        pins.write_text("".join(f"{line}\n" for line in constraints))
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+        command += ["--report", str(report), "--constraint", str(pins), *wanted]
+        subprocess.run(command, check=True)
+        entries = json.loads(report.read_text())["install"]
+    found = {}
+    for entry in entries:
+        metadata = entry["metadata"]
+        requires = tuple(Requirement(text) for text in metadata.get("requires_dist", ()))
+        name = canonicalize_name(metadata["name"])
+        sha256 = entry["download_info"]["archive_info"]["hashes"]["sha256"]
+        found[name] = Chosen(name, metadata["version"], sha256, requires)
+    return found
+
+
+def reachable(chosen: dict[str, Chosen], start: Iterable[Requirement]) -> set[str]:
+    """The names that ``start`` needs by ways that do not go through torch."""
+    seen: set[str] = set()
+    waiting = [(requirement, "") for requirement in start]
+    while waiting:
+        requirement, extra = waiting.pop()
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(requirement.name)
+        if name == TORCH or name not in chosen:
+            continue
+        extras = ("", *requirement.extras)
+        if name in seen and extras == ("",):
+            continue
+        seen.add(name)
+        waiting += [(each, extra) for each in chosen[name].requires for extra in extras]
+    return seen
+
+
+def write(name: str, chosen: Iterable[Chosen], says: str) -> None:
+    """One lock file in pip's own format."""
+    lines = [f"# {says}", "# Made by: make lock"]
+    for each in sorted(chosen, key=lambda each: each.name):
+        lines.append(f"{each.name}=={each.version} --hash=sha256:{each.sha256}")
+    (HERE / name).write_text("\n".join(lines) + "\n")
+    print(f"{name}: {len(lines) - 2} distributions")
+
+
+def main() -> None:
+    """Write the four lock files."""
+    pins = [line for line in CONSTRAINTS.read_text().splitlines() if line and not line.startswith("#")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"]
+    version = next(pin.partition("==")[2] for pin in pins if pin.startswith(f"{TORCH}=="))
+
+    with_cpu = resolve(*wanted, f"{TORCH}=={version}+cpu", constraints=pins)
+    ours = reachable(with_cpu, map(Requirement, wanted))
+    write("libraries.txt", (with_cpu[name] for name in ours), "What studio-worker needs, apart from torch.")
+    only_torch = with_cpu.keys() - ours
+    write(
+        "torch-cpu.txt", (with_cpu[name] for name in only_torch), "torch for the CPU, and what only it needs."
+    )
+
+    # "===" is pip's exact match: "==" would take the CPU build as well, if it is at hand.
+    others = [pin for pin in pins if not pin.startswith(f"{TORCH}==")]
+    with_cuda = resolve(f"{TORCH}==={version}", constraints=others)
+    only_torch = with_cuda.keys() - ours
+    write(
+        "torch-cuda.txt", (with_cuda[name] for name in only_torch), "torch with CUDA, and what only it needs."
+    )
+
+    write("build.txt", resolve(*BUILD).values(), "What builds the wheels; no package contains it.")
+
+
+if __name__ == "__main__":
+    main()

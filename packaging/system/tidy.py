@@ -1,0 +1,48 @@
+"""Take out of a site-packages folder what the packages do not need: ``tidy.py FOLDER``.
+
+Whatever is removed here is neither imported by the libraries themselves nor by the service; the tests that
+run against the installed packages would tell.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+TESTS_OF = ("mpmath", "networkx", "numpy", "sympy")
+"""Their own test suites are large, and import nothing that is not imported without them."""
+
+REMOVED = (
+    "bin",  # commands of the libraries, for the interpreter that built the package
+    "share",  # their manuals
+    "torch/include",  # for compiling against torch
+    "torch/share",
+    "torch/test",
+)
+
+KEPT_COMMANDS = {"torch_shm_manager"}
+"""Of ``torch/bin``, which holds torch's own tests beside it: what ``import torch`` looks for."""
+
+
+def main(folder: Path) -> None:
+    """Tidy ``folder``."""
+    for name in REMOVED:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for command in (folder / "torch" / "bin").glob("*"):
+        if command.is_dir():
+            shutil.rmtree(command)
+        elif command.name not in KEPT_COMMANDS:
+            command.unlink()
+    for library in TESTS_OF:
+        for tests in sorted((folder / library).rglob("tests")):
+            shutil.rmtree(tests, ignore_errors=True)
+    for record in folder.glob("*.dist-info/direct_url.json"):  # names the folder the wheel lay in
+        record.unlink()
+    for record in folder.glob("*.dist-info/RECORD"):
+        lines = record.read_text().splitlines(keepends=True)
+        record.write_text("".join(line for line in lines if (folder / line.split(",")[0]).exists()))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,71 @@
+"""What the Debian packages are made of, as far as it can be told without building them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LOCK = ROOT / "packaging" / "lock"
+
+
+def _pins(text: str) -> dict[str, str]:
+    found = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", text, re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+
+
+def test_lock_is_what_the_tests_ran_with() -> None:
+    """The packages carry the versions of packaging/constraints.txt; where they differ: make lock."""
+    tested = _pins((ROOT / "packaging" / "constraints.txt").read_text())
+    locked = _pins((LOCK / "libraries.txt").read_text())
+    assert locked.items() <= tested.items()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.match(r"[A-Za-z0-9._-]+", line)[0].lower() for line in project["dependencies"]}  # type: ignore[index]
+    assert wanted <= locked.keys() | {"torch"}
+
+
+@pytest.mark.parametrize("build", ["cpu", "cuda"])
+def test_lock_of_torch_is_the_version_that_was_tested(build: str) -> None:
+    """Both builds of torch are the tested version, and share nothing with the worker's own libraries."""
+    tested = _pins((ROOT / "packaging" / "constraints.txt").read_text())
+    locked = _pins((LOCK / f"torch-{build}.txt").read_text())
+    assert locked["torch"].partition("+")[0] == tested["torch"]
+    assert not locked.keys() & _pins((LOCK / "libraries.txt").read_text()).keys()
+    changelog = (ROOT / "debian" / "torch.changelog").read_text()
+    assert changelog.startswith(f"studio-worker ({tested['torch']}-")
+
+
+@pytest.mark.parametrize("lock", ["build", "libraries", "torch-cpu", "torch-cuda"])
+def test_lock_has_a_hash_for_everything(lock: str) -> None:
+    """No byte comes into a package that is not known beforehand."""
+    lines = [line for line in (LOCK / f"{lock}.txt").read_text().splitlines() if not line.startswith("#")]
+    assert lines
+    assert [line for line in lines if not re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", line)] == []
+
+
+def test_package_has_the_version_of_the_project() -> None:
+    """What dpkg shows is what `studio-worker version` says."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (ROOT / "debian" / "changelog").read_text().startswith(f"studio-worker ({project['version']})")
+
+
+def test_unit_for_one_instance_a_gpu_is_the_unit() -> None:
+    """studio-worker@.service differs from studio-worker.service only in what is an instance's own."""
+    one = (ROOT / "packaging" / "studio-worker.service").read_text().splitlines()
+    many = (ROOT / "packaging" / "studio-worker@.service").read_text().splitlines()
+    changed = [line for line in difflib.ndiff(one, many) if line[0] in "+-" and not line[2:].startswith("#")]
+    assert [line[:2] + line[2:].partition("=")[0] for line in changed] == [
+        "- Description",
+        "+ Description",
+        "- StateDirectory",
+        "+ StateDirectory",
+        "- RuntimeDirectory",
+        "+ RuntimeDirectory",
+        "+ Environment",
+        "+ Environment",
+    ]
+    assert all("%i" in line for line in changed if line.startswith("+"))
