@@ -19,6 +19,11 @@ from studio_worker.engine.parameters import Parameters, printable
 from studio_worker.errors import JobError
 
 WEBP_QUALITY = 90
+
+WEBP_METHOD = 0
+"""The fastest. While a picture is encoded the device waits, since the studio offers the next job only when
+this one is delivered; at 1024 px the default takes 3.6 times as long for a file of the same size."""
+
 JPEG_QUALITY = 90
 
 SOFTWARE = f"studio-worker {__version__}"
@@ -112,7 +117,7 @@ def _png(picture: Image.Image, text: str) -> bytes:
 
 
 def _webp(picture: Image.Image, text: str) -> bytes:
-    return _saved(picture, "WEBP", quality=WEBP_QUALITY, exif=_exif(text))
+    return _saved(picture, "WEBP", quality=WEBP_QUALITY, method=WEBP_METHOD, exif=_exif(text))
 
 
 def _jpg(picture: Image.Image, text: str) -> bytes:
