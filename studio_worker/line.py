@@ -13,7 +13,7 @@ from studio_worker.errors import DownloadError
 from studio_worker.policy import Policy
 from studio_worker.request import Address
 from studio_worker.staging import Staged
-from studio_worker.transport import Body, Connection
+from studio_worker.transport import CHUNK_BYTES, Body, Connection
 
 
 class FileChanged(DownloadError):
@@ -61,6 +61,8 @@ class Line:
         """When the last byte came, or the request went out."""
         self.busy_s = 0.0
         """CPU seconds so far."""
+        self.reads = self.late_reads = 0
+        """How often it read, and how often more was there by then than one read takes."""
         self.first_byte_s = 0.0
         self.is_delivering = False
         self.left = threading.Event()
@@ -148,10 +150,15 @@ class Line:
         if first != self.at:
             raise RangesIgnored(body.name, "the server sent another range than was asked for")
 
+    def _read(self, body: Body) -> bytes:
+        self.reads += 1
+        self.late_reads += body.waiting_bytes >= CHUNK_BYTES
+        return body.read()
+
     def _receive(self, body: Body) -> None:
         limit = self.policy.limit
         try:
-            while chunk := body.read():
+            while chunk := self._read(body):
                 if limit is not None:
                     limit.take(len(chunk), self.left)
                 rest = memoryview(chunk)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.line import FileChanged, Line, RangesIgnored
-from studio_worker.pace import Pace
+from studio_worker.pace import Pace, Work
 from studio_worker.policy import Policy
 from studio_worker.request import Address
 from studio_worker.spans import Spans
@@ -77,7 +77,9 @@ class Ranges:
         self._errors: list[Exception] = []
         self._changed = threading.Event()
         self._stop = threading.Event()
-        self._hashing_s = self._ended_s = 0.0  # CPU seconds
+        self._hashing_s = 0.0
+        self._ended = Work(0.0, 0, 0)
+        """What the connections took that are gone."""
         self._disk_error: Exception | None = None
 
     def receive(self, body: Body, start: int, end: int) -> None:
@@ -151,7 +153,7 @@ class Ranges:
         with self._lock:
             if line in self._lines:
                 self._lines.remove(line)
-                self._ended_s += line.busy_s
+                self._ended = _sum(self._ended, line)
                 self._free.add(line.at, line.end)
                 if error is not None:
                     self._errors.append(error)
@@ -207,8 +209,9 @@ class Ranges:
         self._pace.allow(now, share)
         self._drop(list(self._lines)[share:])
         delivering = sum(line.is_delivering for line in list(self._lines))
-        busy_s = self._hashing_s + self._ended_s + sum(line.busy_s for line in list(self._lines))
-        self._pace.note(now, self._staged.kept, delivering, busy_s)
+        work = _sum(self._ended, *list(self._lines))
+        work = work._replace(busy_s=work.busy_s + self._hashing_s)
+        self._pace.note(now, self._staged.kept, delivering, work)
         while len(self._lines) < self._pace.target:
             line = Line(self._address, self._policy, self._staged, self)
             with self._lock:
@@ -265,8 +268,7 @@ class Ranges:
     def _hash(self) -> None:
         try:
             while not self._stop.is_set() and self._staged.hashed < self.total:
-                if not self._staged.hash_more():
-                    self._stop.wait(_HASH_TICK_S)
+                self._staged.hash_more(patience_s=_HASH_TICK_S)
                 self._hashing_s = time.thread_time()
         except Exception as error:
             self._disk_error = error
@@ -279,6 +281,12 @@ class Ranges:
         except Exception as error:
             self._disk_error = error
             self._changed.set()
+
+
+def _sum(work: Work, *lines: Line) -> Work:
+    for line in lines:
+        work = Work(work.busy_s + line.busy_s, work.reads + line.reads, work.late_reads + line.late_reads)
+    return work
 
 
 def _rate(line: Line, now: float) -> float:

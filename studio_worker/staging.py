@@ -27,7 +27,7 @@ Progress = Callable[[int, int | None], None]
 """Called as bytes arrive or are checked: (bytes so far, bytes in all where known)."""
 
 _READ_BYTES = 1024 * 1024
-_FRESH_BYTES = 8 * 1024 * 1024
+_FRESH_BYTES = 2 * 1024 * 1024
 _PATIENCE_S = 0.25
 """So long is the hashing waited for before it has to read back what it did not take from memory."""
 
@@ -59,7 +59,7 @@ class Staged:
         self._map_path = part.with_suffix(".map")
         self._file = file
         self._lock = threading.Lock()
-        self._has_room = threading.Condition(self._lock)
+        self._moved = threading.Condition(self._lock)
         self._spans = Spans()
         self._map: BlockMap | None = None
         self._fresh: deque[memoryview] = deque()
@@ -101,13 +101,19 @@ class Staged:
         while self.hash_more():
             progress(self.hashed, self.kept)
 
-    def hash_more(self) -> int:
-        """Hash on, a megabyte at most; returns how many bytes that were, 0 where the next is not there."""
+    def hash_more(self, *, patience_s: float = 0.0) -> int:
+        """Hash on, a megabyte at most; returns how many bytes that were, 0 where the next is not there.
+
+        Args:
+            patience_s: so long is the next one waited for.
+        """
         with self._lock:
+            if patience_s and not self._fresh and self._spans.end_from(self.hashed) == self.hashed:
+                self._moved.wait(patience_s)
             fresh = self._fresh.popleft() if self._fresh else None
             if fresh is not None:
                 self._fresh_bytes -= len(fresh)
-                self._has_room.notify_all()
+                self._moved.notify_all()
             else:
                 count = min(self._spans.end_from(self.hashed) - self.hashed, len(self._buffer))
                 self._fresh_end = self.hashed + count
@@ -153,11 +159,12 @@ class Staged:
             start, end = self._spans.add(at, at + len(chunk))
             self._map.mark(max(start, at - BLOCK_BYTES), min(end, at + len(chunk) + BLOCK_BYTES))
             if at == self._fresh_end and self._fresh_bytes > _FRESH_BYTES:
-                self._has_room.wait(_PATIENCE_S)
+                self._moved.wait(_PATIENCE_S)
             if at == self._fresh_end and self._fresh_bytes <= _FRESH_BYTES:
                 self._fresh.append(memoryview(chunk))
                 self._fresh_bytes += len(chunk)
                 self._fresh_end = at + len(chunk)
+                self._moved.notify_all()
 
     def _write(self, chunk: bytes | memoryview, at: int) -> None:
         rest = memoryview(chunk)

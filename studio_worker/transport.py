@@ -6,10 +6,13 @@ string, a fragment or user info, and no error carries the library's own, whose t
 
 from __future__ import annotations
 
+import array
 import contextlib
 import email.utils
+import fcntl
 import http.client
 import queue
+import termios
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -25,9 +28,12 @@ from studio_worker.request import Address, Session, ask, cause
 
 CHUNK_BYTES = 256 * 1024
 """Measured: larger buffers do not make one connection faster."""
-_GATHER_BYTES_PER_S = 50 * CHUNK_BYTES
-"""From this rate on a whole chunk is waited for: TLS gives 16 KiB at a time, much work in Python."""
-_GATHER_AFTER_S = 0.05
+_GATHER_S = 0.01
+"""So long is waited for more than has arrived: TLS gives 16 KiB at a time, much work in Python."""
+_GATHER_BYTES = 512 * 1024
+"""Never more than this, because a connection that is reset loses it."""
+_RECORD_BYTES = 16 * 1024
+_JUDGED_AFTER_S = 0.05
 
 _QUEUED_CHUNKS = 8
 _LOOK_AGAIN_S = 0.1
@@ -99,19 +105,29 @@ class Body(Head):
     def __init__(self, name: str, response: requests.Response) -> None:
         super().__init__(name, response)
         self._response = response
-        self._is_fast = False
+        self._wanted = 0
         self._since = time.monotonic()
         self._count = 0
 
     def read(self) -> bytes:
         """What has arrived, ``b""`` at the end. Raises DownloadError where the connection breaks."""
-        chunk = _next_chunk(self._response, self.name, is_fast=self._is_fast)
+        chunk = _next_chunk(self._response, self.name, at_once=self._wanted)
         self._count += len(chunk)
         now = time.monotonic()
-        if now - self._since > _GATHER_AFTER_S:
-            self._is_fast = self._count > _GATHER_BYTES_PER_S * (now - self._since)
+        if now - self._since > _JUDGED_AFTER_S:
+            expected = int(_GATHER_S * self._count / (now - self._since))
+            self._wanted = min(expected, _GATHER_BYTES) if expected > _RECORD_BYTES else 0
             self._since, self._count = now, 0
         return chunk
+
+    @property
+    def waiting_bytes(self) -> int:
+        """How much has arrived that was not read, as it came over the line."""
+        if self._response.raw.closed:  # read to its end
+            return 0
+        count = array.array("i", [0])
+        fcntl.ioctl(self._response.raw.fileno(), termios.FIONREAD, count)
+        return count[0]
 
     def finish(self) -> None:
         """All that is wanted has come: read the end too, so that the connection can be used again."""
@@ -238,10 +254,10 @@ class Answer(Head):
                 return
 
 
-def _next_chunk(response: requests.Response, name: str, *, is_fast: bool = False) -> bytes:
+def _next_chunk(response: requests.Response, name: str, *, at_once: int = 0) -> bytes:
+    """What has arrived, so that a connection that breaks loses nothing of it; or ``at_once`` bytes."""
     try:
-        # read1: what has arrived, so that a connection that breaks loses nothing of it.
-        chunk = response.raw.read(CHUNK_BYTES) if is_fast else response.raw.read1(CHUNK_BYTES)
+        chunk = response.raw.read(at_once) if at_once else response.raw.read1(CHUNK_BYTES)
         return bytes(chunk)  # the same object: only its type is not known
     except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
         raise DownloadError("streaming body", f"GET {name}: streaming body: {cause(error)}") from None
