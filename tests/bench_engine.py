@@ -38,6 +38,7 @@ from studio_worker.models import CliDefaults, LocalFile
 from tests import tiny_models
 
 JOBS = 16
+GPU_JOBS = 50
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPT = sample_model.prompt("red", "potion", "grass")
 
@@ -64,6 +65,8 @@ def main() -> None:
             for row in overhead(peer):
                 table.add_row(*row)
         table.add_row(*switching(peers))
+        if DEVICE == "cuda":
+            table.add_row(*gpu_share(peers[1]))
     table.add_row(*first_picture())
     Console().print(table)
 
@@ -164,6 +167,24 @@ def switching(peers: tuple[Peer, ...]) -> tuple[str, str, str]:
     kept = max(loads[2], 1e-6)
     times = f"{loads[0] / kept:.0f} times" if loads[2] else "nothing is read"
     return ("back to a model kept in memory", f"{loads[2]:.4f} s", f"from disk {loads[0]:.3f} s; {times}")
+
+
+def gpu_share(peer: Peer) -> tuple[str, str, str]:
+    """Pictures a second over 50 jobs, and the share of that time in which the GPU computed, by the driver."""
+    engine = DiffusionEngine(DEVICE, families=(peer.family,))
+    engine.generate(request(peer, 0), lambda done, total: None, Cancel())
+    ask = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200"]
+    with subprocess.Popen([*ask, "--id=0"], stdout=subprocess.PIPE, text=True) as watcher:
+        took_s = seconds(
+            lambda: [
+                engine.generate(request(peer, seed), lambda done, total: None, Cancel())
+                for seed in range(GPU_JOBS)
+            ]
+        )
+        watcher.terminate()
+        shares = [int(line) for line in watcher.communicate()[0].split()]
+    share = f"GPU in use {statistics.mean(shares):.0f}% of the time (goal: 97%)"
+    return (f"{GPU_JOBS} jobs of the {peer.name}", f"{GPU_JOBS / took_s:.2f} pictures a second", share)
 
 
 def first_picture() -> tuple[str, str, str]:
