@@ -25,8 +25,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from rich.console import Console
-from rich.table import Table
 
 from studio_worker import sample_model
 from studio_worker.engine import Request
@@ -56,19 +54,22 @@ class Peer:
 
 
 def main() -> None:
-    """Run everything and print one table."""
-    title = f"engine on {DEVICE}, {torch.get_num_threads()} threads"
-    table = Table("what", "measured", "beside", title=title)
+    """Run everything and print each row as it is measured."""
+    print(f"engine on {DEVICE}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
         peers = (sample(), larger(Path(folder)))
         for peer in peers:
             for row in overhead(peer):
-                table.add_row(*row)
-        table.add_row(*switching(peers))
+                show(row)
+        show(switching(peers))
         if DEVICE == "cuda":
-            table.add_row(*gpu_share(peers[1]))
-    table.add_row(*first_picture())
-    Console().print(table)
+            show(gpu_share(peers[1]))
+    show(first_picture())
+
+
+def show(row: tuple[str, str, str]) -> None:
+    what, measured, beside = row
+    print(f"{what:48} {measured:>12}  {beside}", flush=True)
 
 
 def sample() -> Peer:
