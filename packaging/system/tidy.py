@@ -37,11 +37,25 @@ def main(folder: Path) -> None:
     for library in TESTS_OF:
         for tests in sorted((folder / library).rglob("tests")):
             shutil.rmtree(tests, ignore_errors=True)
+    for path in folder.rglob("*"):  # some wheels mark texts and modules as commands
+        if (
+            path.is_file()
+            and ".so" not in path.name
+            and path.name not in KEPT_COMMANDS
+            and not _is_program(path)
+        ):
+            path.chmod(0o644)
     for record in folder.glob("*.dist-info/direct_url.json"):  # names the folder the wheel lay in
         record.unlink()
     for record in folder.glob("*.dist-info/RECORD"):
         lines = record.read_text().splitlines(keepends=True)
         record.write_text("".join(line for line in lines if (folder / line.split(",")[0]).exists()))
+
+
+def _is_program(path: Path) -> bool:
+    """Whether it is machine code, such as what torch's compilers call."""
+    with path.open("rb") as file:
+        return file.read(4) == b"\x7fELF"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ JOB_S = 120.0
 
 LONG = {"kind": "image", "prompt": "a hidden castle", "width": 512, "height": 512, "steps": 150}
 """A minute of work for the sample model: a job to be interrupted in."""
-SOME = {"kind": "image", "prompt": "a hidden castle", "width": 256, "height": 256, "steps": 60}
+SOME = {"kind": "image", "prompt": "a hidden castle", "width": 192, "height": 192, "steps": 40}
 """Some seconds of work."""
 
 

@@ -255,6 +255,36 @@ def test_hung_step_gets_the_service_restarted(box: Box) -> None:
     box.await_job(after, "done")
 
 
+# --- reload -----------------------------------------------------------------------------------------
+
+
+def test_good_reload_applies_what_changed(box: Box) -> None:
+    """systemctl reload takes a new value over without a restart, in the middle of a job, which goes on."""
+    box.start()
+    pid = box.pid
+    job_id = box.queue_picture(SOME)
+    box.await_in_engine(job_id)
+    box.configure(log={"level": "debug"})
+    box.machine.run("systemctl", "reload", UNIT)
+    box.machine.await_that("reloaded", lambda: box.show("ActiveState") == "active")
+    box.await_job(job_id, "done")
+    box.machine.await_that("a debug line", lambda: any(line["level"] == "DEBUG" for line in box.log_lines()))
+    assert (box.pid, box.show("NRestarts")) == (pid, "0")
+
+
+def test_bad_reload_changes_nothing(box: Box) -> None:
+    """A reload of a wrong configuration fails with the reason, and the service works on with the old one."""
+    box.start()
+    pid = box.pid
+    box.configure(worker={"devcie": "cpu"})
+    assert box.machine.run("systemctl", "reload", UNIT, check=False).returncode != 0
+    assert "worker.devcie: unknown key; did you mean device?" in box.tail()
+    box.machine.await_that("it runs", lambda: box.show("ActiveState") == "active")
+    job_id = box.queue_synthetic()
+    box.await_job(job_id, "done")
+    assert box.pid == pid
+
+
 # --- restart policy ---------------------------------------------------------------------------------
 
 
