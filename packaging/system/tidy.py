@@ -19,6 +19,7 @@ REMOVED = (
     "torch/include",  # for compiling against torch
     "torch/share",
     "torch/test",
+    "tqdm/completion.sh",  # for a command of its own
 )
 
 KEPT_COMMANDS = {"torch_shm_manager"}
@@ -28,7 +29,10 @@ KEPT_COMMANDS = {"torch_shm_manager"}
 def main(folder: Path) -> None:
     """Tidy ``folder``."""
     for name in REMOVED:
-        shutil.rmtree(folder / name, ignore_errors=True)
+        if (folder / name).is_file():
+            (folder / name).unlink()
+        else:
+            shutil.rmtree(folder / name, ignore_errors=True)
     for command in (folder / "torch" / "bin").glob("*"):
         if command.is_dir():
             shutil.rmtree(command)

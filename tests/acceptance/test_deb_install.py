@@ -195,21 +195,10 @@ def _copy_test_libraries(machine: Machine) -> None:
     import _pytest
 
     folder = Path(_pytest.__file__).parents[1]
-    names = (
-        "_pytest",
-        "pytest",
-        "pluggy",
-        "iniconfig",
-        "hypothesis",
-        "sortedcontainers",
-        "pytest_timeout.py",
-    )
-    for pattern in (
-        *names,
-        "_hypothesis*",
-        "pytest-*.dist-info",
-        "pytest_timeout-*.dist-info",
-        "hypothesis-*.dist-info",
-    ):
+    patterns = (
+        "_pytest", "pytest", "py.py", "pytest-*", "pytest_timeout*", "pluggy", "iniconfig", "hypothesis",
+        "hypothesis-*", "_hypothesis*", "sortedcontainers",
+    )  # fmt: skip
+    for pattern in patterns:
         for path in folder.glob(pattern):
             machine.copy_in(path, "/opt/libraries")
