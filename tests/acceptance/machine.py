@@ -27,8 +27,8 @@ from typing import Any, Self
 CACHE = Path(os.environ.get("STUDIO_WORKER_TEST_CACHE", "/var/cache/studio-worker-test"))
 SUITE = "bookworm"
 PACKAGES = (
-    "autopkgtest", "ca-certificates", "dbus", "libnss-systemd", "libpam-systemd", "procps", "python3",
-    "systemd", "systemd-sysv",
+    "autopkgtest", "ca-certificates", "dbus", "dpkg-dev", "libnss-systemd", "libpam-systemd", "procps",
+    "python3", "systemd", "systemd-sysv",
 )  # fmt: skip
 """Init, and what a check in the machine calls. Of what the package needs it holds only python3."""
 _QUIET_UNITS = (

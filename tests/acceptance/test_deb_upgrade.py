@@ -114,6 +114,7 @@ def test_configuration_edits_survive_an_upgrade_and_a_downgrade(box: Box, debs: 
     config.write_text(config.read_text() + "# edited on this box\n")
     box.configure(log={"level": "debug"})
     box.start()
+    box.await_online()
     identity = box.machine.path(f"{STATE}/identity.json").read_text()
     install(box, next_deb)
     install(box, debs.worker, "--allow-downgrades")
