@@ -201,7 +201,7 @@ def _run(
     out.unlink(missing_ok=True)
     environment = {**os.environ, "HF_HUB_ENABLE_HF_TRANSFER": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if pem is not None:
-        environment |= dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), str(pem))
+        environment |= dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), str(pem))
     started, cpu, peak = time.perf_counter(), 0.0, 0.0
     for command in commands:
         words = [url if word == "URL" else word for word in command]
@@ -232,8 +232,10 @@ def _server(path: Path, options: list[str]) -> Iterator[str]:
     command = [sys.executable, "-m", "tests.bench_server", str(path), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield process.stdout.readline().strip()
-        process.terminate()
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.terminate()
 
 
 def _old_hub() -> Path | None:
