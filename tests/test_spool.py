@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from studio_worker.jobs import ImageTask, Job, Picture
+from studio_worker.jobs import ImageTask, Job
 from studio_worker.models import ModelSource
 from studio_worker.spool import Failures, JobInHand
 
@@ -32,17 +32,8 @@ def job(job_id: str = "job-1", prompt: str = "a lighthouse") -> Job:
     return Job(job_id, "sample", ImageTask(prompt=prompt), ModelSource(engine="sdcpp"))
 
 
-def picture(content: bytes = b"picture") -> Picture:
-    return Picture(content, "webp", {"seed": 7})
-
-
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-def note_of(folder: Path) -> Path:
-    (note,) = folder.glob("*.json")
-    return note
 
 
 @pytest.fixture
