@@ -1,8 +1,8 @@
 """The configuration: ``config.toml``, then ``conf.d/*.toml`` in name order, then the environment.
 
-Owns every setting and what is wrong with it: each fault becomes one :class:`ConfigError` that names file,
-line, key and cure. Required models come from ``models.d``. Nothing here touches the network or the device.
-Reading a file is config_files.py's work, a required model's shape is required.py's.
+Each fault becomes one :class:`ConfigError` that names file, line, key and cure. Required models come from
+``models.d``. Nothing here touches the network or the device. The settings themselves are in settings.py,
+reading a file is config_files.py's work, a required model's shape is required.py's.
 """
 
 from __future__ import annotations
@@ -10,144 +10,20 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import ValidationError
 
 from studio_worker.config_files import Document, list_files, read_document, user
 from studio_worker.errors import ConfigError
 from studio_worker.files import own_like_folder
-from studio_worker.models import RequiredModel, is_loopback, url_problem
+from studio_worker.models import RequiredModel
 from studio_worker.required import read_required
+from studio_worker.settings import ENV_PREFIX, ENV_SEPARATOR, Settings
 
 DEFAULT_DIR = Path("/etc/studio-worker")
-ENV_PREFIX = "STUDIO_WORKER_"
-_ENV_SEPARATOR = "__"
-
-
-def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-        raise ValueError("must be auto, cuda, cuda:N or cpu")
-    return value
-
-
-def _studio_url(value: str) -> str:
-    # Plain http is allowed here: a studio of one's own on the local network often has nothing else.
-    if problem := url_problem(value, allow_insecure=True):
-        raise ValueError(problem)
-    if "@" in urlsplit(value).netloc:
-        # It would replace the worker's own token in every request, and show up wherever the address does.
-        raise ValueError("holds a user name or password; a worker signs in with its own token")
-    return value
-
-
-def _mirrors(value: dict[str, str]) -> dict[str, str]:
-    for url in (*value, *value.values()):
-        if problem := url_problem(url, allow_insecure=True):
-            raise ValueError(f"an address of a mirror {problem}")
-    return value
-
-
-def _proxy(value: str) -> str:
-    if problem := url_problem(value, allow_insecure=True):
-        raise ValueError(problem)
-    return value
-
-
-def _listen(value: str) -> str:
-    host, port = listen_address(value)
-    if not is_loopback(host) or not 0 < port < 65_536:
-        raise ValueError("must be an address of this machine alone and a port, e.g. 127.0.0.1:9464")
-    return value
-
-
-def listen_address(value: str) -> tuple[str, int]:
-    """Host and port of ``host:port``; port 0 where there is none. Raises ValueError."""
-    parts = urlsplit(f"//{value}")
-    return parts.hostname or "", parts.port or 0
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-
-class StudioSection(_Section):
-    api_base_url: Annotated[str, AfterValidator(_studio_url)] = "https://studio.minis.gg"
-    reconnect_attempts: int = Field(default=0, ge=0)
-
-
-class WorkerSection(_Section):
-    device: Annotated[str, AfterValidator(_device)] = "auto"
-    vram_threshold_gb: float | None = Field(default=None, gt=0)
-    step_timeout_s: float = Field(default=300.0, gt=0)
-    stop_timeout_s: float = Field(default=240.0, gt=0, le=86_400)
-    preload: bool = False
-
-
-class ModelsSection(_Section):
-    root: Path = Path("/var/lib/studio-worker/models")
-    on_demand: bool = True
-    budget_gb: float | None = Field(default=None, gt=0)
-    allow_insecure_urls: bool = False
-    max_connections: int = Field(default=32, ge=1, le=32)
-    download_limit_mb_s: float | None = Field(default=None, gt=0)
-    mirrors: Annotated[dict[str, str], AfterValidator(_mirrors)] = {}
-    token_dir: Path | None = None
-    ca_bundle: Path | None = None
-    proxy: Annotated[str, AfterValidator(_proxy)] | None = None
-
-
-class StateSection(_Section):
-    dir: Path = Path("/var/lib/studio-worker")
-    runtime_dir: Path = Path("/run/studio-worker")
-    outbox_max_gb: float = Field(default=5.0, gt=0)
-    outbox_max_days: float = Field(default=14.0, gt=0)
-
-
-class LogSection(_Section):
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "json", "text"] = "auto"
-
-
-class MetricsSection(_Section):
-    listen: Annotated[str, AfterValidator(_listen)] | None = None
-    textfile: Path | None = None
-
-
-class Settings(BaseSettings):
-    """Every setting, with its default. ``packaging/config.toml`` explains each key."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX,
-        env_nested_delimiter=_ENV_SEPARATOR,
-        extra="forbid",
-        frozen=True,
-        hide_input_in_errors=True,
-    )
-
-    studio: StudioSection = StudioSection()
-    worker: WorkerSection = WorkerSection()
-    models: ModelsSection = ModelsSection()
-    state: StateSection = StateSection()
-    log: LogSection = LogSection()
-    metrics: MetricsSection = MetricsSection()
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003  (the signature is the library's)
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # The files' values come in as init arguments; the environment wins over them.
-        return env_settings, init_settings
 
 
 @dataclass(frozen=True)
@@ -269,7 +145,7 @@ def _unknown(document: Document, dotted: str, name: str, candidates: list[str], 
 def _environment_origins() -> dict[str, _Origin]:
     """Where each setting given by environment comes from. Raises ConfigError for a name not known."""
     known = {
-        f"{ENV_PREFIX}{section}{_ENV_SEPARATOR}{key}".upper(): f"{section}.{key}"
+        f"{ENV_PREFIX}{section}{ENV_SEPARATOR}{key}".upper(): f"{section}.{key}"
         for section, keys in _known_keys().items()
         for key in keys
     }

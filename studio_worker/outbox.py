@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from pydantic import TypeAdapter
 
 from studio_worker.files import fsync_directory, make_private, write_atomic
+from studio_worker.finished import Delivery
 from studio_worker.jobs import Job, Picture
+from studio_worker.outbox_clock import OutboxClock
 
 log = logging.getLogger(__name__)
 
@@ -31,40 +29,6 @@ _RESERVE_BYTES = 64 * 1024 * 1024
 """With less room on the disk no job is begun: a large picture, its note and the job in hand must fit."""
 _MEMORY_BYTES = 256 * 1024 * 1024
 """So much may wait in memory because the disk takes nothing."""
-_AGE_SAVED_EVERY_S = 600.0
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """One finished picture on its way to the studio.
-
-    ``prompt`` travels with the upload, never to a log; ``timings_s`` are the stages so far, in seconds;
-    ``kept_since_s`` is on the outbox's own clock, ``finished_at`` Unix time. Without ``data_path`` the
-    picture is in memory alone.
-    """
-
-    job_id: str
-    model: str
-    ext: str
-    prompt: str
-    meta: Mapping[str, Any]
-    data_path: Path | None
-    finished_at: float
-    timings_s: Mapping[str, float] = field(default_factory=dict)
-    kept_since_s: float = 0.0
-    in_memory: bytes = field(default=b"", repr=False)
-
-    def read(self) -> bytes:
-        """The picture. Raises OSError where it cannot be read."""
-        return self.in_memory if self.data_path is None else self.data_path.read_bytes()
-
-    def size_bytes(self) -> int:
-        """How long the picture is; 0 where it is gone."""
-        if self.data_path is None:
-            return len(self.in_memory)
-        with contextlib.suppress(OSError):
-            return self.data_path.stat().st_size
-        return 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +77,7 @@ class Outbox:
         for data in folder.glob("*.data"):
             if not data.with_suffix(".json").exists():
                 data.unlink()
-        self._age = _Age(
+        self._clock = OutboxClock(
             folder / "age", clock, at_least_s=max((d.kept_since_s for d in self.oldest()), default=0.0)
         )
 
@@ -135,7 +99,7 @@ class Outbox:
             data_path=None,
             finished_at=time.time(),
             timings_s=dict(timings_s),
-            kept_since_s=self._age.now_s(),
+            kept_since_s=self._clock.now_s(),
             in_memory=picture.data,
         )
         try:
@@ -160,7 +124,7 @@ class Outbox:
 
     def _write(self, delivery: Delivery) -> None:
         data, note = self._path(delivery.job_id, ".data"), self._path(delivery.job_id, ".json")
-        text = json.dumps({name: getattr(delivery, name) for name in _NOTED}).encode()
+        text = delivery.note()
         try:
             write_atomic(data, delivery.in_memory, sync_folder=False)
             write_atomic(note, text)
@@ -197,12 +161,12 @@ class Outbox:
 
     def expire(self) -> list[tuple[Delivery, str]]:
         """Remove what is older than the limit, then the oldest until the rest fits; each with its reason."""
-        self._age.save_now_and_then()
+        self._clock.save_now_and_then()
         dropped = []
         waiting = self.oldest()
         total = sum(delivery.size_bytes() for delivery in waiting)
         for delivery in waiting:
-            waited_s = self._age.now_s() - delivery.kept_since_s
+            waited_s = self._clock.now_s() - delivery.kept_since_s
             if waited_s > self._max_age_s:
                 reason = f"it waited {waited_s / 86400:.1f} days ([state] outbox_max_days)"
             elif total > self._max_bytes:
@@ -278,7 +242,7 @@ class Outbox:
     def _read(self, note: Path) -> Delivery | None:
         data = note.with_suffix(".data")
         try:
-            delivery = _DELIVERY.validate_python({**json.loads(note.read_text()), "data_path": data})
+            delivery = Delivery.read_note(note.read_text(), data)
         except FileNotFoundError:
             return None  # delivered meanwhile
         except OSError as error:  # this time; it may be readable the next
@@ -294,7 +258,7 @@ class Outbox:
             if note.exists():
                 self._set_aside(note, "its bytes are gone")
             return None
-        return replace(delivery, in_memory=b"")
+        return delivery
 
     def _set_aside(self, note: Path, problem: str) -> None:
         aside = self._folder / "unreadable"
@@ -314,34 +278,6 @@ class Outbox:
         # Job ids come from the studio: they are hashed so that none can name a path.
         digest = hashlib.sha256(job_id.encode("utf-8", "surrogatepass"))
         return self._folder / (digest.hexdigest()[:32] + suffix)
-
-
-class _Age:
-    """How long a service has looked after the outbox, over all its starts; a crash loses ten minutes."""
-
-    def __init__(self, path: Path, clock: Callable[[], float], *, at_least_s: float) -> None:
-        self._path = path
-        self._clock = clock
-        self._began = self._saved = clock()
-        try:
-            before_s = float(path.read_text())
-        except (OSError, ValueError):  # the first start, or a damaged file: the pictures tell enough
-            before_s = 0.0
-        self._before_s = max(before_s if 0.0 <= before_s < float("inf") else 0.0, at_least_s)
-
-    def now_s(self) -> float:
-        return self._before_s + self._clock() - self._began
-
-    def save_now_and_then(self) -> None:
-        if self._clock() - self._saved < _AGE_SAVED_EVERY_S:
-            return
-        self._saved = self._clock()
-        with contextlib.suppress(OSError):  # on a full disk the pictures live a little longer
-            write_atomic(self._path, f"{self.now_s():.0f}\n".encode())
-
-
-_NOTED = ("job_id", "model", "ext", "prompt", "meta", "finished_at", "timings_s", "kept_since_s")
-_DELIVERY = TypeAdapter(Delivery)
 
 
 def _facts(path: Path, **more: object) -> dict[str, object]:

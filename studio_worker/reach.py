@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from studio_worker.config import Settings
 from studio_worker.errors import ConfigError
 from studio_worker.logs import add_secret
 from studio_worker.policy import Connections, Limit, Policy
+from studio_worker.settings import Settings
 
 TOKEN_PREFIX = "download-token."
 """A token's file is called so, with the host's name behind it."""

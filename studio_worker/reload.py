@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from studio_worker import config
-from studio_worker.config import Config, Settings
+from studio_worker.config import Config
 from studio_worker.errors import ConfigError
 from studio_worker.notify import Notifier, ReadyLine
 from studio_worker.policy import Policy
 from studio_worker.reach import policy_from
+from studio_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 

@@ -9,31 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import getpass
 import logging
 import os
 import queue
 import signal
-import socket
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from studio_worker import __version__, config, logs
+from studio_worker.abilities import Abilities
 from studio_worker.activity import Activity
 from studio_worker.control import ControlServer, runtime_dir
 from studio_worker.device import find_device, probe, wait_for_device
 from studio_worker.engine import default_router
-from studio_worker.engine.estimate import Estimates
 from studio_worker.errors import DeviceError, StudioWorkerError
 from studio_worker.inputs import input_fetcher
-from studio_worker.jobs import ImageTask
 from studio_worker.lock import state_lock
 from studio_worker.metrics import Exporter, Metrics
-from studio_worker.models import LocalFile, ModelSource
 from studio_worker.notify import Notifier, ReadyLine, watchdog_interval_s
 from studio_worker.outbox import Outbox
 from studio_worker.provision import (
@@ -47,24 +41,19 @@ from studio_worker.provision import (
 from studio_worker.reach import policy_from
 from studio_worker.reload import REQUIRED_MODELS, Reloaded, Reloader
 from studio_worker.reporting import Reporting, note_answer
+from studio_worker.settings import Settings, listen_address
 from studio_worker.spool import Failures, JobInHand
 from studio_worker.starts import Starts
 from studio_worker.studio.api import StudioApi
-from studio_worker.studio.delivery import Courier
 from studio_worker.studio.desk import Desk
-from studio_worker.studio.identity import Credentials, IdentityFile, given_credentials
-from studio_worker.studio.offers import Situation
-from studio_worker.studio.registration import Registration
-from studio_worker.studio.session import StudioSession
-from studio_worker.studio.wire import Capabilities
+from studio_worker.studio.identity import IdentityFile
+from studio_worker.studio.link import StudioLink
 from studio_worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _RELOAD_SIGNAL = signal.SIGHUP
-_LAST_DELIVERY_S = 30.0
-"""How long a stop waits for the last upload; what is not delivered by then stays in the outbox."""
 _AFTER_LIMIT_S = 120.0
 """What handing a job back may take beyond stop_timeout_s: its step, the last delivery, the session's end."""
 _LOOP_SILENCE_S = 30.0
@@ -130,7 +119,6 @@ class Service:
         self._ended = threading.Event()
         self._stages: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._fatal: StudioWorkerError | None = None
-        self._courier_thread: threading.Thread | None = None
 
         log.info("service starting", extra={"op": "service", "version": __version__})
         self._device = find_device(settings.worker.device)
@@ -148,61 +136,49 @@ class Service:
         shipping = logs.ShippingBuffer()
         logging.getLogger().addHandler(shipping)
         self._engines = default_router(self._device.name)
-        self._estimates = Estimates(self._device.name)
         self._store = open_store(loaded, policy)
         self._later = LaterProvision(self._store, self._note_provision)
         self._in_hand = JobInHand(settings.state.dir / "spool")
-        self._failures = Failures(settings.state.dir / "spool")
-        self._outbox = Outbox(
+        failures = Failures(settings.state.dir / "spool")
+        outbox = Outbox(
             settings.state.dir / "outbox",
             max_bytes=settings.state.outbox_max_gb * 1e9,
             max_age_s=settings.state.outbox_max_days * 86_400,
         )
         self._desk = Desk()
-        api = StudioApi(settings.studio.api_base_url)
-        self._session = StudioSession(
-            api=api,
+        abilities = Abilities(
+            lambda: self._settings,
+            device=self._device,
+            engines=self._engines,
+            store=self._store,
             desk=self._desk,
-            situation=self._situation,
-            capabilities=self._capabilities,
-            uploading=lambda: self._courier.uploading,
-            on_redelivery=lambda job_id: self._courier.offered_again(job_id),
-            on_answer=partial(note_answer, self._activity),
-            on_unreported=lambda job_id, error, retryable: self._failures.add(
-                job_id, error, retryable=retryable
-            ),
-            on_state=self._note_session,
+            in_hand=self._in_hand,
+            failures=failures,
+            outbox=outbox,
+        )
+        api = StudioApi(settings.studio.api_base_url)
+        self._studio = StudioLink(
+            api,
+            IdentityFile(settings.state.dir / "identity.json"),
+            desk=self._desk,
+            outbox=outbox,
+            failures=failures,
+            situation=abilities.situation,
+            capabilities=abilities.capabilities,
             shipping=shipping,
             reconnect_attempts=settings.studio.reconnect_attempts,
-        )
-        self._courier = Courier(
-            self._outbox,
-            api,
-            on_delivered=self._session.delivered,
-            on_unacceptable=lambda job_id, error: self._session.report_failure(
-                job_id, error, retryable=False
-            ),
-            on_lost=self._session.lost,
-            on_settled=self._session.settled,
             reports=self._activity,
-        )
-        self._given = given_credentials()
-        identity = IdentityFile(settings.state.dir / "identity.json")
-        if self._given is None:
-            identity.load()  # a damaged one is said now, not after hours of downloads
-        self._registration = Registration(
-            api,
-            identity,
-            self._capabilities,
-            on_waiting=self._note_waiting,
+            on_answer=partial(note_answer, self._activity),
+            say=self._line.say,
+            on_end=self._end_with,
             stop=self._stop,
         )
         self._worker = Worker(
-            source=self._session,
+            source=self._studio.session,
             files=SeenFiles(self._store, self._notifier.status, self._line.say),
             engines=self._engines,
             in_hand=self._in_hand,
-            results=self._outbox,
+            results=outbox,
             reports=self._activity,
             fetch=lambda url, cancel: input_fetcher(self._reloader.policy, api.root)(url, cancel),
             step_timeout_s=settings.worker.step_timeout_s,
@@ -210,12 +186,12 @@ class Service:
         self._reporting = Reporting(
             self._activity,
             starts=starts,
-            outbox=self._outbox,
+            outbox=outbox,
             desk=self._desk,
             device=self._device,
             engines=self._engines,
             studio=logs.safe_url(settings.studio.api_base_url),
-            uploading=lambda: self._courier.uploading,
+            uploading=lambda: self._studio.courier.uploading,
             on_pause=self._note_pause,
         )
 
@@ -245,7 +221,7 @@ class Service:
         self._reloader.allow()
         if (interval_s := watchdog_interval_s()) is not None:
             _thread("watchdog", lambda: self._feed_watchdog(interval_s))
-        studio = _thread("studio", self._talk_to_studio)
+        self._studio.start()
         try:
             if self._settings.worker.preload:
                 self._worker.preload(
@@ -259,18 +235,14 @@ class Service:
             self._notifier.stopping()
             self._stop.set()
             self._later.stop()
-            self._courier.stop()
-            if self._courier_thread is not None:
-                self._courier_thread.join(_LAST_DELIVERY_S)
-            self._session.stop()
-            studio.join(_LAST_DELIVERY_S)
+            self._studio.stop()
             self._ended.set()
 
     def _exporter(self) -> Exporter:
         metrics = Metrics(self._reporting.snapshot, lambda: self._reloader.succeeded)
         self._activity.on_job_end(metrics.job_ended)
         settings = self._settings.metrics
-        listen = None if settings.listen is None else config.listen_address(settings.listen)
+        listen = None if settings.listen is None else listen_address(settings.listen)
         return Exporter(metrics, listen, settings.textfile)
 
     # --- before READY ---
@@ -323,7 +295,7 @@ class Service:
         """Values that somebody keeps; what is asked of ``self._settings`` each time has changed already."""
         settings = reloaded.config.settings
         logs.configure(settings.log.level, settings.log.format)
-        self._session.reconnect_attempts = settings.studio.reconnect_attempts
+        self._studio.session.reconnect_attempts = settings.studio.reconnect_attempts
         self._worker.step_timeout_s = settings.worker.step_timeout_s
         change_store(self._store, reloaded.config, reloaded.policy)
         if REQUIRED_MODELS in reloaded.applied:
@@ -353,26 +325,6 @@ class Service:
         )
         self._worker.hand_back("the worker is stopping")
 
-    def _talk_to_studio(self) -> None:
-        try:
-            credentials = self._given or self._registration.run()
-            if credentials is not None:
-                self._activity.registration("approved", worker_id=credentials.worker_id)
-                self._courier_thread = _thread("courier", lambda: self._deliver(credentials))
-                self._session.run(credentials)
-        except StudioWorkerError as error:
-            self._end_with(error)
-        except Exception as error:
-            log.exception("session crashed", extra={"op": "session"})
-            self._end_with(StudioWorkerError(f"session crashed: {type(error).__name__}"))
-
-    def _deliver(self, credentials: Credentials) -> None:
-        try:
-            self._courier.run(credentials)
-        except Exception as error:  # a service that delivers nothing must not look healthy
-            log.exception("courier crashed", extra={"op": "delivery"})
-            self._end_with(StudioWorkerError(f"courier crashed: {type(error).__name__}"))
-
     def _end_with(self, error: StudioWorkerError) -> None:
         """The session is over for good: the job in hand cannot be delivered to anybody."""
         self._fatal = error
@@ -384,97 +336,29 @@ class Service:
         while not self._ended.wait(interval_s):  # also while a stop waits for the job in hand
             if self._worker.is_stuck():
                 log.error("the job in hand makes no progress", extra={"op": "watchdog"})
-            elif self._session.is_silent(_LOOP_SILENCE_S):
+            elif self._studio.session.is_silent(_LOOP_SILENCE_S):
                 log.error("the session's loop does not turn", extra={"op": "watchdog"})
             else:
                 self._notifier.watchdog()
 
     # --- what is noted of all that ---
 
-    def _note_waiting(self, detail: str) -> None:
-        self._activity.registration("pending", detail=detail)
-        self._line.say(detail)
-
-    def _note_session(self, state: Literal["connected", "reconnecting"]) -> None:
-        self._activity.session(state)
-        self._line.say(state)
-        if state == "connected":
-            self._courier.hurry()
-
     def _say_preload(self, text: str) -> None:
         self._line.note("preload", text)
         self._line.say()
 
     def _note_pause(self) -> None:
-        self._session.beat()
+        self._studio.session.beat()
         self._line.is_paused = self._desk.is_paused
         if self._activity.snapshot().phase == "ready":
             self._line.say()
 
-    # --- what the worker knows of itself ---
-
     @property
-    def _settings(self) -> config.Settings:
+    def _settings(self) -> Settings:
         """As they are now; a reload changes them."""
         return self._reloader.config.settings
 
-    def _threshold_gb(self) -> float:
-        return self._settings.worker.vram_threshold_gb or self._device.memory_gb
 
-    def _capabilities(self) -> Capabilities:
-        models = tuple(f"{engine}:*" for engine in sorted(self._engines.names()))
-        return Capabilities(
-            machine_name=socket.gethostname(),
-            username=_username(),
-            agent_version=__version__,
-            vram_total_gb=round(self._device.memory_gb, 2) if self._device.is_gpu else 0,
-            vram_threshold_gb=round(self._threshold_gb(), 2),
-            auto_enabled=not self._desk.is_paused,
-            supported_models=models,
-            supported_models_per_kind={"image": models},
-        )
-
-    def _situation(self) -> Situation:
-        return Situation(
-            now=time.monotonic(),
-            current_job_id=self._desk.current_job_id,
-            is_paused=self._desk.is_paused,
-            threshold_gb=self._threshold_gb(),
-            engines=self._engines.names(),
-            on_demand=self._settings.models.on_demand,
-            allow_insecure_urls=self._settings.models.allow_insecure_urls,
-            is_uploading=self._courier.is_uploading,
-            is_just_delivered=self._courier.has_just_delivered,
-            is_in_outbox=self._outbox.holds,
-            outbox_problem=self._outbox.fullness,
-            is_poisoned=self._in_hand.is_poisoned,
-            failed_for_good=self._failures.final,
-            is_on_box=lambda files: all(self._store.is_verified(file) for file in files),
-            shortfall_bytes=self._store.shortfall_bytes,
-            memory_gb=self._device.memory_gb,
-            needed_gb=self._needed_gb,
-        )
-
-    def _needed_gb(self, source: ModelSource, task: ImageTask) -> float | None:
-        """What a job needs of the device's memory at least; ``None`` where its files are not here to tell."""
-        if not source.files or not all(self._store.is_verified(file) for file in source.files):
-            return None
-        files = [
-            LocalFile(file.role, self._store.path(file), file.sha256 or file.url) for file in source.files
-        ]
-        needed_bytes = self._estimates.needed_bytes(files, task, source.cli_defaults)
-        return None if needed_bytes is None else needed_bytes / 1e9
-
-
-def _thread(name: str, work: Callable[[], None]) -> threading.Thread:
+def _thread(name: str, work: Callable[[], None]) -> None:
     """Start a thread that does not keep the process alive."""
-    thread = threading.Thread(target=work, name=name, daemon=True)
-    thread.start()
-    return thread
-
-
-def _username() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a user id without a passwd entry
-        return "unknown"
+    threading.Thread(target=work, name=name, daemon=True).start()

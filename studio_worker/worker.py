@@ -1,8 +1,8 @@
 """Take a job, make the picture, hand it over: the loop of the main thread.
 
 Asks the source for a job, the store for files, the engine for a picture, and gives the picture to the
-outbox. It declares what it needs of each and knows none of them. One bad job never ends the loop; a lost
-device does.
+outbox. It knows none of them: what it needs of each is declared in ports.py. One bad job never ends the
+loop; a lost device does.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
-from typing import Protocol
 
-from studio_worker.engine import Engine, Inputs, KeepsModels, Request
+from studio_worker.engine import Inputs, KeepsModels, Request
 from studio_worker.errors import (
     DeviceError,
     DownloadCancelled,
@@ -24,72 +22,10 @@ from studio_worker.errors import (
     JobError,
 )
 from studio_worker.jobs import Cancel, Job, Picture
-from studio_worker.models import LocalFile, ModelFile, ModelSource, RequiredModel
+from studio_worker.models import RequiredModel
+from studio_worker.ports import Engines, Files, InHand, JobSource, Reports, Results
 
 log = logging.getLogger(__name__)
-
-
-class JobSource(Protocol):
-    """Where jobs come from."""
-
-    def take(self) -> Job | None:
-        """The next job; waits for one. ``None`` ends the loop."""
-        ...
-
-    def failed(self, job: Job, error: str, *, retryable: bool) -> None:
-        """The job cannot be done here."""
-        ...
-
-    def finished(self, job: Job) -> None:
-        """The job is no longer in hand, whatever became of it; a next one may come."""
-        ...
-
-
-class Files(Protocol):
-    """Where model files come from."""
-
-    def taken(
-        self,
-        model: str,
-        files: Iterable[ModelFile],
-        *,
-        progress: Callable[[int, int | None], None] | None = None,
-        cancel: threading.Event | None = None,
-    ) -> AbstractContextManager[tuple[LocalFile, ...]]:
-        """Every one of ``files`` on disk; they stay there until the context ends."""
-        ...
-
-
-class Engines(Protocol):
-    """Which engine reads a source."""
-
-    def for_source(self, source: ModelSource) -> Engine: ...
-
-
-class InHand(Protocol):
-    """The note of the job in hand that survives a crash."""
-
-    def begin(self, job: Job) -> None: ...
-    def end(self) -> None: ...
-
-
-class Results(Protocol):
-    """Where finished pictures go."""
-
-    def add(self, job: Job, picture: Picture, timings_s: Mapping[str, float]) -> None: ...
-    def wake(self) -> None: ...
-
-
-class Reports(Protocol):
-    """Who is told what becomes of jobs."""
-
-    def job_began(self, job_id: str, model: str) -> None: ...
-    def job_loads(self) -> None: ...
-    def job_stepped(self, step: int, steps: int) -> None: ...
-    def job_made(self) -> None: ...
-    def job_failed(
-        self, job_id: str, model: str, reason: str, *, retryable: bool, handed_back: bool
-    ) -> None: ...
 
 
 class Worker:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable
-from studio_worker.outbox import Delivery
+from studio_worker.finished import Delivery
 from studio_worker.studio.api import StudioApi, api_root
 from tests.scripted import ScriptedHttp
 

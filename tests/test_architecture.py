@@ -23,7 +23,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "__init__ errors sample_model files journal",
         "networks",
         "logs notify models lock config_files spans policy pace formats",
-        "nodes jobs required staging request ledger leftovers copying snapshot starts control",
+        "nodes jobs required settings finished outbox_clock staging request ledger leftovers copying",
+        "snapshot starts control",
         "transport",
         "line",
         "ranges",
@@ -32,7 +33,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "fetching checking inputs",
         "store",
         "provision bundles engine studio",
-        "worker local_studio reload reporting doctor",
+        "ports",
+        "worker local_studio abilities reload reporting doctor",
         "service service_process",
         "demo",
         "cli_options",
@@ -81,7 +83,7 @@ LIBRARIES = {
     "uvicorn": {"local_studio"},
     "typer": {"cli", "cli_models", "cli_control", "cli_doctor", "cli_generate", "cli_options"},
     "rich": {"cli_models", "cli_control", "cli_generate", "demo"},
-    "pydantic_settings": {"config"},
+    "pydantic_settings": {"settings"},
     "prometheus_client": {"metrics"},
 }
 """The libraries that only certain rooms (or one module of a room) may use."""

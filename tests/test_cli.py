@@ -22,7 +22,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from studio_worker import cli, config
+from studio_worker import cli, settings
 from studio_worker.control import ControlServer
 from studio_worker.snapshot import ResidentModel, Snapshot
 
@@ -32,7 +32,7 @@ HEAVY = {"torch", "diffusers", "transformers", "numpy"}
 
 
 def environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(config.ENV_PREFIX)}
+    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(settings.ENV_PREFIX)}
     return kept | {"COLUMNS": "200"}
 
 

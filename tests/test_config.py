@@ -17,6 +17,7 @@ import pytest
 
 from studio_worker import config
 from studio_worker.errors import ConfigError
+from studio_worker.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "packaging" / "config.toml"
@@ -28,7 +29,7 @@ NOBODY = 65534
 @pytest.fixture(autouse=True)
 def no_settings_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
-        if name.upper().startswith(config.ENV_PREFIX):
+        if name.upper().startswith(ENV_PREFIX):
             monkeypatch.delenv(name)
 
 
@@ -215,7 +216,7 @@ def test_load_needs_neither_conf_d_nor_models_d(tmp_path: Path) -> None:
     """An empty config.toml alone is a complete configuration with all defaults."""
     (tmp_path / "config.toml").write_text("")
     loaded = config.load(tmp_path)
-    assert loaded.settings == config.Settings()
+    assert loaded.settings == Settings()
     assert loaded.required == ()
 
 
@@ -261,7 +262,7 @@ def test_check_folders_makes_the_state_folder_private(folder: Path, tmp_path: Pa
 
 
 def defaults() -> dict[str, dict[str, Any]]:
-    dumped = config.Settings().model_dump(mode="json")
+    dumped = Settings().model_dump(mode="json")
     assert all(isinstance(section, dict) for section in dumped.values())
     return dumped
 
@@ -269,7 +270,7 @@ def defaults() -> dict[str, dict[str, Any]]:
 def test_shipped_config_is_valid_and_equals_the_defaults(tmp_path: Path) -> None:
     """The shipped config.toml changes nothing: with it and without it the settings are the same."""
     (tmp_path / "config.toml").write_text(SHIPPED.read_text())
-    assert config.load(tmp_path).settings == config.Settings()
+    assert config.load(tmp_path).settings == Settings()
 
 
 def test_shipped_config_shows_each_value_as_its_default() -> None:

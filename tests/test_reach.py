@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from studio_worker.config import ModelsSection, Settings
 from studio_worker.download import Policy, download_file
 from studio_worker.errors import ConfigError, DownloadError, DownloadRefused
 from studio_worker.logs import facts
 from studio_worker.policy import Limit
 from studio_worker.reach import policy_from
+from studio_worker.settings import ModelsSection, Settings
 from tests.servers import FileServer, refused_url
 
 BODY = b"a tiny pretend model" * 1000

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from studio_worker import config
-from studio_worker.config import Settings
 from studio_worker.demo import MODEL_ID, sample_source, write_configuration
 from studio_worker.local_studio import LocalStudio
 from studio_worker.models import ModelFile, RequiredModel
@@ -24,6 +23,7 @@ from studio_worker.reach import policy_from
 from studio_worker.reload import LIVE, read_again
 from studio_worker.sample_model import WEIGHTS
 from studio_worker.service_process import ServiceProcess
+from studio_worker.settings import Settings
 from studio_worker.store import Store
 from tests.servers import FileServer
 from tests.test_service import READY_S, await_status, override, queue_synthetic, require

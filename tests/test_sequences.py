@@ -29,10 +29,11 @@ from studio_worker import outbox as outbox_module
 from studio_worker.activity import Activity
 from studio_worker.engine import Engine, Progress, Request, Router
 from studio_worker.errors import DeliveryRefused, JobError, ProtocolError, RefusedByStudio, StudioUnavailable
+from studio_worker.finished import Delivery
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.logs import ShippingBuffer
 from studio_worker.models import LocalFile, ModelFile
-from studio_worker.outbox import Delivery, Outbox
+from studio_worker.outbox import Outbox
 from studio_worker.spool import Failures, JobInHand
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.delivery import Courier, Patience

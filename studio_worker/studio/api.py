@@ -25,7 +25,7 @@ from studio_worker.errors import (
     StudioUnavailable,
     UnknownRegistration,
 )
-from studio_worker.outbox import Delivery
+from studio_worker.finished import Delivery
 from studio_worker.studio.route import route_to
 from studio_worker.studio.wire import (
     DECISION,

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable
-from studio_worker.outbox import Delivery, Outbox
+from studio_worker.finished import Delivery
+from studio_worker.outbox import Outbox
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.identity import Credentials
 from studio_worker.studio.protocol import Backoff

@@ -1,0 +1,110 @@
+"""What this box can do: as the studio is told, and as each offer is judged by."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+import time
+from collections.abc import Callable
+
+from studio_worker import __version__
+from studio_worker.device import Device
+from studio_worker.engine import Router
+from studio_worker.engine.estimate import Estimates
+from studio_worker.jobs import ImageTask
+from studio_worker.models import LocalFile, ModelSource
+from studio_worker.outbox import Outbox
+from studio_worker.settings import Settings
+from studio_worker.spool import Failures, JobInHand
+from studio_worker.store import Store
+from studio_worker.studio.delivery import Courier
+from studio_worker.studio.desk import Desk
+from studio_worker.studio.offers import Situation
+from studio_worker.studio.wire import Capabilities
+
+
+class Abilities:
+    """Asked anew each time, since all of it changes. Safe from any thread.
+
+    Args:
+        settings: as they are now; a reload changes them.
+    """
+
+    def __init__(
+        self,
+        settings: Callable[[], Settings],
+        *,
+        device: Device,
+        engines: Router,
+        store: Store,
+        desk: Desk,
+        in_hand: JobInHand,
+        failures: Failures,
+        outbox: Outbox,
+    ) -> None:
+        self._settings = settings
+        self._device = device
+        self._engines = engines
+        self._estimates = Estimates(device.name)
+        self._store = store
+        self._desk = desk
+        self._in_hand = in_hand
+        self._failures = failures
+        self._outbox = outbox
+
+    def capabilities(self) -> Capabilities:
+        """What registration and heartbeats say of this box."""
+        models = tuple(f"{engine}:*" for engine in sorted(self._engines.names()))
+        return Capabilities(
+            machine_name=socket.gethostname(),
+            username=_username(),
+            agent_version=__version__,
+            vram_total_gb=round(self._device.memory_gb, 2) if self._device.is_gpu else 0,
+            vram_threshold_gb=round(self._threshold_gb(), 2),
+            auto_enabled=not self._desk.is_paused,
+            supported_models=models,
+            supported_models_per_kind={"image": models},
+        )
+
+    def situation(self, courier: Courier) -> Situation:
+        """What an offer is judged by at this moment."""
+        models = self._settings().models
+        return Situation(
+            now=time.monotonic(),
+            current_job_id=self._desk.current_job_id,
+            is_paused=self._desk.is_paused,
+            threshold_gb=self._threshold_gb(),
+            engines=self._engines.names(),
+            on_demand=models.on_demand,
+            allow_insecure_urls=models.allow_insecure_urls,
+            is_uploading=courier.is_uploading,
+            is_just_delivered=courier.has_just_delivered,
+            is_in_outbox=self._outbox.holds,
+            outbox_problem=self._outbox.fullness,
+            is_poisoned=self._in_hand.is_poisoned,
+            failed_for_good=self._failures.final,
+            is_on_box=lambda files: all(self._store.is_verified(file) for file in files),
+            shortfall_bytes=self._store.shortfall_bytes,
+            memory_gb=self._device.memory_gb,
+            needed_gb=self._needed_gb,
+        )
+
+    def _threshold_gb(self) -> float:
+        return self._settings().worker.vram_threshold_gb or self._device.memory_gb
+
+    def _needed_gb(self, source: ModelSource, task: ImageTask) -> float | None:
+        """What a job needs of the device's memory at least; ``None`` where its files are not here to tell."""
+        if not source.files or not all(self._store.is_verified(file) for file in source.files):
+            return None
+        files = [
+            LocalFile(file.role, self._store.path(file), file.sha256 or file.url) for file in source.files
+        ]
+        needed_bytes = self._estimates.needed_bytes(files, task, source.cli_defaults)
+        return None if needed_bytes is None else needed_bytes / 1e9
+
+
+def _username() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a passwd entry
+        return "unknown"
