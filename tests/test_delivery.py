@@ -101,6 +101,16 @@ def courier(
 
 
 @pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that takes nothing more."""
+
+    def full(path: Path, content: bytes, **_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("studio_worker.outbox.write_atomic", full)
+
+
+@pytest.fixture
 def outbox(tmp_path: Path) -> Outbox:
     return Outbox(tmp_path / "outbox")
 
@@ -274,15 +284,9 @@ def test_courier_goes_on_past_a_picture_it_cannot_read(
     assert "castle" not in str(failed)
 
 
-def test_courier_delivers_from_memory_what_the_disk_did_not_take(
-    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("full_disk")
+def test_courier_delivers_from_memory_what_the_disk_did_not_take(outbox: Outbox) -> None:
     """A full disk costs no picture: it goes to the studio straight from memory."""
-
-    def full(path: Path, content: bytes, **_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("studio_worker.outbox.write_atomic", full)
     add(outbox, "a")
     with ScriptedHttp(OK) as server, courier(outbox, server.url) as (_, told, _):
         told.await_count(1)
@@ -290,15 +294,9 @@ def test_courier_delivers_from_memory_what_the_disk_did_not_take(
     assert b"bytes of a" in server.heard[0].body
 
 
-def test_courier_stopped_reports_what_only_memory_holds(
-    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("full_disk")
+def test_courier_stopped_reports_what_only_memory_holds(outbox: Outbox) -> None:
     """A picture that would be lost with the process is given back as a job, with the reason."""
-
-    def full(path: Path, content: bytes, **_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("studio_worker.outbox.write_atomic", full)
     add(outbox, "a")
     with ScriptedHttp((503, {"Retry-After": "60"}, {})) as server:  # noqa: SIM117
         with courier(outbox, server.url) as (running, told, thread):

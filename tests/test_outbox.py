@@ -19,22 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from studio_worker.jobs import ImageTask, Job, Picture
-from studio_worker.models import ModelSource
+from studio_worker.jobs import Picture
 from studio_worker.outbox import Outbox
-
-HOSTILE_IDS = [
-    "../../etc/passwd",
-    "/etc/passwd",
-    "..",
-    "",
-    "a/b",
-    "nul\0nul",
-    "\n",
-    "x" * 10_000,
-    "\ud800",
-    "…",
-]
+from tests.spooled import HOSTILE_IDS, job, names
 
 ADDER = """
 import sys
@@ -53,16 +40,8 @@ while True:
 """
 
 
-def job(job_id: str = "job-1", prompt: str = "a lighthouse") -> Job:
-    return Job(job_id, "sample", ImageTask(prompt=prompt), ModelSource(engine="sdcpp"))
-
-
 def picture(content: bytes = b"picture") -> Picture:
     return Picture(content, "webp", {"seed": 7})
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def note_of(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,14 @@ from studio_worker.outbox import Outbox
 from studio_worker.spool import Failures, JobInHand
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.connection import Timings
-from studio_worker.studio.delivery import Courier, Patience
+from studio_worker.studio.delivery import Patience
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.identity import Credentials, IdentityFile
-from studio_worker.studio.offers import Situation
+from studio_worker.studio.link import StudioLink
 from studio_worker.studio.registration import Registration
-from studio_worker.studio.session import StudioSession
 from studio_worker.worker import Worker
+from tests.played import GatedEngine, NoFiles, situation
 from tests.scripted import LIMIT_S
-from tests.test_sequences import GatedEngine, NoFiles
 from tests.test_wire import CAPABILITIES
 
 SOURCE = {"engine": "sd-cpp", "files": [], "cliDefaults": {}}
@@ -46,15 +45,14 @@ class Box:
         self.studio = studio
         self.engine = GatedEngine()
         self.outbox = Outbox(folder / "outbox", reserve_bytes=0)
-        self.in_hand = JobInHand(folder / "spool")
-        self.in_hand.recover()
-        self.failures = Failures(folder / "spool")
+        in_hand = JobInHand(folder / "spool")
+        in_hand.recover()
+        failures = Failures(folder / "spool")
         self.desk = Desk()
         self.ended_with: BaseException | None = None
         self.ended = threading.Event()
         self.uploads_wait = threading.Event()  # set: an upload waits for `let_upload`
         self.let_upload = threading.Event()
-        api = StudioApi(studio.base_url)
         box = self
 
         class Api(StudioApi):
@@ -63,27 +61,25 @@ class Box:
                     box.let_upload.wait(LIMIT_S)
                 super().upload(worker_id, token, delivery)
 
-        self.session = StudioSession(
-            api=api,
+        api = Api(studio.base_url)
+        identity = IdentityFile(folder / "identity.json")
+        self.credentials = self._registered(api, identity)
+        self.link = StudioLink(
+            api,
+            identity,
             desk=self.desk,
-            situation=self.situation,
+            outbox=self.outbox,
+            failures=failures,
+            situation=lambda courier: situation(self.desk, courier, self.outbox, in_hand, failures),
             capabilities=lambda: CAPABILITIES.model_copy(update={"auto_enabled": not self.desk.is_paused}),
-            uploading=lambda: self.courier.uploading,
-            on_redelivery=lambda job_id: self.courier.offered_again(job_id),
-            on_answer=lambda judgement, model: None,
-            on_unreported=lambda job_id, error, passing: self.failures.add(job_id, error, retryable=passing),
-            on_state=lambda state: self.courier.hurry() if state == "connected" else None,
             shipping=ShippingBuffer(),
-            timings=FAST,
-        )
-        self.courier = Courier(
-            self.outbox,
-            Api(studio.base_url),
-            on_delivered=self.session.delivered,
-            on_unacceptable=lambda job_id, error: self.session.report_failure(job_id, error, retryable=False),
-            on_lost=self.session.lost,
-            on_settled=self.session.settled,
+            reconnect_attempts=0,
             reports=Activity(),
+            on_answer=lambda judgement, model: None,
+            say=lambda text: None,
+            on_end=self._note_end,
+            stop=threading.Event(),
+            timings=FAST,
             patience=Patience(0.05, 0.2, 0.2),
         )
         engine = self.engine
@@ -92,22 +88,23 @@ class Box:
             return engine
 
         self.worker = Worker(
-            source=self.session,
+            source=self.link.session,
             files=NoFiles(),
             engines=Router({"sd-cpp": make}),
-            in_hand=self.in_hand,
+            in_hand=in_hand,
             results=self.outbox,
             reports=Activity(),
             fetch=lambda url, cancel: b"",
             step_timeout_s=60.0,
         )
-        self.credentials = self._registered(api, folder)
-        self._threads = [self._thread(self.worker.run), self._thread(self._deliver), self._thread(self._talk)]
+        self._working = threading.Thread(target=self.worker.run, daemon=True)
+        self._working.start()
+        self.link.start()
 
-    def _registered(self, api: StudioApi, folder: Path) -> Credentials:
+    def _registered(self, api: StudioApi, identity: IdentityFile) -> Credentials:
         registration = Registration(
             api,
-            IdentityFile(folder / "identity.json"),
+            identity,
             lambda: CAPABILITIES,
             on_waiting=lambda line: None,
             stop=threading.Event(),
@@ -117,39 +114,9 @@ class Box:
         assert credentials is not None
         return credentials
 
-    def _thread(self, work: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        return thread
-
-    def _deliver(self) -> None:
-        self.courier.run(self.credentials)
-
-    def _talk(self) -> None:
-        try:
-            self.session.run(self.credentials)
-        except Exception as error:
-            self.ended_with = error
+    def _note_end(self, error: Exception) -> None:
+        self.ended_with = error
         self.ended.set()
-
-    def situation(self) -> Situation:
-        return Situation(
-            now=0.0,
-            current_job_id=self.desk.current_job_id,
-            is_paused=self.desk.is_paused,
-            threshold_gb=8.0,
-            engines=frozenset({"sd-cpp"}),
-            on_demand=True,
-            allow_insecure_urls=False,
-            is_uploading=self.courier.is_uploading,
-            is_just_delivered=self.courier.has_just_delivered,
-            is_in_outbox=self.outbox.holds,
-            outbox_problem=self.outbox.fullness,
-            is_poisoned=self.in_hand.is_poisoned,
-            failed_for_good=self.failures.final,
-            is_on_box=lambda files: True,
-            shortfall_bytes=lambda files: 0,
-        )
 
     def drop(self) -> None:
         """The connection goes, and is there again."""
@@ -164,12 +131,9 @@ class Box:
         self.worker.hand_back("the test is over")
         self.desk.close()
         self.engine.ends.put("picture")
-        self.courier.stop()
-        self._threads[0].join(LIMIT_S)
-        self._threads[1].join(LIMIT_S)
-        self.session.stop()
-        self._threads[2].join(LIMIT_S)
-        assert not any(thread.is_alive() for thread in self._threads)
+        self._working.join(LIMIT_S)
+        self.link.stop()
+        assert not self._working.is_alive()
 
 
 @pytest.fixture
@@ -225,7 +189,7 @@ def test_job_offered_again_while_its_picture_waits_is_not_made_again(
         running.uploads_wait.set()
         assert running.engine.entered.get(timeout=LIMIT_S) == job_id
         running.engine.ends.put("picture")
-        studio.wait_for(lambda: running.courier.uploading == job_id, LIMIT_S)
+        studio.wait_for(lambda: running.link.courier.uploading == job_id, LIMIT_S)
         running.drop()
         running.let_upload.set()
         await_done(studio, job_id)
@@ -260,7 +224,7 @@ def test_picture_of_a_deleted_worker_waits_for_the_next_identity(studio: LocalSt
         running.uploads_wait.set()
         assert running.engine.entered.get(timeout=LIMIT_S) == job_id
         running.engine.ends.put("picture")
-        studio.wait_for(lambda: running.courier.uploading == job_id, LIMIT_S)
+        studio.wait_for(lambda: running.link.courier.uploading == job_id, LIMIT_S)
         studio.delete_worker(running.credentials.worker_id)
         assert running.ended.wait(LIMIT_S)
         assert isinstance(running.ended_with, RefusedByStudio)

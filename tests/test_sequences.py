@@ -7,7 +7,6 @@ come in any order, and after each the promises of a session are looked at. ``SEQ
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -16,7 +15,7 @@ import queue
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from studio_worker import outbox as outbox_module
 from studio_worker.activity import Activity
-from studio_worker.engine import Engine, Progress, Request, Router
-from studio_worker.errors import DeliveryRefused, JobError, ProtocolError, RefusedByStudio, StudioUnavailable
+from studio_worker.engine import Engine, Router
+from studio_worker.errors import DeliveryRefused, ProtocolError, RefusedByStudio, StudioUnavailable
 from studio_worker.finished import Delivery
-from studio_worker.jobs import Cancel, Picture
 from studio_worker.logs import ShippingBuffer
-from studio_worker.models import LocalFile, ModelFile
 from studio_worker.outbox import Outbox
 from studio_worker.spool import Failures, JobInHand
 from studio_worker.studio.api import StudioApi
@@ -40,10 +37,10 @@ from studio_worker.studio.delivery import Courier, Patience
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.exchange import Exchange
 from studio_worker.studio.identity import Credentials
-from studio_worker.studio.offers import Situation
 from studio_worker.studio.session import StudioSession
 from studio_worker.studio.wire import Body
 from studio_worker.worker import Worker
+from tests.played import GatedEngine, NoFiles, situation
 from tests.scripted import LIMIT_S
 from tests.test_offers import CLAIM
 from tests.test_wire import CAPABILITIES
@@ -85,31 +82,6 @@ class InlineSession(StudioSession):
         return True
 
 
-class GatedEngine:
-    """Begins a picture, and ends it when and how the test says."""
-
-    def __init__(self) -> None:
-        self.entered: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.ends: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.at_work = 0
-        self.most_at_work = 0
-
-    def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
-        self.at_work += 1
-        self.most_at_work = max(self.most_at_work, self.at_work)
-        self.entered.put(request.job_id)
-        try:
-            end = self.ends.get(timeout=LIMIT_S)
-            cancel.check()
-            if end == "picture":
-                return Picture(b"picture", "png", {"seed": 1})
-            if end == "bug":
-                raise RuntimeError("a bug")
-            raise JobError("it failed", retryable=end == "may pass")
-        finally:
-            self.at_work -= 1
-
-
 class ScriptedApi(StudioApi):
     """Answers each upload as the test says, and lets it do something while the upload is under way."""
 
@@ -130,15 +102,6 @@ class ScriptedApi(StudioApi):
         self.taken.append(delivery.job_id)
 
 
-@contextlib.contextmanager
-def no_files(model: str, files: Iterable[ModelFile], **_: Any) -> Iterator[tuple[LocalFile, ...]]:
-    yield ()
-
-
-class NoFiles:
-    taken = staticmethod(no_files)
-
-
 class Box:
     """One process: everything that a kill takes with it."""
 
@@ -156,7 +119,7 @@ class Box:
         self.session = InlineSession(
             api=api,
             desk=self.desk,
-            situation=self.situation,
+            situation=lambda: situation(self.desk, self.courier, self.outbox, self.in_hand, self.failures),
             capabilities=lambda: CAPABILITIES.model_copy(update={"auto_enabled": not self.desk.is_paused}),
             uploading=lambda: self.courier.uploading,
             on_redelivery=lambda job_id: self.courier.offered_again(job_id),
@@ -204,25 +167,6 @@ class Box:
         )
         self.thread = threading.Thread(target=self.worker.run, daemon=True)
         self.thread.start()
-
-    def situation(self) -> Situation:
-        return Situation(
-            now=0.0,
-            current_job_id=self.desk.current_job_id,
-            is_paused=self.desk.is_paused,
-            threshold_gb=8.0,
-            engines=frozenset({"sd-cpp"}),
-            on_demand=True,
-            allow_insecure_urls=False,
-            is_uploading=self.courier.is_uploading,
-            is_just_delivered=self.courier.has_just_delivered,
-            is_in_outbox=self.outbox.holds,
-            outbox_problem=self.outbox.fullness,
-            is_poisoned=self.in_hand.is_poisoned,
-            failed_for_good=self.failures.final,
-            is_on_box=lambda files: True,
-            shortfall_bytes=lambda files: 0,
-        )
 
     def send(self, frame: Body) -> None:
         self.frames.append(json.loads(frame.to_json()))

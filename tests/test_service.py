@@ -408,6 +408,20 @@ def test_service_deleted_at_the_studio_ends_with_its_own_status(
     assert "register --reset" in running.log_lines()[-1]["error"]
 
 
+def test_service_deleted_in_a_job_stops_at_its_next_step(
+    config: Path, studio: LocalStudio, tmp_path: Path
+) -> None:
+    """A picture that nobody would take keeps neither the GPU nor the end waiting; the job is another's."""
+    with ServiceProcess(config, tmp_path / "log") as running:
+        job_id = studio.queue_job(model=MODEL_ID, task=LONG, model_source=sample_source(studio))
+        await_status(studio, job_id, "running")
+        studio.delete_worker(studio.workers()[0].worker_id)
+        assert running.wait(DONE_S) == 77
+    assert studio.job(job_id).status == "queued"
+    (failed,) = [line for line in running.log_lines() if line["message"] == "job failed"]
+    assert (failed["job_id"], failed["retryable"]) == (job_id, True)
+
+
 def test_service_without_the_gpu_it_was_asked_for_does_not_start(config: Path, tmp_path: Path) -> None:
     """No GPU, no CPU instead: exit status 69 and what to write into the configuration."""
     if Path("/dev/nvidia0").exists():

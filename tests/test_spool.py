@@ -10,30 +10,8 @@ from typing import Any
 
 import pytest
 
-from studio_worker.jobs import ImageTask, Job
-from studio_worker.models import ModelSource
 from studio_worker.spool import Failures, JobInHand
-
-HOSTILE_IDS = [
-    "../../etc/passwd",
-    "/etc/passwd",
-    "..",
-    "",
-    "a/b",
-    "nul\0nul",
-    "\n",
-    "x" * 10_000,
-    "\ud800",
-    "…",
-]
-
-
-def job(job_id: str = "job-1", prompt: str = "a lighthouse") -> Job:
-    return Job(job_id, "sample", ImageTask(prompt=prompt), ModelSource(engine="sdcpp"))
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+from tests.spooled import HOSTILE_IDS, job, names
 
 
 @pytest.fixture

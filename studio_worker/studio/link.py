@@ -13,7 +13,8 @@ from studio_worker.outbox import Outbox
 from studio_worker.spool import Failures
 from studio_worker.studio import delivery
 from studio_worker.studio.api import StudioApi
-from studio_worker.studio.delivery import Courier
+from studio_worker.studio.connection import Timings
+from studio_worker.studio.delivery import Courier, Patience
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.identity import Credentials, IdentityFile, given_credentials
 from studio_worker.studio.offers import Judgement, Situation
@@ -71,6 +72,8 @@ class StudioLink:
         say: Callable[[str], None],
         on_end: Callable[[StudioWorkerError], None],
         stop: threading.Event,
+        timings: Timings | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self._reports = reports
         self._say = say
@@ -94,6 +97,7 @@ class StudioLink:
             on_state=self._note_state,
             shipping=shipping,
             reconnect_attempts=reconnect_attempts,
+            timings=timings,
         )
         self.courier = Courier(
             outbox,
@@ -103,6 +107,7 @@ class StudioLink:
             on_lost=self.session.lost,
             on_settled=self.session.settled,
             reports=reports,
+            patience=patience or Patience(),
         )
 
     def start(self) -> None:

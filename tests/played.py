@@ -1,0 +1,76 @@
+"""The worker's neighbours, played by hand: an engine that ends pictures when a test says so, and no files."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from studio_worker.engine import Progress, Request
+from studio_worker.errors import JobError
+from studio_worker.jobs import Cancel, Picture
+from studio_worker.models import LocalFile, ModelFile
+from studio_worker.outbox import Outbox
+from studio_worker.spool import Failures, JobInHand
+from studio_worker.studio.delivery import Courier
+from studio_worker.studio.desk import Desk
+from studio_worker.studio.offers import Situation
+from tests.scripted import LIMIT_S
+
+
+class GatedEngine:
+    """Begins a picture, and ends it when and how the test says."""
+
+    def __init__(self) -> None:
+        self.entered: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.ends: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.at_work = 0
+        self.most_at_work = 0
+
+    def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
+        self.at_work += 1
+        self.most_at_work = max(self.most_at_work, self.at_work)
+        self.entered.put(request.job_id)
+        try:
+            end = self.ends.get(timeout=LIMIT_S)
+            cancel.check()
+            if end == "picture":
+                return Picture(b"picture", "png", {"seed": 1})
+            if end == "bug":
+                raise RuntimeError("a bug")
+            raise JobError("it failed", retryable=end == "may pass")
+        finally:
+            self.at_work -= 1
+
+
+@contextlib.contextmanager
+def no_files(model: str, files: Iterable[ModelFile], **_: Any) -> Iterator[tuple[LocalFile, ...]]:
+    yield ()
+
+
+class NoFiles:
+    taken = staticmethod(no_files)
+
+
+def situation(
+    desk: Desk, courier: Courier, outbox: Outbox, in_hand: JobInHand, failures: Failures
+) -> Situation:
+    """What offers are judged by on a box with room for everything."""
+    return Situation(
+        now=0.0,
+        current_job_id=desk.current_job_id,
+        is_paused=desk.is_paused,
+        threshold_gb=8.0,
+        engines=frozenset({"sd-cpp"}),
+        on_demand=True,
+        allow_insecure_urls=False,
+        is_uploading=courier.is_uploading,
+        is_just_delivered=courier.has_just_delivered,
+        is_in_outbox=outbox.holds,
+        outbox_problem=outbox.fullness,
+        is_poisoned=in_hand.is_poisoned,
+        failed_for_good=failures.final,
+        is_on_box=lambda files: True,
+        shortfall_bytes=lambda files: 0,
+    )
