@@ -229,10 +229,12 @@ class Worker:
     def _stepped(self, done: int, total: int) -> None:
         """One step is done. A step that took too long is the job's last: the device is hardly usable for it.
 
-        The first sign is no step alone: it comes after the model was loaded.
+        The first step is no step alone: it comes after the last of the model was loaded.
         """
         took_s = time.monotonic() - (self._stepped_at or 0.0)
         self._moved(done, total)
+        if done == 0:
+            return
         self._reports.job_stepped(done, total)
         if done > 1 and took_s > self.step_timeout_s:
             self.cancel_job(

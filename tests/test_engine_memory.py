@@ -371,6 +371,16 @@ def test_preloading_ends_between_two_components() -> None:
     assert made(engine).data == made(DiffusionEngine("cpu")).data
 
 
+def test_loading_tells_of_each_component() -> None:
+    """A job that loads from a slow disk shows progress before its first step."""
+    engine = DiffusionEngine("cpu")
+    for components in (len(sample_footprint().weights), 0):
+        told: list[int] = []
+        engine.generate(request(files=(SAMPLE,)), lambda done, total, to=told: to.append(done), Cancel())  # type: ignore[misc]
+        assert told.count(0) == components
+        assert told == sorted(told)
+
+
 def test_preloading_pushes_nothing_out(tmp_path: Path) -> None:
     """A model that does not fit beside those that are loaded is not preloaded."""
     engine = DiffusionEngine("cpu", memory=Fake(plan_of(Mode.WHOLE, tiled=False).peak_bytes))

@@ -9,6 +9,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -265,6 +266,30 @@ def test_worker_without_progress_is_stuck(tmp_path: Path) -> None:
     worker.run()
     assert verdicts == {"stepping": False, "hanging": True}
     assert not worker.is_stuck()
+
+
+def test_worker_that_loads_a_model_from_a_slow_disk_is_not_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each component that is loaded counts as progress, and no long load is taken for a long step."""
+    verdicts = []
+    now_s = 0.0
+    monkeypatch.setattr("studio_worker.worker.time", SimpleNamespace(monotonic=lambda: now_s))
+
+    def load(request: Request, progress: Progress, cancel: Cancel) -> None:
+        nonlocal now_s
+        for _ in range(3):
+            progress(0, 2)
+            now_s += 250.0
+            verdicts.append(worker.is_stuck())
+        progress(1, 2)
+        cancel.check()
+
+    source = Source(job("a"))
+    worker, _, _ = make(tmp_path, source, {"a": load}, step_timeout_s=300.0)
+    worker.run()
+    assert verdicts == [False, False, False]
+    assert not source.failures
 
 
 def test_worker_logs_a_failed_job_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

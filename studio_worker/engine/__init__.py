@@ -38,7 +38,8 @@ os.environ.update(
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 Progress = Callable[[int, int], None]
-"""Called after every denoising step with (steps done, steps in all)."""
+"""Called after every denoising step with (steps done, steps in all); with (0, steps in all) before each
+component that is loaded, so that a slow disk does not look like a hung device."""
 
 
 @dataclass(frozen=True)

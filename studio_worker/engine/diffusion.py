@@ -135,9 +135,12 @@ class DiffusionEngine:
             blueprint, parameters.width * parameters.height, is_edit=starting.kind == "edit"
         )
         attempt.plan = self._loader.plan(attempt.needed, request.defaults, attempt.failed)
-        model, load_s = self._loader.load(
-            request.model, blueprint, attempt.plan, loras, lambda: not cancel.is_set
-        )
+
+        def goes_on() -> bool:
+            progress(0, parameters.steps)
+            return not cancel.is_set
+
+        model, load_s = self._loader.load(request.model, blueprint, attempt.plan, loras, goes_on)
         started = time.perf_counter()
         self._adapters.set(model.lora_pipeline(), loras)
         if loras:
