@@ -34,6 +34,9 @@ def models_list(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
+    if not rows:
+        typer.echo("no models: models.d requires none, and no offer has brought one")
+        return
     table = Table("model", "role", "file", "state", "size", "kept", "in memory", "last use")
     for row in rows:
         table.add_row(

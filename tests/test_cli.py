@@ -350,6 +350,12 @@ def test_models_list_tells_what_is_missing(folder: Path, required: Path) -> None
     ]
 
 
+def test_models_list_without_models_says_why(folder: Path) -> None:
+    """A box that holds nothing is told so in words, not by an empty table."""
+    done = command("models", "list", "--config", folder)
+    assert done.stdout == "no models: models.d requires none, and no offer has brought one\n"
+
+
 def test_models_list_tells_what_the_service_has_loaded(folder: Path, required: Path, tmp_path: Path) -> None:
     """While the service runs, models list shows where in memory it has each model."""
     loaded = Snapshot(resident=(ResidentModel(model="sample", size_bytes=1, place="ram"),))
