@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from PIL import Image
@@ -33,8 +32,6 @@ Tensors = dict[str, torch.Tensor]
 PROMPT = "a red potion on grass"
 WIDTH, HEIGHT, STEPS, GUIDANCE, SEED = 64, 48, 3, 3.0, 7
 DEFAULTS = CliDefaults(width=WIDTH, height=HEIGHT, steps=STEPS, cfg_scale=GUIDANCE, sampling_method="euler")
-
-Q8, Q4 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0
 
 VAE = {
     "_class_name": "AutoencoderKL",
@@ -173,40 +170,6 @@ def safetensors(path: Path, role: FileRole, tensors: Tensors) -> LocalFile:
     """``tensors`` as a safetensors file, which keeps them number for number."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     return LocalFile(role, path, path.name)
-
-
-def quantised(
-    path: Path,
-    role: FileRole,
-    tensors: Tensors,
-    architecture: str,
-    kind: gguf.GGMLQuantizationType | None = gguf.GGMLQuantizationType.Q8_0,
-) -> LocalFile:
-    """``tensors`` as a GGUF file, as llama.cpp's and city96's tools write it: matrices as ``kind`` where
-    their rows are whole blocks, everything else in single precision. ``None`` keeps all in single precision.
-    """
-    writer = gguf.GGUFWriter(path, architecture)
-    for name, tensor in tensors.items():
-        numbers = tensor.float().numpy()
-        if kind is None or tensor.ndim != 2 or tensor.shape[1] % gguf.GGML_QUANT_SIZES[kind][0]:
-            writer.add_tensor(name, numbers)
-        else:
-            writer.add_tensor(name, gguf.quantize(numbers, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return LocalFile(role, path, path.name)
-
-
-def llama_cpp(tensors: Tensors, architecture: gguf.MODEL_ARCH, blocks: int) -> Tensors:
-    """``tensors`` (transformers' names) under the names of llama.cpp's converter; others are left out."""
-    names = gguf.get_tensor_name_map(architecture, blocks)
-    renamed = {
-        (names.get_name(name.rpartition(".")[0]), name.rpartition(".")[2]): tensor
-        for name, tensor in tensors.items()
-    }
-    return {f"{module}.{leaf}": tensor for (module, leaf), tensor in renamed.items() if module is not None}
 
 
 def black_forest(tensors: Tensors) -> Tensors:

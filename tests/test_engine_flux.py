@@ -39,8 +39,6 @@ from tests.flow_models import (
     DEFAULTS,
     GUIDANCE,
     HEIGHT,
-    Q4,
-    Q8,
     T5,
     VAE,
     WIDTH,
@@ -50,11 +48,9 @@ from tests.flow_models import (
     config,
     difference,
     drawn,
-    llama_cpp,
     make,
     offloaded,
     one_column,
-    quantised,
     right_half,
     safetensors,
     same,
@@ -62,6 +58,7 @@ from tests.flow_models import (
     stock,
 )
 from tests.published import flux1
+from tests.quantising import DECODING, Q4, Q8, Kind, dequantised, llama_cpp, write_gguf
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -257,15 +254,15 @@ def test_whole_checkpoint_makes_the_librarys_picture(
     assert same(make(engine, [file]), stock(tiny.pipeline(FluxPipeline), **DEV))
 
 
-def gguf_files(tiny: Tiny, kind: gguf.GGMLQuantizationType | None) -> tuple[LocalFile, LocalFile]:
+def gguf_files(tiny: Tiny, kind: Kind | None) -> tuple[LocalFile, LocalFile]:
     """The denoiser as city96/FLUX.1-dev-gguf has it (Black Forest Labs' names), and T5's encoder as
     city96/t5-v1_1-xxl-encoder-gguf (llama.cpp's, architecture ``t5encoder``).
     """
     transformer = black_forest(state(tiny.parts["transformer"]))
     language = llama_cpp(t5xxl(tiny), gguf.MODEL_ARCH.T5ENCODER, T5["num_layers"])
     return (
-        quantised(tiny.folder / f"dit-{kind}.gguf", "diffusion-model", transformer, "flux", kind),
-        quantised(tiny.folder / f"t5-{kind}.gguf", "text-encoder", language, "t5encoder", kind),
+        write_gguf(tiny.folder / f"dit-{kind}.gguf", "diffusion-model", transformer, "flux", kind),
+        write_gguf(tiny.folder / f"t5-{kind}.gguf", "text-encoder", language, "t5encoder", kind),
     )
 
 
@@ -283,14 +280,17 @@ def test_quantised_gguf_is_near_the_librarys_picture(
     tinies: dict[str, Tiny],
     engine: DiffusionEngine,
     shared_files: tuple[LocalFile, ...],
-    kind: gguf.GGMLQuantizationType,
+    kind: Kind,
     bound: float,
 ) -> None:
-    """Quantised files make nearly the library's picture: off by less than ``bound`` in 255."""
+    """Quantised files make nearly the library's picture: off by less than ``bound`` in 255; and hardly
+    another one than the numbers that they were made to.
+    """
     clip, _, vae = shared_files
-    files = [*gguf_files(tinies["dev"], kind), clip, vae]
-    apart = difference(make(engine, files), stock(tinies["dev"].pipeline(FluxPipeline), **DEV))
-    assert 0 < apart < bound
+    files = gguf_files(tinies["dev"], kind)
+    picture = make(engine, [*files, clip, vae])
+    assert 0 < difference(picture, stock(tinies["dev"].pipeline(FluxPipeline), **DEV)) < bound
+    assert difference(picture, make(engine, [*map(dequantised, files), clip, vae])) <= DECODING
 
 
 def test_fused_tensors_are_taken_apart_as_the_library_does() -> None:

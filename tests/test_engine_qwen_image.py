@@ -37,17 +37,13 @@ from tests.flow_models import (
     DEFAULTS,
     GUIDANCE,
     HEIGHT,
-    Q4,
-    Q8,
     WIDTH,
     Tensors,
     config,
     difference,
     drawn,
-    llama_cpp,
     make,
     offloaded,
-    quantised,
     right_half,
     safetensors,
     same,
@@ -55,6 +51,7 @@ from tests.flow_models import (
     stock,
     wan_vae,
 )
+from tests.quantising import DECODING, Q4, Q8, Kind, dequantised, llama_cpp, write_gguf
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -231,7 +228,7 @@ def test_picture_within_mask_is_the_librarys(
     assert same(picture, Image.composite(expected, start, mask))
 
 
-def language_gguf(tiny: Tiny, kind: gguf.GGMLQuantizationType | None) -> LocalFile:
+def language_gguf(tiny: Tiny, kind: Kind | None) -> LocalFile:
     """The language model as llama.cpp converts it (architecture ``qwen2vl``), which unsloth and mradermacher
     publish.
     """
@@ -240,10 +237,10 @@ def language_gguf(tiny: Tiny, kind: gguf.GGMLQuantizationType | None) -> LocalFi
         for name, tensor in state(tiny.text_encoder).items()
     }
     tensors = llama_cpp(language, gguf.MODEL_ARCH.QWEN2VL, TEXT["num_hidden_layers"])
-    return quantised(tiny.folder / f"te-{kind and kind.name}.gguf", "text-encoder", tensors, "qwen2vl", kind)
+    return write_gguf(tiny.folder / f"te-{kind and kind.name}.gguf", "text-encoder", tensors, "qwen2vl", kind)
 
 
-def vision_gguf(tiny: Tiny, kind: gguf.GGMLQuantizationType | None) -> LocalFile:
+def vision_gguf(tiny: Tiny, kind: Kind | None) -> LocalFile:
     """The vision encoder as llama.cpp's ``mmproj`` file has it.
 
     Source: https://github.com/ggml-org/llama.cpp (convert_hf_to_gguf.py, Qwen2VLVisionModel): queries, keys
@@ -264,15 +261,15 @@ def vision_gguf(tiny: Tiny, kind: gguf.GGMLQuantizationType | None) -> LocalFile
     frames = vision.pop("visual.patch_embed.proj.weight")
     tensors = llama_cpp(vision, gguf.MODEL_ARCH.MMPROJ, 3)  # its merger counts as blocks to 2
     tensors |= {"v.patch_embd.weight": frames[:, :, 0], "v.patch_embd.weight.1": frames[:, :, 1]}
-    return quantised(
+    return write_gguf(
         tiny.folder / f"mmproj-{kind and kind.name}.gguf", "text-encoder-vision", tensors, "clip", kind
     )
 
 
-def denoiser_gguf(tiny: Tiny, kind: gguf.GGMLQuantizationType | None) -> LocalFile:
+def denoiser_gguf(tiny: Tiny, kind: Kind | None) -> LocalFile:
     """The denoiser as city96 and QuantStack publish it: diffusers' names, architecture ``qwen_image``."""
     tensors = state(tiny.transformer)
-    return quantised(
+    return write_gguf(
         tiny.folder / f"dit-{kind and kind.name}.gguf", "diffusion-model", tensors, "qwen_image", kind
     )
 
@@ -290,13 +287,16 @@ def test_quantised_gguf_is_near_the_librarys_picture(
     tiny: Tiny,
     engine: DiffusionEngine,
     files: tuple[LocalFile, ...],
-    kind: gguf.GGMLQuantizationType,
+    kind: Kind,
     bound: float,
 ) -> None:
-    """Quantised files make nearly the library's picture: off by less than ``bound`` in 255."""
-    parts = (denoiser_gguf(tiny, kind), language_gguf(tiny, kind), files[2])
-    apart = difference(make(engine, parts), guided(tiny))
-    assert 0 < apart < bound
+    """Quantised files make nearly the library's picture: off by less than ``bound`` in 255; and hardly
+    another one than the numbers that they were made to.
+    """
+    parts = (denoiser_gguf(tiny, kind), language_gguf(tiny, kind))
+    picture = make(engine, [*parts, files[2]])
+    assert 0 < difference(picture, guided(tiny)) < bound
+    assert difference(picture, make(engine, [*map(dequantised, parts), files[2]])) <= DECODING
 
 
 class ToldWherePicturesAre(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]

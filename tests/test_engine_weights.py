@@ -18,26 +18,10 @@ from studio_worker.engine.sections import Section, read_sections
 from studio_worker.engine.weights import dequantised, plain, read_tensors
 from studio_worker.errors import JobError
 from studio_worker.models import LocalFile
-from tests import tiny_models
+from tests.quantising import drawn_blocks, write_gguf
 
 Type = gguf.GGMLQuantizationType
 CPU = torch.device("cpu")
-
-SCALES = {
-    Type.Q4_0: [0],
-    Type.Q4_1: [0, 2],
-    Type.Q5_0: [0],
-    Type.Q5_1: [0, 2],
-    Type.Q8_0: [0],
-    Type.Q2_K: [80, 82],
-    Type.Q3_K: [108],
-    Type.Q4_K: [0, 2],
-    Type.Q5_K: [0, 2],
-    Type.Q6_K: [208],
-    Type.IQ4_NL: [0],
-    Type.IQ4_XS: [0],
-}
-"""Where a block has its half-precision scales (ggml's ``ggml-common.h``), in bytes."""
 
 
 def section(path: Path) -> Section:
@@ -60,12 +44,9 @@ def write_blocks(path: Path, type_: Type, blocks: np.ndarray, rows: int = 4) -> 
 )
 def test_every_served_quantisation_means_what_ggml_says(type_: Type, tmp_path: Path) -> None:
     """Blocks of every quantisation that is served decode to what the gguf library's own code says."""
-    drawn = np.random.default_rng(0)
-    blocks = drawn.integers(0, 256, (8, gguf.GGML_QUANT_SIZES[type_][1]), dtype=np.uint8)
-    for start in SCALES[type_]:
-        blocks[:, start : start + 2] = drawn.uniform(0.001, 0.01, (8, 1)).astype(np.float16).view(np.uint8)
+    blocks = drawn_blocks(type_, (4, 512), seed=0)
     found = read_tensors(section(write_blocks(tmp_path / "x.gguf", type_, blocks)), CPU, torch.float32)
-    expected = gguf.quants.dequantize(blocks.reshape(4, -1), type_)
+    expected = gguf.quants.dequantize(blocks, type_)
     tolerance = np.abs(expected).max() * 2e-3  # diffusers decodes in half precision
     np.testing.assert_allclose(dequantised(found["a.weight"], torch.float32), expected, atol=tolerance)
 
@@ -125,7 +106,7 @@ def test_gguf_cut_short_anywhere_is_an_error(share: float, tmp_path_factory: pyt
     """A GGUF file that ends too early is a clear error that another copy may mend."""
     folder = tmp_path_factory.mktemp("cut")
     state = {f"layer.{index}.weight": torch.ones(4, 32) for index in range(5)}
-    whole = tiny_models.write_gguf(folder / "whole.gguf", state, "vae", "test", Type.Q8_0).path.read_bytes()
+    whole = write_gguf(folder / "whole.gguf", "vae", state, "test", Type.Q8_0).path.read_bytes()
     path = folder / "cut.gguf"
     path.write_bytes(whole[: max(4, int(share * (len(whole) - 31)))])  # 31: padding at the end is nothing
     with pytest.raises(JobError, match=r"cut\.gguf is not a whole GGUF file") as caught:

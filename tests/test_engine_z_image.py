@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -13,12 +11,9 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
     ZImageImg2ImgPipeline,
     ZImageInpaintPipeline,
     ZImagePipeline,
-    ZImageTransformer2DModel,
 )
 from PIL import Image
 from transformers import Qwen3Config, Qwen3Model
@@ -26,9 +21,8 @@ from transformers import Qwen3Config, Qwen3Model
 from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
-from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.qwen import QWEN_TOKENIZER, from_llama_cpp
-from studio_worker.engine.families.z_image import Z_IMAGE, z_image
+from studio_worker.engine.families.z_image import Z_IMAGE
 from studio_worker.engine.loading import empty_model, load_part, load_tokenizer
 from studio_worker.engine.memory import weight_bytes
 from studio_worker.engine.parameters import resolve
@@ -36,15 +30,24 @@ from studio_worker.engine.rendering import LoadedModel, Starting
 from studio_worker.engine.sections import read_sections
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
-from studio_worker.models import CliDefaults, LocalFile
+from studio_worker.models import LocalFile
 from tests import tiny_models
 from tests.engine_lab import decoded, encoded, refuse_network, request, scene, write_header
+from tests.quantising import DECODING, Q4, Q8, Kind, dequantised, write_gguf
+from tests.tiny_z_image import (
+    PREFIX,
+    SIZE,
+    Tiny,
+    gguf_files,
+    language_model,
+    original_transformer,
+    text_encoder_file,
+    tiny_z_image,
+    transformer_file,
+    vae_file,
+)
 
 torch.set_num_threads(1)
-
-PREFIX = "model.diffusion_model."
-SIZE = CliDefaults(width=64, height=64, steps=3, cfg_scale=1.0)
-Q8, Q4 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0
 
 
 @pytest.fixture(autouse=True)
@@ -52,126 +55,9 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_network(monkeypatch)
 
 
-@dataclass(frozen=True)
-class Tiny:
-    """A tiny Z-Image: the library's pipeline over it, its family, and a folder for its files."""
-
-    stock: Any
-    family: Family
-    folder: Path
-
-    def picture(self, *files: LocalFile, **task: Any) -> np.ndarray:
-        engine = DiffusionEngine("cpu", families=(self.family,))
-        made = engine.generate(
-            request(files=files, defaults=SIZE, **task), lambda done, total: None, Cancel()
-        )
-        return np.asarray(decoded(made.data), dtype=int)
-
-    def expected(self, cls: Any = ZImagePipeline, guidance: float = 0.0, **arguments: Any) -> np.ndarray:
-        pipeline = cls(**self.stock.components)
-        pipeline.set_progress_bar_config(disable=True)
-        made = pipeline(
-            request().task.prompt,
-            height=64,
-            width=64,
-            num_inference_steps=3,
-            guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(7),
-            **arguments,
-        )
-        return np.asarray(made.images[0], dtype=int)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    folder = tmp_path_factory.mktemp("z-image")
-    tokenizer = tiny_models.byte_tokenizer(
-        folder / "tokenizer", {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
-    )
-    transformer = ZImageTransformer2DModel(
-        dim=96,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=64,
-        axes_dims=[16, 16, 16],
-    )
-    text_encoder = Qwen3Model(
-        Qwen3Config(
-            vocab_size=288,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-        )
-    )
-    vae = AutoencoderKL(
-        block_out_channels=[16, 32, 32],
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        latent_channels=16,
-        norm_num_groups=8,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-    for seed, part in enumerate(parts.values()):
-        tiny_models.randomised(part, seed)
-    configs = {name: tiny_models.write_config(folder / name, part) for name, part in parts.items()}
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    stock = ZImagePipeline(tokenizer=load_tokenizer(tokenizer), scheduler=scheduler, **parts)
-    return Tiny(stock, z_image("tiny-z-image", **configs, tokenizer=tokenizer), folder)
-
-
-def original_transformer(transformer: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The transformer under the original names: fused qkv, as ComfyUI's and GGUF files have it.
-
-    Source: diffusers' ``convert_z_image_transformer_checkpoint_to_diffusers``, whose inverse this is.
-    """
-    state = dict(transformer)
-    for name in [name for name in state if name.endswith(".attention.to_q.weight")]:
-        stem = name.removesuffix(".to_q.weight")
-        state[f"{stem}.qkv.weight"] = torch.cat([state.pop(f"{stem}.to_{each}.weight") for each in "qkv"])
-    return tiny_models.renamed(
-        state,
-        lambda name: (
-            name.replace("all_final_layer.2-1.", "final_layer.")
-            .replace("all_x_embedder.2-1.", "x_embedder.")
-            .replace(".attention.to_out.0.", ".attention.out.")
-            .replace(".attention.norm_k.", ".attention.k_norm.")
-            .replace(".attention.norm_q.", ".attention.q_norm.")
-        ),
-    )
-
-
-def transformer_file(tiny: Tiny, layout: str) -> LocalFile:
-    state = (
-        tiny.stock.transformer.state_dict()
-        if layout == "diffusers"
-        else original_transformer(tiny.stock.transformer.state_dict())
-    )
-    if layout == "original, prefixed":
-        state = tiny_models.prefixed(state, PREFIX)
-    return tiny_models.write_safetensors(
-        tiny.folder / f"transformer-{layout}.safetensors", state, "diffusion-model"
-    )
-
-
-def text_encoder_file(tiny: Tiny) -> LocalFile:
-    state = tiny_models.prefixed(tiny.stock.text_encoder.state_dict(), "model.")
-    return tiny_models.write_safetensors(tiny.folder / "qwen.safetensors", state, "text-encoder")
-
-
-def vae_file(tiny: Tiny, layout: str = "original") -> LocalFile:
-    state = tiny.stock.vae.state_dict()
-    if layout == "original":
-        state = tiny_models.original_vae(state, levels=3)
-    return tiny_models.write_safetensors(tiny.folder / f"ae-{layout}.safetensors", state, "vae")
+    return tiny_z_image(tmp_path_factory.mktemp("z-image"))
 
 
 @pytest.fixture(scope="module")
@@ -243,46 +129,61 @@ def test_inpainting(tiny: Tiny, files: tuple[LocalFile, ...]) -> None:
     assert (found[~inside] == np.asarray(scene())[~inside]).all()
 
 
-def gguf_files(
-    tiny: Tiny, quantisation: gguf.GGMLQuantizationType | None, name: str, *, ours: bool
-) -> tuple[LocalFile, LocalFile]:
-    """Transformer and text encoder as GGUF files.
-
-    Args:
-        ours: as stable-diffusion.cpp converts, else as city96's ComfyUI-GGUF does.
-    """
-    state = original_transformer(tiny.stock.transformer.state_dict())
-    transformer = tiny_models.write_gguf(
-        tiny.folder / f"{name}.gguf",
-        tiny_models.prefixed(state, PREFIX) if ours else state,
-        "diffusion-model",
-        "lumina2",
-        quantisation,
-        drop_outer_ones=ours,
-    )
-    text_encoder = tiny_models.write_gguf(
-        tiny.folder / f"{name}-qwen.gguf",
-        tiny_models.llama_cpp(tiny.stock.text_encoder.state_dict()),
-        "text-encoder",
-        "qwen3",
-        quantisation,
-    )
-    return transformer, text_encoder
-
-
-@pytest.mark.parametrize(("quantisation", "bound"), [(None, 0.0), (Q8, 0.5), (Q4, 8.0)])
+@pytest.mark.parametrize(("kind", "bound"), [(None, 0.0), (Q8, 0.5), (Q4, 8.0)])
 @pytest.mark.parametrize("converter", ["city96", "stable-diffusion.cpp"])
 def test_gguf_makes_nearly_the_same_picture(
-    tiny: Tiny,
-    files: tuple[LocalFile, ...],
-    quantisation: gguf.GGMLQuantizationType | None,
-    bound: float,
-    converter: str,
+    tiny: Tiny, files: tuple[LocalFile, ...], kind: Kind | None, bound: float, converter: str
 ) -> None:
-    """From GGUF files the picture differs by few grey levels on average, unquantised by none."""
-    quantised = gguf_files(tiny, quantisation, f"{converter}-{quantisation}", ours="cpp" in converter)
-    difference = np.abs(tiny.picture(*quantised, files[2]) - tiny.expected())
-    assert difference.mean() <= bound
+    """From GGUF files the picture differs by few grey levels on average, unquantised by none; from what their
+    numbers were made to, it hardly differs at all.
+    """
+    quantised = gguf_files(tiny, kind, f"{converter}-{kind}", ours="cpp" in converter)
+    found = tiny.picture(*quantised, files[2])
+    assert np.abs(found - tiny.expected()).mean() <= bound
+    meant = tiny.picture(*map(dequantised, quantised), files[2])
+    assert np.abs(found - meant).mean() <= (DECODING if kind else 0)
+
+
+def test_rope_base_is_the_files(tiny: Tiny, files: tuple[LocalFile, ...]) -> None:
+    """A GGUF text encoder is read with the rope base that it states: Qwen3-4B-Instruct-2507's is five
+    millions, where Qwen3-4B's is one.
+    """
+    later = Qwen3Model(
+        Qwen3Config.from_dict(
+            tiny.stock.text_encoder.config.to_dict()
+            | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}
+        )
+    ).eval()
+    later.load_state_dict(tiny.stock.text_encoder.state_dict())
+    file = write_gguf(
+        tiny.folder / "2507.gguf",
+        "text-encoder",
+        language_model(tiny),
+        "qwen3",
+        stated={"rope.freq_base": 5e6},
+    )
+    found = tiny.picture(files[0], file, files[2])
+    assert (
+        found
+        == replace(tiny, stock=ZImagePipeline(**tiny.stock.components | {"text_encoder": later})).expected()
+    ).all()
+    assert (found != tiny.expected()).any()
+
+
+def test_stretched_positions_are_refused(tiny: Tiny, files: tuple[LocalFile, ...]) -> None:
+    """A text encoder made for longer texts, whose positions are scaled, is refused with what to register."""
+    file = write_gguf(
+        tiny.folder / "yarn.gguf",
+        "text-encoder",
+        language_model(tiny),
+        "qwen3",
+        stated={"rope.scaling.type": "yarn"},
+    )
+    with pytest.raises(
+        JobError, match=r"rope scaling 'yarn'.* register the Qwen3-4B text encoder without"
+    ) as caught:
+        tiny.picture(files[0], file, files[2])
+    assert not caught.value.retryable
 
 
 @pytest.mark.parametrize("form", ["safetensors", "gguf"])
@@ -450,14 +351,14 @@ def test_lora_works_on_quantised_weights(tiny: Tiny, files: tuple[LocalFile, ...
         merged[name] = merged[name] + up @ down
     style = tiny_models.write_safetensors(tiny.folder / f"lora-{layout}safetensors", lora, "lora")
     quantised, reference = (
-        tiny_models.write_gguf(
-            tiny.folder / f"lora-{layout}{kind}.gguf",
-            original_transformer(state),
+        write_gguf(
+            tiny.folder / f"lora-{layout}{name}.gguf",
             "diffusion-model",
+            original_transformer(state),
             "lumina2",
-            quantisation,
+            kind,
         )
-        for kind, state, quantisation in (
+        for name, state, kind in (
             ("base", tiny.stock.transformer.state_dict(), Q8),
             ("merged", merged, None),
         )

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import gguf
 import torch
 from safetensors.torch import save_file
 
@@ -20,9 +19,6 @@ from studio_worker.engine.families.family import Tokenizer
 from studio_worker.models import FileRole, LocalFile
 
 State = Mapping[str, torch.Tensor]
-
-BLOCK = 32
-"""Numbers in a block of every quantisation that tests can write; rows of other lengths stay plain."""
 
 
 def ldm_layout() -> ModuleType:
@@ -63,37 +59,6 @@ def write_safetensors(
     save_file(
         {name: tensor.detach().to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()}, path
     )
-    return LocalFile(role, path, str(path))
-
-
-def write_gguf(
-    path: Path,
-    state: State,
-    role: FileRole,
-    architecture: str,
-    quantisation: gguf.GGMLQuantizationType | None = None,
-    *,
-    drop_outer_ones: bool = False,
-) -> LocalFile:
-    """``state`` as a GGUF file; matrices quantised, as converters do.
-
-    Args:
-        drop_outer_ones: leave out outer dimensions of size 1, as stable-diffusion.cpp's converter does
-            (its ``ggml_n_dims``); city96's keeps them.
-    """
-    writer = gguf.GGUFWriter(path, architecture)
-    for name, tensor in state.items():
-        numbers = tensor.detach().float().numpy()
-        while drop_outer_ones and numbers.ndim > 1 and numbers.shape[0] == 1:
-            numbers = numbers[0]
-        if quantisation is not None and numbers.ndim == 2 and numbers.shape[1] % BLOCK == 0:
-            writer.add_tensor(name, gguf.quants.quantize(numbers, quantisation), raw_dtype=quantisation)
-        else:
-            writer.add_tensor(name, numbers)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
     return LocalFile(role, path, str(path))
 
 
@@ -170,39 +135,6 @@ def open_clip(state: State) -> dict[str, torch.Tensor]:
             elif stem == "self_attn.q_proj":
                 parts = [state[f"encoder.layers.{block}.self_attn.{each}_proj.{kind}"] for each in "qkv"]
                 renamed[f"{place}.attn.in_proj_{kind}"] = torch.cat(parts)
-    return renamed
-
-
-_LLAMA_CPP = {
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def llama_cpp(state: State) -> dict[str, torch.Tensor]:
-    """A Qwen language model's tensors under llama.cpp's names.
-
-    Source: gguf 0.19's ``TensorNameMap`` for ``MODEL_ARCH.QWEN3``; a test holds this table to it.
-    """
-    renamed = {}
-    for name, tensor in state.items():
-        stem, _, kind = name.rpartition(".")
-        if stem.startswith("layers."):
-            _, block, rest = stem.split(".", 2)
-            renamed[f"blk.{block}.{_LLAMA_CPP[rest]}.{kind}"] = tensor
-        else:
-            renamed[f"{_LLAMA_CPP[stem]}.{kind}"] = tensor
     return renamed
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
-from studio_worker.engine.gguf_files import DAMAGE, Shape, open_gguf, shape_of
+from studio_worker.engine.gguf_files import DAMAGE, Shape, Stated, open_gguf, shape_of, stated
 from studio_worker.errors import JobError
 
 _MAGIC_BYTES = 512
@@ -24,13 +24,15 @@ _MAGIC_BYTES = 512
 @dataclass(frozen=True)
 class Checkpoint:
     """A weights file: its format, and by tensor name the shape (outermost dimension first, as in torch) and
-    the type (the format's own word for it: ``F16``, ``BF16``, ``F8_E4M3``, ``Q4_K``).
+    the type (the format's own word for it: ``F16``, ``BF16``, ``F8_E4M3``, ``Q4_K``). ``stated`` is what a
+    GGUF file says of its architecture, by the name without that: ``rope.freq_base``.
     """
 
     path: Path
     format: Literal["safetensors", "gguf"]
     shapes: Mapping[str, Shape]
     types: Mapping[str, str] = field(default_factory=dict)
+    stated: Mapping[str, Stated] = field(default_factory=dict)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -112,9 +114,10 @@ def _gguf(path: Path) -> Checkpoint:
         reader = open_gguf(path)
         shapes = {tensor.name: shape_of(reader, tensor) for tensor in reader.tensors}
         types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+        facts = stated(reader)
     except DAMAGE as error:
         raise JobError(
             f"{path.name} is not a whole GGUF file ({path.stat().st_size} bytes): {type(error).__name__}",
             retryable=True,
         ) from error
-    return Checkpoint(path, "gguf", shapes, types)
+    return Checkpoint(path, "gguf", shapes, types, facts)

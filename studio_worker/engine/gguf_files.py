@@ -15,13 +15,15 @@ import gguf
 Shape = tuple[int, ...]
 """A tensor's, outermost dimension first as in torch."""
 
+Stated = int | float | bool | str
+
 _SHAPE_KEY = "comfy.gguf.orig_shape."
 """ComfyUI-GGUF's ``tools/convert.py`` lays matrices out in rows of 256 where their own rows are not multiples
 of it, and notes here what they were (outermost dimension first).
 """
 
 _SHORT = 64
-"""Arrays of numbers up to this long are kept: shapes are, vocabularies are not."""
+"""Arrays of numbers up to this long are kept: shapes are, vocabularies are not. Likewise bytes of texts."""
 
 _NUMBER = struct.Struct("<Q")
 _ARRAY = struct.Struct("<IQ")
@@ -64,6 +66,22 @@ def open_gguf(path: Path, mode: Literal["r", "c"] = "r") -> Reader:
 
 DAMAGE = (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, struct.error)
 """What :func:`open_gguf` meets in a damaged file (UnicodeDecodeError is a ValueError)."""
+
+
+def stated(reader: Reader) -> dict[str, Stated]:
+    """What the file's metadata say in numbers and short words, without the architecture before each name.
+
+    That is ``rope.freq_base`` for ``qwen3.rope.freq_base``: the same thing is called the same in all of them.
+    """
+    architecture = reader.fields.get("general.architecture")
+    prefix = f"{architecture.contents()}." if architecture else ""
+    found: dict[str, Stated] = {}
+    for name, field in reader.fields.items():
+        if not prefix or not name.startswith(prefix) or len(field.types) != 1:
+            continue
+        if field.types[0] != gguf.GGUFValueType.STRING or len(field.parts[-1]) <= _SHORT:
+            found[name.removeprefix(prefix)] = field.contents()
+    return found
 
 
 def shape_of(reader: Reader, tensor: Any) -> Shape:

@@ -51,7 +51,7 @@ def load_part(part: Part, section: Section, device: torch.device, dtype: torch.d
     layout = part.layout(section)
     if layout is None:
         raise refused(f"{section} is no {part.kind}: {part.why_not(section)}")
-    model = empty_model(part)
+    model = empty_model(part, _as_stated(part, section))
     tensors = read_tensors(section, device, _read_as(part, dtype))
     try:
         tensors = layout.rename(tensors)
@@ -72,14 +72,43 @@ def _read_as(part: Part, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if keeps and dtype == torch.float16 else dtype
 
 
-def empty_model(part: Part) -> torch.nn.Module:
-    """The component of the class and configuration that ``part`` says, its weights without memory."""
+def empty_model(part: Part, config: Mapping[str, Any] | None = None) -> torch.nn.Module:
+    """The component of the class and configuration that ``part`` says, its weights without memory.
+
+    Args:
+        config: its configuration, where it is not the one in its folder.
+    """
     library, name = part.cls.split(".")
     cls = getattr(_LIBRARIES[library], name)
+    config = read_json(part.config / "config.json") if config is None else config
     with init_empty_weights():
         if library == "diffusers":
-            return cls.from_config(cls.load_config(str(part.config), local_files_only=True))  # type: ignore[no-any-return]
-        return cls(cls.config_class.from_pretrained(str(part.config), local_files_only=True))  # type: ignore[no-any-return]
+            return cls.from_config(config)  # type: ignore[no-any-return]
+        return cls(cls.config_class.from_dict(config))  # type: ignore[no-any-return]
+
+
+def _as_stated(part: Part, section: Section) -> dict[str, Any]:
+    """The part's configuration, with what its file says itself.
+
+    Raises:
+        JobError: the file says what cannot be done.
+    """
+    config = read_json(part.config / "config.json")
+    stated = section.checkpoint.stated
+    scaling = stated.get("rope.scaling.type", "none")
+    if scaling != "none":
+        raise refused(
+            f"{section} stretches its positions for long texts (rope scaling {scaling!r}), which is not "
+            f"served; register the {part.kind} without, not its version for a longer context"
+        )
+    for name, place in part.stated.items():
+        if name in stated:
+            *outer, last = place
+            inner = config
+            for key in outer:
+                inner = inner[key]
+            inner[last] = stated[name]
+    return config
 
 
 def _fill(
@@ -94,8 +123,8 @@ def _fill(
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
     wanted = {**dict(model.named_parameters()), **buffers}
     _check_names_and_shapes(wanted, tensors, section, part)
-    _replace_with_gguf_linear(model, dtype, tensors)
     keep = _kept_in_single_precision(model, dtype)
+    _replace_with_gguf_linear(model, dtype, tensors)
     for name in wanted:
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)

@@ -87,6 +87,7 @@ class Part:
         config: the folder that holds its ``config.json``. Families whose parts have class and folder in
             common share what is loaded.
         layouts: the namings in which it is published, the narrowest first.
+        stated: what GGUF files say of it: by their name for it, its place in ``config.json``.
     """
 
     kind: str
@@ -94,6 +95,7 @@ class Part:
     cls: str
     config: Path
     layouts: tuple[Layout, ...]
+    stated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:

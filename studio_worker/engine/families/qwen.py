@@ -3,8 +3,8 @@
 Names as transformers has them (``model.layers.0.self_attn.q_proj``) and as llama.cpp's GGUF files
 (``blk.0.attn_q``; gguf's ``TensorNameMap`` is the source of the table below).
 
-A GGUF file's own rope base is not looked at: like ComfyUI and stable-diffusion.cpp this takes Qwen3-4B's,
-with which Z-Image was trained, for the later Instruct-2507 weights too.
+Qwen3-4B's later weights (Instruct-2507) have its shapes and another rope base, five millions instead of one.
+GGUF files say theirs, and are read as they say; safetensors files cannot, and are taken for the first ones.
 """
 
 from __future__ import annotations
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 QWEN_TOKENIZER = Tokenizer("Qwen2Tokenizer", CONFIGS / "qwen" / "tokenizer", 151_669)
 """151,643 byte-pair tokens and 26 of control; the models' embeddings have more rows, which nothing uses."""
+
+_STATED = {
+    "rope.freq_base": ("rope_parameters", "rope_theta"),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads",),
+}
+"""llama.cpp's words (gguf's ``Keys``) for what shapes do not tell."""
 
 _LLAMA_CPP_ENDS = {"token_embd.weight": "embed_tokens.weight", "output_norm.weight": "norm.weight"}
 _LLAMA_CPP_BLOCK = {
@@ -80,6 +88,7 @@ def qwen3(kind: str, config_dir: Path) -> Part:
                 from_llama_cpp,
             ),
         ),
+        stated=_STATED,
     )
 
 
@@ -112,6 +121,7 @@ def qwen25_language(kind: str, config_dir: Path) -> Part:
             Layout("transformers", named("model.language_model."), transformers),
             Layout("llama.cpp", tells("token_embd", f"blk.{layers - 1}.attn_q"), from_llama_cpp),
         ),
+        stated=_STATED,
     )
 
 

@@ -15,6 +15,13 @@ from studio_worker.engine.families.family import CONFIGS, Layout, Part, Tensors,
 T5_TOKENIZER = Tokenizer("T5Tokenizer", CONFIGS / "t5" / "tokenizer", 32_100)
 """32,000 pieces and 100 sentinels; the model's embedding has more rows, which nothing uses."""
 
+_STATED = {
+    "attention.layer_norm_rms_epsilon": ("layer_norm_epsilon",),
+    "attention.head_count": ("num_heads",),
+    "attention.relative_buckets_count": ("relative_attention_num_buckets",),
+}
+"""llama.cpp's words (gguf's ``Keys``) for what shapes do not tell."""
+
 _LLAMA_CPP_ENDS = {
     "token_embd.weight": "shared.weight",
     "enc.output_norm.weight": "encoder.final_layer_norm.weight",
@@ -53,6 +60,7 @@ def t5(kind: str, config_dir: Path) -> Part:
                 _from_llama_cpp,
             ),
         ),
+        stated=_STATED,
     )
 
 

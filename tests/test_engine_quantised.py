@@ -1,0 +1,77 @@
+"""Every quantisation that GGUF files are published in, beside the numbers that it decodes to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
+from transformers import T5Config, T5EncoderModel
+
+from studio_worker.engine.families.t5 import t5
+from studio_worker.engine.loading import load_part
+from studio_worker.engine.memory import weight_bytes
+from studio_worker.engine.sections import read_sections
+from studio_worker.models import LocalFile
+from tests.engine_lab import refuse_network
+from tests.flow_models import T5, config, drawn
+from tests.quantising import Kind, dequantised, llama_cpp, write_gguf
+from tests.tiny_z_image import Tiny, gguf_files, tiny_z_image, vae_file
+
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_network(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A model whose rows are whole blocks of 256 numbers, as K-quantisations want them."""
+    return tiny_z_image(tmp_path_factory.mktemp("wide"), (32, 48, 48), text_width=256)
+
+
+@pytest.fixture(scope="module")
+def vae(tiny: Tiny) -> LocalFile:
+    return vae_file(tiny)
+
+
+@pytest.mark.parametrize("kind", SUPPORTED_GGUF_QUANT_TYPES, ids=lambda kind: kind.name)
+def test_picture_is_that_of_the_numbers_it_decodes_to(tiny: Tiny, vae: LocalFile, kind: Kind) -> None:
+    """Whatever quantisation denoiser and text encoder (Qwen3) have, the picture is that of the very numbers
+    that gguf's own decoder gives: within 2 grey levels anywhere, a fifth of one on average.
+    """
+    files = gguf_files(tiny, kind, kind.name)
+    found, meant = tiny.picture(*files, vae), tiny.picture(*map(dequantised, files), vae)
+    apart = np.abs(found - meant)
+    assert (apart.mean(), apart.max()) <= (0.2, 2)
+    assert meant.std() > 10  # no flat picture
+
+
+@pytest.mark.parametrize("kind", SUPPORTED_GGUF_QUANT_TYPES, ids=lambda kind: kind.name)
+def test_t5_reads_as_with_the_numbers_it_decodes_to(kind: Kind, tmp_path: Path) -> None:
+    """T5 in any quantisation gives the embeddings of the very numbers that gguf's own decoder gives, to half
+    a percent (half precision, of which T5's attention makes more), and its matrices stay quantised.
+    """
+    wide = T5 | {"d_model": 256, "d_ff": 512, "num_heads": 4, "d_kv": 64, "vocab_size": 256}
+    library = drawn(T5EncoderModel(T5Config(**wide)), 1)
+    names = llama_cpp(library.state_dict(), gguf.MODEL_ARCH.T5ENCODER, T5["num_layers"])
+    file = write_gguf(tmp_path / "t5.gguf", "text-encoder", names, "t5encoder", kind)
+    part = t5("T5", config(tmp_path, wide))
+    words = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(0))
+
+    quantised, plain = (
+        load_part(part, read_sections([each])[0], CPU, torch.float32) for each in (file, dequantised(file))
+    )
+    found, meant = (model(words).last_hidden_state for model in (quantised, plain))
+    assert (found - meant).abs().mean() < 5e-3 * meant.abs().mean()
+    elements, size_bytes = gguf.GGML_QUANT_SIZES[kind]
+    matrices = sum(each.numel() for name, each in names.items() if each.ndim == 2 and "blk" in name)
+    saved = weight_bytes(plain) - weight_bytes(quantised)
+    assert saved == pytest.approx(matrices * (4 - size_bytes / elements), rel=0.01)
