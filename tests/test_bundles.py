@@ -335,6 +335,7 @@ def test_box_without_network_reaches_ready_from_a_bundle(
     (config / "config.toml").write_text(
         f'[studio]\napi_base_url = "{refused_url()}"\n[worker]\ndevice = "cpu"\n'
         f'[models]\nroot = "{tmp_path}/models"\n[state]\ndir = "{tmp_path}/state"\n'
+        f'runtime_dir = "{tmp_path}/run"\n'
     )
     (manifest,) = import_bundle(Store(tmp_path / "models"), bundle).models
     for file in manifest["files"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 
 from tests.acceptance.box import Box
 
@@ -35,3 +36,21 @@ def test_doctor_finds_a_running_box_in_order(box: Box) -> None:
     assert len(findings) > 10
     assert [finding for finding in findings if finding["level"] == "failure"] == []
     assert done.returncode == 0
+
+
+def test_metrics_come_by_port_and_by_file(box: Box) -> None:
+    """Prometheus asks on loopback; node_exporter finds the file in its folder, let in by a drop-in."""
+    folder = "/srv/textfiles"
+    box.machine.shell(f"mkdir {folder}; chgrp studio-worker {folder}; chmod 2775 {folder}")
+    box.configure(metrics={"listen": "127.0.0.1:9464", "textfile": f"{folder}/studio-worker.prom"})
+    box.drop_in("[Service]", f"ReadWritePaths={folder}")
+    box.start()
+    box.await_online()
+    with urllib.request.urlopen("http://127.0.0.1:9464/metrics", timeout=10) as answer:
+        asked = answer.read().decode()
+    assert "\nstudio_worker_ready 1.0\n" in asked
+    written = box.machine.path(f"{folder}/studio-worker.prom")
+    box.machine.await_that("the file", lambda: "\nstudio_worker_ready 1.0\n" in written.read_text())
+    assert written.stat().st_mode & 0o044 == 0o044  # node_exporter is another user
+    box.stop()
+    assert not written.exists()

@@ -113,7 +113,8 @@ def test_autopkgtest_passes(debs: Debs, base: Path, installed: Path, work: Path)
     began = time.monotonic()
     with Machine([installed, base], work / "autopkgtest") as machine:
         machine.copy_in(ROOT / "debian", "/opt/tree")
-        done = machine.run("autopkgtest", "/opt/tree", "--", "null", check=False, limit_s=600)
+        command = ["autopkgtest", "--no-built-binaries", "/opt/tree", "--", "null"]
+        done = machine.run(*command, check=False, limit_s=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
     figures.note("autopkgtest", f"passed ({time.monotonic() - began:.0f} s)")
 
