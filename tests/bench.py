@@ -53,7 +53,8 @@ def commands() -> list[tuple[str, str, str]]:
 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.toml").write_text(
-            f'[state]\ndir = "{folder}/state"\nruntime_dir = "{folder}/run"\n[models]\nroot = "{folder}/models"\n'
+            f'[state]\ndir = "{folder}/state"\nruntime_dir = "{folder}/run"\n'
+            f'[models]\nroot = "{folder}/models"\n'
         )
         bare = run("-c", "pass")
         imported = run("-c", "import studio_worker.cli")

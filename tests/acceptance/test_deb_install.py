@@ -162,16 +162,10 @@ def test_two_instances_work_side_by_side(box: Box) -> None:
 def test_suite_passes_against_the_installed_copy(base: Path, installed: Path, work: Path) -> None:
     """The project's tests pass with the packages' interpreter, libraries and files, and no source beside."""
     with Machine([installed, base], work / "suite") as machine:
-        for name in (
-            *SUITE,
-            "conftest.py",
-            "servers.py",
-            "scripted.py",
-            "engine_lab.py",
-            "sample_model_check.py",
-            "data",
-        ):
-            machine.copy_in(ROOT / "tests" / name, "/opt/suite/tests")
+        tests = ROOT / "tests"
+        helpers = [path for path in tests.glob("*.py") if not path.name.startswith("test_")]
+        for path in (*(tests / name for name in SUITE), *helpers, tests / "data"):
+            machine.copy_in(path, "/opt/suite/tests")
         machine.copy_in(ROOT / "packaging", "/opt/suite")
         _copy_test_libraries(machine)
         machine.shell("useradd --create-home tester && chown -R tester /opt/suite")
