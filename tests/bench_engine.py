@@ -1,12 +1,15 @@
 """The engine beside the plain diffusers pipeline called in a loop; ``make bench`` prints it.
 
-Both make the same pictures from the same weights and write them as PNG. They take turns, so that whatever
-else the machine does meets both alike.
+Like with like: the same weights as the same number type on the same device, torch's fused attention, the same
+scheduler, steps, size and seed, new words for every picture (so that prompts the engine has kept are of no
+use to it), and a PNG at the end of each. They take turns job by job in one process, so that whatever else the
+machine does meets both alike; whether they made the same pictures is printed too.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import statistics
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -25,20 +29,26 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 
 from studio_worker import sample_model
 from studio_worker.engine import Request
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.stable_diffusion import SAMPLE, stable_diffusion
-from studio_worker.jobs import Cancel, ImageTask
+from studio_worker.jobs import Cancel, ImageTask, Picture
 from studio_worker.models import CliDefaults, LocalFile
 from tests import tiny_models
 
-JOBS = 16
-GPU_JOBS = 50
+JOBS = 24
+LATER_JOBS = 10
+PROCESSES = 5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PROMPT = sample_model.prompt("red", "potion", "grass")
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+SMALL_WIDTHS = (64, 128, 256)
+LARGE_WIDTHS = (320, 640, 1280)
+
+Row = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -55,24 +65,28 @@ class Peer:
 
 def main() -> None:
     """Run everything and print each row as it is measured."""
+    if len(sys.argv) == 3:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(times_s(PEERS[sys.argv[1]](Path(folder)), int(sys.argv[2]))))
+        return
     print(f"engine on {DEVICE}, {torch.get_num_threads()} threads")
+    for name, make in PEERS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            show(overhead(make(Path(folder))))
+        for row in second_job(name):
+            show(row)
     with tempfile.TemporaryDirectory() as folder:
-        peers = (sample(), larger(Path(folder)))
-        for peer in peers:
-            for row in overhead(peer):
-                show(row)
-        show(switching(peers))
-        if DEVICE == "cuda":
-            show(gpu_share(peers[1]))
+        for row in switching(large(Path(folder)), sample()):
+            show(row)
     show(first_picture())
 
 
-def show(row: tuple[str, str, str]) -> None:
+def show(row: Row) -> None:
     what, measured, beside = row
     print(f"{what:48} {measured:>12}  {beside}", flush=True)
 
 
-def sample() -> Peer:
+def sample(_: Path | None = None) -> Peer:
     """The sample model."""
     plain = StableDiffusionPipeline.from_single_file(
         str(sample_model.WEIGHTS),
@@ -84,11 +98,23 @@ def sample() -> Peer:
     return Peer("sample model", plain, SAMPLE, (file,), 64, 24)
 
 
-def larger(folder: Path) -> Peer:
+def random_model(folder: Path) -> Peer:
     """A random model of Stable Diffusion's kind: 25 million parameters, in three files."""
+    return _random(folder, SMALL_WIDTHS, torch.float32)
+
+
+def large(folder: Path) -> Peer:
+    """One of 595 million parameters in half precision, for measuring how it is loaded."""
+    return _random(folder, LARGE_WIDTHS, torch.float16)
+
+
+PEERS: dict[str, Callable[[Path], Peer]] = {"sample": sample, "random": random_model}
+
+
+def _random(folder: Path, widths: tuple[int, ...], dtype: torch.dtype) -> Peer:
     small = sample().plain
     unet = UNet2DConditionModel(
-        block_out_channels=(64, 128, 256),
+        block_out_channels=widths,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=small.text_encoder.config.hidden_size,
@@ -107,17 +133,20 @@ def larger(folder: Path) -> Peer:
         tiny_models.write_config(folder / name, part)
     for name in ("tokenizer", "scheduler"):
         (folder / name).symlink_to(sample_model.CONFIG_DIR / name)
-    state = {f"text_model.{name}": value for name, value in small.text_encoder.state_dict().items()}
-    files = (
-        tiny_models.write_safetensors(folder / "unet.safetensors", unet.state_dict(), "diffusion-model"),
-        tiny_models.write_safetensors(folder / "text.safetensors", state, "text-encoder"),
-        tiny_models.write_safetensors(folder / "vae.safetensors", vae.state_dict(), "vae"),
+    states = (
+        ("diffusion-model", unet.state_dict()),
+        ("text-encoder", tiny_models.prefixed(small.text_encoder.state_dict(), "text_model.")),
+        ("vae", vae.state_dict()),
+    )
+    files = tuple(
+        tiny_models.write_safetensors(folder / f"{role}.safetensors", state, role, dtype)
+        for role, state in states
     )
     plain = StableDiffusionPipeline(**{**small.components, **parts}, requires_safety_checker=False)
     return Peer("random model", plain, stable_diffusion("bench", folder), files, 128, 6)
 
 
-def overhead(peer: Peer) -> list[tuple[str, str, str]]:
+def overhead(peer: Peer, jobs: int = JOBS) -> Row:
     """One job through the engine beside one call of the pipeline."""
     engine = DiffusionEngine(DEVICE, families=(peer.family,))
     plain = peer.plain
@@ -126,71 +155,123 @@ def overhead(peer: Peer) -> list[tuple[str, str, str]]:
     plain.scheduler = EulerAncestralDiscreteScheduler.from_config(plain.scheduler.config)
     plain.set_progress_bar_config(disable=True)
 
-    def through_engine(seed: int) -> None:
-        engine.generate(request(peer, seed), lambda done, total: None, Cancel())
+    def through_engine(seed: int) -> bytes:
+        return made(engine, peer, seed).data
 
-    def through_pipeline(seed: int) -> None:
-        made = plain(
-            PROMPT,
+    def through_pipeline(seed: int) -> bytes:
+        found = plain(
+            words(seed),
             num_inference_steps=peer.steps,
             guidance_scale=4.0,
             width=peer.size,
             height=peer.size,
             generator=torch.Generator().manual_seed(seed),
         )
-        made.images[0].save(io.BytesIO(), "PNG")
+        buffer = io.BytesIO()
+        found.images[0].save(buffer, "PNG")
+        return buffer.getvalue()
 
-    first_s = seconds(lambda: through_engine(0))
-    second_s = seconds(lambda: through_engine(0))
-    through_pipeline(0)
-    pairs = []
-    for seed in range(JOBS):  # who goes first changes every time
-        sides = (through_engine, through_pipeline)
-        times = {side: seconds(partial(side, seed)) for side in (sides if seed % 2 else sides[::-1])}
-        pairs.append((times[through_engine], times[through_pipeline]))
-    ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
-    ratio = statistics.median(mine / plains for mine, plains in pairs)
-    what = f"{peer.name}, {peer.size} px, {peer.steps} steps"
+    sides = (through_engine, through_pipeline)
+    for seed in range(2):
+        for side in sides:
+            side(seed)
+    ours, theirs, difference = [], [], 0
+    for seed in range(jobs):  # who goes first changes every time
+        pictures: dict[Any, bytes] = {}
+        times = {}
+        for side in sides if seed % 2 else sides[::-1]:
+            started = time.perf_counter()
+            pictures[side] = side(seed)
+            times[side] = time.perf_counter() - started
+        ours.append(times[through_engine])
+        theirs.append(times[through_pipeline])
+        difference = max(difference, levels_apart(*pictures.values()))
+    ratios = [mine / plains for mine, plains in zip(ours, theirs, strict=True)]
+    what = f"{peer.name}, {peer.size} px, {peer.steps} steps: a job"
+    same = "same pictures" if difference == 0 else f"pictures up to {difference} levels apart"
+    beside = f"plain pipeline {statistics.median(theirs):.3f} s; ratio {spread(ratios)} (goal: 1.03); {same}"
+    return what, f"{statistics.median(ours):.3f} s", beside
+
+
+def second_job(name: str) -> list[Row]:
+    """The second job of a process over the median of its later ones, in several fresh processes."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.bench_engine", name, str(2 + LATER_JOBS)]
+    done = [subprocess.run(command, check=True, capture_output=True) for _ in range(PROCESSES)]
+    runs = [json.loads(each.stdout) for each in done]
+    later = [statistics.median(run[2:]) for run in runs]
+    first, second = (
+        spread([run[index] / usual for run, usual in zip(runs, later, strict=True)]) for index in (0, 1)
+    )
+    what = f"{name}: second job of a process over its later ones"
+    beside = f"goal: 1.01; first job, loading included, {first}; {PROCESSES} processes"
+    return [(what, second, beside)]
+
+
+def times_s(peer: Peer, jobs: int) -> list[float]:
+    """Seconds of the first jobs of a process."""
+    engine = DiffusionEngine(DEVICE, families=(peer.family,))
+    return [seconds(partial(made, engine, peer, seed)) for seed in range(jobs)]
+
+
+def switching(peer: Peer, other: Peer) -> list[Row]:
+    """Back to a model that is kept in RAM, beside loading it from disk.
+
+    On a CPU what is kept is where it works, so that nothing is moved. The row then shows the copying of all
+    its weights into other memory: what a move to a device has to do at least.
+    """
+
+    def load_s(engine: DiffusionEngine, each: Peer) -> float:
+        return made(engine, each, 0, steps=1, size=64).timings_s["load"]
+
+    families = (peer.family, other.family)
+    size_bytes = sum(file.path.stat().st_size for file in peer.files)
+    load_s(DiffusionEngine(DEVICE, families=families), peer)  # what is done once in a process
+    engine = DiffusionEngine(DEVICE, families=families)
+    cached_s = load_s(engine, peer)
+    disk = []
+    while len(disk) < 3 and drop_caches():
+        engine = DiffusionEngine(DEVICE, families=families)
+        disk.append(load_s(engine, peer))
+    disk_s = statistics.median(disk or [cached_s])
+    how = "copied into other memory (on a CPU it is used where it is)"
+    if DEVICE == "cpu":
+        kept = [t for held in engine._residency._held.values() for t in held.component.state_dict().values()]
+        elsewhere = [tensor.clone() for tensor in kept]  # a device's memory is there, too, before it is used
+        kept_s = statistics.median(seconds(partial(_copy, kept, elsewhere)) for _ in range(3))
+    else:
+        how = "moved to the device"
+        engine = DiffusionEngine(DEVICE, budget_bytes=size_bytes, families=families)
+        kept_s = [load_s(engine, each) for each in (peer, other, peer)][-1]
+    gigabytes = f"{size_bytes / 1e9:.1f} GB"
+    source = "from the disk" if disk else "from the page cache (not root: it cannot be dropped)"
     return [
-        (f"{what}: a job", f"{ours:.3f} s", f"plain pipeline {theirs:.3f} s; ratio {ratio:.3f}"),
-        (f"{what}: first job", f"{first_s:.3f} s", f"second {second_s:.3f} s, later ones {ours:.3f} s"),
+        (f"a model of {gigabytes} kept in RAM", f"{kept_s:.3f} s", how),
+        (
+            f"the same {source}",
+            f"{disk_s:.3f} s",
+            f"{disk_s / kept_s:.1f} x (goal: 5 x); from the page cache {cached_s:.3f} s",
+        ),
     ]
 
 
-def switching(peers: tuple[Peer, ...]) -> tuple[str, str, str]:
-    """Back to a model that is kept in memory, beside loading it from disk (in the page cache)."""
-    peer = peers[1]
-    engine = DiffusionEngine(DEVICE, families=tuple(p.family for p in peers))
-    loads = []
-    for each in (peer, peers[0], peer):
-        made = engine.generate(request(each, 0), lambda done, total: None, Cancel())
-        loads.append(made.timings_s["load"])
-    kept = max(loads[2], 1e-6)
-    times = f"{loads[0] / kept:.0f} times" if loads[2] else "nothing is read"
-    return ("back to a model kept in memory", f"{loads[2]:.4f} s", f"from disk {loads[0]:.3f} s; {times}")
+def _copy(tensors: list[torch.Tensor], to: list[torch.Tensor]) -> None:
+    for source, target in zip(tensors, to, strict=True):
+        target.copy_(source)
 
 
-def gpu_share(peer: Peer) -> tuple[str, str, str]:
-    """Pictures a second over 50 jobs, and the share of that time in which the GPU computed, by the driver."""
-    engine = DiffusionEngine(DEVICE, families=(peer.family,))
-    engine.generate(request(peer, 0), lambda done, total: None, Cancel())
-    ask = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200"]
-    with subprocess.Popen([*ask, "--id=0"], stdout=subprocess.PIPE, text=True) as watcher:
-        took_s = seconds(
-            lambda: [
-                engine.generate(request(peer, seed), lambda done, total: None, Cancel())
-                for seed in range(GPU_JOBS)
-            ]
-        )
-        watcher.terminate()
-        shares = [int(line) for line in watcher.communicate()[0].split()]
-    share = f"GPU in use {statistics.mean(shares):.0f}% of the time (goal: 97%)"
-    return (f"{GPU_JOBS} jobs of the {peer.name}", f"{GPU_JOBS / took_s:.2f} pictures a second", share)
+def drop_caches() -> bool:
+    """Whether files must now be read from the disk again: only root can have that (proc_sys_vm(5))."""
+    subprocess.run(["sync"], check=True)
+    try:
+        DROP_CACHES.write_text("1")
+    except OSError:
+        return False
+    return True
 
 
-def first_picture() -> tuple[str, str, str]:
+def first_picture() -> Row:
     """From the start of a process to its first picture, beside the import of torch and diffusers alone."""
-    run = [sys.executable, "-m", "studio_worker", "generate", PROMPT, "-o", "-", "--config", "/nonexistent"]
+    run = [sys.executable, "-m", "studio_worker", "generate", words(0), "-o", "-", "--config", "/nonexistent"]
     imports = [sys.executable, "-c", "import torch, diffusers; diffusers.StableDiffusionPipeline"]
     ours, theirs = (
         statistics.median(
@@ -201,14 +282,35 @@ def first_picture() -> tuple[str, str, str]:
     return ("start to first picture", f"{ours:.1f} s", f"import of torch and a pipeline {theirs:.1f} s")
 
 
-def request(peer: Peer, seed: int) -> Request:
-    return Request(
+def words(seed: int) -> str:
+    """Other words for every seed."""
+    return f"{sample_model.prompt('red', 'potion', 'grass')} {seed}"
+
+
+def made(
+    engine: DiffusionEngine, peer: Peer, seed: int, *, steps: int | None = None, size: int | None = None
+) -> Picture:
+    size = size or peer.size
+    request = Request(
         job_id="bench",
         model=peer.name,
-        task=ImageTask(prompt=PROMPT, seed=seed, steps=peer.steps, ext="png"),
-        defaults=CliDefaults(cfg_scale=4.0, width=peer.size, height=peer.size),
+        task=ImageTask(prompt=words(seed), seed=seed, steps=steps or peer.steps, ext="png"),
+        defaults=CliDefaults(cfg_scale=4.0, width=size, height=size),
         files=peer.files,
     )
+    return engine.generate(request, lambda done, total: None, Cancel())
+
+
+def levels_apart(one: bytes, other: bytes) -> int:
+    """The largest difference of two pictures, of 255 levels."""
+    a, b = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=int) for data in (one, other))
+    return int(np.abs(a - b).max())
+
+
+def spread(numbers: list[float]) -> str:
+    """The median, with what the middle half is between."""
+    low, middle, high = statistics.quantiles(numbers, n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def seconds(work: Callable[[], Any]) -> float:

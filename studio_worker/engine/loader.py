@@ -19,7 +19,6 @@ from studio_worker.engine.placement import Footprint, Mode, Plan, choose, footpr
 from studio_worker.engine.prompts import PromptCache
 from studio_worker.engine.rendering import LoadedModel
 from studio_worker.engine.residency import Key, Place, Residency
-from studio_worker.engine.weights import will_need
 from studio_worker.errors import JobCancelled
 from studio_worker.models import CliDefaults
 
@@ -97,8 +96,6 @@ class Loader:
         if place is Place.RAM:
             residency.make_room(0, plan.peak_bytes, keep=keys.values())
         missing = [part for part in keys if parts[part] is None]
-        for part in missing:
-            will_need(blueprint.sections[part].checkpoint.path)
         for part in missing:
             if not go_on():
                 raise JobCancelled

@@ -5,10 +5,8 @@ This module owns which number types weights may have. It renames nothing.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -51,15 +49,6 @@ def read_tensors(section: Section, device: torch.device, dtype: torch.dtype) -> 
             return _safetensors(section, file, dtype)
     except (SafetensorError, *DAMAGE) as error:
         raise JobError(f"{path.name} cannot be read: {type(error).__name__}", retryable=True) from error
-
-
-def will_need(path: Path) -> None:
-    """Have the kernel read a file ahead, beside whatever is read and computed until it is asked for."""
-    try:
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-    except OSError as error:
-        raise JobError(f"{path.name} cannot be read: {error.strerror}", retryable=True) from error
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
