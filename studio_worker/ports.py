@@ -15,8 +15,12 @@ from studio_worker.models import LocalFile, ModelFile, ModelSource
 class JobSource(Protocol):
     """Where jobs come from."""
 
-    def take(self) -> Job | None:
-        """The next job; waits for one. ``None`` ends the loop."""
+    def take(self, rest: Callable[[], None]) -> Job | None:
+        """The next job; waits for one. ``None`` ends the loop.
+
+        Args:
+            rest: called here, once at each pause, when no job is in hand any more.
+        """
         ...
 
     def failed(self, job: Job, error: str, *, retryable: bool) -> None:
@@ -47,6 +51,7 @@ class Engines(Protocol):
     """Which engine reads a source."""
 
     def for_source(self, source: ModelSource) -> Engine: ...
+    def made(self) -> Iterable[Engine]: ...
 
 
 class InHand(Protocol):

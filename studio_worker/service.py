@@ -226,7 +226,11 @@ class Service:
             if self._settings.worker.preload:
                 self._worker.preload(
                     self._reloader.config.required,
-                    go_on=lambda: not self._stop.is_set() and self._desk.current_job_id is None,
+                    go_on=lambda: (
+                        not self._stop.is_set()
+                        and not self._desk.is_paused
+                        and self._desk.current_job_id is None
+                    ),
                     say=self._say_preload,
                 )
             self._worker.run()

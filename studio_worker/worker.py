@@ -111,8 +111,14 @@ class Worker:
         Raises:
             DeviceError: the device is lost; the job in hand was reported, the process should end.
         """
-        while (job := self._source.take()) is not None:
+        while (job := self._source.take(self._rest)) is not None:
             self._do(job)
+
+    def _rest(self) -> None:
+        """Who pauses the box wants its memory for something else."""
+        for engine in self._engines.made():
+            if isinstance(engine, KeepsModels):
+                engine.release()
 
     def hand_back(self, reason: str) -> None:
         """Stop the job in hand at its next step, and any later one: the process is ending.

@@ -194,6 +194,34 @@ def test_room_is_made_for_the_picture_too() -> None:
     assert residency.place(key("a")) is Place.RAM
 
 
+def test_released_components_wait_in_ram_the_last_used_first() -> None:
+    """All leave the device; where RAM has not room for all, those used last stay."""
+    residency = Residency(CPU, Fake(device=8192, host=3072))
+    residency.add(key("waits"), component(2), Place.RAM)
+    for name in "abc":
+        residency.add(key(name), component(1))
+    residency.release()
+    assert [residency.place(key(name)) for name in "abc"] == [Place.RAM] * 3
+    assert residency.place(key("waits")) is None
+    residency.add(key("d"), component(1))
+    residency.release()
+    assert [residency.place(key(name)) for name in "abcd"] == [None, Place.RAM, Place.RAM, Place.RAM]
+
+
+@pytest.mark.parametrize("has_host", [True, False])
+def test_released_model_makes_the_same_picture(has_host: bool) -> None:
+    """A released model is off the device, and its next picture is the same."""
+    memory = Fake(GIB)
+    memory.has_host = has_host
+    engine = DiffusionEngine("cpu", memory=memory)
+    engine.release()
+    first = made(engine)
+    engine.release()
+    assert [found.place for found in engine.resident().values()] == (["ram"] if has_host else [])
+    assert engine._residency.size_bytes() == 0
+    assert made(engine).data == first.data
+
+
 # --- pictures on a device that is too small ---
 
 

@@ -94,6 +94,14 @@ def await_file(path: Path) -> None:
         time.sleep(0.005)
 
 
+def await_log(running: ServiceProcess, message: str) -> None:
+    """Until the service has logged ``message``; it tells nobody else, so it is looked for."""
+    deadline = time.monotonic() + DONE_S
+    while not any(line["message"] == message for line in running.log_lines()):
+        assert time.monotonic() < deadline, f"{message!r} was not logged"
+        time.sleep(0.02)
+
+
 def await_online(studio: LocalStudio) -> str:
     """The id of the one worker, once its session is open."""
     studio.wait_for(lambda: any(studio.is_online(w.worker_id) for w in studio.workers()), READY_S)
@@ -370,7 +378,9 @@ def test_status_shows_what_the_service_has_done(config: Path, studio: LocalStudi
 def test_paused_service_finishes_its_job_and_takes_no_other(
     config: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
-    """`pause` lets the job in hand finish and no other begin; `resume` goes on, and so does a restart."""
+    """`pause` lets the job in hand finish, its model leave memory, and no other job begin; `resume` goes on,
+    and so does a restart.
+    """
     with ServiceProcess(config, tmp_path / "log") as running:
         task = {"kind": "image", "prompt": prompt("red", "gem", "sky"), "width": 128, "height": 128}
         worker_id = await_online(studio)
@@ -382,7 +392,9 @@ def test_paused_service_finishes_its_job_and_takes_no_other(
         studio.wait_for(lambda: studio.sessions.live[worker_id].is_paused, READY_S)
         second = queue_synthetic(studio)
         await_status(studio, first, "done")
-        assert status(config)["paused"] is True
+        await_log(running, "components left the device")
+        facts = status(config)
+        assert (facts["paused"], facts["resident"]) == (True, [])
         assert (studio.job(second).status, studio.job(second).attempts) == ("queued", 0)
         assert command(config, "resume").stdout == "resumed\n"
         await_status(studio, second, "done")

@@ -30,17 +30,19 @@ def job(job_id: str, **task: Any) -> Job:
 
 
 class Source:
-    """Gives out a list of jobs; notes what it is told."""
+    """Gives out a list of jobs, with words for where it is paused; notes what it is told."""
 
-    def __init__(self, *jobs: Job) -> None:
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    def __init__(self, *jobs: Job | str) -> None:
+        self._jobs: queue.SimpleQueue[Job | str | None] = queue.SimpleQueue()
         for item in (*jobs, None):
             self._jobs.put(item)
         self.failures: list[tuple[str, str, bool]] = []
         self.finished_jobs: list[str] = []
 
-    def take(self) -> Job | None:
-        return self._jobs.get()
+    def take(self, rest: Callable[[], None]) -> Job | None:
+        while isinstance(found := self._jobs.get(), str):
+            rest()
+        return found
 
     def failed(self, job: Job, error: str, *, retryable: bool) -> None:
         self.failures.append((job.job_id, error, retryable))
@@ -441,6 +443,9 @@ class KeepingEngine(ScriptedEngine):
         self.asked.append(model)
         return self._loads.get(model, lambda go_on: True)(go_on)
 
+    def release(self) -> None:
+        self.asked.append("release")
+
 
 def preloading(
     tmp_path: Path, engine: KeepingEngine, go_on: Callable[[], bool] = lambda: True, **options: Any
@@ -482,6 +487,18 @@ def test_job_goes_before_preloading(tmp_path: Path) -> None:
     engine = KeepingEngine({"a": job_comes})
     preloading(tmp_path, engine, lambda: not waiting[0])
     assert engine.asked == ["a"]
+
+
+def test_paused_worker_lets_its_models_go(tmp_path: Path) -> None:
+    """At a pause every engine is told to give the device's memory back, and the next job is done as any."""
+    source = Source("paused", job("a"), "paused", job("b"))
+    engine = KeepingEngine()
+    worker, _, _ = make(tmp_path, source)
+    worker._engines = Router({"scripted": lambda: engine})
+    worker.run()
+    assert engine.asked == ["release"]  # at the first pause there was no engine yet
+    assert source.finished_jobs == ["a", "b"]
+    assert not source.failures
 
 
 def test_preloading_that_hangs_is_noticed(tmp_path: Path) -> None:

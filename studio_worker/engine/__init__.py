@@ -115,6 +115,14 @@ class KeepsModels(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Let all models leave the device, for RAM where there is room; from the engine's own thread.
+
+        Raises:
+            DeviceError: the device is lost; the process should end.
+        """
+        ...
+
 
 class Router:
     """Engines by the name a source gives (``sd-cpp``, ``synthetic``), each made when first needed."""
@@ -140,18 +148,22 @@ class Router:
             self._engines[name] = self._factories[name]()
         return self._engines[name]
 
+    def made(self) -> tuple[Engine, ...]:
+        """The engines that were needed so far. From any thread."""
+        return tuple(self._engines.copy().values())
+
     def resident(self) -> dict[str, Resident]:
         """The models that are loaded, of engines that keep any. From any thread."""
         return {
             model: found
-            for engine in self._engines.copy().values()
+            for engine in self.made()
             if isinstance(engine, KeepsModels)
             for model, found in engine.resident().items()
         }
 
     def used_bytes(self) -> int | None:
         """Bytes in use on the device, by anybody; ``None`` until an engine has it. From any thread."""
-        keepers = [engine for engine in self._engines.copy().values() if isinstance(engine, KeepsModels)]
+        keepers = [engine for engine in self.made() if isinstance(engine, KeepsModels)]
         return keepers[0].used_bytes() if keepers else None
 
 

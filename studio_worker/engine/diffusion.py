@@ -106,6 +106,11 @@ class DiffusionEngine:
             pixels = (defaults.width or own.width) * (defaults.height or own.height)
             return self._loader.preload(model, blueprint, pixels, defaults, go_on)
 
+    def release(self) -> None:
+        """See :meth:`studio_worker.engine.KeepsModels.release`."""
+        with translated(self._device, (), on_exhausted=self._residency.clear):
+            self._residency.release()
+
     def resident(self) -> Mapping[str, Resident]:
         """See :meth:`studio_worker.engine.KeepsModels.resident`."""
         return self._residency.models

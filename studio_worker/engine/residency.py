@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -112,9 +112,20 @@ class Residency:
         available = self._memory.on_device(self.size_bytes())
         limit = available if self._memory.has_host else int(available * _CPU_SHARE)
         limit = min(limit if self._budget_bytes is None else self._budget_bytes, available - working_bytes)
+        self._leave(leaving, kept, lambda: self.size_bytes() + weights_bytes > limit)
+
+    def release(self) -> None:
+        """Let every component leave the device."""
+        # The one used last comes first: where RAM has no room for all, it stays.
+        leaving = [key for key, held in reversed(self._held.items()) if held.place is Place.DEVICE]
+        self._leave(leaving, set(leaving), lambda: True)
+
+    def _leave(self, leaving: Iterable[Key], kept: set[Key], goes_on: Callable[[], bool]) -> None:
+        """Let components leave the device one by one, for RAM where it has room without those of ``kept``."""
         lowered = dropped = 0
-        while leaving and self.size_bytes() + weights_bytes > limit:
-            key = leaving.pop(0)
+        for key in leaving:
+            if not goes_on():
+                break
             if self._make_host_room(self._held[key].size_bytes, kept | {key}):
                 self._move(self._held[key], Place.RAM)
                 lowered += 1

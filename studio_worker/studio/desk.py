@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable
+from enum import Enum
 
 from studio_worker.jobs import Job
+
+
+class _Word(Enum):
+    """What is put on the desk beside jobs."""
+
+    PAUSED = "paused"
 
 
 class Desk:
@@ -14,7 +22,7 @@ class Desk:
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | _Word | None] = queue.SimpleQueue()
         self._current: str | None = None
         self._paused = self._closed = False
 
@@ -32,13 +40,22 @@ class Desk:
         self._current = job.job_id
         self._jobs.put(job)
 
-    def take(self) -> Job | None:
-        """The next job; waits for one. ``None`` = there will be no more."""
-        return self._jobs.get()
+    def take(self, rest: Callable[[], None]) -> Job | None:
+        """The next job; waits for one. ``None`` = there will be no more.
+
+        Args:
+            rest: called once at each pause that still lasts.
+        """
+        while isinstance(found := self._jobs.get(), _Word):
+            if self._paused:
+                rest()
+        return found
 
     def pause(self) -> None:
         """No offer is taken until :meth:`resume`; the job in hand goes on."""
-        self._paused = True
+        if not self._paused:
+            self._paused = True
+            self._jobs.put(_Word.PAUSED)
 
     def resume(self) -> None:
         """Offers are taken again, unless the desk is closed."""

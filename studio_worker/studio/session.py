@@ -90,9 +90,9 @@ class StudioSession:
 
     # --- called from other threads ---
 
-    def take(self) -> Job | None:
+    def take(self, rest: Callable[[], None]) -> Job | None:
         """The next accepted job; waits for one. ``None`` = there will be no more."""
-        return self._desk.take()
+        return self._desk.take(rest)
 
     def failed(self, job: Job, error: str, *, retryable: bool) -> None:
         """Report a failed job, if the studio still holds it for this connection."""
