@@ -31,7 +31,7 @@ def status(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> 
 
 
 def pause(directory: ConfigDir = config.DEFAULT_DIR) -> None:
-    """Take no more jobs until `resume` or the next start; the job in hand is finished, models leave the GPU."""
+    """Take no more jobs until `resume` or the next start; the job in hand ends, then models leave the GPU."""
     answer = _ask(directory, "pause")
     if answer["phase"] in {"draining", "stopping"}:
         typer.echo("the service is stopping and takes no more jobs anyway")

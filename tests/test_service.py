@@ -299,6 +299,49 @@ def test_service_refuses_a_job_that_was_in_hand_at_two_crashes(
     assert "crashed twice" in (studio.job(job_id).reason or "")
 
 
+# --- preload ----------------------------------------------------------------------------------------
+
+
+def test_preloaded_model_is_there_for_its_first_job(tmp_path: Path, studio: LocalStudio) -> None:
+    """With `preload` the required model is loaded after READY, the status line says so, and the first job
+    does not wait for it.
+    """
+    (tmp_path / "work").mkdir()
+    config = write_configuration(studio, tmp_path / "work")
+    override(config, "[worker]\npreload = true\n")
+    with ServiceProcess(config, tmp_path / "log") as running:
+        running.await_message("READY=1", READY_S)
+        await_log(running, "model preloaded")
+        (resident,) = status(config)["resident"]
+        assert (resident["model"], resident["place"]) == (MODEL_ID, "device")
+        task = {"kind": "image", "prompt": prompt("red", "gem", "sky"), "steps": 2}
+        job_id = studio.queue_job(model=MODEL_ID, task=task, model_source=sample_source(studio))
+        await_status(studio, job_id, "done")
+        facts = status(config)
+        assert running.stop() == 0
+    (told,) = facts["last_jobs"]
+    assert told["stages_s"]["load"] == 0
+    said = f"; loading {MODEL_ID}"
+    loading = [index for index, line in enumerate(running.messages) if said in line]
+    assert loading
+    assert running.messages.index("READY=1") < loading[0]
+    assert said not in facts["status"]
+
+
+def test_job_that_comes_while_models_are_preloaded_goes_first(tmp_path: Path, studio: LocalStudio) -> None:
+    """A job that waits already is done after the component at hand, not after all required models."""
+    (tmp_path / "work").mkdir()
+    config = write_configuration(studio, tmp_path / "work")
+    override(config, "[worker]\npreload = true\n")
+    job_id = queue_synthetic(studio)  # offered at once, long before torch is imported
+    with ServiceProcess(config, tmp_path / "log") as running:
+        await_status(studio, job_id, "done")
+        assert running.stop() == 0
+    messages = [line["message"] for line in running.log_lines()]
+    assert "model not preloaded" in messages
+    assert "model preloaded" not in messages
+
+
 # --- status, pause, resume ---------------------------------------------------------------------------
 
 

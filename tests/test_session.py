@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from studio_worker.errors import DuplicateWorker, ReconnectExhausted, RefusedByStudio
+from studio_worker.jobs import Job
 from studio_worker.logs import ShippingBuffer
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.connection import Timings
@@ -67,6 +68,10 @@ class Running:
         except Exception as error:
             self.ended_with = error
 
+    def taken(self) -> Job | None:
+        """The next job; whoever waits here is never paused."""
+        return self.session.take(lambda: pytest.fail("told to rest"))
+
     def end(self) -> BaseException | None:
         """What the session ended with, once it has ended."""
         self._thread.join(LIMIT_S)
@@ -109,7 +114,7 @@ def test_session_accepts_an_offer_and_hands_the_job_over(scripted: ScriptedStudi
     conversation.welcome()
     conversation.send(type="offer", claim=CLAIM)
     assert conversation.receive_type("accept") == {"type": "accept", "jobId": "j1"}
-    job = running.session.take()
+    job = running.taken()
     assert job is not None
     assert job.job_id == "j1"
     assert conversation.receive_type("heartbeat")["currentJobId"] == "j1"
@@ -125,7 +130,7 @@ def test_session_reports_a_failure_of_a_job_it_holds(scripted: ScriptedStudio, r
     conversation = scripted.accept()
     conversation.welcome()
     conversation.send(type="offer", claim=CLAIM)
-    job = running.session.take()
+    job = running.taken()
     assert job is not None
     running.session.failed(job, "out of memory", retryable=True)
     assert conversation.receive_type("fail") == {
@@ -174,11 +179,11 @@ def test_session_dropped_in_a_job_reconnects_and_takes_the_job_back(
     second.send(type="offer", claim=CLAIM)
     assert second.receive_type("accept")["jobId"] == "j1"
     assert not running.redelivered.is_set()  # there is no picture yet
-    job = running.session.take()
+    job = running.taken()
     assert job is not None
     running.session.finished(job)
     running.desk.close()
-    assert running.session.take() is None  # there was one job, not two
+    assert running.taken() is None  # there was one job, not two
 
 
 def test_session_does_not_report_failures_of_an_earlier_connection(
@@ -188,7 +193,7 @@ def test_session_does_not_report_failures_of_an_earlier_connection(
     first = scripted.accept()
     first.welcome()
     first.send(type="offer", claim=CLAIM)
-    job = running.session.take()
+    job = running.taken()
     assert job is not None
     first.drop()
     second = scripted.accept()
@@ -332,7 +337,7 @@ def test_session_stopped_sends_what_is_queued_and_closes(scripted: ScriptedStudi
     conversation = scripted.accept()
     conversation.welcome()
     conversation.send(type="offer", claim=CLAIM)
-    job = running.session.take()
+    job = running.taken()
     assert job is not None
     running.desk.close()
     running.session.failed(job, "the worker is stopping", retryable=True)
