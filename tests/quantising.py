@@ -15,7 +15,7 @@ from types import MappingProxyType
 import gguf
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from studio_worker.engine.gguf_files import open_gguf, shape_of
 from studio_worker.models import FileRole, LocalFile
@@ -129,6 +129,48 @@ def dequantised(file: LocalFile) -> LocalFile:
     """The same weights in a safetensors file, of plain numbers and under the same names."""
     path = file.path.with_suffix(".dequantised.safetensors")
     save_file(numbers_of(file), path)
+    return LocalFile(file.role, path, str(path))
+
+
+def write_eight_bit(
+    path: Path,
+    role: FileRole,
+    state: Mapping[str, torch.Tensor],
+    scale: str = "{}.scale_weight",
+    kind: torch.dtype = torch.float8_e4m3fn,
+) -> LocalFile:
+    """``state`` as a safetensors file with matrices of 8-bit floats, as published for ComfyUI.
+
+    Source: https://github.com/comfyanonymous/ComfyUI (comfy/ops.py, comfy/quant_ops.py).
+
+    Args:
+        scale: what the scale of a layer's matrix is called; an empty text writes them without scales.
+    """
+    written: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if tensor.ndim != 2:
+            written[name] = tensor
+            continue
+        factor = tensor.abs().max() / torch.finfo(kind).max if scale else torch.tensor(1.0)
+        written[name] = (tensor / factor).to(kind)
+        if scale:
+            written[scale.format(name.removesuffix(".weight"))] = factor.float()
+    if scale:
+        written["scaled_fp8"] = torch.zeros(2, dtype=kind)
+    save_file({name: tensor.contiguous() for name, tensor in written.items()}, path)
+    return LocalFile(role, path, str(path))
+
+
+def widened(file: LocalFile, dtype: torch.dtype = torch.float32) -> LocalFile:
+    """The same weights as plain numbers."""
+    state = load_file(file.path)
+    numbers = {
+        name: (tensor.float() * state.get(f"{name.removesuffix('.weight')}.scale_weight", 1.0)).to(dtype)
+        for name, tensor in state.items()
+        if "scale_weight" not in name and name != "scaled_fp8"
+    }
+    path = file.path.with_suffix(f".{dtype}.safetensors")
+    save_file(numbers, path)
     return LocalFile(file.role, path, str(path))
 
 

@@ -58,7 +58,18 @@ from tests.flow_models import (
     stock,
 )
 from tests.published import flux1
-from tests.quantising import DECODING, Q4, Q8, Kind, dequantised, llama_cpp, write_gguf
+from tests.quantising import (
+    DECODING,
+    Q4,
+    Q8,
+    Kind,
+    dequantised,
+    llama_cpp,
+    widened,
+    write_eight_bit,
+    write_gguf,
+)
+from tests.tiny_models import in_shards
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -293,6 +304,33 @@ def test_quantised_gguf_is_near_the_librarys_picture(
     assert difference(picture, make(engine, [*map(dequantised, files), clip, vae])) <= DECODING
 
 
+def eight_bit_denoiser(tiny: Tiny) -> LocalFile:
+    """The denoiser as ``flux1-dev-fp8.safetensors`` and ``flux_dev_fp8_scaled_diffusion_model``."""
+    tensors = black_forest(state(tiny.parts["transformer"]))
+    return write_eight_bit(tiny.folder / "fp8.safetensors", "diffusion-model", tensors)
+
+
+def test_eight_bit_denoiser_makes_the_picture_of_its_numbers(
+    tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...]
+) -> None:
+    """A denoiser in scaled 8-bit floats, whose fused matrices are taken apart, makes the picture of the very
+    numbers that it has, pixel for pixel.
+    """
+    file = eight_bit_denoiser(tinies["dev"])
+    assert same(make(engine, [file, *shared_files]), make(engine, [widened(file), *shared_files]))
+
+
+def test_shards_of_a_text_encoder_are_one(
+    tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...]
+) -> None:
+    """A text encoder that is published in several files, beside another in one, makes the same picture."""
+    tiny = tinies["dev"]
+    clip, t5, vae = shared_files
+    shards = in_shards(tiny.folder / "t5", "text-encoder", t5xxl(tiny), 3)
+    picture = make(engine, [denoiser(tiny), shards[1], clip, *shards[::2], vae])
+    assert same(picture, make(engine, [denoiser(tiny), clip, t5, vae]))
+
+
 def test_fused_tensors_are_taken_apart_as_the_library_does() -> None:
     """The published names become diffusers' as the library's own converter turns them, value for value.
 
@@ -361,9 +399,14 @@ def test_offloaded_picture_is_the_same(
     tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...], mode: Mode
 ) -> None:
     """On a card too small for the model, quantised as it is, a picture is the same."""
-    clip, _, vae = shared_files
-    files = [*gguf_files(tinies["dev"], Q8), clip, vae]
-    assert same(make(engine, files), offloaded(tinies["dev"].family, files, mode))
+    clip, t5, vae = shared_files
+    gguf_denoiser, gguf_t5 = gguf_files(tinies["dev"], Q8)
+    for files in ([gguf_denoiser, clip, gguf_t5, vae], [eight_bit_denoiser(tinies["dev"]), clip, t5, vae]):
+        _offloaded_is_the_same(tinies["dev"], engine, files, mode)
+
+
+def _offloaded_is_the_same(tiny: Tiny, engine: DiffusionEngine, files: list[LocalFile], mode: Mode) -> None:
+    assert same(make(engine, files), offloaded(tiny.family, files, mode))
 
 
 def test_flow_shift_is_stable_diffusion_cpps(

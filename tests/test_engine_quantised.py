@@ -18,8 +18,9 @@ from studio_worker.engine.sections import read_sections
 from studio_worker.models import LocalFile
 from tests.engine_lab import refuse_network
 from tests.flow_models import T5, config, drawn
-from tests.quantising import Kind, dequantised, llama_cpp, write_gguf
-from tests.tiny_z_image import Tiny, gguf_files, tiny_z_image, vae_file
+from tests.quantising import Kind, dequantised, llama_cpp, widened, write_eight_bit, write_gguf
+from tests.tiny_models import prefixed
+from tests.tiny_z_image import Tiny, gguf_files, original_transformer, tiny_z_image, vae_file
 
 torch.set_num_threads(1)
 
@@ -75,3 +76,52 @@ def test_t5_reads_as_with_the_numbers_it_decodes_to(kind: Kind, tmp_path: Path) 
     matrices = sum(each.numel() for name, each in names.items() if each.ndim == 2 and "blk" in name)
     saved = weight_bytes(plain) - weight_bytes(quantised)
     assert saved == pytest.approx(matrices * (4 - size_bytes / elements), rel=0.01)
+
+
+def eight_bit_files(tiny: Tiny, scale: str) -> tuple[LocalFile, LocalFile]:
+    """Denoiser and text encoder as ``z_image_turbo_fp8_scaled.safetensors`` and ``qwen_3_4b_fp8_scaled``."""
+    return (
+        write_eight_bit(
+            tiny.folder / "dit-fp8.safetensors",
+            "diffusion-model",
+            original_transformer(tiny.stock.transformer.state_dict()),
+            scale,
+        ),
+        write_eight_bit(
+            tiny.folder / "text-fp8.safetensors",
+            "text-encoder",
+            prefixed(tiny.stock.text_encoder.state_dict(), "model."),
+            scale,
+        ),
+    )
+
+
+@pytest.mark.parametrize("scale", ["{}.scale_weight", ""], ids=["scaled", "as they are"])
+def test_eight_bit_floats_make_the_picture_of_their_numbers(tiny: Tiny, vae: LocalFile, scale: str) -> None:
+    """8-bit floats, with a scale for each matrix and without, make the picture of the very numbers they are,
+    pixel for pixel.
+    """
+    files = eight_bit_files(tiny, scale)
+    meant = tiny.picture(*map(widened, files), vae)
+    assert (tiny.picture(*files, vae) == meant).all()
+    assert meant.std() > 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_eight_bit_floats_stay_so(tiny: Tiny, part: str, dtype: torch.dtype) -> None:
+    """Matrices of 8-bit floats take no more memory once loaded than in the file, what they take is known
+    before, and what they compute is what they would if they had been widened.
+    """
+    file = eight_bit_files(tiny, "{}.scale_weight")[part == "text_encoder"]
+    plain = widened(file, dtype)
+    (section,), (reference,) = read_sections([file]), read_sections([plain])
+    loaded, wide = (load_part(tiny.family.parts[part], each, CPU, dtype) for each in (section, reference))
+    assert weight_bytes(loaded) == pytest.approx(section.size_bytes(dtype.itemsize), rel=0.01)
+    assert weight_bytes(loaded) < 0.6 * weight_bytes(wide)
+    layers = [name for name, layer in wide.named_modules() if type(layer) is torch.nn.Linear]
+    assert layers
+    for name in layers:
+        layer = wide.get_submodule(name)
+        numbers = torch.randn(3, layer.in_features, dtype=dtype)
+        assert (loaded.get_submodule(name)(numbers) == layer(numbers)).all()

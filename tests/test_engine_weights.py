@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from studio_worker.engine.checkpoint import read_checkpoint
+from studio_worker.engine.eight_bit import EightBitMatrix
 from studio_worker.engine.sections import Section, read_sections
 from studio_worker.engine.weights import dequantised, plain, read_tensors
 from studio_worker.errors import JobError
@@ -117,7 +118,9 @@ def test_gguf_cut_short_anywhere_is_an_error(share: float, tmp_path_factory: pyt
 @pytest.mark.parametrize("note", ["{}.scale_weight", "{}.weight_scale"])
 @pytest.mark.parametrize("type_", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_eight_bit_floats_are_scaled(note: str, type_: torch.dtype, tmp_path: Path) -> None:
-    """8-bit weights are widened and multiplied by their scale, in both of ComfyUI's namings."""
+    """8-bit weights are multiplied by their scale, in both of ComfyUI's namings, and never widened before
+    they are wanted.
+    """
     weight = torch.tensor([[1.0, -2.0], [0.5, 4.0]])
     notes = {note.format("a"): torch.tensor(3.0), "scaled_fp8": torch.zeros(2, dtype=type_)}
     save_file(
@@ -125,8 +128,74 @@ def test_eight_bit_floats_are_scaled(note: str, type_: torch.dtype, tmp_path: Pa
     )
     found = read_tensors(section(tmp_path / "x.safetensors"), CPU, torch.bfloat16)
     assert found.keys() == {"a.weight", "b.weight"}
-    assert (found["a.weight"] == 3 * weight.bfloat16()).all()
-    assert (found["b.weight"] == weight.bfloat16()).all()
+    assert [found[name].element_size() for name in found] == [1, 1]
+    assert (dequantised(found["a.weight"], torch.bfloat16) == 3 * weight.bfloat16()).all()
+    assert (dequantised(found["b.weight"], torch.bfloat16) == weight.bfloat16()).all()
+
+
+def test_eight_bit_floats_with_a_scale_for_each_row_are_widened(tmp_path: Path) -> None:
+    """8-bit weights whose rows have scales of their own are multiplied by them when they are read."""
+    weight = torch.tensor([[1.0, -2.0], [0.5, 4.0]])
+    rows = torch.tensor([[2.0], [3.0]])
+    tensors = {"a.weight": weight.to(torch.float8_e4m3fn), "a.weight_scale": rows}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = read_tensors(section(tmp_path / "x.safetensors"), CPU, torch.bfloat16)
+    assert (found["a.weight"] == (rows * weight).bfloat16()).all()
+
+
+def test_eight_bit_matrix_is_taken_apart_and_joined(tmp_path: Path) -> None:
+    """Renaming takes matrices apart and joins them: with one scale they stay as they are, with two the result
+    is right too.
+    """
+    weight = torch.tensor([[1.0, -2.0], [0.5, 4.0]])
+    one, other = (EightBitMatrix.of(weight.to(torch.float8_e4m3fn), scale) for scale in (3.0, 5.0))
+    first, second = one.chunk(2)
+    again = torch.cat([second, first])
+    assert isinstance(again, EightBitMatrix)
+    assert (dequantised(again.T, torch.float32) == 3 * weight.flip(0).T).all()
+    assert (dequantised(one.roll(1, 0)[:1], torch.float32) == 3 * weight[1:]).all()
+    mixed = torch.cat([one, other])
+    assert (dequantised(mixed, torch.float32) == torch.cat([3 * weight, 5 * weight])).all()
+    assert (one + 1 == 3 * weight + 1).all()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        (
+            {
+                "a.weight": torch.zeros(4, 64).to(torch.float8_e4m3fn),
+                "a.weight_scale": torch.zeros(4, 2, dtype=torch.uint8),
+                "a.comfy_quant": torch.zeros(20, dtype=torch.uint8),
+            },
+            "MXFP8",
+        ),
+        (
+            {
+                "a.weight": torch.zeros(4, 64).to(torch.float8_e4m3fn),
+                "a.weight_scale_inv": torch.zeros(1, 1),
+            },
+            "block by block",
+        ),
+        (
+            {
+                "a.weight": torch.zeros(4, 32, dtype=torch.uint8),
+                "a.weight_scale": torch.zeros(4, 4).to(torch.float8_e4m3fn),
+                "a.weight_scale_2": torch.tensor(1.0),
+            },
+            "NVFP4",
+        ),
+    ],
+    ids=["MXFP8", "FP8 of Qwen and DeepSeek", "NVFP4"],
+)
+def test_floats_scaled_in_blocks_are_refused_by_name(
+    tensors: dict[str, torch.Tensor], says: str, tmp_path: Path
+) -> None:
+    """Kinds of small floats that are not read are refused by their names, saying what to register instead."""
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(JobError, match=rf"{says}.* register one in BF16 or F16,.*fp8_scaled.*GGUF") as caught:
+        read_tensors(section(tmp_path / "x.safetensors"), CPU, torch.float32)
+    assert not caught.value.retryable
 
 
 def test_wide_numbers_are_narrowed_while_they_are_read(tmp_path: Path) -> None:

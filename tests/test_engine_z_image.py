@@ -33,7 +33,7 @@ from studio_worker.jobs import Cancel
 from studio_worker.models import LocalFile
 from tests import tiny_models
 from tests.engine_lab import decoded, encoded, refuse_network, request, scene, write_header
-from tests.quantising import DECODING, Q4, Q8, Kind, dequantised, write_gguf
+from tests.quantising import DECODING, Q4, Q8, Kind, dequantised, write_eight_bit, write_gguf
 from tests.tiny_z_image import (
     PREFIX,
     SIZE,
@@ -93,6 +93,32 @@ def test_whole_checkpoint_in_comfyuis_layout(tiny: Tiny) -> None:
     }
     file = tiny_models.write_safetensors(tiny.folder / "whole.safetensors", state, "model")
     assert (tiny.picture(file) == tiny.expected()).all()
+
+
+def test_shards_of_one_component_are_one(tiny: Tiny, files: tuple[LocalFile, ...]) -> None:
+    """Denoiser and text encoder in several files each, as their repositories publish them, make the same
+    picture.
+    """
+    text = tiny_models.prefixed(tiny.stock.text_encoder.state_dict(), "model.")
+    denoiser = tiny.stock.transformer.state_dict()
+    shards = [
+        *tiny_models.in_shards(tiny.folder / "dit", "diffusion-model", denoiser, 2),
+        *tiny_models.in_shards(tiny.folder / "text", "text-encoder", text, 3),
+    ]
+    assert (tiny.picture(*shards, files[2]) == tiny.expected()).all()
+
+
+@pytest.mark.parametrize("left_out", [0, 1, 2])
+def test_shard_that_is_missing_is_asked_for(tiny: Tiny, files: tuple[LocalFile, ...], left_out: int) -> None:
+    """A component of which a file is missing is refused, by how many there are or by what it lacks."""
+    text = tiny_models.prefixed(tiny.stock.text_encoder.state_dict(), "model.")
+    shards = tiny_models.in_shards(tiny.folder / "text", "text-encoder", text, 3)
+    del shards[left_out]
+    with pytest.raises(
+        JobError, match=r"published in 3 files: register all|lacks \d+ tensors of its"
+    ) as caught:
+        tiny.picture(files[0], *shards, files[2])
+    assert not caught.value.retryable
 
 
 def test_pickle_among_the_parts_is_refused_by_name(tiny: Tiny, files: tuple[LocalFile, ...]) -> None:
@@ -336,10 +362,13 @@ def test_published_files_are_known(tmp_path: Path) -> None:
     assert identify(files).family.name == "z-image"
 
 
+@pytest.mark.parametrize("form", ["gguf", "fp8"])
 @pytest.mark.parametrize("layout", ["transformer.", "diffusion_model."])
-def test_lora_works_on_quantised_weights(tiny: Tiny, files: tuple[LocalFile, ...], layout: str) -> None:
-    """A LoRA, as diffusers or as ComfyUI's trainers save it, has on a GGUF transformer the effect it has on
-    plain weights; the next job without it is as if there had been none.
+def test_lora_works_on_quantised_weights(
+    tiny: Tiny, files: tuple[LocalFile, ...], layout: str, form: str
+) -> None:
+    """A LoRA, as diffusers or as ComfyUI's trainers save it, has on a GGUF transformer, and on one of 8-bit
+    floats, the effect it has on plain weights; the next job without it is as if there had been none.
     """
     generator = torch.Generator().manual_seed(5)
     lora, merged = {}, dict(tiny.stock.transformer.state_dict())
@@ -350,19 +379,15 @@ def test_lora_works_on_quantised_weights(tiny: Tiny, files: tuple[LocalFile, ...
         lora |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
         merged[name] = merged[name] + up @ down
     style = tiny_models.write_safetensors(tiny.folder / f"lora-{layout}safetensors", lora, "lora")
-    quantised, reference = (
-        write_gguf(
-            tiny.folder / f"lora-{layout}{name}.gguf",
-            "diffusion-model",
-            original_transformer(state),
-            "lumina2",
-            kind,
-        )
-        for name, state, kind in (
-            ("base", tiny.stock.transformer.state_dict(), Q8),
-            ("merged", merged, None),
-        )
+    base, role = original_transformer(tiny.stock.transformer.state_dict()), "diffusion-model"
+    quantised = (
+        write_eight_bit(tiny.folder / "base.safetensors", role, base)
+        if form == "fp8"
+        else write_gguf(tiny.folder / "base.gguf", role, base, "lumina2", Q8)
     )
+    merged = original_transformer(merged)
+    reference = tiny_models.write_safetensors(tiny.folder / "merged.safetensors", merged, role)
+    bound = 4 if form == "fp8" else 1
     engine = DiffusionEngine("cpu", families=(tiny.family,))
 
     def picture(*given: LocalFile) -> np.ndarray:
@@ -371,6 +396,6 @@ def test_lora_works_on_quantised_weights(tiny: Tiny, files: tuple[LocalFile, ...
 
     plain = picture(quantised, *files[1:])
     styled = picture(quantised, *files[1:], style)
-    assert np.abs(styled - picture(reference, *files[1:])).mean() < 1
+    assert np.abs(styled - picture(reference, *files[1:])).mean() < bound
     assert np.abs(styled - plain).mean() > 3
     assert (picture(quantised, *files[1:]) == plain).all()

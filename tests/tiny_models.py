@@ -62,6 +62,21 @@ def write_safetensors(
     return LocalFile(role, path, str(path))
 
 
+def in_shards(folder: Path, role: FileRole, state: State, count: int) -> list[LocalFile]:
+    """``state`` in ``count`` safetensors files, as Hugging Face's libraries save what is large."""
+    folder.mkdir(exist_ok=True)
+    names = list(state)
+    size = -(-len(names) // count)
+    return [
+        write_safetensors(
+            folder / f"model-{index + 1:05}-of-{count:05}.safetensors",
+            {name: state[name] for name in names[index * size : (index + 1) * size]},
+            role,
+        )
+        for index in range(count)
+    ]
+
+
 def original_vae(state: State, levels: int) -> dict[str, torch.Tensor]:
     """A VAE's tensors under CompVis latent-diffusion's names, as ``ae.safetensors`` has them.
 

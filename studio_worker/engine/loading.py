@@ -18,6 +18,7 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers.quantizers.gguf.utils import GGUFParameter, _replace_with_gguf_linear
 
+from studio_worker.engine.eight_bit import EightBitLinear, use_eight_bit_linears
 from studio_worker.engine.families.family import Family, Part, Tensors, Tokenizer, read_json, refused
 from studio_worker.engine.faults import is_device_lost, is_exhausted
 from studio_worker.engine.sections import Section
@@ -125,6 +126,7 @@ def _fill(
     _check_names_and_shapes(wanted, tensors, section, part)
     keep = _kept_in_single_precision(model, dtype)
     _replace_with_gguf_linear(model, dtype, tensors)
+    use_eight_bit_linears(model, tensors, dtype, keep)
     for name in wanted:
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -132,6 +134,9 @@ def _fill(
         is_matrix = isinstance(module, diffusers.quantizers.gguf.utils.GGUFLinear) and attribute == "weight"
         if isinstance(tensor, GGUFParameter) and is_matrix:
             module._parameters[attribute] = tensor
+            continue
+        if isinstance(module, EightBitLinear) and attribute == "weight":
+            module.hold(tensor, device)
             continue
         tensor = dequantised(tensor, torch.float32 if keep(name) else dtype).reshape(wanted[name].shape)
         if name in buffers:

@@ -10,7 +10,7 @@ and ComfyUI's (``text_encoders.NAME.``, ``vae.``). A text encoder that sees hold
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -37,12 +37,20 @@ _TABLE = re.compile(r"(token_embd|embed_tokens|shared|token_embedding|position_e
 
 @dataclass(frozen=True)
 class Section:
-    """The tensors of ``file`` whose names begin with ``prefix``; ``shapes`` has them without it."""
+    """The tensors of ``file`` whose names begin with ``prefix``; ``shapes`` has them without it.
+
+    A component that is published in several files, ``shards``, is one section of them all.
+    """
 
     file: LocalFile
     checkpoint: Checkpoint
     prefix: str
     shapes: Mapping[str, Shape]
+    shards: tuple[Section, ...] = ()
+
+    @property
+    def files(self) -> tuple[LocalFile, ...]:
+        return tuple(shard.file for shard in self.shards) or (self.file,)
 
     @property
     def role(self) -> FileRole:
@@ -51,17 +59,49 @@ class Section:
     @property
     def content(self) -> str:
         """What identifies these very weights: the file's contents and the place in it."""
-        return f"{self.file.content}#{self.prefix}"
+        return "+".join(f"{file.content}#{self.prefix}" for file in self.files)
 
     def size_bytes(self, itemsize: int) -> int:
         """Bytes of the weights once loaded: quantised matrices as they are, the rest ``itemsize`` each."""
         return sum(
-            _tensor_bytes(name, shape, self.checkpoint.types.get(self.prefix + name, ""), itemsize)
+            prod(shape)
+            if self.stays_eight_bit(name)
+            else _tensor_bytes(name, shape, self.checkpoint.types.get(self.prefix + name, ""), itemsize)
             for name, shape in self.shapes.items()
         )
 
+    def scale_of(self, name: str) -> str | None:
+        """The name of the scale that 8-bit files have beside the weight ``name``, in either of ComfyUI's
+        namings (``comfy/ops.py``, ``comfy/quant_ops.py``); ``None`` where there is none.
+        """
+        stem = name.removesuffix(".weight")
+        return next((each for each in (f"{stem}.scale_weight", f"{name}_scale") if each in self.shapes), None)
+
+    def stays_eight_bit(self, name: str) -> bool:
+        """Whether ``name`` is a matrix of 8-bit floats that has a single scale at most."""
+        is_matrix = len(self.shapes[name]) == 2 and not _TABLE.search(name)
+        scale = self.scale_of(name)
+        return (
+            is_matrix
+            and self.checkpoint.types.get(self.prefix + name, "").startswith("F8")
+            and (scale is None or prod(self.shapes[scale]) == 1)
+        )
+
     def __str__(self) -> str:
-        return f"{self.file.path.name} ({self.file.role})"
+        return f"{', '.join(file.path.name for file in self.files)} ({self.role})"
+
+
+def joined(shards: Sequence[Section]) -> Section:
+    """The section of one component whose tensors lie in several safetensors files."""
+    first = shards[0]
+    checkpoint = Checkpoint(
+        first.checkpoint.path,
+        "safetensors",
+        {name: shape for shard in shards for name, shape in shard.checkpoint.shapes.items()},
+        {name: type_ for shard in shards for name, type_ in shard.checkpoint.types.items()},
+    )
+    shapes = {name: shape for shard in shards for name, shape in shard.shapes.items()}
+    return Section(first.file, checkpoint, first.prefix, shapes, tuple(shards))
 
 
 def read_sections(files: Iterable[LocalFile]) -> tuple[Section, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import gguf
@@ -15,6 +16,7 @@ from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES, GGUFPara
 from safetensors import SafetensorError, safe_open
 
 from studio_worker.engine.checkpoint import Checkpoint
+from studio_worker.engine.eight_bit import EightBitMatrix
 from studio_worker.engine.families.family import Tensors
 from studio_worker.engine.gguf_files import DAMAGE, open_gguf
 from studio_worker.engine.sections import Section
@@ -23,7 +25,9 @@ from studio_worker.errors import JobError
 _PLAIN_GGUF = {"F32", "F16", "F64", "I8", "I16", "I32", "I64"}
 """Types that torch has too; all others are blocks of bytes to it."""
 
-_FP8_NOTE = re.compile(r"(^|\.)(scale_weight|scale_input|weight_scale|input_scale|comfy_quant|scaled_fp8)$")
+_FP8_NOTE = re.compile(
+    r"(^|\.)(scale_weight|scale_input|weight_scale|weight_scale_2|input_scale|comfy_quant|scaled_fp8)$"
+)
 """What ComfyUI's 8-bit files carry beside each weight (``comfy/ops.py``, ``comfy/quant_ops.py``)."""
 
 _INDEX_TYPES = {"I8", "I16", "I32", "I64", "U8", "BOOL", "U16", "U32", "U64"}
@@ -33,12 +37,18 @@ _INDEX_TYPES = {"I8", "I16", "I32", "I64", "U8", "BOOL", "U16", "U32", "U64"}
 def read_tensors(section: Section, device: torch.device, dtype: torch.dtype) -> Tensors:
     """All tensors of ``section``, names without its prefix, on ``device``.
 
-    Plain numbers are as they are stored, but no wider than ``dtype`` and no narrower than 16 bits; quantised
-    ones are diffusers' ``GGUFParameter``, whose bytes are those of the file.
+    Plain numbers are as they are stored, but no wider than ``dtype``; quantised ones are diffusers'
+    ``GGUFParameter``, and matrices of 8-bit floats ``EightBitMatrix``, whose bytes are those of the file.
 
     Raises:
         JobError: the file is damaged or gone (retryable), or has weights of a type that is not served.
     """
+    if section.shards:
+        return {
+            name: tensor
+            for shard in section.shards
+            for name, tensor in read_tensors(shard, device, dtype).items()
+        }
     path = section.checkpoint.path
     _check_types(section)
     try:
@@ -53,6 +63,8 @@ def read_tensors(section: Section, device: torch.device, dtype: torch.dtype) -> 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` as numbers, where it is blocks of them; for what must be transposed, say."""
+    if isinstance(tensor, EightBitMatrix):
+        return tensor.widened(torch.float32)
     return dequantize_gguf_tensor(tensor) if isinstance(tensor, GGUFParameter) else tensor
 
 
@@ -71,21 +83,17 @@ def _safetensors(section: Section, file: Any, dtype: torch.dtype) -> Tensors:
             continue
         tensor = file.get_tensor(section.prefix + name)
         if tensor.is_floating_point() and tensor.element_size() == 1:
-            scale = _fp8_scale(section, name)
-            if scale is not None:
-                factor = file.get_tensor(section.prefix + scale).float()
-                tensor = tensor.float() * factor.reshape(-1, *[1] * (tensor.ndim - 1))
-            tensor = tensor.to(dtype)
+            scale = section.scale_of(name)
+            factor = torch.ones(1) if scale is None else file.get_tensor(section.prefix + scale).float()
+            if section.stays_eight_bit(name):
+                tensor = EightBitMatrix.of(tensor, factor.item())
+            else:
+                by_row = factor.to(tensor.device).reshape(-1, *[1] * (tensor.ndim - 1))
+                tensor = (tensor.float() * by_row).to(dtype)
         elif tensor.is_floating_point() and tensor.element_size() > dtype.itemsize:
             tensor = tensor.to(dtype)  # at once, so that a file of wide numbers never lies whole in memory
         tensors[name] = tensor
     return tensors
-
-
-def _fp8_scale(section: Section, name: str) -> str | None:
-    """The name of the scale of the 8-bit weight ``name``, where the file has one."""
-    stem = name.removesuffix(".weight")
-    return next((each for each in (f"{stem}.scale_weight", f"{name}_scale") if each in section.shapes), None)
 
 
 def _gguf(section: Section, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
@@ -117,9 +125,30 @@ def _check_types(section: Section) -> None:
         type_ = checkpoint.types.get(section.prefix + name)
         if type_ is None or _FP8_NOTE.search(name):
             continue
+        if problem := _unread_scale(section, name, type_):
+            raise JobError(
+                f"{checkpoint.path.name} has weights {problem}, which is not served; register one in BF16 or "
+                "F16, in 8-bit floats with one scale for each matrix (ComfyUI's fp8_scaled), or a GGUF file",
+                retryable=False,
+            )
         if type_ not in served or (type_ in _INDEX_TYPES and name.endswith(".weight")):
             raise JobError(
                 f"{checkpoint.path.name} has weights of type {type_}, which is not served; "
                 f"register a file of one of {', '.join(sorted(served - _INDEX_TYPES))}",
                 retryable=False,
             )
+
+
+def _unread_scale(section: Section, name: str, type_: str) -> str:
+    """How the weight ``name`` is scaled, in words, where that is not read."""
+    if type_ == "U8" and f"{name}_scale_2" in section.shapes:
+        return "in 4-bit floats (NVFP4)"
+    if not type_.startswith("F8"):
+        return ""
+    scale = section.scale_of(name)
+    rows = section.shapes[name][:1]
+    if f"{name}_scale_inv" in section.shapes or (
+        scale is not None and prod(section.shapes[scale]) not in {1, *rows}
+    ):
+        return "in 8-bit floats scaled block by block (MXFP8 and others)"
+    return ""

@@ -7,6 +7,7 @@ role and the forms it comes in. ``family.py`` says how to add a family.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from studio_worker.engine.families.chroma import CHROMA
@@ -18,9 +19,12 @@ from studio_worker.engine.families.sd3 import SD3_FAMILIES
 from studio_worker.engine.families.sdxl import SDXL, SDXL_INPAINT, SDXL_V, SDXL_V_ZSNR
 from studio_worker.engine.families.stable_diffusion import SAMPLE, SD1, SD1_INPAINT, SD2, SD2_INPAINT
 from studio_worker.engine.families.z_image import Z_IMAGE
-from studio_worker.engine.sections import Section, read_sections
+from studio_worker.engine.sections import Section, joined, read_sections
 from studio_worker.errors import JobError
 from studio_worker.models import LocalFile
+
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
+"""How Hugging Face's libraries name the files of a component that is saved in several."""
 
 FAMILIES: tuple[Family, ...] = (
     SD1,
@@ -54,18 +58,35 @@ def identify(files: Sequence[LocalFile], families: Sequence[Family] = FAMILIES) 
     if wholes > 1:
         raise refused(f"the source names {wholes} files of role model")
     sections = read_sections(files)
-    family = next((each for each in families if each.fits(sections)), None)
+    family = next((each for each in families if each.fits(_with_joined(sections, each))), None)
     if family is None:
         raise _unknown(sections, families)
     chosen: dict[str, Section] = {}
+    candidates = _with_joined(sections, family)
     for name, part in family.parts.items():
-        section = _choose(part, sections, taken=list(chosen.values()))
+        section = _choose(part, candidates, taken=list(chosen.values()))
         if section is not None:
             chosen[name] = section
         elif name not in family.optional:
             raise _missing(family, part, sections)
     _refuse_unused(family, sections, chosen)
     return Blueprint(family, chosen)
+
+
+def _with_joined(sections: Sequence[Section], family: Family) -> list[Section]:
+    """The sections, and what becomes of those that are no part of the family alone, but may be its shards."""
+    groups: dict[tuple[str, str], list[Section]] = {}
+    for section in sections:
+        if section.checkpoint.format == "safetensors" and not any(
+            part.fits(section) for part in family.parts.values()
+        ):
+            groups.setdefault((section.role, section.prefix), []).append(section)
+    return [*sections, *(joined(group) for group in groups.values() if len(group) > 1 and _disjoint(group))]
+
+
+def _disjoint(sections: Sequence[Section]) -> bool:
+    names = [name for section in sections for name in section.shapes]
+    return len(names) == len(set(names))
 
 
 def _choose(part: Part, sections: Sequence[Section], taken: Sequence[Section]) -> Section | None:
@@ -82,11 +103,13 @@ def _missing(family: Family, part: Part, sections: Sequence[Section]) -> JobErro
     if not near:
         return refused(f"{need}; the source brings none")
     found = "; ".join(f"{each} is not it: {part.why_not(each)}" for each in near)
+    if shard := next((match for each in near if (match := _SHARD.search(each.file.path.name))), None):
+        found += f"; it is published in {int(shard[1])} files: register all of them with this role"
     return refused(f"{need}; {found}")
 
 
 def _refuse_unused(family: Family, sections: Sequence[Section], chosen: dict[str, Section]) -> None:
-    used = {section.file for section in chosen.values()}
+    used = {file for section in chosen.values() for file in section.files}
     for section in sections:
         if section.file in used:
             continue
