@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from studio_worker import __version__
-from studio_worker.device import Device
+from studio_worker.device import Device, available_ram_bytes
 from studio_worker.engine import Router
 from studio_worker.engine.estimate import Estimates
 from studio_worker.jobs import ImageTask
@@ -85,12 +85,22 @@ class Abilities:
             failed_for_good=self._failures.final,
             is_on_box=lambda files: all(self._store.is_verified(file) for file in files),
             shortfall_bytes=self._store.shortfall_bytes,
-            memory_gb=self._device.memory_gb,
+            memory_gb=self._memory_gb(),
             needed_gb=self._needed_gb,
         )
 
     def _threshold_gb(self) -> float:
         return self._settings().worker.vram_threshold_gb or self._device.memory_gb
+
+    def _memory_gb(self) -> float:
+        """What the device has for a job when our own models have left it, as far as it says.
+
+        A GPU says so from the first job on: asking costs a context on it, and some hundred MB.
+        """
+        found = self._engines.available_bytes()
+        if found is None and not self._device.is_gpu:
+            found = available_ram_bytes()
+        return self._device.memory_gb if found is None else min(self._device.memory_gb, found / 1e9)
 
     def _needed_gb(self, source: ModelSource, task: ImageTask) -> float | None:
         """What a job needs of the device's memory at least; ``None`` where its files are not here to tell."""

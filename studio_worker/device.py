@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from studio_worker.errors import DeviceError
@@ -71,6 +72,14 @@ def wait_for_device(
     if setting == "cpu" or _library() is None:
         return True
     return wait_for_nodes(on_wait=on_wait, wait=wait)
+
+
+def available_ram_bytes() -> int:
+    """What Linux could give without swapping; the free pages that sysconf counts leave out the page cache."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable")  # every kernel since 3.14 has it
 
 
 def _ram_gb() -> float:

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from studio_worker.engine import Inputs
+from studio_worker.engine import Inputs, Router
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
 from studio_worker.engine.loading import load_part
+from studio_worker.engine.memory import MachineMemory
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.placement import Footprint, Mode, Plan, choose, footprint, leaner
 from studio_worker.engine.rendering import LoadedModel, Starting
 from studio_worker.engine.residency import Key, Place, Residency
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
-from studio_worker.models import LocalFile
+from studio_worker.models import LocalFile, ModelSource
 from tests.engine_lab import SAMPLE, SMALL, changed_sample, encoded, refuse_network, request, scene
 
 torch.set_num_threads(1)
@@ -137,6 +139,30 @@ def test_need_is_known_from_the_headers() -> None:
     )
     assert large.decoding > 200 * small.decoding
     assert large.tile < large.decoding
+
+
+def test_what_others_use_of_a_gpu_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There for a job is what is free and what this process could let go; not other processes' memory."""
+    free, total, reserved, allocated, weights = 2 * GIB, 10 * GIB, 5 * GIB, 4 * GIB, 3 * GIB
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total)
+    )
+    kept_free = 0.05 * total
+    found = MachineMemory(torch.device("cuda:0")).on_device(weights)
+    assert found == int(free + (reserved - allocated) + weights - kept_free)
+
+
+def test_loaded_models_count_as_room_for_the_next_job() -> None:
+    """What a job could have is the same before and after a model was loaded: it would leave for the job."""
+    memory = Fake(3 * GIB)
+    memory.on_device = lambda ours: 2 * GIB + ours  # type: ignore[method-assign]  # 2 GiB free
+    router = Router({"sd-cpp": lambda: DiffusionEngine("cpu", memory=memory)})
+    assert router.available_bytes() is None
+    router.for_source(ModelSource(engine="sd-cpp")).generate(request(), lambda *_: None, Cancel())
+    assert router.available_bytes() == 2 * GIB + router.resident()["sample-model"].size_bytes
 
 
 # --- what stays where ---

@@ -66,7 +66,7 @@ def test_job_that_the_device_cannot_hold_is_left_to_another_worker() -> None:
     situation = replace(IDLE, memory_gb=8.0, needed_gb=lambda source, task: 9.3)
     judgement = judge(claim(vramGbEstimate=1.0), situation)
     assert isinstance(judgement, Refuse)
-    assert judgement.reason == "the job needs 9.3 GB of memory and this worker has 8.0 GB"
+    assert judgement.reason == "the job needs 9.3 GB of memory and 8.0 GB are free here"
     assert judgement.code is None
     for needed in (7.9, None):
         told = replace(situation, needed_gb=lambda source, task, n=needed: n)

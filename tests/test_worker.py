@@ -437,6 +437,9 @@ class KeepingEngine(ScriptedEngine):
     def used_bytes(self) -> int | None:
         return None
 
+    def available_bytes(self) -> int | None:
+        return None
+
     def preload(
         self, model: str, files: Iterable[LocalFile], defaults: object, go_on: Callable[[], bool]
     ) -> bool:

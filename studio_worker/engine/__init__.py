@@ -98,6 +98,12 @@ class KeepsModels(Protocol):
         """Bytes in use on the device, by this process and others; ``None`` where it does not say."""
         ...
 
+    def available_bytes(self) -> int | None:
+        """Bytes that the device has for a job once all models have left it: what other processes use, and a
+        reserve, is not among them; ``None`` where it does not say.
+        """
+        ...
+
     def preload(
         self, model: str, files: Sequence[LocalFile], defaults: CliDefaults, go_on: Callable[[], bool]
     ) -> bool:
@@ -163,8 +169,18 @@ class Router:
 
     def used_bytes(self) -> int | None:
         """Bytes in use on the device, by anybody; ``None`` until an engine has it. From any thread."""
-        keepers = [engine for engine in self.made() if isinstance(engine, KeepsModels)]
-        return keepers[0].used_bytes() if keepers else None
+        keeper = self._keeper()
+        return None if keeper is None else keeper.used_bytes()
+
+    def available_bytes(self) -> int | None:
+        """Bytes that the device has for a job once all models have left it; ``None`` until an engine has it.
+        From any thread.
+        """
+        keeper = self._keeper()
+        return None if keeper is None else keeper.available_bytes()
+
+    def _keeper(self) -> KeepsModels | None:
+        return next((engine for engine in self.made() if isinstance(engine, KeepsModels)), None)
 
 
 def default_router(device: str) -> Router:

@@ -122,6 +122,13 @@ class DiffusionEngine:
         except RuntimeError:  # the device is lost: the job in hand says so, and why
             return None
 
+    def available_bytes(self) -> int | None:
+        """See :meth:`studio_worker.engine.KeepsModels.available_bytes`."""
+        try:
+            return self._memory.on_device(self._residency.size_bytes())
+        except RuntimeError:
+            return None
+
     def _generate(self, request: Request, progress: Progress, cancel: Cancel, attempt: Attempt) -> Picture:
         cancel.check()
         check_ext(request.task.ext)

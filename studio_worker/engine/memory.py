@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-from pathlib import Path
 from typing import Protocol
 
 import torch
+
+from studio_worker.device import available_ram_bytes
 
 _KEPT_FREE_SHARE = 0.05
 """Of each memory: what fragmentation, libraries' workspaces and the rest of the machine need."""
@@ -68,11 +69,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory of ``device`` that is free now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    # What Linux could give without swapping; the free pages that sysconf counts leave out the page cache.
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable")  # every kernel since 3.14 has it
+    return available_ram_bytes()
 
 
 def weight_bytes(module: torch.nn.Module) -> int:

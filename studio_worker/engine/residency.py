@@ -75,8 +75,8 @@ class Residency:
         """
 
     def size_bytes(self, place: Place = Place.DEVICE) -> int:
-        """Bytes of all weights in ``place``."""
-        return sum(held.size_bytes for held in self._held.values() if held.place is place)
+        """Bytes of all weights in ``place``. From any thread."""
+        return sum(held.size_bytes for held in tuple(self._held.values()) if held.place is place)
 
     def place(self, key: Key) -> Place | None:
         """Where the component of ``key`` is; ``None`` where it is not loaded."""

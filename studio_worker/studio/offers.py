@@ -69,7 +69,7 @@ class Situation:
     """What the worker knows of itself when an offer arrives. Memory in GB, ``now`` monotonic seconds.
 
     ``failed_for_good`` says why a job cannot be done, where that could not be reported when it was found out;
-    ``outbox_problem`` why no further result has room. ``memory_gb`` is the whole memory of the device,
+    ``outbox_problem`` why no further result has room. ``memory_gb`` is what the device has for a job,
     ``needed_gb`` the least that a job needs of it by its files, where they are here to tell.
     """
 
@@ -155,7 +155,7 @@ def _judge_content(claim: Claim, situation: Situation) -> Judgement:
     if needed_gb is not None and needed_gb > situation.memory_gb:
         return Refuse(
             job_id,
-            f"the job needs {needed_gb:.1f} GB of memory and this worker has {situation.memory_gb:.1f} GB",
+            f"the job needs {needed_gb:.1f} GB of memory and {situation.memory_gb:.1f} GB are free here",
         )
     if not situation.on_demand and not situation.is_on_box(source.files):
         return Refuse(job_id, f"model {claim.model[:100]} is not on this box")

@@ -1,0 +1,91 @@
+"""What the box says of itself when an offer is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from studio_worker import abilities as module
+from studio_worker.abilities import Abilities
+from studio_worker.activity import Activity
+from studio_worker.device import Device
+from studio_worker.engine import Router
+from studio_worker.models import ModelSource
+from studio_worker.outbox import Outbox
+from studio_worker.settings import Settings
+from studio_worker.spool import Failures, JobInHand
+from studio_worker.store import Store
+from studio_worker.studio.api import StudioApi
+from studio_worker.studio.delivery import Courier
+from studio_worker.studio.desk import Desk
+from tests.test_worker import KeepingEngine
+
+
+class FullEngine(KeepingEngine):
+    """Has so many GB of its device for a job."""
+
+    def __init__(self, available_gb: float | None) -> None:
+        super().__init__()
+        self.available_gb = available_gb
+
+    def available_bytes(self) -> int | None:
+        return None if self.available_gb is None else int(self.available_gb * 1e9)
+
+
+def idle_courier(outbox: Outbox) -> Courier:
+    """Has nothing to deliver, and nobody to tell."""
+    return Courier(
+        outbox,
+        StudioApi("http://127.0.0.1:9"),
+        on_delivered=lambda job_id: None,
+        on_unacceptable=lambda job_id, error: None,
+        on_lost=lambda job_id, error: None,
+        on_settled=lambda job_id: None,
+        reports=Activity(),
+    )
+
+
+@pytest.fixture
+def memory_gb(tmp_path: Path) -> Callable[[str, FullEngine | None], float]:
+    """The memory that offers are compared with, on a device of 24 GB."""
+
+    def told(device: str, engine: FullEngine | None) -> float:
+        router = Router({"sd-cpp": lambda: engine or FullEngine(None)})
+        if engine is not None:
+            router.for_source(ModelSource(engine="sd-cpp"))
+        outbox = Outbox(tmp_path / "outbox")
+        abilities = Abilities(
+            Settings,
+            device=Device(device, device, 24.0),
+            engines=router,
+            store=Store(tmp_path / "models"),
+            desk=Desk(),
+            in_hand=JobInHand(tmp_path / "spool"),
+            failures=Failures(tmp_path / "spool"),
+            outbox=outbox,
+        )
+        return abilities.situation(idle_courier(outbox)).memory_gb
+
+    return told
+
+
+def test_offers_are_compared_with_what_other_processes_leave(
+    memory_gb: Callable[[str, FullEngine | None], float],
+) -> None:
+    """A job for which a GPU shared with others has no room is left to another worker before it is taken; a
+    device that says nothing, or is not in use yet, counts whole.
+    """
+    assert memory_gb("cuda:0", FullEngine(9.5)) == 9.5
+    assert memory_gb("cuda:0", FullEngine(None)) == 24.0
+    assert memory_gb("cuda:0", None) == 24.0
+
+
+def test_cpu_worker_compares_with_free_ram_from_the_start(
+    memory_gb: Callable[[str, FullEngine | None], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where RAM is the device, what the machine has available counts even before the first job."""
+    monkeypatch.setattr(module, "available_ram_bytes", lambda: int(3e9))
+    assert memory_gb("cpu", None) == 3.0
+    assert memory_gb("cpu", FullEngine(5.0)) == 5.0
