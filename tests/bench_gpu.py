@@ -1,0 +1,206 @@
+"""The engine beside the plain pipeline on a GPU, with random weights of SDXL's and of Z-Image's size.
+
+``make bench`` prints it. Both work with the very same components in the GPU's memory, and as in
+``tests.bench_engine`` with the same scheduler, steps, sizes, seeds and new words for every picture, a PNG at
+the end of each. Without a GPU nothing is measured; a test runs the same functions with the sample model.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors.torch import save_file
+
+from studio_worker.engine import Request
+from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.families.family import Family, Part
+from studio_worker.engine.families.sdxl import SDXL
+from studio_worker.engine.families.z_image import Z_IMAGE
+from studio_worker.engine.loading import empty_model, load_scheduler, load_tokenizer
+from studio_worker.engine.samplers import make_scheduler
+from studio_worker.jobs import Cancel, ImageTask
+from studio_worker.models import CliDefaults, LocalFile
+from tests.bench_engine import Row, levels_apart, seconds, show, spread, words
+
+PAIRS = 10
+JOBS = 50
+SPARE_BYTES = 6 << 30
+"""Beside the weights, for a picture of 1024 pixels a side."""
+
+_PREFIXES = {"transformers.CLIPTextModel": "text_model.", "transformers.Qwen3Model": "model."}
+"""What stands before the library's names in the files, by class."""
+
+_NVIDIA_SMI = "nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits --loop-ms=200 --id=0"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to measure: its family, how a picture of it is made, and what the plain pipeline calls that."""
+
+    family: Family
+    side: int
+    steps: int
+    guidance: float
+    called: Mapping[str, Any] = field(default_factory=dict)
+
+
+CASES = (
+    Case(SDXL, side=1024, steps=20, guidance=7.0, called={"guidance_scale": 7.0}),
+    Case(Z_IMAGE, side=1024, steps=8, guidance=1.0, called={"guidance_scale": 0.0}),
+)
+
+
+def main() -> None:
+    """Measure every case that the GPU has room for; print each row as it is measured."""
+    if not torch.cuda.is_available():
+        print("bench on a GPU: skipped, torch finds no CUDA device here")
+        return
+    total_bytes = torch.cuda.get_device_properties(0).total_memory
+    print(f"engine on {torch.cuda.get_device_name(0)}")
+    for case in CASES:
+        needed_bytes = 2 * sum(numbers(part) for part in case.family.parts.values()) + SPARE_BYTES
+        if needed_bytes > total_bytes:
+            print(f"{case.family.name}: skipped, needs {needed_bytes / 2**30:.0f} GiB of the GPU's memory")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            files = write_random(case.family, Path(folder), getattr(torch, case.family.half))
+            for row in measured(case, files, "cuda", PAIRS, JOBS):
+                show(row)
+
+
+def numbers(part: Part) -> int:
+    """How many numbers a component's weights are."""
+    return sum(tensor.numel() for tensor in empty_model(part).state_dict().values())
+
+
+def published(part: Part) -> dict[str, torch.Tensor]:
+    """A component's tensors, without memory, under the names that its files have."""
+    prefix = _PREFIXES.get(part.cls, "")
+    return {prefix + name: tensor for name, tensor in empty_model(part).state_dict().items()}
+
+
+def write_random(family: Family, folder: Path, dtype: torch.dtype) -> tuple[LocalFile, ...]:
+    """A file of random weights for every component; activations keep their size in such a model."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    files = []
+    for name, part in family.parts.items():
+        path = folder / f"{name}.safetensors"
+        state = {}
+        for key, empty in published(part).items():
+            noise = torch.randn(empty.shape, generator=generator, device=device, dtype=dtype)
+            if "norm" in key and empty.ndim == 1 and key.endswith("weight"):
+                state[key] = (1 + 0.1 * noise).cpu()
+            else:
+                state[key] = (noise * (0.8 / max(1, empty[0].numel()) ** 0.5)).cpu()
+        save_file(state, path)
+        files.append(LocalFile(part.role, path, str(path)))
+    return tuple(files)
+
+
+def measured(case: Case, files: tuple[LocalFile, ...], device: str, pairs: int, jobs: int) -> list[Row]:
+    """Job by job beside the plain pipeline, then many in a row through each."""
+    engine = DiffusionEngine(device, families=(case.family,))
+
+    def through_engine(seed: int) -> bytes:
+        request = Request(
+            job_id="bench",
+            model=case.family.name,
+            task=ImageTask(prompt=words(seed), seed=seed, steps=case.steps, ext="png"),
+            defaults=CliDefaults(
+                cfg_scale=case.guidance, width=case.side, height=case.side, steps=case.steps
+            ),
+            files=files,
+        )
+        return engine.generate(request, lambda done, total: None, Cancel()).data
+
+    first_s = seconds(lambda: through_engine(0))
+    plain = plain_pipeline(engine, case)
+
+    def through_pipeline(seed: int) -> bytes:
+        made = plain(
+            words(seed),
+            num_inference_steps=case.steps,
+            width=case.side,
+            height=case.side,
+            generator=torch.Generator().manual_seed(seed),
+            **case.called,
+        )
+        buffer = io.BytesIO()
+        made.images[0].save(buffer, "PNG")
+        return buffer.getvalue()
+
+    through_pipeline(0)
+    sides: tuple[Callable[[int], bytes], ...] = (through_engine, through_pipeline)
+    times: dict[Callable[[int], bytes], list[float]] = {side: [] for side in sides}
+    difference = 0
+    for seed in range(1, pairs + 1):  # who goes first changes every time
+        pictures = []
+        for side in sides if seed % 2 else sides[::-1]:
+            started = time.perf_counter()
+            pictures.append(side(seed))
+            times[side].append(time.perf_counter() - started)
+        difference = max(difference, levels_apart(*pictures))
+    ratios = [mine / theirs for mine, theirs in zip(*times.values(), strict=True)]
+    ours_s, theirs_s = (statistics.median(times[side]) for side in sides)
+    what = f"{case.family.name}, random weights, {case.side} px, {case.steps} steps"
+    beside = (
+        f"plain pipeline {theirs_s:.3f} s; ratio {spread(ratios)} (goal: 1.03); pictures up to {difference} "
+        f"levels apart; first job, loading included, {first_s:.1f} s"
+    )
+    rows = [(f"{what}: a job", f"{ours_s:.3f} s", beside)]
+    for name, side in zip(("engine", "plain pipeline"), sides, strict=True):
+        with busy_shares(device) as shares:
+            took_s = seconds(lambda side=side: [side(seed) for seed in range(jobs)])
+        share = f"GPU in use {statistics.mean(shares):.1f}% of the time (goal: 97%)" if shares else ""
+        rows.append((f"{what}: {jobs} jobs, {name}", f"{jobs / took_s:.2f} pictures/s", share))
+    return rows
+
+
+def plain_pipeline(engine: DiffusionEngine, case: Case) -> Any:
+    """The library's own pipeline over the components that the engine holds."""
+    family = case.family
+    held = {
+        f"{type(each.component).__module__.split('.')[0]}.{type(each.component).__name__}": each.component
+        for each in engine._residency._held.values()
+    }
+    parts = {name: held[part.cls] for name, part in family.parts.items()}
+    shipped = load_scheduler(family)
+    scheduler = make_scheduler(family.defaults.sampler, shipped, case.steps, flow=family.flow)
+    tokenizers = {name: load_tokenizer(each) for name, each in family.tokenizers.items()}
+    components = family.assemble({**parts, **tokenizers, "scheduler": scheduler})
+    pipeline = getattr(diffusers, str(family.pipelines.text))(**components, **family.fixed)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextmanager
+def busy_shares(device: str) -> Iterator[list[int]]:
+    """Filled at the end with percentages, five a second: how much of the time since the one before the GPU
+    had something to compute, by its driver.
+    """
+    shares: list[int] = []
+    if device == "cpu":
+        yield shares
+        return
+    with subprocess.Popen(_NVIDIA_SMI.split(), stdout=subprocess.PIPE, text=True) as watcher:
+        try:
+            yield shares
+        finally:
+            watcher.terminate()
+        shares += [int(line) for line in watcher.communicate()[0].split()]
+
+
+if __name__ == "__main__":
+    main()
