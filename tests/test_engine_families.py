@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import pickle
+import struct
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -175,6 +176,25 @@ FOREIGN = {
         "transformer_blocks.0.img_mod.1.weight": (18432, 3072),
         "txt_norm.weight": (3584,),
     },
+    "FLUX.3": {"early_stream_modulations.image.lin.weight": (18432, 6144)},
+    "Stable Video Diffusion": SD1_KEYS
+    | {
+        PREFIX + "input_blocks.0.0.weight": (320, 8, 3, 3),
+        PREFIX + "input_blocks.1.0.time_stack.in_layers.0.weight": (320,),
+    },
+    "HunyuanVideo": {"txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias": (6144,)},
+    "LTX-Video": {PREFIX + "patchify_proj.weight": (2048, 128)},
+    "Wan": {"head.modulation": (1, 2, 1536), "patch_embedding.weight": (1536, 16, 1, 2, 2)},
+    "Mochi": {"blocks.0.attn.qkv_x.weight": (9216, 3072)},
+    "Cosmos": {"net.x_embedder.proj.1.weight": (4096, 72)},
+    "Stable Cascade": {"clip_txt_mapper.weight": (8192, 1280)},
+    "PixArt": {"t_block.1.weight": (6912, 1152)},
+    "Hunyuan-DiT": {"mlp_t5.0.weight": (8192, 2048)},
+    "AuraFlow": {"double_layers.0.attn.w1q.weight": (3072, 3072), "cond_seq_linear.weight": (3072, 2048)},
+    "HiDream": {"double_stream_blocks.0.block.adaLN_modulation.1.bias": (30720,)},
+    "Sana": {"blocks.0.cross_attn.q_linear.weight": (2240, 2240)},
+    "Qwen-Image 2.1": {"txt_in.text_norm.weight": (3584,)},
+    "Krea 2": {"txtfusion.projector.weight": (3072, 3072)},
     "a VAE alone": {"decoder.conv_in.weight": (512, 4, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)},
     "a ControlNet": {"control_model.time_embed.0.weight": (1280, 320)},
 }
@@ -187,7 +207,7 @@ def test_foreign_family_is_refused_by_name(
 ) -> None:
     """A checkpoint of a known family that is not served is refused by that family's name."""
     path = write_header(tmp_path / "model.safetensors", tensors)
-    with pytest.raises(JobError, match=f"is {name}.*does not serve") as caught:
+    with pytest.raises(JobError, match=f"is {name}.*does not serve; it serves sd1, .*z-image") as caught:
         name_of(path)
     assert not caught.value.retryable
 
@@ -281,6 +301,17 @@ def test_wrong_kind_of_file_is_refused_by_name(content: bytes, says: str, tmp_pa
     with pytest.raises(JobError, match=says) as caught:
         read_checkpoint(path)
     assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("length", [0x7B, 0x5B, 0x7B20, 0x3C])
+def test_safetensors_is_known_whatever_its_first_byte_is(length: int, tmp_path: Path) -> None:
+    """A header as long as the number of a brace, so that the file begins as JSON does, is a header all the
+    same.
+    """
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    assert read_checkpoint(path).shapes == {"a": (1,)}
 
 
 @settings(max_examples=40, deadline=None)

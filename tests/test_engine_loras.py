@@ -20,6 +20,7 @@ from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile
 from tests.engine_lab import PROMPT, SAMPLE, decoded, refuse_network, request, write_header
+from tests.tiny_z_image import Tiny, text_encoder_file, tiny_z_image, transformer_file, vae_file
 
 torch.set_num_threads(1)
 
@@ -58,6 +59,11 @@ def targets(pipeline: StableDiffusionPipeline) -> Iterator[tuple[str, str, torch
     for name, module in pipeline.text_encoder.named_modules():
         if name.endswith(("q_proj", "v_proj", "out_proj")):
             yield "text_encoder", name, module
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_z_image(tmp_path_factory.mktemp("z-image"))
 
 
 def factors(pipeline: StableDiffusionPipeline, seed: int) -> dict[tuple[str, str], tuple[Any, Any]]:
@@ -190,6 +196,34 @@ def test_what_is_no_lora_of_this_family_is_refused(
     path = write_header(tmp_path / "bad.safetensors", tensors)
     with pytest.raises(JobError, match=says) as caught:
         make(engine, LocalFile("lora", path, "bad"))
+    assert not caught.value.retryable
+
+
+FOREIGN = {
+    "SD, kohya": (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+        "lora_down",
+        "lora_up",
+    ),
+    "SD, diffusers": ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "lora_A", "lora_B"),
+    "FLUX.1, kohya": ("lora_unet_double_blocks_0_img_attn_qkv", "lora_down", "lora_up"),
+    "FLUX.1, diffusers": ("transformer.single_transformer_blocks.0.attn.to_q", "lora_A", "lora_B"),
+    "Wan": ("diffusion_model.blocks.0.self_attn.q", "lora_A", "lora_B"),
+    "SD 3": ("transformer.transformer_blocks.0.attn2.to_q", "lora_A", "lora_B"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_lora_of_another_family_is_refused_on_z_image(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    """On the studio's daily model a LoRA of any other family fails the job by the file's name."""
+    stem, down, up = FOREIGN[kind]
+    tensors = {f"{stem}.{down}.weight": torch.zeros(4, 64), f"{stem}.{up}.weight": torch.zeros(64, 4)}
+    if "kohya" in kind:
+        tensors[f"{stem}.alpha"] = torch.tensor(4.0)
+    save_file(tensors, tmp_path / "other.safetensors")
+    lora = LocalFile("lora", tmp_path / "other.safetensors", kind)
+    with pytest.raises(JobError, match=r"LoRA other\.safetensors") as caught:
+        tiny.picture(transformer_file(tiny, "original"), text_encoder_file(tiny), vae_file(tiny), lora)
     assert not caught.value.retryable
 
 

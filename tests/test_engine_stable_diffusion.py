@@ -319,6 +319,17 @@ def test_xl_that_predicts_v_says_so(tmp_path: Path, markers: tuple[str, ...], na
     assert identify([LocalFile("model", path, "x")]).family.name == name
 
 
+def test_playground_is_refused_by_name(xl: Tiny) -> None:
+    """Playground 2.5, which is shaped like Stable Diffusion XL with another noise schedule, is not taken for
+    one.
+    """
+    state = xl.original(xl_text(xl)) | {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}
+    file = tiny_models.write_safetensors(xl.folder / "playground.safetensors", state, "model")
+    with pytest.raises(JobError, match=r"is Playground 2\.5, which this worker does not serve") as caught:
+        xl.picture(file)
+    assert not caught.value.retryable
+
+
 def test_xl_whole_checkpoint_as_gguf(xl: Tiny) -> None:
     """A checkpoint in one GGUF file, as stable-diffusion.cpp converts it, makes nearly the same picture, and
     hardly another one than the numbers that it was made to.

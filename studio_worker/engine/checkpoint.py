@@ -6,6 +6,7 @@ it runs code. It imports no torch.
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,10 @@ from studio_worker.errors import JobError
 
 _MAGIC_BYTES = 512
 """Enough for every signature below; tar's stands at 257."""
+
+_LENGTH = struct.Struct("<Q")
+_MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library's own limit. No text begins with bytes that make so small a number."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             start = file.read(_MAGIC_BYTES)
     except OSError as error:
         raise JobError(f"{path.name} cannot be read: {error.strerror}", retryable=True) from error
+    if _is_safetensors(start):
+        return _safetensors(path)
     foreign = _foreign_kind(path, start)
     if foreign:
         raise JobError(
@@ -55,9 +62,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     if start.startswith(b"GGUF"):
         return _gguf(path)
-    if len(start) > 8 and start[8:9] != b"{":  # eight bytes of length, then JSON
+    if len(start) > _LENGTH.size:
         raise JobError(f"{path.name} is neither a safetensors nor a GGUF file", retryable=False)
     return _safetensors(path)
+
+
+def _is_safetensors(start: bytes) -> bool:
+    """Eight bytes of length, whose first may be anything, then as much JSON."""
+    if start[_LENGTH.size : _LENGTH.size + 1] != b"{":
+        return False
+    return bool(_LENGTH.unpack_from(start)[0] <= _MAX_HEADER_BYTES)
 
 
 def _foreign_kind(path: Path, start: bytes) -> str:

@@ -53,7 +53,10 @@ def _context(width: int) -> Callable[[Mapping[str, Shape]], bool]:
 RECOGNISED: tuple[Recognised, ...] = (
     # The first that fits wins: what is narrower stands before what is wider. Most keys are those by which
     # diffusers 0.42 tells original-layout checkpoints (diffusers/loaders/single_file_utils.py,
-    # CHECKPOINT_KEY_NAMES); the rest are the published state dicts' own.
+    # CHECKPOINT_KEY_NAMES), and ComfyUI (comfy/model_detection.py); the rest are the published state dicts'
+    # own.
+    Recognised("Playground 2.5", ("edm_mean",)),
+    Recognised("Stable Video Diffusion", ("input_blocks.1.0.time_stack.in_layers.0.weight",)),
     Recognised("Stable Diffusion XL refiner", ("conditioner.embedders.0.model.text_projection",)),
     Recognised("Stable Diffusion XL refiner", ("input_blocks.0.0.weight",), _context(1280)),
     Recognised("a ControlNet, not a checkpoint", ("control_model.time_embed.0.weight",)),
@@ -63,6 +66,9 @@ RECOGNISED: tuple[Recognised, ...] = (
     ),
     Recognised("Chroma of another kind (Radiance)", ("distilled_guidance_layer.in_proj.bias",)),
     Recognised("FLUX.2", ("single_stream_modulation.lin.weight",)),
+    Recognised("FLUX.3", ("early_stream_modulations.image.lin.weight",)),
+    Recognised("FLUX.3", ("ref_time_in.in_layer.weight",)),
+    Recognised("Krea 2", ("txtfusion.projector.weight",)),
     Recognised("HunyuanVideo", ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",)),
     Recognised(
         "FLUX.1 of another kind (Depth, Canny, of another size)",
@@ -73,12 +79,26 @@ RECOGNISED: tuple[Recognised, ...] = (
         "Qwen-Image of another kind (Layered, of another size)",
         ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"),
     ),
+    Recognised("Qwen-Image 2.1", ("txt_in.text_norm.weight",)),
+    Recognised("a ControlNet for Z-Image", ("control_all_x_embedder.2-1.weight",)),
+    Recognised("a ControlNet for Z-Image", ("control_layers.14.adaLN_modulation.0.weight",)),
     Recognised("AuraFlow", ("double_layers.0.attn.w1q.weight", "cond_seq_linear.weight")),
     Recognised("HiDream", ("double_stream_blocks.0.block.adaLN_modulation.1.bias",)),
     Recognised("LTX-Video", ("patchify_proj.weight",)),
+    Recognised("PixArt", ("adaln_single.emb.timestep_embedder.linear_1.bias", "pos_embed.proj.bias")),
+    Recognised("PixArt", ("t_block.1.weight",)),
+    Recognised("LTX-Video", ("adaln_single.emb.timestep_embedder.linear_1.bias",)),
+    Recognised("Mochi", ("blocks.0.attn.qkv_x.weight",)),
+    Recognised("Cosmos", ("net.x_embedder.proj.1.weight",)),
+    Recognised("Hunyuan-DiT", ("mlp_t5.0.weight",)),
     Recognised("Wan", ("head.modulation", "patch_embedding.weight")),
+    Recognised("Wan", ("condition_embedder.time_embedder.linear_1.weight", "patch_embedding.weight")),
     Recognised("Stable Cascade", ("clip_txt_mapper.weight",)),
+    Recognised("Stable Cascade", ("down_blocks.1.0.channelwise.0.weight",)),
     Recognised("Sana", ("blocks.0.cross_attn.q_linear.weight",)),
+    Recognised(
+        "a motion module of AnimateDiff", ("mid_block.motion_modules.0.temporal_transformer.norm.bias",)
+    ),
     Recognised(
         "a UNet alone in the diffusers layout", ("down_blocks.0.resnets.0.conv1.weight", "conv_in.weight")
     ),
