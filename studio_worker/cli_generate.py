@@ -124,7 +124,8 @@ def generate(
         typer.echo(json.dumps({"file": str(output), "bytes": len(picture.data), **picture.meta}, indent=2))
     else:
         meta = picture.meta
-        typer.echo(f"{output}: {meta['width']}x{meta['height']}, seed {meta['seed']}")
+        asked = f" (asked for {meta['askedWidth']}x{meta['askedHeight']})" if "askedWidth" in meta else ""
+        typer.echo(f"{output}: {meta['width']}x{meta['height']}{asked}, seed {meta['seed']}")
 
 
 # --- which model ---

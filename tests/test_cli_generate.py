@@ -67,6 +67,12 @@ def test_picture_is_made_without_any_configuration(tmp_path: Path) -> None:
     assert (tmp_path / "out.png").read_bytes() == first
 
 
+def test_rounded_size_is_said(tmp_path: Path) -> None:
+    """Where the model rounds the size, the line about the picture has both."""
+    said = "out.png: 64x72 (asked for 66x70), seed 7\n"
+    assert generate(tmp_path, "--size", "66x70", "--steps", "1").output.endswith(said)
+
+
 def test_every_option_reaches_the_picture(tmp_path: Path) -> None:
     """Size, sampler, guidance, negative prompt and exactly 20 steps are what was asked for."""
     words = [

@@ -63,10 +63,10 @@ class Told:
             )
 
 
-def add(outbox: Outbox, job_id: str) -> None:
+def add(outbox: Outbox, job_id: str, **meta: Any) -> None:
     """A finished picture in the outbox."""
     made = Job(job_id, "m", ImageTask(prompt="a hidden castle"), ModelSource(engine="synthetic"))
-    outbox.add(made, Picture(b"bytes of " + job_id.encode(), "png", {"seed": 1}), {"generate": 0.25})
+    outbox.add(made, Picture(b"bytes of " + job_id.encode(), "png", {"seed": 1, **meta}), {"generate": 0.25})
     outbox.wake()
 
 
@@ -202,8 +202,10 @@ def test_courier_told_to_stop_makes_one_last_round(outbox: Outbox) -> None:
 def test_courier_logs_one_summary_line_a_finished_job(
     outbox: Outbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A delivered job is one line with every stage in milliseconds, and no prompt."""
-    add(outbox, "a")
+    """A delivered job is one line with every stage in milliseconds, the size that was made and the one that
+    was asked for, and no prompt.
+    """
+    add(outbox, "a", width=64, height=72, askedWidth=66, askedHeight=70)
     with caplog.at_level(logging.INFO), ScriptedHttp(OK) as server:  # noqa: SIM117
         with courier(outbox, server.url) as (_, told, _):
             told.await_count(1)
@@ -216,6 +218,7 @@ def test_courier_logs_one_summary_line_a_finished_job(
         "done",
         250,
     )
+    assert (facts["size"], facts["asked_size"]) == ("64x72", "66x70")
     assert "upload_ms" in facts
     assert "castle" not in str(facts)
 

@@ -55,6 +55,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 UNET_BIAS = "model.diffusion_model.out.2.bias"
 VAE_BIAS = "first_stage_model.decoder.conv_out.bias"
+TEXT_BIAS = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc2.bias"
 
 
 @pytest.fixture(autouse=True)
@@ -365,12 +366,21 @@ class TestWhatIsRefused:
         [
             ({"sampling_method": "nonsense"}, "unknown samplingMethod 'nonsense'"),
             ({"ext": "gif"}, "unknown ext 'gif'"),
-            ({"width": 100_000}, "100000 px"),
+            ({"width": 20_000, "height": 20_000}, "width 20000 px is outside 16 to 4096 px"),
+            ({"width": 4096, "height": 4096}, "4096x4096 px is more than 8388608 pixels in all"),
             ({"steps": 151}, "151 steps"),
             ({"inputs": Inputs(ref_image=encoded(scene()))}, "works only with .*, not with refImageUrl"),
             ({"inputs": Inputs(init_image=b"x", ref_image=b"x")}, "initImageUrl and refImageUrl in one task"),
             ({"inputs": Inputs(mask=encoded(scene()))}, "maskUrl without initImageUrl"),
             ({"inputs": Inputs(init_image=b"no picture")}, "initial picture is not a picture"),
+            (
+                {"inputs": Inputs(encoded(Image.new("1", (20_000, 20_000))))},
+                "initial picture has more than 64000000 pixels",
+            ),
+            (
+                {"inputs": Inputs(encoded(scene()), encoded(Image.new("L", (1, 1), 255)))},
+                "mask has 1x1 px; it needs 8 px a side at least",
+            ),
             (
                 {"inputs": Inputs(encoded(scene()), encoded(Image.new("L", (8, 8))))},
                 "mask is black everywhere",
@@ -401,7 +411,7 @@ class TestWhatIsRefused:
 class TestBadWeights:
     """Weights that are not what they should be."""
 
-    @pytest.mark.parametrize("tensor", [UNET_BIAS, VAE_BIAS])
+    @pytest.mark.parametrize("tensor", [UNET_BIAS, VAE_BIAS, TEXT_BIAS])
     def test_nan_is_no_black_picture(self, engine: DiffusionEngine, tmp_path: Path, tensor: str) -> None:
         """A model that computes NaN fails the job instead of delivering black."""
 
@@ -544,3 +554,12 @@ def test_models_default_sampler_wins_over_the_engines(engine: DiffusionEngine) -
     meta = make(engine, defaults=defaults, steps=20).meta
     decided = [meta[name] for name in ("width", "height", "steps", "guidance", "sampler")]
     assert decided == [48, 80, 2, 3.0, "dpm++2m"]
+
+
+def test_flow_shift_means_nothing_to_models_of_noise(engine: DiffusionEngine) -> None:
+    """What only flow models know changes no other picture, and is not told as if it had."""
+    shifted = make(
+        engine, defaults=request().defaults.model_copy(update={"flow_shift": 3.0, "zero_cond_t": True})
+    )
+    assert shifted.data == make(engine).data
+    assert "flowShift" not in shifted.meta

@@ -129,7 +129,6 @@ def test_generation_meta_names_everything() -> None:
 
 def test_generation_meta_tells_a_rounded_size() -> None:
     """Where the family rounds the size that was asked for, generationMeta has both."""
-    rounded = replace(PARAMETERS, asked_size=(60, 64), flow_shift=3.0)
+    rounded = replace(PARAMETERS, asked_size=(60, 64))
     meta = generation_meta(rounded, model="m", engine="sd-cpp", family="z", timings_s={})
     assert (meta["width"], meta["askedWidth"], meta["askedHeight"]) == (64, 60, 64)
-    assert meta["flowShift"] == 3.0

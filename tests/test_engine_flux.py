@@ -421,4 +421,6 @@ def test_flow_shift_is_stable_diffusion_cpps(
         tiny.scheduler.config, shift=math.exp(1.15), use_dynamic_shifting=False
     )
     defaults = DEFAULTS.model_copy(update={"flow_shift": 1.15})
-    assert same(make(engine, [denoiser(tiny), *shared_files], defaults=defaults), stock(pipeline, **DEV))
+    picture = make(engine, [denoiser(tiny), *shared_files], defaults=defaults)
+    assert same(picture, stock(pipeline, **DEV))
+    assert picture.meta["flowShift"] == 1.15

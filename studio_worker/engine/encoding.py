@@ -97,8 +97,6 @@ def generation_meta(
     }
     if parameters.denoise is not None:
         meta["denoise"] = parameters.denoise
-    if parameters.flow_shift is not None:
-        meta["flowShift"] = parameters.flow_shift
     if parameters.asked_size != (parameters.width, parameters.height):
         meta["askedWidth"], meta["askedHeight"] = parameters.asked_size
     return meta | more

@@ -129,6 +129,8 @@ class LoadedModel:
             ).images
             picture = self._decode(pipeline, latents, parameters)
         facts: dict[str, Any] = {"scheduler": type(pipeline.scheduler).__name__}
+        if family.flow and parameters.flow_shift is not None:
+            facts["flowShift"] = parameters.flow_shift
         if self._plan.mode is not Mode.WHOLE:
             facts["offload"] = self._plan.mode.value
         if self._plan.tiled:

@@ -267,7 +267,11 @@ def _facts(delivery: Delivery, **more: object) -> dict[str, object]:
 
 
 def _log_summary(delivery: Delivery, stages_s: Mapping[str, float]) -> None:
-    """The one line of a finished job: every stage in milliseconds."""
+    """The one line of a finished job: the picture's size, the one asked for where it was rounded, and every
+    stage in milliseconds.
+    """
+    meta = delivery.meta
+    sizes = {"size": ("width", "height"), "asked_size": ("askedWidth", "askedHeight")}
     log.info(
         "job done",
         extra={
@@ -275,6 +279,11 @@ def _log_summary(delivery: Delivery, stages_s: Mapping[str, float]) -> None:
             "job_id": delivery.job_id,
             "model": delivery.model,
             "outcome": "done",
+            **{
+                name: f"{meta[width]}x{meta[height]}"
+                for name, (width, height) in sizes.items()
+                if width in meta and height in meta
+            },
             **{f"{stage}_ms": round(seconds * 1000) for stage, seconds in stages_s.items()},
         },
     )
