@@ -25,6 +25,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from studio_worker import sample_model
@@ -209,6 +210,43 @@ def test_foreign_family_is_refused_by_name(
     path = write_header(tmp_path / "model.safetensors", tensors)
     with pytest.raises(JobError, match=f"is {name}.*does not serve; it serves sd1, .*z-image") as caught:
         name_of(path)
+    assert not caught.value.retryable
+
+
+PACKED: dict[str, dict[str, torch.Tensor]] = {
+    "NVFP4": {
+        "a.weight": torch.zeros(4, 32, dtype=torch.uint8),
+        "a.weight_scale": torch.zeros(4, 4).to(torch.float8_e4m3fn),
+        "a.weight_scale_2": torch.tensor(1.0),
+    },
+    "MXFP8": {
+        "a.weight": torch.zeros(4, 64).to(torch.float8_e4m3fn),
+        "a.weight_scale": torch.zeros(4, 2, dtype=torch.uint8),
+        "a.comfy_quant": torch.zeros(20, dtype=torch.uint8),
+    },
+    "block by block": {
+        "a.weight": torch.zeros(4, 64).to(torch.float8_e4m3fn),
+        "a.weight_scale_inv": torch.zeros(1, 1),
+    },
+    "NF4": {
+        "a.weight": torch.zeros(128, 1, dtype=torch.uint8),
+        "a.weight.quant_state.bitsandbytes__nf4": torch.zeros(80, dtype=torch.uint8),
+    },
+    "SVDQuant": {"transformer_blocks.0.qkv_proj.qweight": torch.zeros(4, 2, dtype=torch.int8)},
+}
+"""What lies in files of that kind: of ComfyUI, of Qwen's and DeepSeek's FP8, of bitsandbytes, of nunchaku."""
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packing_that_is_not_read_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    """Kinds of small numbers that are not read are refused by their names, whatever the family, saying what
+    to register instead.
+    """
+    save_file(PACKED[kind], tmp_path / "model.safetensors")
+    with pytest.raises(
+        JobError, match=rf"weights in .*{kind}.*register it in BF16 or F16, .*fp8_scaled.* GGUF"
+    ) as caught:
+        name_of(tmp_path / "model.safetensors", "diffusion-model")
     assert not caught.value.retryable
 
 

@@ -62,6 +62,18 @@ def test_other_quantisations_are_refused_by_name(type_: Type, tmp_path: Path) ->
     assert not caught.value.retryable
 
 
+def test_newer_quantisation_is_refused_as_such(tmp_path: Path) -> None:
+    """A quantisation newer than the library is no damaged file: the error says what to register."""
+    path = write_blocks(tmp_path / "x.gguf", Type.Q8_0, np.zeros((8, 34), np.uint8))
+    content = path.read_bytes()
+    name = b"a.weight"
+    at = content.index(name) + len(name) + 4 + 2 * 8  # after the name: dimensions, their sizes
+    path.write_bytes(content[:at] + (99).to_bytes(4, "little") + content[at + 4 :])
+    with pytest.raises(JobError, match=r"does not know \(ggml's number 99\); register another one") as caught:
+        section(path)
+    assert not caught.value.retryable
+
+
 @pytest.mark.parametrize(("shape", "stays"), [((40, 96), True), ((64, 40), False)])
 def test_matrix_laid_out_anew_has_its_own_shape(shape: tuple[int, int], stays: bool, tmp_path: Path) -> None:
     """Matrices that ComfyUI-GGUF laid out in rows of 256 come out as they were, and stay quantised where
@@ -157,45 +169,6 @@ def test_eight_bit_matrix_is_taken_apart_and_joined(tmp_path: Path) -> None:
     mixed = torch.cat([one, other])
     assert (dequantised(mixed, torch.float32) == torch.cat([3 * weight, 5 * weight])).all()
     assert (one + 1 == 3 * weight + 1).all()
-
-
-@pytest.mark.parametrize(
-    ("tensors", "says"),
-    [
-        (
-            {
-                "a.weight": torch.zeros(4, 64).to(torch.float8_e4m3fn),
-                "a.weight_scale": torch.zeros(4, 2, dtype=torch.uint8),
-                "a.comfy_quant": torch.zeros(20, dtype=torch.uint8),
-            },
-            "MXFP8",
-        ),
-        (
-            {
-                "a.weight": torch.zeros(4, 64).to(torch.float8_e4m3fn),
-                "a.weight_scale_inv": torch.zeros(1, 1),
-            },
-            "block by block",
-        ),
-        (
-            {
-                "a.weight": torch.zeros(4, 32, dtype=torch.uint8),
-                "a.weight_scale": torch.zeros(4, 4).to(torch.float8_e4m3fn),
-                "a.weight_scale_2": torch.tensor(1.0),
-            },
-            "NVFP4",
-        ),
-    ],
-    ids=["MXFP8", "FP8 of Qwen and DeepSeek", "NVFP4"],
-)
-def test_floats_scaled_in_blocks_are_refused_by_name(
-    tensors: dict[str, torch.Tensor], says: str, tmp_path: Path
-) -> None:
-    """Kinds of small floats that are not read are refused by their names, saying what to register instead."""
-    save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(JobError, match=rf"{says}.* register one in BF16 or F16,.*fp8_scaled.*GGUF") as caught:
-        read_tensors(section(tmp_path / "x.safetensors"), CPU, torch.float32)
-    assert not caught.value.retryable
 
 
 def test_wide_numbers_are_narrowed_while_they_are_read(tmp_path: Path) -> None:

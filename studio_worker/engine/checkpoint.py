@@ -6,6 +6,7 @@ it runs code. It imports no torch.
 
 from __future__ import annotations
 
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -20,6 +21,9 @@ from studio_worker.errors import JobError
 
 _MAGIC_BYTES = 512
 """Enough for every signature below; tar's stands at 257."""
+
+_NEWER = re.compile(r"(?:np\.uint32\()?(\d{1,4})\)? is not a valid GGMLQuantizationType")
+"""How the gguf library says so. Damage makes larger numbers."""
 
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100_000_000
@@ -130,6 +134,12 @@ def _gguf(path: Path) -> Checkpoint:
         types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
         facts = stated(reader)
     except DAMAGE as error:
+        if newer := _NEWER.match(str(error)):
+            raise JobError(
+                f"{path.name} has weights of a quantisation that this worker does not know (ggml's number "
+                f"{newer[1]}); register another one, such as Q4_K, Q6_K or Q8_0",
+                retryable=False,
+            ) from error
         raise JobError(
             f"{path.name} is not a whole GGUF file ({path.stat().st_size} bytes): {type(error).__name__}",
             retryable=True,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from math import prod
 from typing import Any
 
 import gguf
@@ -25,9 +24,7 @@ from studio_worker.errors import JobError
 _PLAIN_GGUF = {"F32", "F16", "F64", "I8", "I16", "I32", "I64"}
 """Types that torch has too; all others are blocks of bytes to it."""
 
-_FP8_NOTE = re.compile(
-    r"(^|\.)(scale_weight|scale_input|weight_scale|weight_scale_2|input_scale|comfy_quant|scaled_fp8)$"
-)
+_FP8_NOTE = re.compile(r"(^|\.)(scale_weight|scale_input|weight_scale|input_scale|comfy_quant|scaled_fp8)$")
 """What ComfyUI's 8-bit files carry beside each weight (``comfy/ops.py``, ``comfy/quant_ops.py``)."""
 
 _INDEX_TYPES = {"I8", "I16", "I32", "I64", "U8", "BOOL", "U16", "U32", "U64"}
@@ -125,30 +122,9 @@ def _check_types(section: Section) -> None:
         type_ = checkpoint.types.get(section.prefix + name)
         if type_ is None or _FP8_NOTE.search(name):
             continue
-        if problem := _unread_scale(section, name, type_):
-            raise JobError(
-                f"{checkpoint.path.name} has weights {problem}, which is not served; register one in BF16 or "
-                "F16, in 8-bit floats with one scale for each matrix (ComfyUI's fp8_scaled), or a GGUF file",
-                retryable=False,
-            )
         if type_ not in served or (type_ in _INDEX_TYPES and name.endswith(".weight")):
             raise JobError(
                 f"{checkpoint.path.name} has weights of type {type_}, which is not served; "
                 f"register a file of one of {', '.join(sorted(served - _INDEX_TYPES))}",
                 retryable=False,
             )
-
-
-def _unread_scale(section: Section, name: str, type_: str) -> str:
-    """How the weight ``name`` is scaled, in words, where that is not read."""
-    if type_ == "U8" and f"{name}_scale_2" in section.shapes:
-        return "in 4-bit floats (NVFP4)"
-    if not type_.startswith("F8"):
-        return ""
-    scale = section.scale_of(name)
-    rows = section.shapes[name][:1]
-    if f"{name}_scale_inv" in section.shapes or (
-        scale is not None and prod(section.shapes[scale]) not in {1, *rows}
-    ):
-        return "in 8-bit floats scaled block by block (MXFP8 and others)"
-    return ""

@@ -14,7 +14,7 @@ from studio_worker.engine.families.chroma import CHROMA
 from studio_worker.engine.families.family import Blueprint, Family, Part, refused
 from studio_worker.engine.families.flux import FLUX_FAMILIES
 from studio_worker.engine.families.qwen_image import QWEN_FAMILIES
-from studio_worker.engine.families.recognised import recognise
+from studio_worker.engine.families.recognised import packing, recognise
 from studio_worker.engine.families.sd3 import SD3_FAMILIES
 from studio_worker.engine.families.sdxl import SDXL, SDXL_INPAINT, SDXL_V, SDXL_V_ZSNR
 from studio_worker.engine.families.stable_diffusion import SAMPLE, SD1, SD1_INPAINT, SD2, SD2_INPAINT
@@ -58,6 +58,12 @@ def identify(files: Sequence[LocalFile], families: Sequence[Family] = FAMILIES) 
     if wholes > 1:
         raise refused(f"the source names {wholes} files of role model")
     sections = read_sections(files)
+    for each in sections:
+        if words := packing(each):
+            raise refused(
+                f"{each} has its weights in {words}, which is not read here; register it in BF16 or F16, "
+                "in 8-bit floats with one scale for each matrix (ComfyUI's fp8_scaled), or as GGUF"
+            )
     family = next((each for each in families if each.fits(_with_joined(sections, each))), None)
     if family is None:
         raise _unknown(sections, families)

@@ -1,15 +1,18 @@
 """Architectures that are known by their tensors and not served, so that they are refused by name.
 
-Also what a file is where it is no whole model: a VAE, a text encoder, a ControlNet.
+Also what a file is where it is no whole model (a VAE, a text encoder, a ControlNet), and ways to pack weights
+that are not read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from studio_worker.engine.checkpoint import Checkpoint
 from studio_worker.engine.gguf_files import Shape
+from studio_worker.engine.sections import Section
 
 _ATTENTION_KEY = ".transformer_blocks.0.attn2.to_k.weight"
 
@@ -34,6 +37,37 @@ def recognise(checkpoint: Checkpoint) -> str:
         if all(key in shapes for key in candidate.keys) and candidate.fits(shapes):
             return candidate.name
     return ""
+
+
+def packing(section: Section) -> str:
+    """How the weights of a section are packed where that is known and not read, or an empty string."""
+    types, shapes = section.checkpoint.types, section.shapes
+    for name in shapes:
+        for end, words in _PACKINGS.items():
+            if name.endswith(end):
+                return words
+    for name, shape in shapes.items():
+        scale = section.scale_of(name)
+        if types.get(section.prefix + name, "").startswith("F8") and scale is not None:
+            is_float = types.get(section.prefix + scale) in {"F32", "F16", "BF16"}
+            if not is_float or prod(shapes[scale]) not in {1, *shape[:1]}:
+                return _IN_BLOCKS
+    return ""
+
+
+_IN_BLOCKS = "8-bit floats scaled block by block (MXFP8 and others)"
+
+_PACKINGS = {
+    ".weight_scale_2": "4-bit floats (NVFP4)",
+    ".weight_scale_inv": _IN_BLOCKS,
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes' 4-bit floats (NF4)",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes' 4-bit floats (FP4)",
+    ".SCB": "bitsandbytes' 8-bit integers",
+    ".qweight": "packed integers (SVDQuant, GPTQ or AWQ)",
+}
+"""By what tells them: names of what lies beside the weights. Of ComfyUI's comfy/quant_ops.py, bitsandbytes'
+functional.py (QuantState) and nn/modules.py (Linear8bitLt), nunchaku's and AutoGPTQ's layers.
+"""
 
 
 def _channels(count: int) -> Callable[[Mapping[str, Shape]], bool]:
