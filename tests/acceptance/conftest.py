@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,19 @@ def pytest_sessionstart() -> None:
     """The host's tools, on a fresh machine; before anything is collected or built."""
     if shutil.which("systemd-nspawn") is None or shutil.which("mmdebstrap") is None:
         pytest.exit("run it by: make test-deb (it installs what it needs)", 2)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the figures of one of several processes to the one that prints them."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["figures"] = figures.noted()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Take in the figures of a process that has come to its end."""
+    for name, (value, goal) in getattr(node, "workeroutput", {}).get("figures", {}).items():
+        figures.note(name, value, goal)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -255,7 +255,9 @@ class Machine:
         inside += ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
         inside += ["DEBIAN_FRONTEND=noninteractive", "SYSTEMD_PAGER=cat", "SYSTEMD_COLORS=0"]
         if user is not None:
-            inside += ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--"]
+            known = (line.split(":") for line in self.path("/etc/passwd").read_text().splitlines())
+            group = next(fields[3] for fields in known if fields[0] == user)
+            inside += ["setpriv", f"--reuid={user}", f"--regid={group}", "--init-groups", "--"]
         try:
             done = subprocess.run(
                 [*inside, *command], capture_output=True, text=True, timeout=limit_s, input=input, cwd="/"

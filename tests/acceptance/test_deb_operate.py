@@ -22,7 +22,11 @@ def test_operator_sees_and_steers_the_service(box: Box) -> None:
     messages = [json.loads(line)["message"] for line in lines.splitlines()]
     assert "job accepted" in messages
     assert "job done" in messages
-    nobody = box.machine.run("runuser", "-u", "nobody", "--", "studio-worker", "status", check=False)
+    # What the recipes among the package's examples begin with.
+    for selection in ("OUTCOME=done", "OP=job"):
+        found = box.machine.run("journalctl", selection, "--output=cat", "--no-pager").stdout
+        assert job_id in {json.loads(line).get("job_id") for line in found.splitlines()}, selection
+    nobody = box.machine.run("studio-worker", "status", check=False, user="nobody")
     assert nobody.returncode != 0
     assert "sudo" in nobody.stderr
 
@@ -39,10 +43,16 @@ def test_doctor_finds_a_running_box_in_order(box: Box) -> None:
 
 
 def test_metrics_come_by_port_and_by_file(box: Box) -> None:
-    """Prometheus asks on loopback; node_exporter finds the file in its folder, let in by a drop-in."""
+    """Prometheus asks on loopback; node_exporter finds the file in its folder, let in by a drop-in.
+
+    Without the drop-in the start fails, and names it.
+    """
     folder = "/srv/textfiles"
     box.machine.shell(f"mkdir {folder}; chgrp studio-worker {folder}; chmod 2775 {folder}")
     box.configure(metrics={"listen": "127.0.0.1:9464", "textfile": f"{folder}/studio-worker.prom"})
+    assert not box.start(check=False)
+    assert box.show("ExecMainStatus") == "78"
+    assert "give the unit ReadWritePaths= for its folder" in box.tail()
     box.drop_in("[Service]", f"ReadWritePaths={folder}")
     box.start()
     box.await_online()

@@ -17,6 +17,8 @@ from tests.acceptance.machine import Machine
 
 def test_sizes_are_known(debs: Debs) -> None:
     """The worker's package is a fraction of torch's; an upgrade fetches the former alone."""
+    if build_s := os.environ.get("STUDIO_WORKER_BUILD_S"):
+        figures.note("make deb", f"{build_s} s")
     for name, deb in (("studio-worker", debs.worker), ("studio-worker-torch-cpu", debs.torch)):
         packed, unpacked = sizes(deb)
         figures.note(f"size of {name}", f"{packed:.0f} MB, {unpacked:.0f} MB installed")
@@ -98,7 +100,7 @@ def test_piuparts_passes(debs: Debs, base: Path, work: Path) -> None:
         [
             "piuparts", "--existing-chroot", str(chroot), "--distribution=bookworm", "--keep-sources-list",
             "--no-upgrade-test", "--warn-on-debsums-errors", "--tmpdir", str(work), "--no-eatmydata",
-            "--ignore=/var/cache/debconf/tmp.ci",  # apt-utils leaves it
+            "--ignore=/var/cache/debconf/tmp.ci/",  # apt-utils leaves it
             str(debs.worker), str(debs.torch),
         ],
         capture_output=True, text=True,

@@ -178,7 +178,9 @@ def test_picture_is_made_by_torch_inside_the_sandbox(box: Box) -> None:
     box.await_job(job_id, "done")
     with Image.open(io.BytesIO(box.studio.result(job_id))) as picture:
         assert picture.size == (64, 64)
-        assert len(set(picture.convert("RGB").getdata())) > 16
+        colours = picture.convert("RGB").getcolors(64 * 64)
+    assert colours is not None
+    assert len(colours) > 16
     assert box.show("NRestarts") == "0"
     rollup = (Path(f"/proc/{box.host_pid()}") / "smaps_rollup").read_text()
     pss = next(line for line in rollup.splitlines() if line.startswith("Pss:"))
@@ -337,7 +339,7 @@ def test_box_without_network_recovers_by_itself(box: Box) -> None:
         file.answers = [(503, {})] * 10_000
         box.require("late", file.url, file.sha256)
         box.machine.run("systemctl", "start", "--no-block", UNIT)
-        box.machine.await_that("a failed start", lambda: int(box.show("NRestarts")) >= 2, 120)
+        box.machine.await_that("a failed start", lambda: int(box.show("NRestarts")) >= 1, 120)
         limit = (box.show("StartLimitBurst"), box.show("StartLimitIntervalUSec"), box.show("RestartUSec"))
         assert limit == ("10", "1min", "10s")
         file.answers = []
