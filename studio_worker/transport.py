@@ -28,8 +28,8 @@ from studio_worker.request import Address, Session, ask, cause
 
 CHUNK_BYTES = 256 * 1024
 """Measured: larger buffers do not make one connection faster."""
-_GATHER_S = 0.01
-"""So long is waited for more than has arrived: TLS gives 16 KiB at a time, much work in Python."""
+_GATHER_S = 0.02
+"""So long is waited for more than has arrived: waking one of many threads costs more than what it brings."""
 _GATHER_BYTES = 512 * 1024
 """Never more than this, because a connection that is reset loses it."""
 _RECORD_BYTES = 16 * 1024
@@ -106,16 +106,20 @@ class Body(Head):
         super().__init__(name, response)
         self._response = response
         self._wanted = 0
+        self._rate = 0.0
         self._since = time.monotonic()
         self._count = 0
 
     def read(self) -> bytes:
         """What has arrived, ``b""`` at the end. Raises DownloadError where the connection breaks."""
+        if self._wanted and (missing := self._wanted - self.waiting_bytes) > 0:
+            time.sleep(missing / self._rate)  # a wait on the socket would end with the next packet
         chunk = _next_chunk(self._response, self.name, at_once=self._wanted)
         self._count += len(chunk)
         now = time.monotonic()
         if now - self._since > _JUDGED_AFTER_S:
-            expected = int(_GATHER_S * self._count / (now - self._since))
+            self._rate = self._count / (now - self._since)
+            expected = int(_GATHER_S * self._rate)
             self._wanted = min(expected, _GATHER_BYTES) if expected > _RECORD_BYTES else 0
             self._since, self._count = now, 0
         return chunk
