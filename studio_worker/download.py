@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import hashlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -20,17 +21,19 @@ from typing import Any
 
 from studio_worker.attempts import Attempts
 from studio_worker.errors import DownloadCancelled, DownloadError
+from studio_worker.holding import hold, staging_key
 from studio_worker.logs import safe_url
 from studio_worker.models import ModelFile
 from studio_worker.request import Address
 from studio_worker.staging import Progress as Progress
-from studio_worker.staging import Staged, hash_into, hold, staging_key
+from studio_worker.staging import Staged
 from studio_worker.transport import Answer
 from studio_worker.transport import Policy as Policy
 
 log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 0.2
+_READ_BYTES = 1024 * 1024
 
 
 def download_file(
@@ -184,7 +187,11 @@ def hash_file(path: Path, *, progress: Progress | None = None, cancel: threading
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        hash_into(digest, file, _until(cancel or threading.Event(), path.name, progress or _unseen))
+        report = _until(cancel or threading.Event(), path.name, progress or _unseen)
+        total = os.fstat(file.fileno()).st_size
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+            report(file.tell(), total)
     return digest.hexdigest()
 
 

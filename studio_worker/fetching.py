@@ -17,13 +17,13 @@ from pathlib import Path
 from studio_worker.download import Policy, Progress, ensure_file, hash_file
 from studio_worker.errors import DownloadError, StoreError
 from studio_worker.files import fsync_directory, make_folder, own_like_folder
+from studio_worker.holding import staging_key
 from studio_worker.ledger import Ledger, Verified, content_key, file_name, is_verified
 from studio_worker.leftovers import find_staging, remove_staging
 from studio_worker.logs import safe_url
 from studio_worker.models import ModelFile
 from studio_worker.pool import AT_ONCE, Tally, do_all
 from studio_worker.space import Space
-from studio_worker.staging import staging_key
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from studio_worker.errors import StoreError
 from studio_worker.files import make_folder
+from studio_worker.holding import kept_bytes, pending_bytes, staging_key
 from studio_worker.ledger import Ledger, content_key, file_name
 from studio_worker.models import ModelFile
-from studio_worker.staging import kept_bytes, pending_bytes, staging_key
 
 log = logging.getLogger(__name__)
 

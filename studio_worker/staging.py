@@ -1,21 +1,20 @@
 """Bytes on their way: a file and its notes for each download, kept when the process ends before them.
 
-One process at a time holds them; the lock ends with it, however it ends. Decides nothing about when kept
-bytes are of use; refuses to give a file its final name other than by a rename of what is on disk for good.
+Decides nothing about when kept bytes are of use; refuses to give a file its final name other than by a
+rename of what is on disk for good. That one process at a time has them is holding.py's to see to.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -45,7 +44,7 @@ class Origin:
 
 
 class Staged:
-    """The kept bytes of one download, open and locked; made by :func:`hold`.
+    """The kept bytes of one download, open and locked; made by :func:`studio_worker.holding.hold`.
 
     Bytes come one behind the other (:meth:`append`), or, after :meth:`split`, at any place from several
     threads (:meth:`write_at`); then a map on disk says which are there. A note beside them tells their origin
@@ -245,7 +244,7 @@ class Staged:
     def _write_note(self) -> None:
         # No fsync: a note that a power cut takes or tears is one that is not trusted.
         assert self.origin is not None
-        note = {**asdict(self.origin), "boot": boot_id(), "durable": self._durable}
+        note = {**asdict(self.origin), "boot": _boot_id(), "durable": self._durable}
         temporary = self._note.with_suffix(".json.tmp")
         temporary.write_text(json.dumps(note))
         temporary.replace(self._note)
@@ -264,7 +263,7 @@ class Staged:
     def _read_spans(self, size: int, note: dict[str, Any]) -> None:
         assert self.origin is not None
         total = self.origin.total
-        if note["boot"] != boot_id():
+        if note["boot"] != _boot_id():
             self._durable = [(start, min(end, size)) for start, end in note["durable"]]
             if isinstance(total, int):
                 self._spans = Spans(self._durable)
@@ -276,93 +275,9 @@ class Staged:
             self._spans = self._map.spans(size)
 
 
-@contextlib.contextmanager
-def hold(folder: Path, key: str, dest: Path, waiting: Callable[[int], None]) -> Iterator[Staged | None]:
-    """The kept bytes of ``key``, for this process alone; ``None`` = another one has just made them ``dest``.
-
-    Args:
-        waiting: called with the length so far, again and again, while another process holds them; it does
-            the waiting, and may raise to end it.
-    """
-    part = folder / f"{key}.part"
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:
-            continue  # another process has removed the empty folder between the two steps
-        with os.fdopen(descriptor, "r+b", buffering=0) as file:
-            while not _lock(file):
-                waiting(os.fstat(file.fileno()).st_size)
-            if _names(part, file):
-                with contextlib.closing(Staged(part, file)) as staged:
-                    yield staged
-                return
-            if _names(dest, file):
-                yield None
-                return
-
-
-def staging_key(url: str, sha256: str | None) -> str:
-    """What the kept bytes of a download are called: by their content, or where that is unknown by URL."""
-    return sha256 or hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def kept_bytes(folder: Path, key: str) -> int:
-    """How many bytes of ``key`` are on disk already."""
-    try:
-        found = (folder / f"{key}.part").stat()
-        has_gaps = (folder / f"{key}.map").exists()
-        return min(found.st_size, found.st_blocks * 512) if has_gaps else found.st_size
-    except OSError:
-        return 0
-
-
-def pending_bytes(folder: Path, but: Set[str]) -> int:
-    """What the downloads that are under way in ``folder``, ``but`` those keys, have yet to write."""
-    pending = 0
-    for note in folder.glob("*.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            if note.stem not in but and not _is_free(note.with_suffix(".part")):
-                pending += max(0, json.loads(note.read_text())["total"] - kept_bytes(folder, note.stem))
-    return pending
-
-
-def boot_id() -> str:
+def _boot_id() -> str:
     """Changes with every boot of this machine."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
-
-
-def hash_into(digest: hashlib._Hash, file: IO[bytes], progress: Progress) -> int:
-    """Feed the rest of ``file`` to ``digest``; returns how many bytes that were."""
-    total = os.fstat(file.fileno()).st_size
-    done = 0
-    while chunk := file.read(_READ_BYTES):
-        digest.update(chunk)
-        done += len(chunk)
-        progress(done, total)
-    return done
-
-
-def _is_free(part: Path) -> bool:
-    with part.open("rb") as file:
-        return _lock(file)
-
-
-def _lock(file: IO[bytes]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _names(path: Path, file: IO[bytes]) -> bool:
-    """Whether ``path`` is a name of the open ``file`` (its last holder may have renamed or removed it)."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

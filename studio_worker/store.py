@@ -24,12 +24,12 @@ from studio_worker.download import Policy, Progress
 from studio_worker.errors import StoreError
 from studio_worker.fetching import Fetcher
 from studio_worker.files import fsync_directory, make_folder, own_like_folder
+from studio_worker.holding import staging_key
 from studio_worker.ledger import Ledger, Verified, content_key, file_name, is_verified
 from studio_worker.leftovers import find_staging, find_strangers, remove_abandoned, remove_staging
 from studio_worker.models import LocalFile, ModelFile
 from studio_worker.pool import FileWatch, Tally
 from studio_worker.space import SPARE_BYTES, Removal, Space
-from studio_worker.staging import staging_key
 
 log = logging.getLogger(__name__)
 

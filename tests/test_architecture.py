@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "networks",
         "logs notify models lock config_files spans policy pace formats",
         "nodes jobs required settings finished outbox_clock staging request ledger leftovers copying",
-        "snapshot starts control",
+        "snapshot starts control holding",
         "transport",
         "line",
         "ranges",
