@@ -191,7 +191,8 @@ class Staged:
             durable = list(kept)
         os.fdatasync(self._file.fileno())
         with self._lock:
-            if self._spans is kept and self.origin is not None:  # neither renamed nor removed meanwhile
+            # Neither renamed nor removed meanwhile, nor another process's by now.
+            if self._spans is kept and self.origin is not None and not self._file.closed:
                 self._durable = durable
                 self._write_note()
 

@@ -251,6 +251,7 @@ class Store:
             for file in (each for each in wanted if each not in missing):
                 watch.verified(file, self.path(file).stat().st_size)
         if missing:
+            remove_abandoned(self._staging)  # the service may run for months
             self._space.make_room(wanted)
             tally = Tally(missing, progress, reading, watch)
             self._fetcher.fetch(missing, wanted, tally, cancel)

@@ -587,7 +587,9 @@ def test_download_distrusts_kept_bytes_of_another_boot_without_a_hash(
     file = server.serve("/model.bin", BIG)
     leave_part(file, tmp_path / "model.bin", 600_000)
     note = staged(tmp_path).with_suffix(".json")
-    note.write_text(json.dumps(json.loads(note.read_text()) | {"boot": "an earlier one"}))
+    told = json.loads(note.read_text())
+    assert told["boot"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    note.write_text(json.dumps(told | {"boot": "an earlier one"}))
 
     download_file(file.url, tmp_path / "model.bin", policy=QUICK)
 

@@ -354,6 +354,19 @@ def test_old_staging_is_removed_at_the_start_and_young_is_kept(box: Box) -> None
     assert young.exists()
 
 
+def test_old_staging_is_removed_before_something_is_fetched(box: Box) -> None:
+    """A service that runs for months does not keep what nobody goes on with until its next start."""
+    store = box.store()
+    old = box.root / ".staging" / f"{'0' * 64}.part"
+    old.parent.mkdir()
+    old.write_bytes(b"x" * 1000)
+    os.utime(old, (0, 0))
+
+    box.use(store, box.file("a"))
+
+    assert not old.exists()
+
+
 def test_staging_of_a_running_download_is_not_removed(box: Box) -> None:
     """However old its bytes look, a download that a process works on is left alone."""
     store = box.store()
