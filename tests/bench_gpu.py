@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 
 from studio_worker.engine import Request
 from studio_worker.engine.diffusion import DiffusionEngine
-from studio_worker.engine.families.family import Family, Part
+from studio_worker.engine.families.component import Part
+from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.sdxl import SDXL
 from studio_worker.engine.families.z_image import Z_IMAGE
 from studio_worker.engine.loading import empty_model, load_scheduler, load_tokenizer

@@ -19,6 +19,15 @@ settings.register_profile("suite", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("suite")
 
 
+@pytest.fixture(autouse=True)
+def _pictures_are_made_offline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the engine's tests every attempt to reach the network fails."""
+    if request.path.name.startswith("test_engine"):
+        from tests.engine_lab import refuse_network
+
+        refuse_network(monkeypatch)
+
+
 @pytest.fixture
 def studio(tmp_path: Path) -> Iterator[LocalStudio]:
     """A real local studio on a free loopback port, serving the sample model."""

@@ -17,18 +17,13 @@ from studio_worker.engine.sources import Sources
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile
-from tests.engine_lab import SAMPLE, changed_sample, refuse_network, request
+from tests.engine_lab import SAMPLE, changed_sample, request
 
 torch.set_num_threads(1)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from studio_worker.engine.families.chroma import CHROMA, Chroma, chroma
 from studio_worker.engine.families.t5 import T5_TOKENIZER
 from studio_worker.models import LocalFile
 from tests import published
-from tests.engine_lab import encoded, refuse_network, scene
+from tests.engine_lab import encoded, scene
 from tests.flow_models import (
     GUIDANCE,
     HEIGHT,
@@ -80,11 +80,6 @@ class Tiny:
     def pipeline(self, cls: Any) -> Any:
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(str(CHROMA.scheduler))
         return cls(**self.parts, scheduler=scheduler)
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from studio_worker.engine.memory import free_bytes
 from studio_worker.engine.samplers import SAMPLERS
 from studio_worker.errors import DeviceError
 from studio_worker.jobs import Cancel
-from tests.engine_lab import decoded, encoded, refuse_network, request, scene
+from tests.engine_lab import decoded, encoded, request, scene
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -33,11 +33,6 @@ def engine() -> DiffusionEngine:
 @pytest.fixture(scope="module")
 def reference() -> DiffusionEngine:
     return DiffusionEngine("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["text", "picture", "mask"])

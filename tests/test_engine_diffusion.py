@@ -43,7 +43,6 @@ from tests.engine_lab import (
     changed_sample,
     decoded,
     encoded,
-    refuse_network,
     request,
     scene,
 )
@@ -56,11 +55,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 UNET_BIAS = "model.diffusion_model.out.2.bias"
 VAE_BIAS = "first_stage_model.decoder.conv_out.bias"
 TEXT_BIAS = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc2.bias"
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 @pytest.fixture(scope="module")

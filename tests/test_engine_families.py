@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import pickle
 import struct
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf
@@ -31,21 +29,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from studio_worker import sample_model
 from studio_worker.engine.checkpoint import read_checkpoint
 from studio_worker.engine.families import identify
-from studio_worker.engine.families.family import CONFIGS
+from studio_worker.engine.families.component import CONFIGS
 from studio_worker.errors import JobError
 from studio_worker.models import FileRole, LocalFile
-from tests.engine_lab import refuse_network, write_header
-
-
-def ldm_layout() -> ModuleType:
-    """The inverse of diffusers' renaming, from the sample model's training script."""
-    path = Path(__file__).parents[1] / "packaging" / "sample-model" / "ldm_layout.py"
-    spec = importlib.util.spec_from_file_location("ldm_layout", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.engine_lab import write_header
+from tests.tiny_models import ldm_layout
 
 
 def sd1_parts() -> tuple[Any, Any, Any]:
@@ -90,11 +78,6 @@ SD1_KEYS = {
 """Some tensors of the published Stable Diffusion 1.x checkpoints (v1-5-pruned-emaonly), as their headers
 have them.
 """
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 def test_sample_model_is_known() -> None:

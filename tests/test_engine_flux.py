@@ -33,7 +33,7 @@ from studio_worker.engine.families.t5 import T5_TOKENIZER
 from studio_worker.engine.placement import Mode
 from studio_worker.errors import JobError
 from studio_worker.models import FileRole, LocalFile
-from tests.engine_lab import encoded, refuse_network, scene
+from tests.engine_lab import encoded, scene
 from tests.flow_models import (
     CLIP,
     DEFAULTS,
@@ -106,11 +106,6 @@ class Tiny:
 
     def pipeline(self, cls: Any) -> Any:
         return cls(**self.parts, scheduler=FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config))
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from studio_worker.engine.samplers import make_scheduler
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile
-from tests.engine_lab import PROMPT, SAMPLE, decoded, refuse_network, request, write_header
+from tests.engine_lab import PROMPT, SAMPLE, decoded, request, write_header
 from tests.tiny_z_image import Tiny, text_encoder_file, tiny_z_image, transformer_file, vae_file
 
 torch.set_num_threads(1)
@@ -27,11 +27,6 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 RANK, ALPHA = 4, 2.0
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from studio_worker.engine.residency import Key, Place, Residency
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile, ModelSource
-from tests.engine_lab import SAMPLE, SMALL, changed_sample, encoded, refuse_network, request, scene
+from tests.engine_lab import SAMPLE, SMALL, changed_sample, encoded, request, scene
 
 torch.set_num_threads(1)
 
@@ -38,11 +38,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 CPU = torch.device("cpu")
 GIB = 2**30
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 class Fake:

@@ -11,7 +11,8 @@ import torch
 
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.chroma import CHROMA
-from studio_worker.engine.families.family import Family, Part
+from studio_worker.engine.families.component import Part
+from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.flux import FLUX_DEV, FLUX_FILL, FLUX_SCHNELL
 from studio_worker.engine.families.qwen_image import QWEN_IMAGE
 from studio_worker.engine.families.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
@@ -19,13 +20,8 @@ from studio_worker.engine.loading import empty_model, load_tokenizer
 from studio_worker.engine.sections import read_sections
 from studio_worker.errors import JobError
 from studio_worker.models import FileRole, LocalFile
-from tests.engine_lab import refuse_network, write_header
+from tests.engine_lab import write_header
 from tests.published import Shapes, chroma, flux1, qwen25_vl, qwen_image, sd3, t5_xxl
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

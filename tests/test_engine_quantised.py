@@ -16,7 +16,6 @@ from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory import weight_bytes
 from studio_worker.engine.sections import read_sections
 from studio_worker.models import LocalFile
-from tests.engine_lab import refuse_network
 from tests.flow_models import T5, config, drawn
 from tests.quantising import Kind, dequantised, llama_cpp, widened, write_eight_bit, write_gguf
 from tests.tiny_models import prefixed
@@ -25,11 +24,6 @@ from tests.tiny_z_image import Tiny, gguf_files, original_transformer, tiny_z_im
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 @pytest.fixture(scope="module")

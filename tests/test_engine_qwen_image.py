@@ -32,7 +32,7 @@ from studio_worker.engine.qwen_vl import PictureProcessor
 from studio_worker.engine.rendering import Starting
 from studio_worker.errors import JobError
 from studio_worker.models import LocalFile
-from tests.engine_lab import decoded, encoded, refuse_network, scene
+from tests.engine_lab import decoded, encoded, scene
 from tests.flow_models import (
     DEFAULTS,
     GUIDANCE,
@@ -124,11 +124,6 @@ class Tiny:
             "tokenizer": self.tokenizer,
             "scheduler": FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config),
         }
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.sd3 import SD35_LARGE, Folders, StableDiffusion3, sd3
 from studio_worker.engine.families.t5 import T5_TOKENIZER
 from studio_worker.models import LocalFile
-from tests.engine_lab import encoded, refuse_network, scene
+from tests.engine_lab import encoded, scene
 from tests.flow_models import (
     CLIP,
     GUIDANCE,
@@ -95,11 +95,6 @@ class Tiny:
     def pipeline(self, cls: Any = StableDiffusion3Pipeline, **other: Any) -> Any:
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(str(SD35_LARGE.scheduler))
         return cls(**self.parts | other, scheduler=scheduler)
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from studio_worker.engine.sections import read_sections
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
 from studio_worker.models import FileRole, LocalFile
-from tests.engine_lab import SAMPLE, changed_sample, refuse_network, request
+from tests.engine_lab import SAMPLE, changed_sample, request
 
 torch.set_num_threads(1)
 
@@ -29,11 +29,6 @@ PREFIXES = {
     "vae": "first_stage_model.",
     "text-encoder": "cond_stage_model.transformer.",
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 @pytest.fixture(scope="module")

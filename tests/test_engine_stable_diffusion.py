@@ -21,7 +21,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import FAMILIES, identify
-from studio_worker.engine.families.family import CONFIGS, Family
+from studio_worker.engine.families.component import CONFIGS
+from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.sdxl import SDXL, Folders, sdxl
 from studio_worker.engine.families.stable_diffusion import (
     INPAINTING,
@@ -36,7 +37,7 @@ from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
 from tests import tiny_models
-from tests.engine_lab import decoded, encoded, refuse_network, request, scene, write_header
+from tests.engine_lab import decoded, encoded, request, scene, write_header
 from tests.quantising import DECODING, Q8, dequantised, write_gguf
 
 torch.set_num_threads(1)
@@ -56,11 +57,6 @@ UNET_SIZE: dict[str, Any] = {
     "use_linear_projection": True,
     "sample_size": 64,
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
 from studio_worker.models import LocalFile
 from tests import tiny_models
-from tests.engine_lab import decoded, encoded, refuse_network, request, scene, write_header
+from tests.engine_lab import decoded, encoded, request, scene, write_header
 from tests.quantising import DECODING, Q4, Q8, Kind, dequantised, write_eight_bit, write_gguf
 from tests.tiny_z_image import (
     PREFIX,
@@ -48,11 +48,6 @@ from tests.tiny_z_image import (
 )
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_network(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from studio_worker.engine.families.family import Tokenizer
+from studio_worker.engine.families.component import Tokenizer
 from studio_worker.models import FileRole, LocalFile
 
 State = Mapping[str, torch.Tensor]

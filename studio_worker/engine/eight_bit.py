@@ -60,15 +60,20 @@ class EightBitMatrix(torch.Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        given = [each for arg in args for each in (arg if isinstance(arg, list | tuple) else [arg])]
+        named = dict(kwargs or {})
+        given = [
+            each
+            for arg in (*args, *named.values())
+            for each in (arg if isinstance(arg, list | tuple) else [arg])
+        ]
         first, *rest = [each for each in given if isinstance(each, EightBitMatrix)]
         alike = all((each.stored_as, each.scale) == (first.stored_as, first.scale) for each in rest)
         tensors = sum(isinstance(each, torch.Tensor) for each in given)
         joins = func.__name__ == "cat" and alike and tensors == 1 + len(rest)
         with torch._C.DisableTorchFunctionSubclass():
             if not joins and func.__name__ not in _MOVES:
-                return func(*(_numbers(arg) for arg in args), **kwargs or {})
-            found = func(*args, **kwargs or {})
+                return func(*map(_numbers, args), **{name: _numbers(arg) for name, arg in named.items()})
+            found = func(*args, **named)
         if isinstance(found, torch.Tensor):
             return cls._wrap(found, first.stored_as, first.scale)
         if isinstance(found, list | tuple) and found and isinstance(found[0], torch.Tensor):
@@ -91,9 +96,8 @@ def widened(data: torch.Tensor, stored_as: torch.dtype, scale: float, dtype: tor
 class EightBitLinear(nn.Linear):
     """A linear layer whose matrix is an :class:`EightBitMatrix`. ``weight`` is its bytes."""
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        self._dtype = dtype
         self._stored_as, self._scale = torch.float8_e4m3fn, 1.0
 
     def hold(self, matrix: EightBitMatrix, device: torch.device) -> None:
@@ -105,13 +109,11 @@ class EightBitLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See torch."""
-        weight = widened(self.weight, self._stored_as, self._scale, self._dtype)
+        weight = widened(self.weight, self._stored_as, self._scale, input.dtype)
         return nn.functional.linear(input, weight, self.bias)
 
 
-def use_eight_bit_linears(
-    model: nn.Module, tensors: Mapping[str, Any], dtype: torch.dtype, keep: Callable[[str], bool]
-) -> None:
+def use_eight_bit_linears(model: nn.Module, tensors: Mapping[str, Any], keep: Callable[[str], bool]) -> None:
     """Let the linear layers of ``model`` whose matrices are 8-bit in ``tensors`` compute with them as such.
 
     Args:
@@ -121,4 +123,4 @@ def use_eight_bit_linears(
         matrix = f"{name}.weight"
         if type(layer) is nn.Linear and isinstance(tensors.get(matrix), EightBitMatrix) and not keep(matrix):
             owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, EightBitLinear(layer, dtype))
+            setattr(model.get_submodule(owner), attribute, EightBitLinear(layer))

@@ -19,7 +19,8 @@ from accelerate import init_empty_weights
 from diffusers.quantizers.gguf.utils import GGUFParameter, _replace_with_gguf_linear
 
 from studio_worker.engine.eight_bit import EightBitLinear, use_eight_bit_linears
-from studio_worker.engine.families.family import Family, Part, Tensors, Tokenizer, read_json, refused
+from studio_worker.engine.families.component import Part, Tensors, Tokenizer, read_json
+from studio_worker.engine.families.family import Family, refused
 from studio_worker.engine.faults import is_device_lost, is_exhausted
 from studio_worker.engine.sections import Section
 from studio_worker.engine.weights import dequantised, read_tensors
@@ -126,7 +127,7 @@ def _fill(
     _check_names_and_shapes(wanted, tensors, section, part)
     keep = _kept_in_single_precision(model, dtype)
     _replace_with_gguf_linear(model, dtype, tensors)
-    use_eight_bit_linears(model, tensors, dtype, keep)
+    use_eight_bit_linears(model, tensors, keep)
     for name in wanted:
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)

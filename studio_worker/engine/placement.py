@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from studio_worker.engine.families.family import Blueprint, read_json
+from studio_worker.engine.families.component import read_json
+from studio_worker.engine.families.family import Blueprint
 from studio_worker.errors import JobError
 
 _DENOISER_BYTES_PER_PIXEL = 600

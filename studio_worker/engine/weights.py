@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from studio_worker.engine.checkpoint import Checkpoint
 from studio_worker.engine.eight_bit import EightBitMatrix
-from studio_worker.engine.families.family import Tensors
+from studio_worker.engine.families.component import Tensors
 from studio_worker.engine.gguf_files import DAMAGE, open_gguf
 from studio_worker.engine.sections import Section
 from studio_worker.errors import JobError

@@ -11,7 +11,8 @@ import re
 from collections.abc import Sequence
 
 from studio_worker.engine.families.chroma import CHROMA
-from studio_worker.engine.families.family import Blueprint, Family, Part, refused
+from studio_worker.engine.families.component import Part
+from studio_worker.engine.families.family import Blueprint, Family, refused
 from studio_worker.engine.families.flux import FLUX_FAMILIES
 from studio_worker.engine.families.qwen_image import QWEN_FAMILIES
 from studio_worker.engine.families.recognised import packing, recognise
@@ -24,7 +25,7 @@ from studio_worker.errors import JobError
 from studio_worker.models import LocalFile
 
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
-"""How Hugging Face's libraries name the files of a component that is saved in several."""
+"""How Hugging Face's libraries, and llama.cpp's, name the files of a component that is saved in several."""
 
 FAMILIES: tuple[Family, ...] = (
     SD1,
@@ -110,7 +111,11 @@ def _missing(family: Family, part: Part, sections: Sequence[Section]) -> JobErro
         return refused(f"{need}; the source brings none")
     found = "; ".join(f"{each} is not it: {part.why_not(each)}" for each in near)
     if shard := next((match for each in near if (match := _SHARD.search(each.file.path.name))), None):
-        found += f"; it is published in {int(shard[1])} files: register all of them with this role"
+        found += f"; it is published in {int(shard[1])} files: " + (
+            "register one in a single file, which llama-gguf-split --merge makes of them"
+            if near[0].checkpoint.format == "gguf"
+            else "register all of them with this role"
+        )
     return refused(f"{need}; {found}")
 
 

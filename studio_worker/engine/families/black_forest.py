@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from studio_worker.engine.families.family import Tensors
+from studio_worker.engine.families.component import Tensors
 
 _ATTENTION = ("to_q", "to_k", "to_v")
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from studio_worker.engine.families.black_forest import from_black_forest
-from studio_worker.engine.families.family import CONFIGS, Family, Layout, Part, Pipelines, read_json, refused
+from studio_worker.engine.families.component import CONFIGS, Layout, Part, read_json
+from studio_worker.engine.families.family import Family, Pipelines, refused
 from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae
 from studio_worker.engine.families.t5 import T5_TOKENIZER, t5
 from studio_worker.engine.parameters import EngineDefaults, Parameters

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine.families.family import Layout, Part, Tensors, Tokenizer, read_json
+from studio_worker.engine.families.component import Layout, Part, Tensors, Tokenizer, read_json
 
 _UNET = "model.diffusion_model."
 """diffusers' conversion of UNets wants the names of a whole checkpoint."""

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from studio_worker.engine.families.family import CONFIGS, Layout, Part, Tensors, Tokenizer, read_json
+from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, Tokenizer, read_json
 
 if TYPE_CHECKING:
     import torch

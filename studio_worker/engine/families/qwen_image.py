@@ -7,17 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine.families.family import (
-    CONFIGS,
-    Family,
-    JobKind,
-    Layout,
-    Part,
-    Pipelines,
-    Tensors,
-    read_json,
-    refused,
-)
+from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, read_json
+from studio_worker.engine.families.family import Family, JobKind, Pipelines, refused
 from studio_worker.engine.families.qwen import QWEN_TOKENIZER, qwen25_language, qwen25_vision
 from studio_worker.engine.parameters import EngineDefaults, Parameters
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine.families.family import CONFIGS, Family, Layout, Part, Pipelines, Tensors, read_json
+from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, read_json
+from studio_worker.engine.families.family import Family, Pipelines
 from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae
 from studio_worker.engine.families.t5 import T5_TOKENIZER, t5
 from studio_worker.engine.parameters import EngineDefaults, Parameters

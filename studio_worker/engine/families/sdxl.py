@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from studio_worker.engine.families import clip_prompts
-from studio_worker.engine.families.family import CONFIGS, Family, Pipelines, Tokenizer
+from studio_worker.engine.families.component import CONFIGS, Tokenizer
+from studio_worker.engine.families.family import Family, Pipelines
 from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae, unet
 from studio_worker.engine.parameters import EngineDefaults, Parameters
 from studio_worker.engine.sections import Section

@@ -13,7 +13,8 @@ from typing import Any
 
 from studio_worker import sample_model
 from studio_worker.engine.families import clip_prompts
-from studio_worker.engine.families.family import CONFIGS, Family, Pipelines
+from studio_worker.engine.families.component import CONFIGS
+from studio_worker.engine.families.family import Family, Pipelines
 from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae, unet
 from studio_worker.engine.parameters import Parameters
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine.families.family import CONFIGS, Layout, Part, Tensors, Tokenizer, read_json
+from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, Tokenizer, read_json
 
 T5_TOKENIZER = Tokenizer("T5Tokenizer", CONFIGS / "t5" / "tokenizer", 32_100)
 """32,000 pieces and 100 sentinels; the model's embedding has more rows, which nothing uses."""

@@ -14,16 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine.families.family import (
-    CONFIGS,
-    Family,
-    Layout,
-    Part,
-    Pipelines,
-    Tensors,
-    Tokenizer,
-    read_json,
-)
+from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, Tokenizer, read_json
+from studio_worker.engine.families.family import Family, Pipelines
 from studio_worker.engine.families.parts import kl_vae
 from studio_worker.engine.families.qwen import QWEN_TOKENIZER, qwen3
 from studio_worker.engine.parameters import EngineDefaults, Parameters
