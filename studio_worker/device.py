@@ -138,15 +138,22 @@ def _check(cuda: ctypes.CDLL, status: int, doing: str) -> None:
 
 
 def probe(
-    name: str, *, timeout_s: float = PROBE_TIMEOUT_S, stop: threading.Event | None = None
+    name: str,
+    *,
+    compiles: bool = False,
+    timeout_s: float = PROBE_TIMEOUT_S,
+    stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Have torch compute on the device ``name`` (``cpu``, ``cuda:0``), in a process that may hang or crash.
 
     Returns the facts that :mod:`studio_worker.engine.probe` lists; ``ok`` and ``error`` are always there.
     With ``stop`` set it gives up at once, with ``ok`` false.
+
+    Args:
+        compiles: whether torch must be able to compile for it, too.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "studio_worker.engine.probe", name],
+        [sys.executable, "-m", "studio_worker.engine.probe", name, *(["--compile"] if compiles else [])],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -135,7 +135,7 @@ class Service:
         self._reloader = Reloader(directory, loaded, policy, self._notifier, self._line, self._adopt)
         shipping = logs.ShippingBuffer()
         logging.getLogger().addHandler(shipping)
-        self._engines = default_router(self._device.name)
+        self._engines = default_router(self._device.name, compiles=settings.worker.compile)
         self._store = open_store(loaded, policy)
         self._later = LaterProvision(self._store, self._note_provision)
         self._in_hand = JobInHand(settings.state.dir / "spool")
@@ -283,12 +283,13 @@ class Service:
         return True
 
     def _try_device(self) -> None:
-        """Raises DeviceError where torch cannot compute on the GPU, so that READY is never said of one."""
-        if not self._device.is_gpu:
+        """Raises DeviceError where torch cannot compute on the device, so that READY is never said of one."""
+        compiles = self._settings.worker.compile
+        if not self._device.is_gpu and not compiles:
             return
         self._notifier.status(f"trying out {self._device.name}")
         self._notifier.extend_timeout()
-        facts = probe(self._device.name, stop=self._stop)
+        facts = probe(self._device.name, compiles=compiles, stop=self._stop)
         if not facts["ok"]:
             raise DeviceError(facts["error"])
         log.info("device tried out", extra={"op": "device", **facts})

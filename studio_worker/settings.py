@@ -76,6 +76,7 @@ class WorkerSection(_Section):
     step_timeout_s: float = Field(default=300.0, gt=0)
     stop_timeout_s: float = Field(default=240.0, gt=0, le=86_400)
     preload: bool = False
+    compile: bool = False
 
 
 class ModelsSection(_Section):

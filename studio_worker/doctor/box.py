@@ -111,7 +111,8 @@ def check_compute(box: Box) -> Result:
         device = box.service.device
         return ok(f"the running service uses {device.name}, {show_bytes(device.used_bytes or 0)} in use")
     device_found = find_device(box.config.settings.worker.device)
-    facts = probe(device_found.name, timeout_s=PROBE_LIMIT_S - 5)
+    compiles = box.config.settings.worker.compile
+    facts = probe(device_found.name, compiles=compiles, timeout_s=PROBE_LIMIT_S - 5)
     if not facts["ok"]:
         problem, _, cure = str(facts["error"]).rpartition("; ")
         return failure(problem or cure, cure)

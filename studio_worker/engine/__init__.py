@@ -183,13 +183,15 @@ class Router:
         return next((engine for engine in self.made() if isinstance(engine, KeepsModels)), None)
 
 
-def default_router(device: str) -> Router:
-    """The engines of this package for a torch device such as ``cpu`` or ``cuda:0``."""
+def default_router(device: str, *, compiles: bool = False) -> Router:
+    """The engines of this package for a torch device such as ``cpu`` or ``cuda:0``; ``compiles`` as of
+    :class:`DiffusionEngine`.
+    """
 
     def diffusion() -> Engine:
         from studio_worker.engine.diffusion import DiffusionEngine
 
-        return DiffusionEngine(device)
+        return DiffusionEngine(device, compiles=compiles)
 
     def synthetic() -> Engine:
         from studio_worker.engine.synthetic import SyntheticEngine

@@ -59,6 +59,7 @@ class DiffusionEngine:
             half of what is free.
         families: the model families that it serves.
         memory: what there is to decide with; by default this machine's.
+        compiles: whether denoisers are compiled (compiling.py).
 
     Raises:
         DeviceError: torch cannot use ``device``.
@@ -70,6 +71,8 @@ class DiffusionEngine:
         budget_bytes: int | None = None,
         families: Sequence[Family] = FAMILIES,
         memory: Memory | None = None,
+        *,
+        compiles: bool = False,
     ) -> None:
         _silence_libraries()
         self._device = usable_device(device)
@@ -77,7 +80,7 @@ class DiffusionEngine:
         self._adapters = Adapters()
         self._memory = memory or MachineMemory(self._device)
         self._residency = Residency(self._device, self._memory, budget_bytes)
-        self._loader = Loader(self._device, self._memory, self._residency)
+        self._loader = Loader(self._device, self._memory, self._residency, compiles=compiles)
 
     def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
         """See :meth:`studio_worker.engine.Engine.generate`."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from studio_worker.engine.compiling import compile_blocks
 from studio_worker.engine.families.family import Blueprint
 from studio_worker.engine.loading import load_part, weights_dtype
 from studio_worker.engine.loras import Lora
@@ -28,11 +29,14 @@ _LOG = logging.getLogger(__name__)
 class Loader:
     """Loads models for one device. For one thread."""
 
-    def __init__(self, device: torch.device, memory: Memory, residency: Residency) -> None:
+    def __init__(
+        self, device: torch.device, memory: Memory, residency: Residency, *, compiles: bool = False
+    ) -> None:
         self._device = device
         self._memory = memory
         self._residency = residency
         self._prompts = PromptCache()
+        self._compiles = compiles
 
     def footprint(self, blueprint: Blueprint, pixels: int, *, is_edit: bool = False) -> Footprint:
         """What a picture of so many pixels needs, from the files' headers."""
@@ -101,6 +105,8 @@ class Loader:
                 raise JobCancelled
             where = self._device if place is Place.DEVICE else torch.device("cpu")
             component = load_part(family.parts[part], blueprint.sections[part], where, dtype)
+            if self._compiles and part == family.denoiser:
+                compile_blocks(component)
             residency.add(keys[part], component, place)
             parts[part] = component
         residency.name(name, keys.values())

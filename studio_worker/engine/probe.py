@@ -35,11 +35,13 @@ MIN_FREE_BYTES = 1 << 30
 """Less than this and not even the CUDA context, its libraries and the smallest model fit."""
 
 
-def probe(name: str) -> dict[str, Any]:
-    """The facts that the module's docstring lists, found by using ``name`` (``cpu``, ``cuda:0``)."""
+def probe(name: str, *, compiles: bool = False) -> dict[str, Any]:
+    """The facts that the module's docstring lists, found by using ``name`` (``cpu``, ``cuda:0``); with
+    ``compiles`` torch must be able to compile for it.
+    """
     facts: dict[str, Any] = {"device": name, "ok": False, "error": "", "torch": ""}
     try:
-        _try_out(name, facts)
+        _try_out(name, facts, compiles=compiles)
     except DeviceError as error:
         facts["error"] = " ".join(str(error).split())
     # A library that is half installed, or a driver that is half gone, fails in ways that nobody has listed.
@@ -52,7 +54,7 @@ def probe(name: str) -> dict[str, Any]:
     return facts
 
 
-def _try_out(name: str, facts: dict[str, Any]) -> None:
+def _try_out(name: str, facts: dict[str, Any], *, compiles: bool) -> None:
     import torch
 
     from studio_worker.engine.faults import usable_device
@@ -72,6 +74,10 @@ def _try_out(name: str, facts: dict[str, Any]) -> None:
     computed = float((convolved.reshape(1, 1) @ convolved.reshape(1, 1)).cpu())
     if computed != 64.0 * 64.0:
         raise DeviceError(f"{name} computes wrong numbers ({computed:g} for 4096); test it, it may be broken")
+    if compiles:
+        from studio_worker.engine.compiling import try_out
+
+        try_out(device)
 
 
 def _look_at_memory(device: torch.device, facts: dict[str, Any]) -> None:
@@ -93,7 +99,8 @@ def _look_at_memory(device: torch.device, facts: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    facts = probe(sys.argv[1] if len(sys.argv) > 1 else "")
+    words = sys.argv[1:]
+    facts = probe(words[0] if words else "", compiles="--compile" in words)
     print(json.dumps(facts), flush=True)
     return os.EX_OK if facts["ok"] else DeviceError.exit_status
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from studio_worker.engine import Progress
+from studio_worker.engine.compiling import compiled
 from studio_worker.engine.families.family import Family, JobKind
 from studio_worker.engine.loading import load_scheduler, load_tokenizer
 from studio_worker.engine.offloading import placed
@@ -82,6 +83,7 @@ class LoadedModel:
         self._family = family
         self._plan = plan
         self._device = device
+        self._denoiser = parts[family.denoiser]
         self._shipped = family.schedule(load_scheduler(family), parts)
         tokenizers = {name: load_tokenizer(each) for name, each in family.tokenizers.items()}
         self._components = family.assemble({**parts, **tokenizers, "scheduler": self._shipped})
@@ -116,7 +118,10 @@ class LoadedModel:
 
         pictures = self._pictures(pipeline, parameters, starting)
         prepared = family.prepare(pipeline, parameters)
-        with placed(pipeline, self._plan, self._device):
+        with (
+            placed(pipeline, self._plan, self._device),
+            compiled(self._denoiser, is_offloaded=self._plan.mode is not Mode.WHOLE) as is_compiled,
+        ):
             latents = pipeline(
                 num_inference_steps=parameters.steps,
                 generator=generator,
@@ -131,6 +136,8 @@ class LoadedModel:
         facts: dict[str, Any] = {"scheduler": type(pipeline.scheduler).__name__}
         if family.flow and parameters.flow_shift is not None:
             facts["flowShift"] = parameters.flow_shift
+        if is_compiled:
+            facts["compiled"] = True
         if self._plan.mode is not Mode.WHOLE:
             facts["offload"] = self._plan.mode.value
         if self._plan.tiled:

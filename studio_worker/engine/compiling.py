@@ -1,0 +1,82 @@
+"""``[worker] compile``: the repeated blocks of denoisers, compiled by torch where that is of use.
+
+Compiled once for a class of blocks, not once for a model of dozens of them (diffusers' regional compilation).
+What was compiled is kept in ``$TORCHINDUCTOR_CACHE_DIR`` for the next start. Left as they are: quantised
+blocks, and classes in which diffusers names none. Jobs with LoRAs and with offload run the blocks uncompiled:
+adapters and hooks inside them would have to be compiled for every job anew. Where torch fails to compile
+something it runs it uncompiled; whether it can compile at all is tried out before READY (probe.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakSet
+
+import torch
+from diffusers.quantizers.gguf.utils import GGUFParameter
+
+from studio_worker.errors import DeviceError
+
+_LOG = logging.getLogger(__name__)
+
+_KINDS = 64
+"""How many compiled variants of one class of blocks are kept: several models of it, at several sizes each."""
+
+_COMPILED: WeakSet[torch.nn.Module] = WeakSet()
+
+
+def compile_blocks(denoiser: torch.nn.Module) -> None:
+    """Have the repeated blocks of ``denoiser`` compiled when they are first used, if they can be."""
+    blocks = getattr(denoiser, "_repeated_blocks", None)
+    is_quantised = any(isinstance(each, GGUFParameter) for each in denoiser.parameters())
+    if not blocks or is_quantised:
+        reason = "quantised" if is_quantised else "no repeated blocks"
+        _LOG.info("denoiser not compiled", extra={"component": type(denoiser).__name__, "reason": reason})
+        return
+    _settle()
+    denoiser.compile_repeated_blocks()  # type: ignore[operator]
+    _COMPILED.add(denoiser)
+
+
+@contextmanager
+def compiled(denoiser: torch.nn.Module | None, *, is_offloaded: bool) -> Iterator[bool]:
+    """Inside, the blocks of ``denoiser`` run compiled where they were and may be; gives whether they do."""
+    if denoiser not in _COMPILED:
+        yield False
+    elif is_offloaded or getattr(denoiser, "peft_config", None):
+        with torch.compiler.set_stance("force_eager"):
+            yield False
+    else:
+        yield True
+
+
+def try_out(device: torch.device) -> None:
+    """
+    Raises:
+        DeviceError: torch cannot compile for ``device`` on this machine; the text names the cure.
+    """
+    _settle(hides_errors=False)
+    with tempfile.TemporaryDirectory() as folder:  # nothing that was compiled before must help
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        try:
+            computed = torch.compile(lambda x: (x * 2 + 1).relu())(torch.ones(64, device=device))
+            if float(computed.sum()) != 3 * 64.0:
+                raise RuntimeError("compiled code computes wrong numbers")
+        except Exception as error:  # a compiler, Triton, dlopen: each has errors of its own
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise DeviceError(
+                f"[worker] compile is on and torch cannot compile for {device} ({problem}); "
+                "apt install g++ python3-dev, or set compile = false"
+            ) from error
+
+
+def _settle(*, hides_errors: bool = True) -> None:
+    # Private names, but the only ones: torch documents these settings under them.
+    torch._dynamo.config.suppress_errors = hides_errors
+    torch._dynamo.config.recompile_limit = _KINDS
+    # Else processes that compile stay beside the service for as long as it runs, with torch in each.
+    torch._inductor.config.compile_threads = 1
