@@ -42,7 +42,7 @@ share of the scale the offset is where the numbers lie around 0.
 
 Q8, Q4 = Kind.Q8_0, Kind.Q4_0
 
-DECODING = 1.0
+DECODING = 0.2
 """By how many grey levels a picture may differ, on average, from that of the numbers that its files decode
 to. Decoding in half precision, as diffusers does, is what makes the difference.
 """

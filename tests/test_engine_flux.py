@@ -305,14 +305,17 @@ def eight_bit_denoiser(tiny: Tiny) -> LocalFile:
     return write_eight_bit(tiny.folder / "fp8.safetensors", "diffusion-model", tensors)
 
 
-def test_eight_bit_denoiser_makes_the_picture_of_its_numbers(
+def test_eight_bit_floats_make_the_picture_of_their_numbers(
     tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...]
 ) -> None:
-    """A denoiser in scaled 8-bit floats, whose fused matrices are taken apart, makes the picture of the very
-    numbers that it has, pixel for pixel.
+    """A denoiser in scaled 8-bit floats, whose fused matrices are taken apart, and T5 as
+    ``t5xxl_fp8_e4m3fn_scaled`` make the picture of the very numbers that they have, pixel for pixel.
     """
-    file = eight_bit_denoiser(tinies["dev"])
-    assert same(make(engine, [file, *shared_files]), make(engine, [widened(file), *shared_files]))
+    tiny = tinies["dev"]
+    clip, _, vae = shared_files
+    t5 = write_eight_bit(tiny.folder / "t5-fp8.safetensors", "text-encoder", t5xxl(tiny))
+    files = [eight_bit_denoiser(tiny), t5]
+    assert same(make(engine, [*files, clip, vae]), make(engine, [*map(widened, files), clip, vae]))
 
 
 def test_shards_of_a_text_encoder_are_one(
