@@ -1,9 +1,9 @@
 """The rest of one file over several connections at once, written in place, hashed in order behind them.
 
 Owns the pieces: who fetches what, who takes over what is slow. How many connections there are is pace.py's
-to say; what one of them does is line.py's. A thread of its own reads what has arrived back from the page
-cache and hashes it; memory does not grow with the file. Knows nothing of tries and delays: raises when no
-connection brings anything, with everything that came kept.
+to say; what one of them does is line.py's. A thread of its own hashes what has arrived, from memory where
+it is the next, from the page cache where it came before its turn; memory does not grow with the file. Knows
+nothing of tries and delays: raises when no connection brings anything, with everything that came kept.
 """
 
 from __future__ import annotations
