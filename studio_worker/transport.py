@@ -112,8 +112,9 @@ class Body(Head):
 
     def read(self) -> bytes:
         """What has arrived, ``b""`` at the end. Raises DownloadError where the connection breaks."""
-        if self._wanted and (missing := self._wanted - self.waiting_bytes) > 0:
-            time.sleep(missing / self._rate)  # a wait on the socket would end with the next packet
+        if 0 < self._wanted < _GATHER_BYTES and (missing := self._wanted - self.waiting_bytes) > 0:
+            # A wait on the socket would end with the next packet. Never where it is fast: that would slow it.
+            time.sleep(missing / self._rate)
         chunk = _next_chunk(self._response, self.name, at_once=self._wanted)
         self._count += len(chunk)
         now = time.monotonic()
