@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from studio_worker.device import probe
+from studio_worker.engine import compiling
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile
@@ -57,6 +58,25 @@ def test_compiled_blocks_make_the_same_picture(tmp_path: Path) -> None:
     assert "compiled" not in offloaded.meta
     assert offloaded.data == expected.data
     assert made(compiling).data == found.data
+
+
+@needs_compiler
+def test_compiler_that_fails_later_costs_no_picture(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A compiler that is gone after the start: the picture is the uncompiled one, and one line says why."""
+    monkeypatch.setattr(compiling._WARNINGS, "has_failed", False)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/bin/false",))
+    torch.compiler.reset()
+    engine = DiffusionEngine("cpu", compiles=True)
+    expected = made(DiffusionEngine("cpu")).data
+    assert made(engine).data == expected
+    found = [r.__dict__ for r in caplog.records if r.name == "studio_worker.engine.compiling"]
+    assert {line["message"] for line in found} == {"a block runs uncompiled"}
+    assert all(line["levelname"] == "WARNING" and "\n" not in line["error"] for line in found)
+    second = made(engine)
+    assert (second.data, "compiled" in second.meta) == (expected, False)
+    torch.compiler.reset()
 
 
 @needs_compiler

@@ -3,14 +3,15 @@
 Compiled once for a class of blocks, not once for a model of dozens of them (diffusers' regional compilation).
 What was compiled is kept in ``$TORCHINDUCTOR_CACHE_DIR`` for the next start. Left as they are: quantised
 blocks, and classes in which diffusers names none. Jobs with LoRAs and with offload run the blocks uncompiled:
-adapters and hooks inside them would have to be compiled for every job anew. Where torch fails to compile
-something it runs it uncompiled; whether it can compile at all is tried out before READY (probe.py).
+adapters and hooks inside them would have to be compiled for every job anew. Whether torch can compile at all
+is tried out before READY (probe.py); where it fails later, a warning says so and everything runs uncompiled.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,24 @@ _KINDS = 64
 _COMPILED: WeakSet[torch.nn.Module] = WeakSet()
 
 
+class _Warnings(logging.Handler):
+    """torch's pages of text about what it could not compile, as one line of ours each."""
+
+    has_failed = False
+    """Whether something could not be compiled. (That too many variants were asked for is another warning.)"""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lines = record.getMessage().splitlines()
+        if "WON'T CONVERT" in lines[0]:
+            self.has_failed = True
+        # A traceback's last lines begin with the error's name; what follows it may be the compiler's output.
+        told = next((line for line in lines if re.match(r"[\w.]+(Error|Exception|Failed)\b", line)), lines[0])
+        _LOG.warning("a block runs uncompiled", extra={"op": "compile", "error": told[:300]})
+
+
+_WARNINGS = _Warnings(logging.WARNING)
+
+
 def compile_blocks(denoiser: torch.nn.Module) -> None:
     """Have the repeated blocks of ``denoiser`` compiled when they are first used, if they can be."""
     blocks = getattr(denoiser, "_repeated_blocks", None)
@@ -44,10 +63,10 @@ def compile_blocks(denoiser: torch.nn.Module) -> None:
 
 @contextmanager
 def compiled(denoiser: torch.nn.Module | None, *, is_offloaded: bool) -> Iterator[bool]:
-    """Inside, the blocks of ``denoiser`` run compiled where they were and may be; gives whether they do."""
+    """Inside, the blocks of ``denoiser`` run compiled where they were and may be; gives whether so."""
     if denoiser not in _COMPILED:
         yield False
-    elif is_offloaded or getattr(denoiser, "peft_config", None):
+    elif is_offloaded or _WARNINGS.has_failed or getattr(denoiser, "peft_config", None):
         with torch.compiler.set_stance("force_eager"):
             yield False
     else:
@@ -75,6 +94,8 @@ def try_out(device: torch.device) -> None:
 
 
 def _settle(*, hides_errors: bool = True) -> None:
+    for name in ("torch._dynamo", "torch._inductor"):
+        logging.getLogger(name).handlers[:] = [_WARNINGS]
     # Private names, but the only ones: torch documents these settings under them.
     torch._dynamo.config.suppress_errors = hides_errors
     torch._dynamo.config.recompile_limit = _KINDS
