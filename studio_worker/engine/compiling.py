@@ -95,7 +95,9 @@ def try_out(device: torch.device) -> None:
 
 def _settle(*, hides_errors: bool = True) -> None:
     for name in ("torch._dynamo", "torch._inductor"):
-        logging.getLogger(name).handlers[:] = [_WARNINGS]
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [_WARNINGS]
+        logger.setLevel(logging.WARNING)  # the service wants errors alone of torch
     # Private names, but the only ones: torch documents these settings under them.
     torch._dynamo.config.suppress_errors = hides_errors
     torch._dynamo.config.recompile_limit = _KINDS
