@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,8 +73,7 @@ def main() -> None:
     for name, make in PEERS.items():
         with tempfile.TemporaryDirectory() as folder:
             show(overhead(make(Path(folder))))
-        for row in second_job(name):
-            show(row)
+        show(second_job(name))
     with tempfile.TemporaryDirectory() as folder:
         for row in switching(large(Path(folder)), sample()):
             show(row)
@@ -167,25 +166,12 @@ def overhead(peer: Peer, jobs: int = JOBS) -> Row:
             height=peer.size,
             generator=torch.Generator().manual_seed(seed),
         )
-        buffer = io.BytesIO()
-        found.images[0].save(buffer, "PNG")
-        return buffer.getvalue()
+        return png(found.images[0])
 
-    sides = (through_engine, through_pipeline)
     for seed in range(2):
-        for side in sides:
-            side(seed)
-    ours, theirs, difference = [], [], 0
-    for seed in range(jobs):  # who goes first changes every time
-        pictures: dict[Any, bytes] = {}
-        times = {}
-        for side in sides if seed % 2 else sides[::-1]:
-            started = time.perf_counter()
-            pictures[side] = side(seed)
-            times[side] = time.perf_counter() - started
-        ours.append(times[through_engine])
-        theirs.append(times[through_pipeline])
-        difference = max(difference, levels_apart(*pictures.values()))
+        through_engine(seed)
+        through_pipeline(seed)
+    ours, theirs, difference = taking_turns(through_engine, through_pipeline, range(jobs))
     ratios = [mine / plains for mine, plains in zip(ours, theirs, strict=True)]
     what = f"{peer.name}, {peer.size} px, {peer.steps} steps: a job"
     same = "same pictures" if difference == 0 else f"pictures up to {difference} levels apart"
@@ -193,7 +179,30 @@ def overhead(peer: Peer, jobs: int = JOBS) -> Row:
     return what, f"{statistics.median(ours):.3f} s", beside
 
 
-def second_job(name: str) -> list[Row]:
+def taking_turns(
+    one: Callable[[int], bytes], other: Callable[[int], bytes], seeds: Iterable[int]
+) -> tuple[list[float], list[float], int]:
+    """Seconds of each side for each seed, and by how many levels their pictures differ at most."""
+    sides = (one, other)
+    times: tuple[list[float], list[float]] = ([], [])
+    difference = 0
+    for seed in seeds:  # who goes first changes every time
+        pictures = []
+        for index in (0, 1) if seed % 2 else (1, 0):
+            started = time.perf_counter()
+            pictures.append(sides[index](seed))
+            times[index].append(time.perf_counter() - started)
+        difference = max(difference, levels_apart(*pictures))
+    return *times, difference
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def second_job(name: str) -> Row:
     """The second job of a process over the median of its later ones, in several fresh processes."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.bench_engine", name, str(2 + LATER_JOBS)]
     done = [subprocess.run(command, check=True, capture_output=True) for _ in range(PROCESSES)]
@@ -204,7 +213,7 @@ def second_job(name: str) -> list[Row]:
     )
     what = f"{name}: second job of a process over its later ones"
     beside = f"goal: 1.01; first job, loading included, {first}; {PROCESSES} processes"
-    return [(what, second, beside)]
+    return what, second, beside
 
 
 def times_s(peer: Peer, jobs: int) -> list[float]:

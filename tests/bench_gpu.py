@@ -7,12 +7,10 @@ the end of each. Without a GPU nothing is measured; a test runs the same functio
 
 from __future__ import annotations
 
-import io
 import statistics
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +30,7 @@ from studio_worker.engine.loading import empty_model, load_scheduler, load_token
 from studio_worker.engine.samplers import make_scheduler
 from studio_worker.jobs import Cancel, ImageTask
 from studio_worker.models import CliDefaults, LocalFile
-from tests.bench_engine import Row, levels_apart, seconds, show, spread, words
+from tests.bench_engine import Row, png, seconds, show, spread, taking_turns, words
 
 PAIRS = 10
 JOBS = 50
@@ -138,30 +136,19 @@ def measured(case: Case, files: tuple[LocalFile, ...], device: str, pairs: int, 
             generator=torch.Generator().manual_seed(seed),
             **case.called,
         )
-        buffer = io.BytesIO()
-        made.images[0].save(buffer, "PNG")
-        return buffer.getvalue()
+        return png(made.images[0])
 
     through_pipeline(0)
-    sides: tuple[Callable[[int], bytes], ...] = (through_engine, through_pipeline)
-    times: dict[Callable[[int], bytes], list[float]] = {side: [] for side in sides}
-    difference = 0
-    for seed in range(1, pairs + 1):  # who goes first changes every time
-        pictures = []
-        for side in sides if seed % 2 else sides[::-1]:
-            started = time.perf_counter()
-            pictures.append(side(seed))
-            times[side].append(time.perf_counter() - started)
-        difference = max(difference, levels_apart(*pictures))
-    ratios = [mine / theirs for mine, theirs in zip(*times.values(), strict=True)]
-    ours_s, theirs_s = (statistics.median(times[side]) for side in sides)
+    ours, theirs, difference = taking_turns(through_engine, through_pipeline, range(1, pairs + 1))
+    ratios = [mine / plains for mine, plains in zip(ours, theirs, strict=True)]
+    ours_s, theirs_s = statistics.median(ours), statistics.median(theirs)
     what = f"{case.family.name}, random weights, {case.side} px, {case.steps} steps"
     beside = (
         f"plain pipeline {theirs_s:.3f} s; ratio {spread(ratios)} (goal: 1.03); pictures up to {difference} "
         f"levels apart; first job, loading included, {first_s:.1f} s"
     )
     rows = [(f"{what}: a job", f"{ours_s:.3f} s", beside)]
-    for name, side in zip(("engine", "plain pipeline"), sides, strict=True):
+    for name, side in (("engine", through_engine), ("plain pipeline", through_pipeline)):
         with busy_shares(device) as shares:
             took_s = seconds(lambda side=side: [side(seed) for seed in range(jobs)])
         share = f"GPU in use {statistics.mean(shares):.1f}% of the time (goal: 97%)" if shares else ""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Iterable, Iterator
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Iterator
 
 from studio_worker.engine import Progress, Request
 from studio_worker.errors import JobError
@@ -44,13 +44,24 @@ class GatedEngine:
             self.at_work -= 1
 
 
-@contextlib.contextmanager
-def no_files(model: str, files: Iterable[ModelFile], **_: Any) -> Iterator[tuple[LocalFile, ...]]:
-    yield ()
-
-
 class NoFiles:
-    taken = staticmethod(no_files)
+    """A store of models that have no files; ``error`` is raised instead where it is given."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._error = error
+
+    @contextlib.contextmanager
+    def taken(
+        self,
+        model: str,
+        files: Iterable[ModelFile],
+        *,
+        progress: Callable[[int, int | None], None] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[tuple[LocalFile, ...]]:
+        if self._error is not None:
+            raise self._error
+        yield ()
 
 
 def situation(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +17,11 @@ from studio_worker.activity import Activity
 from studio_worker.engine import Engine, Progress, Request, Router
 from studio_worker.errors import DeviceError, DownloadError, DownloadRefused, JobError, StoreError
 from studio_worker.jobs import Cancel, ImageTask, Job, Picture
-from studio_worker.models import LocalFile, ModelFile, ModelSource, RequiredModel
+from studio_worker.models import LocalFile, ModelSource, RequiredModel
 from studio_worker.outbox import Outbox
 from studio_worker.spool import JobInHand
 from studio_worker.worker import Worker
+from tests.played import NoFiles
 
 
 def job(job_id: str, **task: Any) -> Job:
@@ -49,26 +49,6 @@ class Source:
 
     def finished(self, job: Job) -> None:
         self.finished_jobs.append(job.job_id)
-
-
-class NoFiles:
-    """A store of models that have no files; ``error`` is raised instead where it is given."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self._error = error
-
-    @contextlib.contextmanager
-    def taken(
-        self,
-        model: str,
-        files: Iterable[ModelFile],
-        *,
-        progress: Callable[[int, int | None], None] | None = None,
-        cancel: threading.Event | None = None,
-    ) -> Iterator[tuple[LocalFile, ...]]:
-        if self._error is not None:
-            raise self._error
-        yield ()
 
 
 class ScriptedEngine:
