@@ -152,6 +152,21 @@ def test_registration_tells_the_operator_what_to_do(tmp_path: Path) -> None:
     assert said == [f"waiting for approval: approve box at {server.url}"]
 
 
+def test_registration_that_cannot_reach_the_studio_says_so_while_it_lasts(tmp_path: Path) -> None:
+    """The status line names what keeps the worker from the studio, and later what is waited for instead."""
+    said: list[str] = []
+    not_there = (404, {}, {})
+    with ScriptedHttp(not_there, not_there, REQUESTED, (502, {}, {}), PENDING, APPROVED) as server:
+        registration(server.url, tmp_path, said=said).run()
+    approval = f"waiting for approval: approve box at {server.url}"
+    assert said == [
+        "registration has to wait: the studio answered HTTP 404; is [studio] api_base_url right?",
+        approval,
+        "registration has to wait: the studio answered HTTP 502",
+        approval,
+    ]
+
+
 def test_registration_is_approved_by_a_person_at_the_local_studio(
     tmp_path: Path, studio: LocalStudio
 ) -> None:

@@ -127,7 +127,7 @@ class Box:
             on_unreported=lambda job_id, error, may_pass: self.failures.add(
                 job_id, error, retryable=may_pass
             ),
-            on_state=lambda state: None,
+            on_state=lambda state, why: None,
             shipping=ShippingBuffer(),
         )
         self.courier = Courier(

@@ -57,7 +57,7 @@ class Running:
             shipping=self.shipping,
             reconnect_attempts=attempts,
             timings=timings,
-            on_state=self.states.append,
+            on_state=lambda state, why: self.states.append(f"{state} {why}".strip()),
         )
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -255,13 +255,15 @@ def test_session_gives_up_after_the_configured_attempts() -> None:
 def test_session_reconnects_after_any_other_close(
     scripted: ScriptedStudio, running: Running, code: int
 ) -> None:
-    """Internal errors, protocol violations and restarts of the studio are followed by a new session."""
+    """Internal errors, protocol violations and restarts of the studio are followed by a new session; the status
+    line says why.
+    """
     first = scripted.accept()
     first.welcome()
     first.receive_type("heartbeat")
     first.close(code)
     scripted.accept().welcome()
-    assert "reconnecting" in running.states
+    assert running.states[1].startswith("reconnecting the studio ended the session")
 
 
 def test_session_notices_a_silent_studio(scripted: ScriptedStudio) -> None:

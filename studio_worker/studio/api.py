@@ -219,10 +219,20 @@ def _expect_ok(answer: _Answer) -> None:
     if 200 <= answer.status < 300:
         return
     raise StudioUnavailable(
-        f"the studio answered HTTP {answer.status}",
+        f"the studio answered HTTP {answer.status}{hint(answer.status)}",
         status=answer.status,
         retry_after_s=retry_after_s(answer.headers),
     )
+
+
+def hint(status: int) -> str:
+    """What an operator should look at, where a studio that works does not answer so; empty for the rest."""
+    if 300 <= status < 400:
+        return "; redirects are not followed, set [studio] api_base_url to the studio's own address"
+    return {
+        403: "; a firewall or proxy before the studio may be in the way",
+        404: "; is [studio] api_base_url right?",
+    }.get(status, "")
 
 
 def _read(kind: TypeAdapter[_B], answer: _Answer) -> _B:

@@ -16,6 +16,7 @@ from websockets.exceptions import (
 )
 
 from studio_worker.errors import ProtocolError
+from studio_worker.studio.api import hint
 from studio_worker.studio.protocol import error_for_code
 
 
@@ -46,14 +47,7 @@ def _closed(error: ConnectionClosed) -> ProtocolError:
 def _refused(status: int) -> ProtocolError:
     if status == 401:
         return error_for_code(4001, "HTTP 401")
-    hints = {
-        403: "; a firewall or proxy before the studio may be in the way",
-        404: "; is [studio] api_base_url right?",
-    }
-    hint = hints.get(status, "")
-    if 300 <= status < 400:
-        hint = "; redirects are not followed, set [studio] api_base_url to the studio's own address"
-    return ProtocolError(f"the studio answered HTTP {status} to the connection{hint}")
+    return ProtocolError(f"the studio answered HTTP {status} to the connection{hint(status)}")
 
 
 def _unreachable(error: Exception) -> str:

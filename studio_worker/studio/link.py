@@ -24,6 +24,8 @@ from studio_worker.studio.wire import Capabilities
 
 log = logging.getLogger(__name__)
 
+_WHY_CHARS = 300
+"""Of a reason in the status line; some of it may come from the studio."""
 _LAST_DELIVERY_S = 30.0
 """How long a stop waits for the last upload; what is not delivered by then stays in the outbox."""
 
@@ -78,7 +80,8 @@ class StudioLink:
         self._reports = reports
         self._say = say
         self._on_end = on_end
-        self._threads: list[threading.Thread] = []
+        self._talking: threading.Thread | None = None
+        self._delivering: threading.Thread | None = None
         self._given = given_credentials()
         if self._given is None:
             identity.load()
@@ -111,23 +114,23 @@ class StudioLink:
         )
 
     def start(self) -> None:
-        self._start("studio", self._talk)
+        self._talking = _started("studio", self._talk)
 
     def stop(self) -> None:
         """Deliver what can be delivered within a bounded time, then close the session and end the threads."""
         self.courier.stop()
-        for thread in self._threads[1:]:
-            thread.join(_LAST_DELIVERY_S)
+        if self._delivering is not None:
+            self._delivering.join(_LAST_DELIVERY_S)
         self.session.stop()
-        for thread in self._threads[:1]:
-            thread.join(_LAST_DELIVERY_S)
+        if self._talking is not None:
+            self._talking.join(_LAST_DELIVERY_S)
 
     def _talk(self) -> None:
         try:
             credentials = self._given or self._registration.run()
             if credentials is not None:
                 self._reports.registration("approved", worker_id=credentials.worker_id)
-                self._start("courier", lambda: self._deliver(credentials))
+                self._delivering = _started("courier", lambda: self._deliver(credentials))
                 self.session.run(credentials)
         except StudioWorkerError as error:
             self._on_end(error)
@@ -142,17 +145,18 @@ class StudioLink:
             log.exception("courier crashed", extra={"op": "delivery"})
             self._on_end(StudioWorkerError(f"courier crashed: {type(error).__name__}"))
 
-    def _start(self, name: str, work: Callable[[], None]) -> None:
-        thread = threading.Thread(target=work, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
     def _note_waiting(self, detail: str) -> None:
         self._reports.registration("pending", detail=detail)
         self._say(detail)
 
-    def _note_state(self, state: Literal["connected", "reconnecting"]) -> None:
+    def _note_state(self, state: Literal["connected", "reconnecting"], why: str) -> None:
         self._reports.session(state)
-        self._say(state)
+        self._say(f"{state}: {why[:_WHY_CHARS]}" if why else state)
         if state == "connected":
             self.courier.hurry()
+
+
+def _started(name: str, work: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    return thread

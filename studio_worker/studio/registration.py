@@ -28,7 +28,7 @@ class Registration:
     """From whatever state the identity file is in to credentials.
 
     Args:
-        on_waiting: called once the request is made, with the line that tells the operator what to do.
+        on_waiting: gets what is waited for, and what the operator has to do, whenever that changes.
         stop: ends the waiting.
         tick_s: seconds between polls.
     """
@@ -50,6 +50,7 @@ class Registration:
         self._stop = stop
         self._tick_s = tick_s
         self._is_announced = False
+        self._told = ""
 
     def run(self) -> Credentials | None:
         """Credentials, or ``None`` when stopped before there were any.
@@ -86,18 +87,23 @@ class Registration:
                 log.warning(
                     "registration has to wait", extra=_facts(error=str(error), retry_in_s=f"{wait_s:g}")
                 )
+                self._tell(f"registration has to wait: {error}")
             self._stop.wait(wait_s)
         return None
 
     def _announce(self) -> None:
-        """Tell the operator once, in the log and in the status line, that approving is now up to them."""
-        if self._is_announced:
-            return
-        self._is_announced = True
+        """Tell the operator, in the log once and in the status line, that approving is now up to them."""
         studio = self._api.root.removesuffix("/graphics/api")
         machine = self._capabilities().machine_name
-        log.info("waiting for approval at the studio", extra=_facts(studio=studio, machine=machine))
-        self._on_waiting(f"waiting for approval: approve {machine} at {studio}")
+        if not self._is_announced:
+            self._is_announced = True
+            log.info("waiting for approval at the studio", extra=_facts(studio=studio, machine=machine))
+        self._tell(f"waiting for approval: approve {machine} at {studio}")
+
+    def _tell(self, line: str) -> None:
+        if line != self._told:
+            self._told = line
+            self._on_waiting(line)
 
     def _with_secret(self, identity: Identity) -> Identity:
         """One secret for all tries of one request: the studio may have noted a try whose answer was lost."""

@@ -48,7 +48,7 @@ class StudioSession:
         on_answer: called with the judgement of every offer and the model it names, once it is answered.
         on_unreported: called with job id, error and whether it may pass, for a failure that the studio was
             not told because no connection holds its job any more.
-        on_state: called with ``connected`` or ``reconnecting``.
+        on_state: called with ``connected``, or with ``reconnecting`` and why.
         reconnect_attempts: failed connections in a row before giving up; 0 = never. May be set anew at any
             time.
     """
@@ -66,7 +66,7 @@ class StudioSession:
         on_unreported: Callable[[str, str, bool], None],
         shipping: ShippingBuffer,
         reconnect_attempts: int = 0,
-        on_state: Callable[[Literal["connected", "reconnecting"]], None],
+        on_state: Callable[[Literal["connected", "reconnecting"], str], None],
         timings: Timings | None = None,
     ) -> None:
         self._api = api
@@ -193,7 +193,7 @@ class StudioSession:
                         f"{failed_in_a_row} connections in a row failed, the last one: {error}"
                     ) from error
             wait_s = backoff.next_s()
-            self._on_state("reconnecting")
+            self._on_state("reconnecting", str(error))
             log.warning(
                 "session is down",
                 extra={"op": "session", "error": str(error), "retry_in_s": round(wait_s, 1)},
@@ -263,7 +263,7 @@ class StudioSession:
 
     def _welcomed(self) -> None:
         self._was_open = True
-        self._on_state("connected")
+        self._on_state("connected", "")
 
     def _fail(self, job_id: str, error: str, retryable: bool) -> None:
         if self._exchange is not None and self._exchange.fail(job_id, error, retryable=retryable):
