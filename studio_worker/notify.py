@@ -93,14 +93,20 @@ class ReadyLine:
         """The line is what it was again, or with ``state`` from now."""
         with self._lock:
             self._state = state or self._state
-            self._notifier.status(str(self))
+            self._notifier.status(self._text())
 
     def note(self, topic: str, text: str) -> None:
         """Add, or replace, what is to be known of ``topic``; empty = nothing any more."""
         with self._lock:
-            self._notes[topic] = text
+            if text != self._notes.get(topic, ""):
+                self._notes[topic] = text
+                self._notifier.status(self._text())
 
     def __str__(self) -> str:
+        with self._lock:
+            return self._text()
+
+    def _text(self) -> str:
         paused = "paused" if self.is_paused else ""
         head = ", ".join(part for part in ("ready", self._state, paused) if part)
         return "; ".join([head, *(text for text in self._notes.values() if text)])

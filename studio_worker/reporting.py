@@ -15,6 +15,7 @@ from studio_worker import __version__
 from studio_worker.activity import Activity
 from studio_worker.device import Device
 from studio_worker.engine import Router
+from studio_worker.notify import ReadyLine
 from studio_worker.outbox import Outbox
 from studio_worker.snapshot import DeviceFacts, OutboxFacts, ProcessFacts, ResidentModel, Snapshot
 from studio_worker.starts import Starts
@@ -109,11 +110,12 @@ class Reporting:
         return {"paused": paused, "phase": now.phase, "job_id": self._desk.current_job_id}
 
 
-def note_answer(activity: Activity, judgement: Judgement, model: str) -> None:
-    """Note how an offer of a job for ``model`` was answered."""
+def note_answer(activity: Activity, line: ReadyLine, judgement: Judgement, model: str) -> None:
+    """Note how an offer of a job for ``model`` was answered; the status line says what keeps jobs away."""
     match judgement:
         case Take():
             activity.offer_answered("accepted")
+            line.note("offers", "")
         case AlreadyOurs():
             activity.offer_answered("again")
         case Impossible(job_id, error):
@@ -121,6 +123,8 @@ def note_answer(activity: Activity, judgement: Judgement, model: str) -> None:
             activity.job_failed(job_id, model, error, retryable=False, handed_back=False)
         case Refuse():
             activity.offer_answered("rejected", judgement.code)
+            if not judgement.is_routine:
+                line.note("offers", f"the last offer was refused: {judgement.reason}")
 
 
 def _resident_set_bytes() -> int:

@@ -137,7 +137,7 @@ class Service:
         logging.getLogger().addHandler(shipping)
         self._engines = default_router(self._device.name, compiles=settings.worker.compile)
         self._store = open_store(loaded, policy)
-        self._later = LaterProvision(self._store, self._note_provision)
+        self._later = LaterProvision(self._store, partial(self._line.note, "provision"))
         self._in_hand = JobInHand(settings.state.dir / "spool")
         failures = Failures(settings.state.dir / "spool")
         outbox = Outbox(
@@ -168,7 +168,7 @@ class Service:
             shipping=shipping,
             reconnect_attempts=settings.studio.reconnect_attempts,
             reports=self._activity,
-            on_answer=partial(note_answer, self._activity),
+            on_answer=partial(note_answer, self._activity, self._line),
             say=self._line.say,
             on_end=self._end_with,
             stop=self._stop,
@@ -231,7 +231,7 @@ class Service:
                         and not self._desk.is_paused
                         and self._desk.current_job_id is None
                     ),
-                    say=self._say_preload,
+                    say=partial(self._line.note, "preload"),
                 )
             self._worker.run()
         finally:
@@ -306,10 +306,6 @@ class Service:
         if REQUIRED_MODELS in reloaded.applied:
             self._later.begin(reloaded.config.required)
 
-    def _note_provision(self, text: str) -> None:
-        self._line.note("provision", text)
-        self._line.say()
-
     # --- threads ---
 
     def _watch_signals(self) -> None:
@@ -347,10 +343,6 @@ class Service:
                 self._notifier.watchdog()
 
     # --- what is noted of all that ---
-
-    def _say_preload(self, text: str) -> None:
-        self._line.note("preload", text)
-        self._line.say()
 
     def _note_pause(self) -> None:
         self._studio.session.beat()

@@ -367,6 +367,7 @@ def test_registration_is_told(tmp_path: Path, identity: Identity | None, level: 
         (Snapshot(session=SessionFacts(state="reconnecting")), "warning", "studio"),
         (Snapshot(status="ready; restart to apply: worker.device"), "warning", "systemctl restart"),
         (Snapshot(status="ready; configuration not reloaded: x"), "warning", "systemctl reload"),
+        (Snapshot(status="ready; the last offer was refused: x"), "warning", "the reason tells"),
         (Snapshot(status="ready, connected", process=ProcessFacts(uptime_s=90)), "ok", "1 min 30 s"),
     ],
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from studio_worker.notify import EXTEND_S, Notifier, watchdog_interval_s
+from studio_worker.notify import EXTEND_S, Notifier, ReadyLine, watchdog_interval_s
 
 
 @pytest.fixture
@@ -151,3 +153,35 @@ def test_watchdog_interval_is_half_of_the_limit(
     monkeypatch.setenv("WATCHDOG_USEC", usec)
     monkeypatch.setenv("WATCHDOG_PID", pid)
     assert watchdog_interval_s() == interval_s
+
+
+def test_ready_line_holds_what_is_to_be_known_until_it_is_over() -> None:
+    """State and notes share one line; a note that says nothing new is not said again."""
+    said: list[str] = []
+    line = ReadyLine(Notifier(said.append))
+    line.say("connected")
+    line.note("offers", "")
+    line.note("offers", "the last offer was refused: the disk is full")
+    line.note("offers", "the last offer was refused: the disk is full")
+    line.note("offers", "")
+    assert said == [
+        "ready, connected",
+        "ready, connected; the last offer was refused: the disk is full",
+        "ready, connected",
+    ]
+
+
+def test_ready_line_is_read_while_others_write_it() -> None:
+    """Whoever asks for the line (a reload does, on the thread that hears SIGTERM) is disturbed by nobody."""
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(20):
+            line = ReadyLine(Notifier())
+            others = threading.Thread(target=lambda to=line: [to.note(f"topic {n}", "x") for n in range(300)])
+            others.start()
+            while others.is_alive():
+                str(line)
+            assert str(line).count("x") == 300
+    finally:
+        sys.setswitchinterval(interval_s)

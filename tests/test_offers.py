@@ -9,6 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from studio_worker.activity import Activity
+from studio_worker.notify import Notifier, ReadyLine
+from studio_worker.reporting import note_answer
 from studio_worker.studio.offers import (
     AlreadyOurs,
     Ignore,
@@ -87,8 +90,14 @@ def test_offer_that_can_be_done_is_taken_with_the_wires_defaults() -> None:
 @pytest.mark.parametrize(
     ("situation", "expected"),
     [
-        (replace(IDLE, is_paused=True), Refuse("j1", "the worker takes no jobs at present", "paused")),
-        (replace(IDLE, current_job_id="other"), Refuse("j1", "the worker has a job in hand", "busy")),
+        (
+            replace(IDLE, is_paused=True),
+            Refuse("j1", "the worker takes no jobs at present", "paused", is_routine=True),
+        ),
+        (
+            replace(IDLE, current_job_id="other"),
+            Refuse("j1", "the worker has a job in hand", "busy", is_routine=True),
+        ),
         (replace(IDLE, current_job_id="j1"), AlreadyOurs("j1")),
         (replace(IDLE, is_in_outbox=lambda job_id: True), AlreadyOurs("j1")),
         (replace(IDLE, is_in_outbox=lambda job_id: True, is_paused=True), AlreadyOurs("j1")),
@@ -96,7 +105,7 @@ def test_offer_that_can_be_done_is_taken_with_the_wires_defaults() -> None:
         (replace(IDLE, is_uploading=lambda job_id: True, is_in_outbox=lambda job_id: True), OnItsWay("j1")),
         (
             replace(IDLE, is_just_delivered=lambda job_id: True),
-            Refuse("j1", "the job's result was delivered a moment ago", "busy"),
+            Refuse("j1", "the job's result was delivered a moment ago", "busy", is_routine=True),
         ),
         (replace(IDLE, outbox_problem=lambda: "3 pictures wait"), Refuse("j1", "3 pictures wait", "busy")),
         (
@@ -266,3 +275,14 @@ def test_offer_without_its_optional_fields_has_the_protocols_defaults() -> None:
     assert (task.denoise, task.ext, task.width, task.height, task.steps) == (0.75, "webp", None, None, None)
     assert judgement.job.vram_gb_estimate == 0.0
     assert judgement.job.source.files == ()
+
+
+def test_box_that_refuses_what_it_is_offered_says_why() -> None:
+    """A box that looks healthy and makes nothing has the reason in its status line, until it takes a job."""
+    said: list[str] = []
+    line = ReadyLine(Notifier(said.append))
+    full = replace(IDLE, outbox_problem=lambda: "the disk for finished pictures is full")
+    busy = replace(IDLE, current_job_id="other")
+    for situation in (full, busy, full, IDLE):
+        note_answer(Activity(), line, judge(CLAIM, situation), "m")
+    assert said == ["ready; the last offer was refused: the disk for finished pictures is full", "ready"]

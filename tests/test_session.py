@@ -255,9 +255,7 @@ def test_session_gives_up_after_the_configured_attempts() -> None:
 def test_session_reconnects_after_any_other_close(
     scripted: ScriptedStudio, running: Running, code: int
 ) -> None:
-    """Internal errors, protocol violations and restarts of the studio are followed by a new session; the status
-    line says why.
-    """
+    """Internal errors, violations and restarts of the studio are followed by a new session, and told."""
     first = scripted.accept()
     first.welcome()
     first.receive_type("heartbeat")

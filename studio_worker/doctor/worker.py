@@ -80,6 +80,10 @@ def check_service(box: Box) -> Result:
         return warning(text, "systemctl restart studio-worker")
     if "not reloaded" in snapshot.status:
         return warning(text, "mend the configuration, then: systemctl reload studio-worker")
+    if "offer was refused" in snapshot.status:
+        return warning(
+            text, "the reason tells what to change; the studio may have other workers for such jobs"
+        )
     oldest = snapshot.outbox.oldest_at
     if oldest is not None and time.time() - oldest > _OUTBOX_OLD_S:
         age = show_duration(time.time() - oldest)

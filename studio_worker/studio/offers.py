@@ -39,11 +39,15 @@ class OnItsWay:
 
 @dataclass(frozen=True)
 class Refuse:
-    """Reject: another worker, or this one later, can do it."""
+    """Reject: another worker, or this one later, can do it.
+
+    ``is_routine``: a working box says so every day. What else keeps it from jobs its operator has to know.
+    """
 
     job_id: str
     reason: str
     code: RejectCode | None = None
+    is_routine: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,13 +111,13 @@ def judge(claim: dict[str, Any], situation: Situation) -> Judgement:
     if situation.is_uploading(job_id):
         return OnItsWay(job_id)
     if situation.is_just_delivered(job_id):
-        return Refuse(job_id, "the job's result was delivered a moment ago", "busy")
+        return Refuse(job_id, "the job's result was delivered a moment ago", "busy", is_routine=True)
     if situation.is_in_outbox(job_id):
         return AlreadyOurs(job_id)
     if situation.is_paused:
-        return Refuse(job_id, "the worker takes no jobs at present", "paused")
+        return Refuse(job_id, "the worker takes no jobs at present", "paused", is_routine=True)
     if situation.current_job_id is not None:
-        return Refuse(job_id, "the worker has a job in hand", "busy")
+        return Refuse(job_id, "the worker has a job in hand", "busy", is_routine=True)
     for required in ("task", "modelSource"):
         if claim.get(required) is None:
             return Refuse(job_id, f"the offer has no {required}")
