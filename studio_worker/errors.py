@@ -3,6 +3,9 @@
 * :exc:`StudioWorkerError`
 
   * :exc:`ConfigError` — the configuration cannot be used; exit status 78
+
+    * :exc:`StateUnavailable` — the state folder cannot be used for now; exit status 75
+
   * :exc:`DeviceError` — the device asked for cannot be used; exit status 69
   * :exc:`DownloadError` — a file could not be fetched or verified; exit status 74 while provisioning
 
@@ -72,6 +75,14 @@ class ConfigError(StudioWorkerError):
         where = f"{self.source}:{self.line}" if self.line is not None else self.source
         sentence = ": ".join(part for part in (where, self.key, self.problem) if part) + f"; {self.cure}"
         return " ".join(sentence.splitlines())  # names and values may hold line ends; this is one line
+
+
+class StateUnavailable(ConfigError):
+    """The state folder is held by another process, or its disk takes nothing: that may pass, so systemd goes
+    on trying.
+    """
+
+    exit_status: ClassVar[int] = 75  # EX_TEMPFAIL
 
 
 class DeviceError(StudioWorkerError):

@@ -7,7 +7,7 @@ import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
-from studio_worker.errors import ConfigError
+from studio_worker.errors import ConfigError, StateUnavailable
 from studio_worker.files import own_like_folder
 
 
@@ -16,7 +16,8 @@ def state_lock(folder: Path) -> Iterator[None]:
     """Hold the state folder for this process.
 
     Raises:
-        ConfigError: another process, most likely the service, holds it.
+        StateUnavailable: another process holds it: the service, or one that was killed and hangs in a driver.
+        ConfigError: it cannot be opened.
     """
     path = folder / "lock"
     try:
@@ -33,7 +34,7 @@ def state_lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(
+            raise StateUnavailable(
                 f"{folder} is in use by a running service",
                 key="state.dir",
                 cure="stop it first (systemctl stop studio-worker) or name another folder",

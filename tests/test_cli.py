@@ -54,10 +54,10 @@ def command(*args: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
 
-def mistake(*args: str | Path) -> str:
-    """What a command says of an operator's mistake in the configuration: one line, status 78."""
+def mistake(*args: str | Path, status: int = 78) -> str:
+    """What a command says of an operator's mistake, by default in the configuration: one line."""
     done = command(*args)
-    assert done.returncode == 78, done.stderr
+    assert done.returncode == status, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -322,7 +322,7 @@ with state_lock(Path(sys.argv[1])):
     ) as service:
         assert service.stdout is not None
         assert service.stdout.readline()
-        said = mistake("register", "--reset", "--config", folder)
+        said = mistake("register", "--reset", "--config", folder, status=75)
         assert service.poll() is None
     assert "systemctl stop studio-worker" in said
     assert (tmp_path / "state" / "identity.json").read_bytes() == before

@@ -359,12 +359,13 @@ def test_identity_that_is_no_file_names_the_cure(tmp_path: Path) -> None:
 
 
 def test_identity_on_a_full_disk_names_the_cure(small_disk: Path) -> None:
-    """Where a new identity cannot be written, that is said with file and cure."""
+    """Where a new identity cannot be written, that is said with file and cure; systemd may try again."""
     with (small_disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(b"x" * 4096):
             pass
-    with pytest.raises(ConfigError, match=r"cannot be written: No space left.*make room"):
+    with pytest.raises(ConfigError, match=r"cannot be written: No space left.*make room") as caught:
         IdentityFile(small_disk / "identity.json").load()
+    assert caught.value.exit_status == 75
 
 
 def test_identity_of_a_later_version_is_read(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ EXIT_STATUSES = (
         errors.DownloadError.exit_status,
         "models could not be provisioned, or a file not read or written",
     ),
-    (errors.ReconnectExhausted.exit_status, "reconnect attempts used up"),
+    (
+        errors.ReconnectExhausted.exit_status,
+        "for now: reconnect attempts used up, the state folder in use or its disk full",
+    ),
     (errors.DuplicateWorker.exit_status, "another worker with this identity"),
     (
         errors.RefusedByStudio.exit_status,

@@ -7,6 +7,7 @@ token, or the rejection. Which of these it is, is its standing. It is written as
 from __future__ import annotations
 
 import enum
+import errno
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from studio_worker.errors import ConfigError
+from studio_worker.errors import ConfigError, StateUnavailable
 from studio_worker.files import write_atomic
 from studio_worker.logs import add_secret
 
@@ -28,6 +29,8 @@ AUTH_TOKEN_CREDENTIAL = "studio-worker.auth-token"
 """Names of systemd credentials (LoadCredential=, systemd.exec(5)) that replace the registration."""
 
 _VISIBLE = re.compile(r"[!-~]+")
+_DISK_TROUBLES = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+"""What a start in a moment may not meet again: it goes on from what was written before."""
 _RESET = "restore it from a backup, or run `studio-worker register --reset` and approve anew"
 
 
@@ -121,15 +124,18 @@ class IdentityFile:
         return identity
 
     def save(self, identity: Identity) -> Identity:
-        """Write it; on disk for good when this returns. Raises ConfigError."""
+        """Write it; on disk for good when this returns. Raises ConfigError, StateUnavailable."""
         _redact(identity)
         text = json.dumps({k: v for k, v in asdict(identity).items() if v is not None}, indent=1)
         try:
             write_atomic(self._path, text.encode(), mode=0o600)
         except OSError as error:
-            raise self._problem(
-                f"cannot be written: {error.strerror}", "make room, and give the service's user access"
-            ) from error
+            problem = f"cannot be written: {error.strerror}"
+            if error.errno in _DISK_TROUBLES:
+                raise StateUnavailable(
+                    problem, source=str(self._path), cure="make room on its disk"
+                ) from error
+            raise self._problem(problem, "give the service's user access to its folder") from error
         return identity
 
     def reset(self) -> None:
