@@ -91,7 +91,7 @@ def _process(snapshot: Snapshot) -> str:
 
 def _studio(snapshot: Snapshot, now: float) -> str:
     registration, session = snapshot.registration, snapshot.session
-    parts = [snapshot.studio]
+    parts = [snapshot.studio] if snapshot.studio else []
     if registration.state == "approved":
         parts.append(f"approved as {registration.worker_id}")
     elif registration.state == "pending":
@@ -130,6 +130,8 @@ def _outbox(snapshot: Snapshot, now: float) -> str:
 
 def _device(snapshot: Snapshot) -> str:
     device = snapshot.device
+    if not device.name:
+        return "not known yet"
     used = "" if device.used_bytes is None else f"{_bytes(device.used_bytes)} used of "
     return f"{device.name}, {device.description}; {used}{_bytes(device.total_bytes)}"
 

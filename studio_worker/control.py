@@ -49,7 +49,7 @@ class ControlServer:
 
     Args:
         folder: where the socket is made; the folder too, where it is missing.
-        handlers: what answers each command.
+        handlers: what answers each command; may be set anew at any time.
 
     Raises:
         ConfigError: the socket cannot be made, or another service listens on it.
@@ -57,7 +57,7 @@ class ControlServer:
 
     def __init__(self, folder: Path, handlers: Mapping[str, Handler]) -> None:
         self._folder = folder
-        self._handlers = dict(handlers)
+        self.handlers = handlers
         try:
             make_folder(folder)
             with _opened(folder) as directory:
@@ -134,9 +134,9 @@ class ControlServer:
         try:
             request = json.loads(line)
             command = request["command"]
-            handler = self._handlers[command]
+            handler = self.handlers[command]
         except (ValueError, TypeError, KeyError, RecursionError):
-            known = ", ".join(sorted(self._handlers))
+            known = ", ".join(sorted(self.handlers))
             return {"ok": False, "error": f"not a command of this service; it knows {known}"}
         if command != "status":
             log.info("command received", extra=_facts(command=command))

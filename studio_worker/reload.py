@@ -73,9 +73,11 @@ def read_again(directory: Path, running: Config, policy: Policy) -> Reloaded:
     settings = _with_live_keys(running.settings, wanted.settings)
     # Always: a token may have changed in its file.
     new_policy = dataclasses.replace(policy_from(settings), on_end=policy.on_end)
+    # The same objects, or downloads under way and new ones would each take all that is allowed.
     if policy.limit and new_policy.limit and policy.limit.bytes_per_s == new_policy.limit.bytes_per_s:
-        # The same object, or downloads under way and new ones would take the limit twice.
         new_policy = dataclasses.replace(new_policy, limit=policy.limit)
+    if policy.connections.most == new_policy.connections.most:
+        new_policy = dataclasses.replace(new_policy, connections=policy.connections)
     applied = tuple(key for key in changed if key in LIVE)
     if wanted.required != running.required:
         applied += (REQUIRED_MODELS,)

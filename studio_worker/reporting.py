@@ -22,6 +22,19 @@ from studio_worker.starts import Starts
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.offers import AlreadyOurs, Impossible, Judgement, Refuse, Take
 
+_STARTED_AT, _STARTED = time.time(), time.monotonic()
+"""When this module came in, right after the process began."""
+
+
+def early_handlers(activity: Activity, starts: Starts) -> dict[str, Callable[[], Mapping[str, Any]]]:
+    """What the control socket serves before the device is known: what is waited for."""
+
+    def status() -> Mapping[str, Any]:
+        facts = {"version": __version__, "process": _process(starts)}
+        return activity.snapshot().model_copy(update=facts).model_dump(mode="json")
+
+    return {"status": status}
+
 
 class Reporting:
     """Answers for one running service. Safe from any thread.
@@ -54,7 +67,6 @@ class Reporting:
         self._studio = studio
         self._uploading = uploading
         self._on_pause = on_pause
-        self._started_at, self._started = time.time(), time.monotonic()
 
     def handlers(self) -> dict[str, Callable[[], Mapping[str, Any]]]:
         """What the control socket serves."""
@@ -71,15 +83,7 @@ class Reporting:
             update={
                 "version": __version__,
                 "studio": self._studio,
-                "process": ProcessFacts(
-                    pid=os.getpid(),
-                    started_at=self._started_at,
-                    uptime_s=time.monotonic() - self._started,
-                    memory_bytes=_resident_set_bytes(),
-                    starts=self._starts.count,
-                    crashes=self._starts.crashes,
-                    last_crash_at=self._starts.last_crash_at,
-                ),
+                "process": _process(self._starts),
                 "outbox": OutboxFacts(
                     count=waiting.count,
                     size_bytes=waiting.size_bytes,
@@ -125,6 +129,18 @@ def note_answer(activity: Activity, line: ReadyLine, judgement: Judgement, model
             activity.offer_answered("rejected", judgement.code)
             if not judgement.is_routine:
                 line.note("offers", f"the last offer was refused: {judgement.reason}")
+
+
+def _process(starts: Starts) -> ProcessFacts:
+    return ProcessFacts(
+        pid=os.getpid(),
+        started_at=_STARTED_AT,
+        uptime_s=time.monotonic() - _STARTED,
+        memory_bytes=_resident_set_bytes(),
+        starts=starts.count,
+        crashes=starts.crashes,
+        last_crash_at=starts.last_crash_at,
+    )
 
 
 def _resident_set_bytes() -> int:

@@ -1,8 +1,8 @@
 """The service from start to end: the one place where everything is wired together.
 
 Configuration, logs, device, provisioning, READY, registration, session, the loop, and the way out. The
-main thread provisions (waiting for a helper thread, so that a stop is never stuck behind a stalled mirror)
-and then runs the worker's loop. Signals have a thread of their own, the session and the courier one each.
+main thread prepares and then runs the worker's loop. Signals have a thread of their own, the session and the
+courier one each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import queue
 import signal
 import threading
 from collections.abc import Callable
@@ -22,9 +21,9 @@ from studio_worker import __version__, config, logs
 from studio_worker.abilities import Abilities
 from studio_worker.activity import Activity
 from studio_worker.control import ControlServer, runtime_dir
-from studio_worker.device import find_device, probe, wait_for_device
+from studio_worker.device import find_device
 from studio_worker.engine import default_router
-from studio_worker.errors import DeviceError, StudioWorkerError
+from studio_worker.errors import StudioWorkerError
 from studio_worker.inputs import input_fetcher
 from studio_worker.lock import state_lock
 from studio_worker.metrics import Exporter, Metrics
@@ -32,17 +31,16 @@ from studio_worker.notify import Notifier, ReadyLine, watchdog_interval_s
 from studio_worker.outbox import Outbox
 from studio_worker.provision import (
     LaterProvision,
-    ProvisionProgress,
     SeenFiles,
     change_store,
     open_store,
-    provision,
 )
 from studio_worker.reach import policy_from
 from studio_worker.reload import REQUIRED_MODELS, Reloaded, Reloader
-from studio_worker.reporting import Reporting, note_answer
+from studio_worker.reporting import Reporting, early_handlers, note_answer
 from studio_worker.settings import Settings, listen_address
 from studio_worker.spool import Failures, JobInHand
+from studio_worker.starting import Preparation, await_nodes
 from studio_worker.starts import Starts
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.desk import Desk
@@ -66,13 +64,22 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
     # Blocked in every thread: one thread takes them with sigwait, so that no handler ever interrupts
     # a lock, a download or torch half-way.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS | {_RELOAD_SIGNAL})
+    activity = Activity()
+    notifier = Notifier(activity.said)
     try:
         loaded = config.load(directory)
         logs.configure(loaded.settings.log.level, loaded.settings.log.format)
         config.check_folders(loaded.settings)
-        with state_lock(loaded.settings.state.dir), Starts(loaded.settings.state.dir) as starts:
-            if _wait_for_device(loaded.settings.worker.device):
-                Service(directory, loaded, starts).run()
+        state = loaded.settings.state
+        with (
+            state_lock(state.dir),
+            Starts(state.dir) as starts,
+            contextlib.closing(
+                ControlServer(runtime_dir(state.runtime_dir), early_handlers(activity, starts))
+            ) as control,
+        ):
+            if await_nodes(loaded.settings.worker.device, notifier, _STOP_SIGNALS):
+                Service(directory, loaded, starts, activity, notifier, control).run()
     except StudioWorkerError as error:
         log.critical(
             "service ends with an error",
@@ -85,7 +92,7 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
             "service ends with an error",
             extra={
                 "op": "service",
-                "error": f"{error.filename}: {error.strerror}",
+                "error": f"{error.filename or 'the disk'}: {error.strerror}",
                 "exit_status": os.EX_IOERR,
             },
         )
@@ -94,30 +101,24 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
     return 0
 
 
-def _wait_for_device(setting: str) -> bool:
-    """Whether to go on: ``False`` where the service was told to stop meanwhile."""
-    notifier = Notifier()
-
-    def tell(missing: list[str]) -> None:
-        notifier.status(f"waiting for {', '.join(missing)}")
-        notifier.extend_timeout()  # the wait is bounded; what comes after it has its own progress
-
-    return wait_for_device(
-        setting, on_wait=tell, wait=lambda limit_s: signal.sigtimedwait(_STOP_SIGNALS, limit_s) is not None
-    )
-
-
 class Service:
     """Everything of one running service. The caller has blocked the signals it waits for."""
 
-    def __init__(self, directory: Path, loaded: config.Config, starts: Starts) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        loaded: config.Config,
+        starts: Starts,
+        activity: Activity,
+        notifier: Notifier,
+        control: ControlServer,
+    ) -> None:
         settings = loaded.settings
-        self._activity = Activity()
-        self._notifier = Notifier(self._activity.said)
-        self._line = ReadyLine(self._notifier)
+        self._activity = activity
+        self._notifier = notifier
+        self._line = ReadyLine(notifier)
         self._stop = threading.Event()
         self._ended = threading.Event()
-        self._stages: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._fatal: StudioWorkerError | None = None
 
         log.info("service starting", extra={"op": "service", "version": __version__})
@@ -137,6 +138,7 @@ class Service:
         logging.getLogger().addHandler(shipping)
         self._engines = default_router(self._device.name, compiles=settings.worker.compile)
         self._store = open_store(loaded, policy)
+        self._preparation = Preparation(self._store, self._device, notifier, self._stop)
         self._later = LaterProvision(self._store, partial(self._line.note, "provision"))
         self._in_hand = JobInHand(settings.state.dir / "spool")
         failures = Failures(settings.state.dir / "spool")
@@ -194,6 +196,7 @@ class Service:
             uploading=lambda: self._studio.courier.uploading,
             on_pause=self._note_pause,
         )
+        control.handlers = self._reporting.handlers()
 
     def run(self) -> None:
         """From provisioning to the clean end.
@@ -202,14 +205,13 @@ class Service:
             StudioWorkerError: what ended the service; its class holds the exit status.
         """
         _thread("signals", self._watch_signals)
-        folder = runtime_dir(self._settings.state.runtime_dir)
-        with (
-            contextlib.closing(ControlServer(folder, self._reporting.handlers())),
-            contextlib.closing(self._exporter()),
-        ):
+        with contextlib.closing(self._exporter()):
             self._recover()
-            if self._provision():
+            self._activity.entered("provisioning")
+            if self._preparation.run(self._reloader.config.required, compiles=self._settings.worker.compile):
                 self._work()
+            else:
+                self._notifier.stopping()
         if self._fatal is not None:
             raise self._fatal
 
@@ -259,41 +261,6 @@ class Service:
                 extra={"op": "job", "job_id": job_id, "refused_from_now": self._in_hand.is_poisoned(job_id)},
             )
 
-    def _provision(self) -> bool:
-        """Whether the required models are verified; ``False`` = stopped before."""
-        self._activity.entered("provisioning")
-        self._store.clean_staging()
-        progress = ProvisionProgress(self._notifier.status, self._notifier.extend_timeout)
-
-        def work() -> None:
-            try:
-                self._try_device()
-                provision(self._store, self._reloader.config.required, progress, self._stop)
-                self._stages.put(None)
-            except Exception as error:  # whatever it is, the main thread waits for it
-                self._stages.put(error)
-
-        _thread("provision", work)
-        error = self._stages.get()
-        if self._stop.is_set():
-            self._notifier.stopping()
-            return False
-        if error is not None:
-            raise error
-        return True
-
-    def _try_device(self) -> None:
-        """Raises DeviceError where torch cannot compute on the device, so that READY is never said of one."""
-        compiles = self._settings.worker.compile
-        if not self._device.is_gpu and not compiles:
-            return
-        self._notifier.status(f"trying out {self._device.name}")
-        self._notifier.extend_timeout()
-        facts = probe(self._device.name, compiles=compiles, stop=self._stop)
-        if not facts["ok"]:
-            raise DeviceError(facts["error"])
-        log.info("device tried out", extra={"op": "device", **facts})
-
     # --- a reload ---
 
     def _adopt(self, reloaded: Reloaded) -> None:
@@ -318,7 +285,7 @@ class Service:
         self._notifier.stopping("finishing the job in hand", within_s=limit_s + _AFTER_LIMIT_S)
         self._stop.set()
         self._desk.close()
-        self._stages.put(None)
+        self._preparation.give_up()
         again = signal.sigtimedwait(_STOP_SIGNALS, limit_s)
         log.warning(
             "handing the job in hand back",

@@ -34,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "store",
         "provision bundles engine studio",
         "ports",
-        "worker local_studio abilities reload reporting doctor",
+        "worker local_studio abilities reload reporting doctor starting",
         "service service_process",
         "demo",
         "cli_options",

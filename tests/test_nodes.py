@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from studio_worker.control import ask
 from studio_worker.nodes import (
     driver_problem,
     has_nvidia_gpu,
@@ -20,6 +21,7 @@ from studio_worker.nodes import (
     wait_for_nodes,
 )
 from studio_worker.service_process import ServiceProcess
+from studio_worker.snapshot import Snapshot
 from tests.test_service import READY_S
 
 CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n"
@@ -230,7 +232,9 @@ def test_machine_in_order_or_without_gpu_waits_for_nothing(
 
 
 def test_service_tells_systemd_what_it_waits_for(tmp_path: Path) -> None:
-    """STATUS names the missing nodes, more time is asked for once, and SIGTERM ends the wait with 0."""
+    """STATUS names the missing nodes, and so does `status`; more time is asked for once, and SIGTERM ends the
+    wait with 0.
+    """
     machine(tmp_path / "machine", "nvidiactl", "nvidia0")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
@@ -241,11 +245,14 @@ def test_service_tells_systemd_what_it_waits_for(tmp_path: Path) -> None:
         "device.wait_for_nodes = functools.partial(device.wait_for_nodes, root)\n"
     )
     (tmp_path / "config.toml").write_text(
-        f'[worker]\ndevice = "cuda"\n[state]\ndir = "{tmp_path}/state"\n'
+        f'[worker]\ndevice = "cuda"\n[state]\ndir = "{tmp_path}/state"\nruntime_dir = "{tmp_path}/run"\n'
         f'[models]\nroot = "{tmp_path}/models"\n'
     )
     with ServiceProcess(tmp_path, tmp_path / "log", {"PYTHONPATH": str(tmp_path / "site")}) as running:
         running.await_message("EXTEND_TIMEOUT_USEC=", READY_S)
+        answer = Snapshot.model_validate(ask(tmp_path / "run", "status"))
+        assert (answer.phase, answer.status) == ("starting", "waiting for /dev/nvidia-uvm")
+        assert answer.process.starts == 1
         running.signal(signal.SIGTERM)
         assert running.wait(READY_S) == 0
     assert "STATUS=waiting for /dev/nvidia-uvm" in running.messages

@@ -223,16 +223,17 @@ def test_token_replaced_in_its_file_is_used_after_a_reload(tmp_path: Path) -> No
     assert read_again(tmp_path, running, policy).policy.tokens == {"models.example": "second-token"}
 
 
-def test_unchanged_limit_is_shared_with_downloads_under_way(tmp_path: Path) -> None:
-    """A reload does not let old and new downloads each take the whole limit."""
+def test_unchanged_limits_are_shared_with_downloads_under_way(tmp_path: Path) -> None:
+    """A reload does not let old and new downloads each take the whole limit, or all connections."""
     write(tmp_path, "download_limit_mb_s = 5\n")
     running = config.load(tmp_path)
     policy = policy_from(running.settings)
     assert read_again(tmp_path, running, policy).policy.limit is policy.limit
-    write(tmp_path, "download_limit_mb_s = 6\n")
-    changed = read_again(tmp_path, running, policy).policy.limit
-    assert changed is not None
-    assert changed.bytes_per_s == 6e6
+    assert read_again(tmp_path, running, policy).policy.connections is policy.connections
+    write(tmp_path, "download_limit_mb_s = 6\nmax_connections = 7\n")
+    changed = read_again(tmp_path, running, policy).policy
+    assert changed.limit is not None
+    assert (changed.limit.bytes_per_s, changed.connections.most) == (6e6, 7)
 
 
 # --- required models that come later ---
