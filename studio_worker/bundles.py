@@ -110,6 +110,9 @@ def import_bundle(store: Store, source: Path, told: Told | None = None) -> Manif
             )
             for file in coming
         )
+        for file in coming:  # room was made for what the manifest says
+            if _size(source, bundle, file.member) != file.size:
+                raise _damaged_bundle(source, file)
         placed: dict[str, Path] = {}
         for file in coming:
             with temporary(store.root / ".staging") as path:
@@ -121,7 +124,7 @@ def import_bundle(store: Store, source: Path, told: Told | None = None) -> Manif
                     assert bundle is not None
                     digest = copy(_member(source, bundle, file.member), path, _of(file, told))
                 if digest != file.sha256:
-                    raise StoreError(f"{source}: {file.member} ({file.filename}) is damaged; copy it again")
+                    raise _damaged_bundle(source, file)
                 store.adopt(file.name, path, file.sha256, file.url, file.models)
             placed[file.sha256] = store.root / file.name
     return manifest
@@ -133,6 +136,8 @@ def import_bundle(store: Store, source: Path, told: Told | None = None) -> Manif
 def _chosen(store: Store, required: Sequence[RequiredModel], models: Sequence[str]) -> Manifest:
     entries = store.entries()
     by_id = {model.id: model for model in required}
+    if not models and not by_id:
+        raise StoreError("models.d requires none; say which ones: studio-worker models export DEST MODEL…")
     owners: dict[str, list[str]] = {}
     for model in models or by_id:
         names = [file_name(file) for file in by_id[model].files] if model in by_id else []
@@ -221,6 +226,8 @@ def _damaged(store: Store, file: BundledFile) -> StoreError:
 def _opened(source: Path) -> Iterator[tarfile.TarFile | None]:
     """The tar file ``source``, or ``None`` where it is a folder."""
     if source.is_dir():
+        if not (source / _MANIFEST).exists():
+            raise StoreError(f"{source}: is no bundle: it holds no {_MANIFEST}")
         yield None
         return
     try:
@@ -228,6 +235,15 @@ def _opened(source: Path) -> Iterator[tarfile.TarFile | None]:
             yield tar
     except tarfile.TarError as error:
         raise StoreError(f"{source}: is no bundle, or a damaged one: {error}") from error
+
+
+def _size(source: Path, bundle: tarfile.TarFile | None, name: str) -> int:
+    """How long a member is, before anything of it is read."""
+    return (source / name).lstat().st_size if bundle is None else _header_of(source, bundle, name).size
+
+
+def _damaged_bundle(source: Path, file: BundledFile) -> StoreError:
+    return StoreError(f"{source}: {file.member} ({file.filename}) is damaged; copy it again")
 
 
 def _read_manifest(source: Path, bundle: tarfile.TarFile | None) -> Manifest:
@@ -243,14 +259,19 @@ def _read_manifest(source: Path, bundle: tarfile.TarFile | None) -> Manifest:
         raise StoreError(f"{source}: {_MANIFEST}: {where}: {problem}") from error
 
 
-def _member(source: Path, bundle: tarfile.TarFile, name: str) -> IO[bytes]:
+def _header_of(source: Path, bundle: tarfile.TarFile, name: str) -> tarfile.TarInfo:
     try:
         header = bundle.getmember(name)
     except KeyError:
         raise StoreError(f"{source}: {name} is missing") from None
-    file = bundle.extractfile(header) if header.isreg() else None
-    if file is None:
+    if not header.isreg():
         raise StoreError(f"{source}: {name} is not a plain file")
+    return header
+
+
+def _member(source: Path, bundle: tarfile.TarFile, name: str) -> IO[bytes]:
+    file = bundle.extractfile(_header_of(source, bundle, name))
+    assert file is not None  # it is a plain file
     return file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -39,9 +40,10 @@ def main() -> None:
         print(f"studio-worker: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except OSError as error:
-        if error.filename is None:  # not a matter of one file: a fault of ours, its traceback is wanted
+        # Else neither one file nor a full disk behind the output: a fault of ours, its traceback is wanted.
+        if error.filename is None and error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
             raise
-        print(f"studio-worker: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"studio-worker: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         sys.exit(os.EX_IOERR)
 
 

@@ -64,5 +64,6 @@ def doctor(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> 
             typer.echo(f"{typer.style(f'{word:8}', fg=color)} {finding.check}: {finding.text}")
             if finding.cure:
                 typer.echo(f"{'':8} → {finding.cure}")
-    sys.stdout.flush()
+    if sys.stdout is not None:  # closed by the caller
+        sys.stdout.flush()
     os._exit(1 if failed else 0)  # a check that hangs in a driver must not hold up the end

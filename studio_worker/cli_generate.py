@@ -224,9 +224,12 @@ def _size(size: str | None) -> tuple[int | None, int | None]:
         return None, None
     width, _, height = size.lower().partition("x")
     try:
-        return int(width), int(height or width)
-    except ValueError as error:
-        raise typer.BadParameter(f"{size}: write e.g. 1024x768", param_hint="--size") from error
+        sides = int(width), int(height or width)
+    except ValueError:
+        sides = -1, -1
+    if min(sides) < 0:
+        raise typer.BadParameter(f"{size}: write e.g. 1024x768", param_hint="--size")
+    return sides
 
 
 class _Progress:

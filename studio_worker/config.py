@@ -7,6 +7,7 @@ reading a file is config_files.py's work, a required model's shape is required.p
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -95,8 +96,17 @@ def check_folders(settings: Settings) -> None:
             raise ConfigError(
                 f"folder {folder} {problem}",
                 key=key,
-                cure=f"give user {user()} access to it or name another folder",
+                cure=_access_cure(folder),
             )
+
+
+def _access_cure(folder: Path) -> str:
+    """Most likely a person asks, with a user of their own, about the folders of the service's user."""
+    access = f"give user {user()} access to it or name another folder"
+    with contextlib.suppress(OSError, KeyError):  # not there, or of a user without a name
+        if folder.stat().st_uid not in {0, os.geteuid()}:
+            return f"it belongs to user {folder.owner()}: run the command with sudo, or {access}"
+    return access
 
 
 def _known_keys() -> dict[str, list[str]]:

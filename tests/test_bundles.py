@@ -132,6 +132,13 @@ def test_export_takes_on_demand_models_by_name(full: Store, required: RequiredMo
         export_bundle(full, tmp_path / "other", [], ["other"])
 
 
+def test_export_of_nothing_is_refused(full: Store, tmp_path: Path) -> None:
+    """Where models.d requires nothing, an empty bundle is not carried to another box."""
+    with pytest.raises(StoreError, match="say which ones"):
+        export_bundle(full, tmp_path / "bundle.tar", [])
+    assert not (tmp_path / "bundle.tar").exists()
+
+
 def test_export_refuses_what_is_not_verified(required: RequiredModel, tmp_path: Path) -> None:
     """A required model that is not here is not exported; the text says how to get it."""
     with pytest.raises(StoreError, match="models pull"):
@@ -211,8 +218,29 @@ def test_import_refuses_what_is_no_bundle(tmp_path: Path, kind: str) -> None:
     if kind == "manifest":
         (source / "manifest.json").write_text('{"format": 2, "files": []}')
 
-    with pytest.raises(StoreError, match="wrong"):
+    with pytest.raises(StoreError, match=r"/wrong: (No such file|is no bundle|manifest\.json: format: )"):
         import_bundle(Store(tmp_path / "empty"), source)
+
+
+@SUFFIXES
+def test_import_takes_no_more_than_was_announced(
+    full: Store, required: RequiredModel, tmp_path: Path, suffix: str
+) -> None:
+    """A file that is longer than the manifest says, for which no room was made, is not even read."""
+    bundle = exported(full, required, tmp_path / "bundle")
+    rewrite(bundle, lambda manifest: manifest["files"][0].update(size=1))
+    if suffix:
+        with tarfile.open(tmp_path / "bundle.tar", "w") as tar:
+            tar.add(bundle, "")
+    read: list[object] = []
+
+    with pytest.raises(StoreError, match="is damaged"):
+        import_bundle(
+            Store(tmp_path / "empty"), tmp_path / f"bundle{suffix}", lambda *said: read.append(said)
+        )
+
+    assert not read
+    assert not list((tmp_path / "empty").rglob("*.gguf"))
 
 
 def test_import_follows_no_link_out_of_the_bundle(

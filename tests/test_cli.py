@@ -328,6 +328,24 @@ with state_lock(Path(sys.argv[1])):
     assert (tmp_path / "state" / "identity.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("words", "redirection", "status", "says"),
+    [
+        ("version", ">/dev/full", 74, "studio-worker: output: No space left on device\n"),
+        ("doctor --config /nowhere", ">&-", 1, ""),
+    ],
+)
+def test_output_that_nobody_can_take_is_no_fault_of_the_program(
+    words: str, redirection: str, status: int, says: str
+) -> None:
+    """A full disk behind the output is one line, a closed one none; never a traceback."""
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -m studio_worker {words} {redirection}', sys.executable],
+        cwd=ROOT, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (status, says)
+
+
 # --- models ---
 
 

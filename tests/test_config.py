@@ -187,6 +187,22 @@ def test_check_config_names_what_this_user_may_not_read(open_folder: Path, close
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_check_config_by_a_person_names_whose_folder_it_is(open_folder: Path) -> None:
+    """Who asks with a user of their own is not told to open the service's folders, but to use sudo."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can ask as two users")
+    state = open_folder / "the-state"
+    state.mkdir(mode=0o700)
+    os.chown(state, 1, 1)  # daemon, on every Debian
+    site(open_folder, f'[state]\ndir = "{state}"\n')
+    try:
+        done = command(open_folder, user=NOBODY, group=NOBODY, extra_groups=[])
+    except PermissionError:
+        pytest.skip("this Python cannot be started by another user")
+    assert done.returncode == 78, done.stderr
+    assert "it belongs to user daemon: run the command with sudo, or give user" in done.stderr
+
+
 # --- what it says and what wins ---
 
 
