@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import json
 import os
 from dataclasses import dataclass
@@ -88,16 +89,28 @@ def check_folders(settings: Settings) -> None:
                 own_like_folder(folder)
             usable = os.access(folder, os.R_OK | os.W_OK | os.X_OK)
             problem = "cannot be read and written by this user"
+            is_read_only = bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
         except OSError as error:
             usable, problem = False, f"cannot be made: {error.strerror}"
+            is_read_only = error.errno == errno.EROFS
         except ValueError as error:  # a NUL byte
-            usable, problem = False, f"cannot be made: {error}"
+            usable, problem, is_read_only = False, f"cannot be made: {error}", False
         if not usable:
+            if is_read_only:
+                problem = "lies where everything is read-only"
             raise ConfigError(
                 f"folder {folder} {problem}",
                 key=key,
-                cure=_access_cure(folder),
+                cure=_unit_cure(folder) if is_read_only else _access_cure(folder),
             )
+
+
+def _unit_cure(folder: Path) -> str:
+    made = "" if folder.is_dir() else "make it and "
+    return (
+        f"{made}let the unit write there (systemctl edit studio-worker, [Service], ReadWritePaths={folder}) "
+        "or mount it writable"
+    )
 
 
 def _access_cure(folder: Path) -> str:

@@ -180,7 +180,8 @@ def _jobs(now: Snapshot) -> Iterator[Metric]:
         "accepted": now.offers.accepted,
         "again": now.offers.again,
         "impossible": now.offers.impossible,
-        **{f"rejected_{code}": count for code, count in now.offers.rejected.items()},
+        # From the start, or an increase would not show where a code comes for the first time.
+        **{f"rejected_{code}": now.offers.rejected.get(code, 0) for code in ("busy", "paused", "other")},
     }
     yield _counter("offers", "Offers of jobs, by how they were answered.", offers, "answer")
 

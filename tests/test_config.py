@@ -203,6 +203,15 @@ def test_check_config_by_a_person_names_whose_folder_it_is(open_folder: Path) ->
     assert "it belongs to user daemon: run the command with sudo, or give user" in done.stderr
 
 
+def test_folder_that_the_unit_does_not_let_in_names_the_unit(folder: Path, small_disk: Path) -> None:
+    """Models on another disk: a unit that sees it read-only is what is named, not the folder's owner."""
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for root in (small_disk, small_disk / "models"):  # there, and yet to be made
+        site(folder, f'[models]\nroot = "{root}"\n')
+        with pytest.raises(ConfigError, match=rf"read-only; .*\[Service\], ReadWritePaths={root}\)"):
+            config.check_folders(config.load(folder).settings)
+
+
 # --- what it says and what wins ---
 
 
