@@ -27,6 +27,9 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 """RFC 6052: the last 32 bits are the IPv4 address that is reached."""
 
+_GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
+"""All that IANA has given out for public IPv6 addresses (RFC 4291, 2.4; its address space registry)."""
+
 
 @dataclass(frozen=True)
 class Networks:
@@ -76,8 +79,10 @@ def network_kind(address: Address) -> str:
         return "the local link"
     if address.is_multicast:
         return "a group of machines (multicast)"
-    # is_global follows IANA's special-purpose registries: RFC 1918, unique local, shared (RFC 6598), …
-    return "" if address.is_global else "a private network"
+    # is_global follows IANA's special-purpose registries (RFC 1918, unique local, …) as they were when
+    # this Python was made; whatever it does not know there, nothing outside _GLOBAL_V6 is public.
+    is_public = address.is_global and (isinstance(address, ipaddress.IPv4Address) or address in _GLOBAL_V6)
+    return "" if is_public else "a private network"
 
 
 def _embedded(address: Address) -> Address:

@@ -57,6 +57,9 @@ def resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
         ("::ffff:192.168.1.10", "private"),
         ("64:ff9b::a01:203", "private"),  # 10.1.2.3 behind NAT64
         ("2002:a01:203::1", "private"),  # 10.1.2.3 behind 6to4
+        ("64:ff9b:1::a01:203", "private"),  # behind a NAT64 of the network's own
+        ("fec0::1", "private"),  # site-local, as it was once
+        ("::10.1.2.3", "private"),  # the first way to write an IPv4 address as an IPv6 one
         ("127.0.0.1", "this machine"),
         ("0.0.0.0", "this machine"),
         ("::1", "this machine"),
