@@ -275,14 +275,19 @@ def test_session_notices_a_silent_studio(scripted: ScriptedStudio) -> None:
 
 
 @pytest.mark.usefixtures("running")
-def test_session_survives_rubbish(scripted: ScriptedStudio) -> None:
-    """Binary, broken and unknown frames are logged and dropped; the next offer is answered."""
+def test_session_survives_rubbish(scripted: ScriptedStudio, caplog: pytest.LogCaptureFixture) -> None:
+    """Binary, broken and unknown frames are dropped, each kind logged once; the next offer is answered."""
     conversation = scripted.accept()
     conversation.welcome()
-    for message in (b"\x00\xff", "{", "[]", '{"type":"fortune"}', '{"type":"offer","claim":3}'):
+    rubbish = (b"\x00\xff", "{", "[]", '{"type":"fortune"}', '{"type":"offer","claim":3}')
+    for message in rubbish * 3:
         conversation.send_raw(message)
     conversation.send(type="offer", claim=CLAIM)
     assert conversation.receive_type("accept")["jobId"] == "j1"
+    told = [
+        each for each in caplog.records if each.message == "frame dropped" and each.levelname == "WARNING"
+    ]
+    assert len(told) == len(rubbish)
 
 
 def test_session_heartbeats_while_python_is_busy(scripted: ScriptedStudio) -> None:

@@ -28,6 +28,9 @@ from studio_worker.studio.wire import Body, Capabilities
 
 log = logging.getLogger(__name__)
 
+_DROPPED_KINDS = 20
+"""So many kinds of unreadable frames are told of one connection."""
+
 
 class Exchange:
     """What one connection says. Everything is called from the session's thread.
@@ -66,6 +69,7 @@ class Exchange:
         self._on_redelivery = on_redelivery
         self._on_answer = on_answer
         self._postponed: dict[str, Offered] = {}
+        self._dropped: set[str] = set()
 
     @property
     def is_open(self) -> bool:
@@ -85,7 +89,7 @@ class Exchange:
         try:
             event = self.protocol.receive(message, now)
         except FrameError as error:
-            log.warning("frame dropped", extra={"op": "session", "error": str(error)})
+            self._note_dropped(str(error))
             return False
         if isinstance(event, Offered):
             self._answer(event)
@@ -127,6 +131,12 @@ class Exchange:
         if offer is not None:
             self._answer(offer)
         return offer is not None
+
+    def _note_dropped(self, error: str) -> None:
+        """Each kind once: a studio of a later version may send what is not known here at every heartbeat."""
+        if error not in self._dropped and len(self._dropped) < _DROPPED_KINDS:
+            self._dropped.add(error)
+            log.warning("frame dropped", extra={"op": "session", "error": error})
 
     def _answer(self, offer: Offered) -> None:
         judgement = self._judge(offer)
