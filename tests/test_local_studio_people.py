@@ -203,8 +203,8 @@ def test_jobs_strange_extensions_are_only_bytes(studio: LocalStudio) -> None:
     machine.hang_up()
 
 
-def test_jobs_can_be_deleted_while_queued_only(studio: LocalStudio) -> None:
-    """A queued job can be taken out; one that is begun cannot."""
+def test_jobs_can_be_deleted_unless_a_worker_holds_them(studio: LocalStudio) -> None:
+    """A queued job can be taken out, a finished or failed one with its result; one that is begun cannot."""
     machine = Machine(studio).connect()
     job_id, other = queue(studio), queue(studio)
     machine.take()
@@ -212,6 +212,17 @@ def test_jobs_can_be_deleted_while_queued_only(studio: LocalStudio) -> None:
     assert ask(studio, "DELETE", f"/api/jobs/{job_id}").status_code == 409
     assert ask(studio, "DELETE", f"/api/jobs/{other}").status_code == 204
     assert ask(studio, "DELETE", f"/api/jobs/{other}").status_code == 404
+    machine.upload(job_id)
+    assert ask(studio, "GET", f"/api/jobs/{job_id}/result").status_code == 200
+    assert ask(studio, "DELETE", f"/api/jobs/{job_id}").status_code == 204
+    assert ask(studio, "GET", f"/api/jobs/{job_id}/result").status_code == 404
+    failing = queue(studio)
+    machine.take()
+    machine.say("fail", jobId=failing, error="no such engine", retryable=False)
+    machine.hear()
+    assert ask(studio, "DELETE", f"/api/jobs/{failing}").status_code == 204
+    state = ask(studio, "GET", "/api/state").json()
+    assert (state["failed"], state["queue"]["done"], state["queue"]["failed"]) == ([], 0, 0)
     machine.hang_up()
 
 

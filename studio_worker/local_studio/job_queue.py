@@ -196,11 +196,12 @@ class JobQueue:
         return self._change(job_id, rules.retried)
 
     def delete(self, job_id: str) -> None:
-        """Remove a job nobody has begun. Raises RuleBroken for any other."""
+        """Remove a job and what it brought. Raises RuleBroken for one that a worker holds."""
         with self._database.writing() as connection:
             job = self._require(job_id)
-            if job.status is not JobStatus.QUEUED:
-                raise rules.RuleBroken(f"job {job_id} is {job.status}; only queued jobs can be deleted")
+            if job.status in {JobStatus.OFFERED, JobStatus.RUNNING}:
+                raise rules.RuleBroken(f"job {job_id} is {job.status}; it can be deleted when that is over")
+            connection.execute("DELETE FROM results WHERE job_id = ?", (job_id,))
             connection.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,))
 
     def result(self, job_id: str) -> Result | None:

@@ -167,7 +167,7 @@ class PeopleRoutes:
         return self._job_answer(request.path_params["job_id"])
 
     async def delete_job(self, request: Request) -> Response:
-        """Take a job out of the queue."""
+        """Take a job out of the queue, or out of the gallery."""
         job_id = self._known(request)
         try:
             self._desk.queue.delete(job_id)

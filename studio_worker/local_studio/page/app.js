@@ -56,7 +56,8 @@ function failedRow(job) {
       el("div", { class: "facts" }, [job.model, job.worker, plural(job.attempts, "try", "tries")].filter(Boolean).join(" · "),
         " · ", ago(job.finishedAt))),
     button("Retry", () => call("POST", `/api/jobs/${job.jobId}/retry`)),
-    button("Edit", () => again(job)));
+    button("Edit", () => again(job)),
+    button("Remove", () => call("DELETE", `/api/jobs/${job.jobId}`), { class: "quiet" }));
 }
 
 function showWelcome(state) {

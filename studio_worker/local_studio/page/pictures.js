@@ -56,6 +56,12 @@ function download(job) {
   return el("a", { href: job.result.url, download: `${job.jobId}.${job.result.ext}` }, "Download");
 }
 
+async function remove(job) {
+  if (!confirm("Delete this picture for good?")) return;
+  await call("DELETE", `/api/jobs/${job.jobId}`);
+  shownCount = -1; // another one may have been finished meanwhile: the count alone does not tell
+}
+
 function view(job) {
   const viewer = byId("viewer");
   const size = el("dd");
@@ -74,6 +80,7 @@ function view(job) {
         value instanceof HTMLElement && value.tagName === "DD" ? value : el("dd", {}, value instanceof Node ? value : String(value))])),
       el("div", { class: "buttons" }, download(job), act("Again", () => again(job)),
         isPicture(job) ? act("Start from it", () => startFrom(job)) : null,
+        act("Delete", () => remove(job)),
         button("Close", () => viewer.close())))));
   viewer.showModal();
 }
