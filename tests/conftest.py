@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 import studio_worker.engine  # noqa: F401  (before torch: it sets how torch's threads wait)
 from studio_worker import sample_model
+from studio_worker.demo import write_configuration
 from studio_worker.local_studio import LocalStudio
 
 # Nothing is timed in tests: a machine that is busy with something else must not make one fail.
@@ -29,10 +30,24 @@ def _pictures_are_made_offline(request: pytest.FixtureRequest, monkeypatch: pyte
 
 
 @pytest.fixture
-def studio(tmp_path: Path) -> Iterator[LocalStudio]:
-    """A real local studio on a free loopback port, serving the sample model."""
-    with LocalStudio(tmp_path / "studio.sqlite3", models_dir=sample_model.WEIGHTS.parent) as running:
+def studio(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LocalStudio]:
+    """A real local studio on a free loopback port, serving the sample model. Tests that are marked
+    ``welcoming_studio`` have one that lets every worker in.
+    """
+    is_welcoming = request.node.get_closest_marker("welcoming_studio") is not None
+    with LocalStudio(
+        tmp_path / "studio.sqlite3", models_dir=sample_model.WEIGHTS.parent, auto_approve=is_welcoming
+    ) as running:
         yield running
+
+
+@pytest.fixture
+def site(tmp_path: Path, studio: LocalStudio) -> Path:
+    """A configuration for a service of that studio; no model is required, so that READY comes at once."""
+    (tmp_path / "work").mkdir()
+    folder = write_configuration(studio, tmp_path / "work")
+    (folder / "models.d" / "sample.json").unlink()
+    return folder
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import re
 import stat
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from studio_worker import config
-from studio_worker.demo import write_configuration
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio import LocalStudio
 from studio_worker.metrics import Exporter, Metrics
-from studio_worker.sample_model import WEIGHTS
 from studio_worker.service_process import ServiceProcess
 from studio_worker.snapshot import (
     DeviceFacts,
@@ -153,23 +150,14 @@ def test_metrics_are_served_on_this_machine_only(tmp_path: Path, address: str) -
         config.load(tmp_path)
 
 
-@pytest.fixture
-def studio(tmp_path: Path) -> Iterator[LocalStudio]:
-    """A local studio that lets every worker in."""
-    with LocalStudio(tmp_path / "studio.sqlite3", models_dir=WEIGHTS.parent, auto_approve=True) as running:
-        yield running
-
-
-def test_service_exports_what_it_does(studio: LocalStudio, tmp_path: Path) -> None:
+@pytest.mark.welcoming_studio
+def test_service_exports_what_it_does(studio: LocalStudio, site: Path, tmp_path: Path) -> None:
     """The real service: a download, a job, the session and READY are in what Prometheus gets."""
-    (tmp_path / "work").mkdir()
-    folder = write_configuration(studio, tmp_path / "work")
-    (folder / "models.d" / "sample.json").unlink()
     port = int(refused_url("").rpartition(":")[2])
-    override(folder, f'[metrics]\nlisten = "127.0.0.1:{port}"\ntextfile = "{tmp_path}/worker.prom"\n')
+    override(site, f'[metrics]\nlisten = "127.0.0.1:{port}"\ntextfile = "{tmp_path}/worker.prom"\n')
     with FileServer() as server:
-        require(folder, "small", server.serve("/small.safetensors", b"x" * 5000))
-        with ServiceProcess(folder, tmp_path / "log") as running:
+        require(site, "small", server.serve("/small.safetensors", b"x" * 5000))
+        with ServiceProcess(site, tmp_path / "log") as running:
             running.await_message("STATUS=ready, connected", READY_S)
             await_status(studio, queue_synthetic(studio), "done")
 

@@ -7,44 +7,28 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from studio_worker import config
-from studio_worker.demo import MODEL_ID, sample_source, write_configuration
+from studio_worker.demo import MODEL_ID, sample_source
 from studio_worker.local_studio import LocalStudio
 from studio_worker.models import ModelFile, RequiredModel
 from studio_worker.policy import Policy
 from studio_worker.provision import LaterProvision
 from studio_worker.reach import policy_from
 from studio_worker.reload import LIVE, read_again
-from studio_worker.sample_model import WEIGHTS
 from studio_worker.service_process import ServiceProcess
 from studio_worker.settings import Settings
 from studio_worker.store import Store
 from tests.servers import FileServer
 from tests.test_service import READY_S, await_status, override, queue_synthetic, require
 
+pytestmark = pytest.mark.welcoming_studio
+
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def studio(tmp_path: Path) -> Iterator[LocalStudio]:
-    """A local studio that lets every worker in."""
-    with LocalStudio(tmp_path / "studio.sqlite3", models_dir=WEIGHTS.parent, auto_approve=True) as running:
-        yield running
-
-
-@pytest.fixture
-def folder(tmp_path: Path, studio: LocalStudio) -> Path:
-    """A configuration for that studio; no model is required, so that READY comes at once."""
-    (tmp_path / "work").mkdir()
-    directory = write_configuration(studio, tmp_path / "work")
-    (directory / "models.d" / "sample.json").unlink()
-    return directory
 
 
 def reload(running: ServiceProcess) -> list[str]:
@@ -62,11 +46,11 @@ def logged(running: ServiceProcess, message: str) -> list[dict[str, Any]]:
 # --- the running service ---
 
 
-def test_reload_applies_what_can_change_live(folder: Path, studio: LocalStudio, tmp_path: Path) -> None:
+def test_reload_applies_what_can_change_live(site: Path, studio: LocalStudio, tmp_path: Path) -> None:
     """SIGHUP: systemd hears RELOADING with the time, then READY; the next offer meets the new values."""
-    with ServiceProcess(folder, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         running.await_message("STATUS=ready, connected", READY_S)
-        override(folder, "[worker]\nstep_timeout_s = 77\n[models]\non_demand = false\n")
+        override(site, "[worker]\nstep_timeout_s = 77\n[models]\non_demand = false\n")
         before_us = time.monotonic_ns() // 1000
         heard = reload(running)
         assert heard[:1] == ["RELOADING=1"]
@@ -84,16 +68,16 @@ def test_reload_applies_what_can_change_live(folder: Path, studio: LocalStudio, 
 
 
 def test_reload_with_a_fault_leaves_everything_as_it_was(
-    folder: Path, studio: LocalStudio, tmp_path: Path
+    site: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
     """A fault is told with file, line, key and cure in log and STATUS, jobs go on; mended, it is gone."""
-    with ServiceProcess(folder, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         running.await_message("STATUS=ready, connected", READY_S)
-        override(folder, '[log]\nlevel = "error"\n[worker]\nstep_timeout_s = -1\n')
+        override(site, '[log]\nlevel = "error"\n[worker]\nstep_timeout_s = -1\n')
         heard = reload(running)
         assert any("STATUS=ready, connected; configuration not reloaded: " in line for line in heard)
         await_status(studio, queue_synthetic(studio), "done")
-        override(folder, "")
+        override(site, "")
         assert heard[-1] != reload(running)[-1]
         running.await_message("STATUS=ready, connected", READY_S)
         assert running.messages[-1] == "STATUS=ready, connected"
@@ -103,15 +87,15 @@ def test_reload_with_a_fault_leaves_everything_as_it_was(
     assert logged(running, "job done"), "the level of the faulty files was applied"
 
 
-def test_reload_names_what_needs_a_restart(folder: Path, studio: LocalStudio, tmp_path: Path) -> None:
+def test_reload_names_what_needs_a_restart(site: Path, studio: LocalStudio, tmp_path: Path) -> None:
     """What cannot change live is named in STATUS and log until it is restarted, or taken back."""
-    with ServiceProcess(folder, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         running.await_message("STATUS=ready, connected", READY_S)
-        override(folder, f'[worker]\ndevice = "auto"\n[models]\nroot = "{tmp_path}/elsewhere"\n')
+        override(site, f'[worker]\ndevice = "auto"\n[models]\nroot = "{tmp_path}/elsewhere"\n')
         assert reload(running)[-1].endswith("; restart to apply: worker.device, models.root")
         assert reload(running)[-1].endswith("; restart to apply: worker.device, models.root")
         await_status(studio, queue_synthetic(studio), "done")
-        override(folder, "")
+        override(site, "")
         assert "restart" not in reload(running)[-1]
         assert running.stop() == 0
     changes = logged(running, "configuration reloaded")
@@ -119,20 +103,20 @@ def test_reload_names_what_needs_a_restart(folder: Path, studio: LocalStudio, tm
 
 
 def test_reload_brings_a_required_model_beside_the_jobs(
-    folder: Path, studio: LocalStudio, tmp_path: Path
+    site: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
     """A model added to models.d is fetched while jobs go on, STATUS shows it; a stop does not wait for it."""
-    with FileServer() as server, ServiceProcess(folder, tmp_path / "log") as running:
+    with FileServer() as server, ServiceProcess(site, tmp_path / "log") as running:
         running.await_message("READY=1", READY_S)
         first = server.serve("/first.safetensors", b"first" * 100_000, hold_after=200_000)
-        require(folder, "first", first)
+        require(site, "first", first)
         reload(running)
         running.await_message("STATUS=ready, connected; downloading first: ", READY_S)
         await_status(studio, queue_synthetic(studio), "done")
         first.release()
         studio.wait_for(lambda: bool(logged(running, "required models verified")[1:]), READY_S)
         stalled = server.serve("/stalled.safetensors", b"stalled" * 1000, hold_after=100)
-        require(folder, "stalled", stalled)
+        require(site, "stalled", stalled)
         reload(running)
         assert stalled.held.wait(READY_S)
         assert running.stop(20) == 0
@@ -141,14 +125,14 @@ def test_reload_brings_a_required_model_beside_the_jobs(
     assert (models / hashlib.sha256(first.content).hexdigest() / "first.safetensors").exists()
 
 
-def test_reload_before_ready_waits_for_it(folder: Path, tmp_path: Path) -> None:
+def test_reload_before_ready_waits_for_it(site: Path, tmp_path: Path) -> None:
     """SIGHUP while models come neither ends the service nor lets systemd take it for ready too early."""
     with FileServer() as server:
         held = server.serve("/held.safetensors", b"held" * 1000, hold_after=100)
-        require(folder, "held", held)
-        with ServiceProcess(folder, tmp_path / "log") as running:
+        require(site, "held", held)
+        with ServiceProcess(site, tmp_path / "log") as running:
             assert held.held.wait(READY_S)
-            override(folder, "[worker]\nstep_timeout_s = 77\n")
+            override(site, "[worker]\nstep_timeout_s = 77\n")
             running.signal(signal.SIGHUP)
             deadline = time.monotonic() + READY_S
             while not logged(running, "reload waits until the service is ready"):

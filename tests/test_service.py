@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,15 @@ import pytest
 
 from studio_worker.demo import MODEL_ID, sample_source, write_configuration
 from studio_worker.local_studio import LocalStudio
-from studio_worker.sample_model import WEIGHTS, prompt
+from studio_worker.sample_model import prompt
 from studio_worker.service_process import ServiceProcess
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.identity import IdentityFile
 from studio_worker.studio.registration import Registration
 from tests.servers import FileServer, ServedFile
 from tests.test_wire import CAPABILITIES
+
+pytestmark = pytest.mark.welcoming_studio
 
 READY_S = 60.0
 DONE_S = 120.0
@@ -34,29 +35,13 @@ LONG = {"kind": "image", "prompt": "a hidden castle", "width": 512, "height": 51
 """Tens of seconds of work for the sample model: a job to be interrupted in."""
 
 
-@pytest.fixture
-def studio(tmp_path: Path) -> Iterator[LocalStudio]:
-    """A local studio that lets every worker in."""
-    with LocalStudio(tmp_path / "studio.sqlite3", models_dir=WEIGHTS.parent, auto_approve=True) as running:
-        yield running
-
-
-@pytest.fixture
-def config(tmp_path: Path, studio: LocalStudio) -> Path:
-    """A configuration for that studio; no model is required, so that READY comes at once."""
-    (tmp_path / "work").mkdir()
-    folder = write_configuration(studio, tmp_path / "work")
-    (folder / "models.d" / "sample.json").unlink()
-    return folder
-
-
-def override(config: Path, toml: str) -> None:
+def override(site: Path, toml: str) -> None:
     """Site values, as an operator would give them."""
-    (config / "conf.d").mkdir(exist_ok=True)
-    (config / "conf.d" / "50-test.toml").write_text(toml)
+    (site / "conf.d").mkdir(exist_ok=True)
+    (site / "conf.d" / "50-test.toml").write_text(toml)
 
 
-def require(config: Path, name: str, *files: ServedFile, sha256: str | None = None) -> None:
+def require(site: Path, name: str, *files: ServedFile, sha256: str | None = None) -> None:
     """Make files from a test server a required model."""
     entry = {
         "id": name,
@@ -71,7 +56,7 @@ def require(config: Path, name: str, *files: ServedFile, sha256: str | None = No
             for file in files
         ],
     }
-    (config / "models.d" / f"{name}.json").write_text(json.dumps(entry))
+    (site / "models.d" / f"{name}.json").write_text(json.dumps(entry))
 
 
 def queue_synthetic(studio: LocalStudio, **task: Any) -> str:
@@ -111,13 +96,13 @@ def await_online(studio: LocalStudio) -> str:
 # --- READY ------------------------------------------------------------------------------------------
 
 
-def test_service_is_not_ready_before_the_last_file_is_verified(config: Path, tmp_path: Path) -> None:
+def test_service_is_not_ready_before_the_last_file_is_verified(site: Path, tmp_path: Path) -> None:
     """READY waits for the last byte of the last required file, and comes when it is there."""
     with FileServer() as server:
         first = server.serve("/first.safetensors", b"first" * 1000)
         last = server.serve("/last.safetensors", b"last" * 1000, hold_after=100)
-        require(config, "two", first, last)
-        with ServiceProcess(config, tmp_path / "log") as running:
+        require(site, "two", first, last)
+        with ServiceProcess(site, tmp_path / "log") as running:
             assert last.held.wait(READY_S)
             assert (tmp_path / "work" / "models" / hashlib.sha256(first.content).hexdigest()).is_dir()
             assert not any(line.startswith("READY") for line in running.messages)
@@ -128,12 +113,12 @@ def test_service_is_not_ready_before_the_last_file_is_verified(config: Path, tmp
     assert messages.index("required models verified") < messages.index("service ready")
 
 
-def test_service_shows_systemd_what_it_downloads(config: Path, tmp_path: Path) -> None:
+def test_service_shows_systemd_what_it_downloads(site: Path, tmp_path: Path) -> None:
     """While a required model comes, STATUS says how far it is, and more time is asked for with it."""
     with FileServer() as server:
         held = server.serve("/held.safetensors", b"held" * 100_000, hold_after=200_000)
-        require(config, "large", held)
-        with ServiceProcess(config, tmp_path / "log") as running:
+        require(site, "large", held)
+        with ServiceProcess(site, tmp_path / "log") as running:
             running.await_message("STATUS=downloading large: ", READY_S)
             assert not any(line.startswith("READY") for line in running.messages)
             assert any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in running.messages)
@@ -142,11 +127,11 @@ def test_service_shows_systemd_what_it_downloads(config: Path, tmp_path: Path) -
             assert running.stop() == 0
 
 
-def test_service_with_a_wrong_hash_is_never_ready(config: Path, tmp_path: Path) -> None:
+def test_service_with_a_wrong_hash_is_never_ready(site: Path, tmp_path: Path) -> None:
     """A file that is not what was required ends the start: exit status 74, and the last line says why."""
     with FileServer() as server:
-        require(config, "bad", server.serve("/bad.safetensors", b"evil bytes"), sha256="0" * 64)
-        with ServiceProcess(config, tmp_path / "log") as running:
+        require(site, "bad", server.serve("/bad.safetensors", b"evil bytes"), sha256="0" * 64)
+        with ServiceProcess(site, tmp_path / "log") as running:
             assert running.wait(READY_S) == 74
     assert not any(line.startswith("READY") for line in running.messages)
     last = running.log_lines()[-1]
@@ -155,12 +140,12 @@ def test_service_with_a_wrong_hash_is_never_ready(config: Path, tmp_path: Path) 
     assert not list((tmp_path / "work" / "models").rglob("*.safetensors"))
 
 
-def test_service_stopped_while_it_provisions_ends_cleanly_at_once(config: Path, tmp_path: Path) -> None:
+def test_service_stopped_while_it_provisions_ends_cleanly_at_once(site: Path, tmp_path: Path) -> None:
     """A stop does not wait for a mirror that stalls."""
     with FileServer() as server:
         slow = server.serve("/slow.safetensors", b"x" * 10_000, hold_after=100)
-        require(config, "slow", slow)
-        with ServiceProcess(config, tmp_path / "log") as running:
+        require(site, "slow", slow)
+        with ServiceProcess(site, tmp_path / "log") as running:
             assert slow.held.wait(READY_S)
             assert running.stop(20) == 0
         slow.release()
@@ -171,9 +156,9 @@ def test_service_is_ready_while_it_waits_for_approval(tmp_path: Path) -> None:
     """Approval may take days: READY comes before, and STATUS says what is waited for and where."""
     with LocalStudio(tmp_path / "studio.sqlite3") as studio:
         (tmp_path / "work").mkdir()
-        config = write_configuration(studio, tmp_path / "work")
-        (config / "models.d" / "sample.json").unlink()
-        with ServiceProcess(config, tmp_path / "log") as running:
+        site = write_configuration(studio, tmp_path / "work")
+        (site / "models.d" / "sample.json").unlink()
+        with ServiceProcess(site, tmp_path / "log") as running:
             running.await_message("READY=1", READY_S)
             running.await_message("STATUS=ready, waiting for approval: approve ", READY_S)
             assert any(studio.base_url in line for line in running.messages)
@@ -183,9 +168,9 @@ def test_service_is_ready_while_it_waits_for_approval(tmp_path: Path) -> None:
 # --- jobs and stops ---------------------------------------------------------------------------------
 
 
-def test_service_does_a_job_and_stops_cleanly(config: Path, studio: LocalStudio, tmp_path: Path) -> None:
+def test_service_does_a_job_and_stops_cleanly(site: Path, studio: LocalStudio, tmp_path: Path) -> None:
     """A job goes from the queue to the gallery; SIGTERM ends with STOPPING=1 and exit status 0."""
-    with ServiceProcess(config, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         running.await_message("READY=1", READY_S)
         job_id = queue_synthetic(studio, ext="png", seed=7)
         await_status(studio, job_id, "done")
@@ -200,10 +185,10 @@ def test_service_does_a_job_and_stops_cleanly(config: Path, studio: LocalStudio,
 
 
 def test_service_logs_one_summary_line_a_job_with_every_stage(
-    config: Path, studio: LocalStudio, tmp_path: Path
+    site: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
     """A finished job is one line with wait, file, load, generation, encode and upload times."""
-    with ServiceProcess(config, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         job_id = queue_synthetic(studio)
         await_status(studio, job_id, "done")
         assert running.stop() == 0
@@ -214,10 +199,10 @@ def test_service_logs_one_summary_line_a_job_with_every_stage(
 
 
 def test_service_told_to_stop_finishes_the_job_in_hand(
-    config: Path, studio: LocalStudio, tmp_path: Path
+    site: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
     """SIGTERM in a job: the job is finished and delivered, no other is taken, exit status 0."""
-    with ServiceProcess(config, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         task = {"kind": "image", "prompt": prompt("red", "gem", "sky"), "width": 128, "height": 128}
         first = studio.queue_job(model=MODEL_ID, task=task, model_source=sample_source(studio))
         second = queue_synthetic(studio)
@@ -228,9 +213,9 @@ def test_service_told_to_stop_finishes_the_job_in_hand(
     assert studio.job(second).attempts == 0
 
 
-def test_service_told_twice_hands_the_job_back(config: Path, studio: LocalStudio, tmp_path: Path) -> None:
+def test_service_told_twice_hands_the_job_back(site: Path, studio: LocalStudio, tmp_path: Path) -> None:
     """A second SIGTERM stops the job at its next step: the studio may give it to another worker."""
-    with ServiceProcess(config, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         job_id = studio.queue_job(model=MODEL_ID, task=LONG, model_source=sample_source(studio))
         await_status(studio, job_id, "running")
         running.signal(signal.SIGTERM)
@@ -242,11 +227,11 @@ def test_service_told_twice_hands_the_job_back(config: Path, studio: LocalStudio
 
 
 def test_service_past_its_stop_limit_hands_the_job_back(
-    config: Path, studio: LocalStudio, tmp_path: Path
+    site: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
     """A job longer than stop_timeout_s is handed back, so that systemd need not kill the service."""
-    override(config, "[worker]\nstop_timeout_s = 0.2\n")
-    with ServiceProcess(config, tmp_path / "log") as running:
+    override(site, "[worker]\nstop_timeout_s = 0.2\n")
+    with ServiceProcess(site, tmp_path / "log") as running:
         job_id = studio.queue_job(model=MODEL_ID, task=LONG, model_source=sample_source(studio))
         await_status(studio, job_id, "running")
         assert running.stop(DONE_S) == 0
@@ -256,15 +241,15 @@ def test_service_past_its_stop_limit_hands_the_job_back(
 
 
 def test_service_killed_in_a_job_says_so_at_the_next_start(
-    config: Path, studio: LocalStudio, tmp_path: Path
+    site: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
     """After kill -9 the next start names the job that was in hand, and the job is done in the end, once."""
-    with ServiceProcess(config, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         task = {"kind": "image", "prompt": prompt("red", "gem", "sky")}
         job_id = studio.queue_job(model=MODEL_ID, task=task, model_source=sample_source(studio))
         await_file(tmp_path / "work" / "state" / "spool" / "job-in-hand.json")
         running.kill()
-    with ServiceProcess(config, tmp_path / "log2") as running:
+    with ServiceProcess(site, tmp_path / "log2") as running:
         await_status(studio, job_id, "done", "failed")
         assert running.stop(DONE_S) == 0
     job = studio.job(job_id)
@@ -280,18 +265,18 @@ def test_service_killed_in_a_job_says_so_at_the_next_start(
 
 
 def test_service_refuses_a_job_that_was_in_hand_at_two_crashes(
-    config: Path, studio: LocalStudio, tmp_path: Path
+    site: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
     """A job that kills twice is not tried a third time, and the next job is."""
     job_id = studio.queue_job(model=MODEL_ID, task=LONG, model_source=sample_source(studio), max_attempts=9)
     note = tmp_path / "work" / "state" / "spool" / "job-in-hand.json"
     for number in range(2):
-        with ServiceProcess(config, tmp_path / f"log{number}") as running:
+        with ServiceProcess(site, tmp_path / f"log{number}") as running:
             await_status(studio, job_id, "running")  # by then the last process's note is gone
             await_file(note)
             running.kill()
         studio.wait_for(lambda: studio.job(job_id).status == "queued", READY_S)
-    with ServiceProcess(config, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         await_status(studio, job_id, "failed")
         after = queue_synthetic(studio)
         await_status(studio, after, "done")
@@ -307,17 +292,17 @@ def test_preloaded_model_is_there_for_its_first_job(tmp_path: Path, studio: Loca
     does not wait for it.
     """
     (tmp_path / "work").mkdir()
-    config = write_configuration(studio, tmp_path / "work")
-    override(config, "[worker]\npreload = true\n")
-    with ServiceProcess(config, tmp_path / "log") as running:
+    site = write_configuration(studio, tmp_path / "work")
+    override(site, "[worker]\npreload = true\n")
+    with ServiceProcess(site, tmp_path / "log") as running:
         running.await_message("READY=1", READY_S)
         await_log(running, "model preloaded")
-        (resident,) = status(config)["resident"]
+        (resident,) = status(site)["resident"]
         assert (resident["model"], resident["place"]) == (MODEL_ID, "device")
         task = {"kind": "image", "prompt": prompt("red", "gem", "sky"), "steps": 2}
         job_id = studio.queue_job(model=MODEL_ID, task=task, model_source=sample_source(studio))
         await_status(studio, job_id, "done")
-        facts = status(config)
+        facts = status(site)
         assert running.stop() == 0
     (told,) = facts["last_jobs"]
     assert told["stages_s"]["load"] == 0
@@ -331,10 +316,10 @@ def test_preloaded_model_is_there_for_its_first_job(tmp_path: Path, studio: Loca
 def test_job_that_comes_while_models_are_preloaded_goes_first(tmp_path: Path, studio: LocalStudio) -> None:
     """A job that waits already is done after the component at hand, not after all required models."""
     (tmp_path / "work").mkdir()
-    config = write_configuration(studio, tmp_path / "work")
-    override(config, "[worker]\npreload = true\n")
+    site = write_configuration(studio, tmp_path / "work")
+    override(site, "[worker]\npreload = true\n")
     job_id = queue_synthetic(studio)  # offered at once, long before torch is imported
-    with ServiceProcess(config, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         await_status(studio, job_id, "done")
         assert running.stop() == 0
     messages = [line["message"] for line in running.log_lines()]
@@ -345,48 +330,48 @@ def test_job_that_comes_while_models_are_preloaded_goes_first(tmp_path: Path, st
 # --- status, pause, resume ---------------------------------------------------------------------------
 
 
-def command(config: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def command(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """A command of an operator beside the running service."""
     return subprocess.run(
-        [sys.executable, "-m", "studio_worker", *words, "--config", str(config)],
+        [sys.executable, "-m", "studio_worker", *words, "--config", str(site)],
         capture_output=True,
         text=True,
         timeout=READY_S,
     )
 
 
-def status(config: Path) -> dict[str, Any]:
-    done = command(config, "status", "--json")
+def status(site: Path) -> dict[str, Any]:
+    done = command(site, "status", "--json")
     assert done.returncode == 0, done.stderr
     facts: dict[str, Any] = json.loads(done.stdout)
     return facts
 
 
-def test_status_answers_before_ready_and_says_what_is_downloaded(config: Path, tmp_path: Path) -> None:
+def test_status_answers_before_ready_and_says_what_is_downloaded(site: Path, tmp_path: Path) -> None:
     """While a required model comes, `status` shows how far it is; afterwards it shows that nobody answers."""
     with FileServer() as server:
         held = server.serve("/held.safetensors", b"held" * 100_000, hold_after=200_000)
-        require(config, "large", held)
-        with ServiceProcess(config, tmp_path / "log") as running:
+        require(site, "large", held)
+        with ServiceProcess(site, tmp_path / "log") as running:
             running.await_message("STATUS=downloading large: ", READY_S)
-            facts = status(config)
+            facts = status(site)
             assert facts["phase"] == "provisioning"
             assert re.match(r"downloading large: \d+% of 400 kB", facts["status"])
             held.release()
             running.await_message("READY=1", READY_S)
             assert running.stop() == 0
-    done = command(config, "status")
+    done = command(site, "status")
     assert (done.returncode, done.stdout) == (3, "")
     assert "systemctl start studio-worker" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_status_shows_what_the_service_has_done(config: Path, studio: LocalStudio, tmp_path: Path) -> None:
+def test_status_shows_what_the_service_has_done(site: Path, studio: LocalStudio, tmp_path: Path) -> None:
     """Registration, session, ended jobs with their stages, outbox, device, starts and crashes are shown."""
-    with ServiceProcess(config, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         await_online(studio)
         running.kill()
-    with ServiceProcess(config, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         good = queue_synthetic(studio)
         bad = studio.queue_job(
             model="placeholder",
@@ -396,8 +381,8 @@ def test_status_shows_what_the_service_has_done(config: Path, studio: LocalStudi
         await_status(studio, good, "done")
         await_status(studio, bad, "failed")
         running.await_message("STATUS=ready, connected", READY_S)
-        facts = status(config)
-        shown = command(config, "status")
+        facts = status(site)
+        shown = command(site, "status")
         assert running.stop() == 0
     assert (facts["phase"], facts["paused"], facts["job"]) == ("ready", False, None)
     assert facts["registration"] == {
@@ -419,34 +404,34 @@ def test_status_shows_what_the_service_has_done(config: Path, studio: LocalStudi
 
 
 def test_paused_service_finishes_its_job_and_takes_no_other(
-    config: Path, studio: LocalStudio, tmp_path: Path
+    site: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
     """`pause` lets the job in hand finish, its model leave memory, and no other job begin; `resume` goes on,
     and so does a restart.
     """
-    with ServiceProcess(config, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         task = {"kind": "image", "prompt": prompt("red", "gem", "sky"), "width": 128, "height": 128}
         worker_id = await_online(studio)
         first = studio.queue_job(model=MODEL_ID, task=task, model_source=sample_source(studio))
         await_status(studio, first, "running")
-        paused = command(config, "pause")
+        paused = command(site, "pause")
         assert (paused.returncode, paused.stdout) == (0, f"paused; job {first} is being finished\n")
         running.await_message("STATUS=ready, connected, paused", READY_S)
         studio.wait_for(lambda: studio.sessions.live[worker_id].is_paused, READY_S)
         second = queue_synthetic(studio)
         await_status(studio, first, "done")
         await_log(running, "components left the device")
-        facts = status(config)
+        facts = status(site)
         assert (facts["paused"], facts["resident"]) == (True, [])
         assert (studio.job(second).status, studio.job(second).attempts) == ("queued", 0)
-        assert command(config, "resume").stdout == "resumed\n"
+        assert command(site, "resume").stdout == "resumed\n"
         await_status(studio, second, "done")
-        assert command(config, "pause").stdout == "paused; no job is in hand\n"
+        assert command(site, "pause").stdout == "paused; no job is in hand\n"
         assert running.stop() == 0
-    with ServiceProcess(config, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         third = queue_synthetic(studio)
         await_status(studio, third, "done")
-        assert status(config)["paused"] is False
+        assert status(site)["paused"] is False
         assert running.stop() == 0
 
 
@@ -454,20 +439,20 @@ def test_paused_service_finishes_its_job_and_takes_no_other(
 
 
 def test_service_deleted_at_the_studio_ends_with_its_own_status(
-    config: Path, studio: LocalStudio, tmp_path: Path
+    site: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
     """A worker that was deleted ends with 77, which systemd does not restart, and names the cure."""
-    with ServiceProcess(config, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         studio.delete_worker(await_online(studio))
         assert running.wait(READY_S) == 77
     assert "register --reset" in running.log_lines()[-1]["error"]
 
 
 def test_service_deleted_in_a_job_stops_at_its_next_step(
-    config: Path, studio: LocalStudio, tmp_path: Path
+    site: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
     """A picture that nobody would take keeps neither the GPU nor the end waiting; the job is another's."""
-    with ServiceProcess(config, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         job_id = studio.queue_job(model=MODEL_ID, task=LONG, model_source=sample_source(studio))
         await_status(studio, job_id, "running")
         studio.delete_worker(studio.workers()[0].worker_id)
@@ -477,37 +462,37 @@ def test_service_deleted_in_a_job_stops_at_its_next_step(
     assert (failed["job_id"], failed["retryable"]) == (job_id, True)
 
 
-def test_service_without_the_gpu_it_was_asked_for_does_not_start(config: Path, tmp_path: Path) -> None:
+def test_service_without_the_gpu_it_was_asked_for_does_not_start(site: Path, tmp_path: Path) -> None:
     """No GPU, no CPU instead: exit status 69 and what to write into the configuration."""
     if Path("/dev/nvidia0").exists():
         pytest.skip("this machine has a GPU")
-    override(config, '[worker]\ndevice = "auto"\n')
-    with ServiceProcess(config, tmp_path / "log") as running:
+    override(site, '[worker]\ndevice = "auto"\n')
+    with ServiceProcess(site, tmp_path / "log") as running:
         assert running.wait(READY_S) == 69
     assert 'device = "cpu"' in running.log_lines()[-1]["error"]
 
 
-def test_service_does_not_share_its_state_folder(config: Path, tmp_path: Path) -> None:
+def test_service_does_not_share_its_state_folder(site: Path, tmp_path: Path) -> None:
     """A second service on the same state folder ends with 75 instead of fighting with the first."""
-    with ServiceProcess(config, tmp_path / "log") as first:
+    with ServiceProcess(site, tmp_path / "log") as first:
         first.await_message("READY=1", READY_S)
-        with ServiceProcess(config, tmp_path / "log2") as second:
+        with ServiceProcess(site, tmp_path / "log2") as second:
             assert second.wait(READY_S) == 75
         assert "in use by a running service" in second.log_lines()[-1]["error"]
         assert first.stop() == 0
 
 
-def test_service_with_bad_configuration_ends_with_one_clear_line(config: Path, tmp_path: Path) -> None:
+def test_service_with_bad_configuration_ends_with_one_clear_line(site: Path, tmp_path: Path) -> None:
     """An unknown key ends the start with 78; the line names file, key and the nearest known one."""
-    override(config, "[worker]\ndevcie = 1\n")
-    with ServiceProcess(config, tmp_path / "log") as running:
+    override(site, "[worker]\ndevcie = 1\n")
+    with ServiceProcess(site, tmp_path / "log") as running:
         assert running.wait(READY_S) == 78
     assert len(running.log_lines()) == 1
     error = running.log_lines()[0]["error"]
     assert "50-test.toml:2: worker.devcie: unknown key; did you mean device?" in error
 
 
-def test_service_given_its_credentials_asks_nobody(config: Path, studio: LocalStudio, tmp_path: Path) -> None:
+def test_service_given_its_credentials_asks_nobody(site: Path, studio: LocalStudio, tmp_path: Path) -> None:
     """With worker id and token from systemd credentials the worker connects without a registration."""
     given = Registration(
         StudioApi(studio.base_url), IdentityFile(tmp_path / "elsewhere.json"), lambda: CAPABILITIES,
@@ -519,7 +504,7 @@ def test_service_given_its_credentials_asks_nobody(config: Path, studio: LocalSt
     (folder / "studio-worker.worker-id").write_text(given.worker_id)
     (folder / "studio-worker.auth-token").write_text(given.auth_token)
     environment = {"CREDENTIALS_DIRECTORY": str(folder)}
-    with ServiceProcess(config, tmp_path / "log", environment) as running:
+    with ServiceProcess(site, tmp_path / "log", environment) as running:
         assert await_online(studio) == given.worker_id
         assert running.stop() == 0
     assert not (tmp_path / "work" / "state" / "identity.json").exists()
@@ -532,13 +517,13 @@ def test_service_given_its_credentials_asks_nobody(config: Path, studio: LocalSt
     [("identity.json", 78, "register --reset"), ("spool", 74, "File exists")],
 )
 def test_service_with_damaged_state_says_so_before_it_is_ready(
-    config: Path, tmp_path: Path, damaged: str, status: int, text: str
+    site: Path, tmp_path: Path, damaged: str, status: int, text: str
 ) -> None:
     """What is wrong with the state folder ends the start with one line, not with a traceback."""
     state = tmp_path / "work" / "state"
     state.mkdir(exist_ok=True)
     (state / damaged).write_text("{")
-    with ServiceProcess(config, tmp_path / "log") as running:
+    with ServiceProcess(site, tmp_path / "log") as running:
         assert running.wait(READY_S) == status
     assert not any(line.startswith("READY") for line in running.messages)
     assert text in running.log_lines()[-1]["error"]
