@@ -29,6 +29,7 @@ lint: $(STAMP) ## ruff and mypy --strict
 bench: $(STAMP) ## Measure, beside a peer in the same run; prints ratios
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -W ignore -m tests.bench_engine
+	$(BIN)/python -W ignore -m tests.bench_second_job
 	$(BIN)/python -W ignore -m tests.bench_gpu
 	$(BIN)/python -m tests.bench_download
 	$(BIN)/python -m tests.bench_loop

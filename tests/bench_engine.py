@@ -9,7 +9,6 @@ machine does meets both alike; whether they made the same pictures is printed to
 from __future__ import annotations
 
 import io
-import json
 import statistics
 import subprocess
 import sys
@@ -37,13 +36,10 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.stable_diffusion import SAMPLE, stable_diffusion
 from studio_worker.jobs import Cancel, ImageTask, Picture
-from studio_worker.models import CliDefaults, LocalFile
+from studio_worker.models import CliDefaults, FileRole, LocalFile
 from tests import tiny_models
 
 JOBS = 24
-LATER_JOBS = 10
-PROCESSES = 5
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 SMALL_WIDTHS = (64, 128, 256)
 LARGE_WIDTHS = (320, 640, 1280)
@@ -52,32 +48,44 @@ Row = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class Peer:
-    """One model in both hands."""
+class Model:
+    """A model, and how a picture of it is made: pixels a side, steps."""
 
     name: str
-    plain: StableDiffusionPipeline
     family: Family
     files: tuple[LocalFile, ...]
     size: int
     steps: int
 
 
+@dataclass(frozen=True)
+class Peer:
+    """One model in both hands."""
+
+    model: Model
+    plain: StableDiffusionPipeline
+
+
+SAMPLE_MODEL = Model(
+    "sample model", SAMPLE, (LocalFile("model", sample_model.WEIGHTS, sample_model.SHA256),), 64, 24
+)
+
+
 def main() -> None:
     """Run everything and print each row as it is measured."""
-    if len(sys.argv) == 3:
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(times_s(PEERS[sys.argv[1]](Path(folder)), int(sys.argv[2]))))
-        return
-    print(f"engine on {DEVICE}, {torch.get_num_threads()} threads")
-    for name, make in PEERS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            show(overhead(make(Path(folder))))
-        show(second_job(name))
+    print(f"engine on {device()}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
-        for row in switching(large(Path(folder)), sample()):
+        for peer in (sample(), random_model(Path(folder))):
+            show(overhead(peer))
+    with tempfile.TemporaryDirectory() as folder:
+        for row in switching(large(Path(folder)).model, SAMPLE_MODEL):
             show(row)
     show(first_picture())
+
+
+def device() -> str:
+    """What there is. Asked for only where something is measured: who has asked cannot be forked."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def show(row: Row) -> None:
@@ -85,7 +93,7 @@ def show(row: Row) -> None:
     print(f"{what:48} {measured:>12}  {beside}", flush=True)
 
 
-def sample(_: Path | None = None) -> Peer:
+def sample() -> Peer:
     """The sample model."""
     plain = StableDiffusionPipeline.from_single_file(
         str(sample_model.WEIGHTS),
@@ -93,8 +101,7 @@ def sample(_: Path | None = None) -> Peer:
         local_files_only=True,
         safety_checker=None,
     )
-    file = LocalFile("model", sample_model.WEIGHTS, sample_model.SHA256)
-    return Peer("sample model", plain, SAMPLE, (file,), 64, 24)
+    return Peer(SAMPLE_MODEL, plain)
 
 
 def random_model(folder: Path) -> Peer:
@@ -105,9 +112,6 @@ def random_model(folder: Path) -> Peer:
 def large(folder: Path) -> Peer:
     """One of 595 million parameters in half precision, for measuring how it is loaded."""
     return _random(folder, LARGE_WIDTHS, torch.float16)
-
-
-PEERS: dict[str, Callable[[Path], Peer]] = {"sample": sample, "random": random_model}
 
 
 def _random(folder: Path, widths: tuple[int, ...], dtype: torch.dtype) -> Peer:
@@ -133,37 +137,43 @@ def _random(folder: Path, widths: tuple[int, ...], dtype: torch.dtype) -> Peer:
     for name in ("tokenizer", "scheduler"):
         (folder / name).symlink_to(sample_model.CONFIG_DIR / name)
     states = (
-        ("diffusion-model", unet.state_dict()),
-        ("text-encoder", tiny_models.prefixed(small.text_encoder.state_dict(), "text_model.")),
-        ("vae", vae.state_dict()),
+        unet.state_dict(),
+        tiny_models.prefixed(small.text_encoder.state_dict(), "text_model."),
+        vae.state_dict(),
     )
-    files = tuple(
-        tiny_models.write_safetensors(folder / f"{role}.safetensors", state, role, dtype)
-        for role, state in states
-    )
+    model = written(folder)
+    for file, state in zip(model.files, states, strict=True):
+        tiny_models.write_safetensors(file.path, state, file.role, dtype)
     plain = StableDiffusionPipeline(**{**small.components, **parts}, requires_safety_checker=False)
-    return Peer("random model", plain, stable_diffusion("bench", folder), files, 128, 6)
+    return Peer(model, plain)
+
+
+def written(folder: Path) -> Model:
+    """The random model whose files are, or will be, in ``folder``."""
+    roles: tuple[FileRole, ...] = ("diffusion-model", "text-encoder", "vae")
+    files = tuple(LocalFile(role, path := folder / f"{role}.safetensors", str(path)) for role in roles)
+    return Model("random model", stable_diffusion("bench", folder), files, 128, 6)
 
 
 def overhead(peer: Peer, jobs: int = JOBS) -> Row:
     """One job through the engine beside one call of the pipeline."""
-    engine = DiffusionEngine(DEVICE, families=(peer.family,))
-    plain = peer.plain
-    if DEVICE == "cuda":
-        plain.to(DEVICE, torch.float16)
+    model, plain = peer.model, peer.plain
+    engine = DiffusionEngine(device(), families=(model.family,))
+    if device() == "cuda":
+        plain.to(device(), torch.float16)
     plain.scheduler = EulerAncestralDiscreteScheduler.from_config(plain.scheduler.config)
     plain.set_progress_bar_config(disable=True)
 
     def through_engine(seed: int) -> bytes:
-        return made(engine, peer, seed).data
+        return made(engine, model, seed).data
 
     def through_pipeline(seed: int) -> bytes:
         found = plain(
             words(seed),
-            num_inference_steps=peer.steps,
+            num_inference_steps=model.steps,
             guidance_scale=4.0,
-            width=peer.size,
-            height=peer.size,
+            width=model.size,
+            height=model.size,
             generator=torch.Generator().manual_seed(seed),
         )
         return png(found.images[0])
@@ -173,7 +183,7 @@ def overhead(peer: Peer, jobs: int = JOBS) -> Row:
         through_pipeline(seed)
     ours, theirs, difference = taking_turns(through_engine, through_pipeline, range(jobs))
     ratios = [mine / plains for mine, plains in zip(ours, theirs, strict=True)]
-    what = f"{peer.name}, {peer.size} px, {peer.steps} steps: a job"
+    what = f"{model.name}, {model.size} px, {model.steps} steps: a job"
     same = "same pictures" if difference == 0 else f"pictures up to {difference} levels apart"
     beside = f"plain pipeline {statistics.median(theirs):.3f} s; ratio {spread(ratios)} (goal: 1.03); {same}"
     return what, f"{statistics.median(ours):.3f} s", beside
@@ -202,55 +212,35 @@ def png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def second_job(name: str) -> Row:
-    """The second job of a process over the median of its later ones, in several fresh processes."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.bench_engine", name, str(2 + LATER_JOBS)]
-    done = [subprocess.run(command, check=True, capture_output=True) for _ in range(PROCESSES)]
-    runs = [json.loads(each.stdout) for each in done]
-    later = [statistics.median(run[2:]) for run in runs]
-    first, second = (
-        spread([run[index] / usual for run, usual in zip(runs, later, strict=True)]) for index in (0, 1)
-    )
-    what = f"{name}: second job of a process over its later ones"
-    beside = f"goal: 1.01; first job, loading included, {first}; {PROCESSES} processes"
-    return what, second, beside
-
-
-def times_s(peer: Peer, jobs: int) -> list[float]:
-    """Seconds of the first jobs of a process."""
-    engine = DiffusionEngine(DEVICE, families=(peer.family,))
-    return [seconds(partial(made, engine, peer, seed)) for seed in range(jobs)]
-
-
-def switching(peer: Peer, other: Peer) -> list[Row]:
+def switching(model: Model, other: Model) -> list[Row]:
     """Back to a model that is kept in RAM, beside loading it from disk.
 
     On a CPU what is kept is where it works, so that nothing is moved. The row then shows the copying of all
     its weights into other memory: what a move to a device has to do at least.
     """
 
-    def load_s(engine: DiffusionEngine, each: Peer) -> float:
+    def load_s(engine: DiffusionEngine, each: Model) -> float:
         return made(engine, each, 0, steps=1, size=64).timings_s["load"]
 
-    families = (peer.family, other.family)
-    size_bytes = sum(file.path.stat().st_size for file in peer.files)
-    load_s(DiffusionEngine(DEVICE, families=families), peer)  # what is done once in a process
-    engine = DiffusionEngine(DEVICE, families=families)
-    cached_s = load_s(engine, peer)
+    families = (model.family, other.family)
+    size_bytes = sum(file.path.stat().st_size for file in model.files)
+    load_s(DiffusionEngine(device(), families=families), model)  # what is done once in a process
+    engine = DiffusionEngine(device(), families=families)
+    cached_s = load_s(engine, model)
     disk = []
     while len(disk) < 3 and drop_caches():
-        engine = DiffusionEngine(DEVICE, families=families)
-        disk.append(load_s(engine, peer))
+        engine = DiffusionEngine(device(), families=families)
+        disk.append(load_s(engine, model))
     disk_s = statistics.median(disk or [cached_s])
     how = "copied into other memory (on a CPU it is used where it is)"
-    if DEVICE == "cpu":
+    if device() == "cpu":
         kept = [t for held in engine._residency._held.values() for t in held.component.state_dict().values()]
         elsewhere = [tensor.clone() for tensor in kept]  # a device's memory is there, too, before it is used
         kept_s = statistics.median(seconds(partial(_copy, kept, elsewhere)) for _ in range(3))
     else:
         how = "moved to the device"
-        engine = DiffusionEngine(DEVICE, budget_bytes=size_bytes, families=families)
-        kept_s = [load_s(engine, each) for each in (peer, other, peer)][-1]
+        engine = DiffusionEngine(device(), budget_bytes=size_bytes, families=families)
+        kept_s = [load_s(engine, each) for each in (model, other, model)][-1]
     gigabytes = f"{size_bytes / 1e9:.1f} GB"
     source = "from the disk" if disk else "from the page cache (not root: it cannot be dropped)"
     return [
@@ -297,15 +287,15 @@ def words(seed: int) -> str:
 
 
 def made(
-    engine: DiffusionEngine, peer: Peer, seed: int, *, steps: int | None = None, size: int | None = None
+    engine: DiffusionEngine, model: Model, seed: int, *, steps: int | None = None, size: int | None = None
 ) -> Picture:
-    size = size or peer.size
+    size = size or model.size
     request = Request(
         job_id="bench",
-        model=peer.name,
-        task=ImageTask(prompt=words(seed), seed=seed, steps=steps or peer.steps, ext="png"),
+        model=model.name,
+        task=ImageTask(prompt=words(seed), seed=seed, steps=steps or model.steps, ext="png"),
         defaults=CliDefaults(cfg_scale=4.0, width=size, height=size),
-        files=peer.files,
+        files=model.files,
     )
     return engine.generate(request, lambda done, total: None, Cancel())
 

@@ -153,7 +153,28 @@ def measured(case: Case, files: tuple[LocalFile, ...], device: str, pairs: int, 
             took_s = seconds(lambda side=side: [side(seed) for seed in range(jobs)])
         share = f"GPU in use {statistics.mean(shares):.1f}% of the time (goal: 97%)" if shares else ""
         rows.append((f"{what}: {jobs} jobs, {name}", f"{jobs / took_s:.2f} pictures/s", share))
-    return rows
+    return [*rows, decoding(case, plain.vae, pairs)]
+
+
+@torch.no_grad()
+def decoding(case: Case, vae: Any, pairs: int) -> Row:
+    """A VAE decoding with its filters' channels last, as the engine lays them out on a GPU, beside the order
+    that the library has.
+    """
+    vae.to(torch.float32 if case.family.half == "float16" else vae.dtype)  # as pictures are decoded
+    side = case.side // 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = torch.randn(1, vae.config.latent_channels, side, side).to(vae.device, vae.dtype)
+    times: dict[torch.memory_format, list[float]] = {torch.channels_last: [], torch.contiguous_format: []}
+    for index in range(1 + pairs):
+        for order, seen in times.items():
+            vae.to(memory_format=order)
+            took_s = seconds(lambda: vae.decode(latents).sample.cpu())  # the copy waits for the GPU
+            seen.extend([took_s] if index else [])  # the first chooses kernels
+    last, first = times.values()
+    ratios = [one / other for one, other in zip(last, first, strict=True)]
+    what = f"{case.family.name}, {case.side} px: VAE decoding, channels last"
+    beside = f"channels first {statistics.median(first):.3f} s; ratio {spread(ratios)}"
+    return what, f"{statistics.median(last):.3f} s", beside
 
 
 def plain_pipeline(engine: DiffusionEngine, case: Case) -> Any:

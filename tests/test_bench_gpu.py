@@ -44,6 +44,7 @@ def test_bench_makes_the_plain_pipelines_pictures(tmp_path: Path) -> None:
         "a job",
         "2 jobs, engine",
         "2 jobs, plain pipeline",
+        "VAE decoding, channels last",
     ]
     assert "pictures up to 0 levels apart" in rows[0][2]
 

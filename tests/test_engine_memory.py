@@ -38,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 CPU = torch.device("cpu")
 GIB = 2**30
 MIB = 2**20
+RAM = 64 * GIB
 
 
 class Fake:
@@ -91,7 +92,7 @@ def needs(**changed: Any) -> Footprint:
 )
 def test_fastest_way_that_fits_is_taken(gib: float, mode: Mode, tiled: bool) -> None:
     """The whole model where it fits, else component by component, else layer by layer."""
-    plan = choose(needs(), int(gib * GIB), has_host=True, offload=False, device="cuda:0")
+    plan = choose(needs(), int(gib * GIB), host=RAM, offload=False, device="cuda:0")
     assert (plan.mode, plan.tiled) == (mode, tiled)
     assert plan.peak_bytes <= gib * GIB
 
@@ -99,16 +100,29 @@ def test_fastest_way_that_fits_is_taken(gib: float, mode: Mode, tiled: bool) -> 
 def test_picture_that_fits_in_no_way_is_refused_with_the_figures() -> None:
     """A picture for which there is no room fails before anything is loaded; another worker may try."""
     with pytest.raises(JobError, match=r"needs 3\.0 GiB and cuda:0 has 1\.5 GiB") as caught:
-        choose(needs(), int(1.5 * GIB), has_host=True, offload=False, device="cuda:0")
+        choose(needs(), int(1.5 * GIB), host=RAM, offload=False, device="cuda:0")
     assert caught.value.retryable
     with pytest.raises(JobError, match=r"needs 16\.0 GiB and cpu has 15\.0 GiB"):
-        choose(needs(), 15 * GIB, has_host=False, offload=False, device="cpu")
+        choose(needs(), 15 * GIB, host=0, offload=False, device="cpu")
 
 
 def test_model_that_asks_for_it_is_offloaded_however_much_fits() -> None:
-    """offloadToCpu keeps a model's weights in RAM even where the device could hold them."""
-    assert choose(needs(), 100 * GIB, has_host=True, offload=True, device="d").mode is Mode.COMPONENT
-    assert choose(needs(), 100 * GIB, has_host=False, offload=True, device="cpu").mode is Mode.WHOLE
+    """offloadToCpu keeps a model's weights in RAM even where the device could hold them; not where RAM
+    cannot.
+    """
+    assert choose(needs(), 100 * GIB, host=RAM, offload=True, device="d").mode is Mode.COMPONENT
+    for host in (0, 14 * GIB):
+        assert choose(needs(), 100 * GIB, host=host, offload=True, device="cpu").mode is Mode.WHOLE
+
+
+def test_weights_that_ram_cannot_hold_do_not_wait_there() -> None:
+    """Where neither the device nor RAM has room for a model's weights, the job fails with both figures,
+    instead of the machine's running out of memory.
+    """
+    with pytest.raises(JobError, match=r"needs 16\.0 GiB and cuda:0 has 12\.0 GiB .* 15\.0 GiB .* 14\.0 GiB"):
+        choose(needs(), 12 * GIB, host=14 * GIB, offload=False, device="cuda:0")
+    assert choose(needs(), 12 * GIB, host=15 * GIB, offload=False, device="d").mode is Mode.COMPONENT
+    assert leaner(needs(), needs().plans()[1], host=14 * GIB) is None
 
 
 def test_leaner_way_needs_clearly_less() -> None:
@@ -118,10 +132,10 @@ def test_leaner_way_needs_clearly_less() -> None:
     seen = []
     while plan is not None:
         seen.append(plan)
-        plan = leaner(needed, plan, has_host=True)
+        plan = leaner(needed, plan, host=RAM)
     assert [each.peak_bytes for each in seen] == sorted({each.peak_bytes for each in seen}, reverse=True)
     assert seen[-1].mode is Mode.LAYERS
-    assert leaner(needed, needed.plans()[1], has_host=False) is None
+    assert leaner(needed, needed.plans()[1], host=0) is None
 
 
 def test_need_is_known_from_the_headers() -> None:
@@ -192,6 +206,46 @@ def test_component_leaves_for_ram_and_then_altogether() -> None:
     assert residency.get(key("c")) is not None
     assert residency.place(key("c")) is Place.DEVICE
     residency.clear()
+    assert residency.models == {}
+
+
+def test_component_too_large_for_ram_leaves_the_others_there() -> None:
+    """A component that RAM could never hold is dropped; those that wait there go on waiting."""
+    residency = Residency(CPU, Fake(device=8192, host=3072))
+    for name in "ab":
+        residency.add(key(name), component(1), Place.RAM)
+    residency.add(key("large"), component(4))
+    residency.make_room(8192)
+    assert [residency.place(key(name)) for name in ("a", "b", "large")] == [Place.RAM, Place.RAM, None]
+
+
+def test_room_in_ram_that_is_kept_is_not_counted_on() -> None:
+    """Components that a job needs in RAM stay there, and others do not leave in vain for what still would not
+    fit beside them.
+    """
+    residency = Residency(CPU, Fake(device=8192, host=4096))
+    for name, size in (("other", 1), ("needed", 2)):
+        residency.add(key(name), component(size), Place.RAM)
+    residency.add(key("leaves"), component(3))
+    residency.make_room(8192, keep=[key("needed")])
+    assert [residency.place(key(name)) for name in ("other", "needed", "leaves")] == [
+        Place.RAM,
+        Place.RAM,
+        None,
+    ]
+
+
+def test_components_that_come_to_ram_anyway_get_what_there_is() -> None:
+    """What a job needs in RAM goes before everything that waits there, also where that does not suffice; what
+    has left is no longer said to be there.
+    """
+    residency = Residency(CPU, Fake(device=8192, host=3072))
+    for name in "ab":
+        residency.add(key(name), component(1), Place.RAM)
+        residency.name(name, [key(name)])
+    residency.make_host_room(2048, keep=[key("b")])
+    assert residency.models.keys() == {"b"}
+    residency.make_host_room(8192, keep=[])
     assert residency.models == {}
 
 

@@ -7,6 +7,7 @@ which sampler, what stays loaded and how a picture is encoded are its neighbours
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from studio_worker.engine.loading import weights_dtype
 from studio_worker.engine.loras import Adapters, asked_loras
 from studio_worker.engine.memory import MachineMemory, Memory, free_bytes, total_bytes
 from studio_worker.engine.parameters import Parameters, printable, resolve
-from studio_worker.engine.placement import Footprint, Plan, leaner
+from studio_worker.engine.placement import Footprint, Plan
 from studio_worker.engine.rendering import LoadedModel, Rendered, Starting
 from studio_worker.engine.residency import Residency
 from studio_worker.engine.sources import Sources
@@ -37,15 +38,15 @@ from studio_worker.models import CliDefaults, LocalFile
 
 _LOG = logging.getLogger(__name__)
 
+# The libraries have 400,000 objects, which stay. Else every collection would look at them all, taking 0.2 s,
+# each time that a model leaves the device or a job is cancelled.
+gc.freeze()
+
 
 @dataclass
 class Attempt:
-    """One try at a picture: what it needed and how it was made, as far as it came.
+    """One try at a picture: what it needed and how it was made, as far as it came; ``plan`` may be given."""
 
-    ``failed`` is how the try before was made, for which memory did not suffice.
-    """
-
-    failed: Plan | None = None
     needed: Footprint | None = None
     plan: Plan | None = None
 
@@ -92,12 +93,13 @@ class DiffusionEngine:
         except OutOfMemory as error:
             if attempt.needed is None or attempt.plan is None:
                 raise
-            if leaner(attempt.needed, attempt.plan, has_host=self._memory.has_host) is None:
+            leaner = self._loader.leaner_plan(attempt.needed, attempt.plan)
+            if leaner is None:
                 raise
             cancel.check()
             _LOG.warning("out of memory, trying a leaner way", extra={"error": str(error)})
         with translated(self._device, prompts, on_exhausted=self._residency.clear):
-            return self._generate(request, progress, cancel, Attempt(failed=attempt.plan))
+            return self._generate(request, progress, cancel, Attempt(plan=leaner))
 
     def preload(
         self, model: str, files: Sequence[LocalFile], defaults: CliDefaults, go_on: Callable[[], bool]
@@ -149,7 +151,7 @@ class DiffusionEngine:
         attempt.needed = self._loader.footprint(
             blueprint, parameters.width * parameters.height, is_edit=starting.kind == "edit"
         )
-        attempt.plan = self._loader.plan(attempt.needed, request.defaults, attempt.failed)
+        attempt.plan = attempt.plan or self._loader.plan(attempt.needed, request.defaults)
 
         def goes_on() -> bool:
             progress(0, parameters.steps)

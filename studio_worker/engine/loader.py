@@ -13,7 +13,7 @@ import torch
 
 from studio_worker.engine.compiling import compile_blocks
 from studio_worker.engine.families.family import Blueprint
-from studio_worker.engine.loading import load_part, weights_dtype
+from studio_worker.engine.loading import load_part, use_channels_last, weights_dtype
 from studio_worker.engine.loras import Lora
 from studio_worker.engine.memory import Memory
 from studio_worker.engine.placement import Footprint, Mode, Plan, choose, footprint, leaner
@@ -43,24 +43,27 @@ class Loader:
         itemsize = weights_dtype(blueprint.family, self._device).itemsize
         return footprint(blueprint, itemsize, pixels, is_edit=is_edit)
 
-    def plan(self, needed: Footprint, defaults: CliDefaults, failed: Plan | None = None) -> Plan:
-        """How the picture is made; another way than ``failed`` where memory did not suffice for that one.
+    def plan(self, needed: Footprint, defaults: CliDefaults) -> Plan:
+        """How the picture is made.
 
         Raises:
             JobError: there is no way; retryable.
         """
-        has_host = self._memory.has_host
-        if failed is not None:
-            plan = leaner(needed, failed, has_host=has_host)
-            assert plan is not None  # who tries again has looked
-            return plan
         return choose(
             needed,
             self._memory.on_device(self._residency.size_bytes()),
-            has_host=has_host,
+            host=self._host_bytes(),
             offload=bool(defaults.offload_to_cpu),
             device=str(self._device),
         )
+
+    def leaner_plan(self, needed: Footprint, failed: Plan) -> Plan | None:
+        """Another way than ``failed``, for which memory did not suffice; ``None`` where there is none."""
+        return leaner(needed, failed, host=self._host_bytes())
+
+    def _host_bytes(self) -> int:
+        """What RAM has for components that wait, once all others have left it."""
+        return self._memory.on_host(self._residency.size_bytes(Place.RAM)) if self._memory.has_host else 0
 
     def load(
         self,
@@ -107,6 +110,8 @@ class Loader:
             component = load_part(family.parts[part], blueprint.sections[part], where, dtype)
             if self._compiles and part == family.denoiser:
                 compile_blocks(component)
+            if part == "vae" and self._device.type == "cuda":  # on a CPU 1 to 3% faster, but of other bits
+                use_channels_last(component)
             residency.add(keys[part], component, place)
             parts[part] = component
         residency.name(name, keys.values())

@@ -67,6 +67,16 @@ def load_part(part: Part, section: Section, device: torch.device, dtype: torch.d
     return model.to(device).eval().requires_grad_(False)
 
 
+def use_channels_last(vae: torch.nn.Module) -> None:
+    """Lay the filters of a VAE out as cuDNN's kernels for tensor cores read them, wherever it goes later.
+
+    As diffusers and PyTorch (its tutorial on memory formats) advise for convolutions. Video VAEs are left as
+    they are: their filters have five dimensions, for which this order is another.
+    """
+    if all(parameter.ndim <= 4 for parameter in vae.parameters()):
+        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def _read_as(part: Part, dtype: torch.dtype) -> torch.dtype:
     """What numbers are narrowed to while they are read: not where the class keeps some of them wider."""
     library, name = part.cls.split(".")

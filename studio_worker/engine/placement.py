@@ -107,33 +107,46 @@ def footprint(blueprint: Blueprint, itemsize: int, pixels: int, *, is_edit: bool
     )
 
 
-def choose(needed: Footprint, available: int, *, has_host: bool, offload: bool, device: str) -> Plan:
+def choose(needed: Footprint, available: int, *, host: int, offload: bool, device: str) -> Plan:
     """The fastest way to make the picture within ``available`` bytes of the device.
 
     Args:
-        has_host: whether components can wait in RAM.
+        host: bytes of RAM in which components can wait; 0 where RAM is the device.
         offload: the model asks for that (``offloadToCpu``).
 
     Raises:
         JobError: there is none; retryable, since another worker may have more.
     """
-    plans = [plan for plan in needed.plans() if has_host or plan.mode is Mode.WHOLE]
-    if offload and has_host:
-        plans = [plan for plan in plans if plan.mode is not Mode.WHOLE]
+    plans = [plan for plan in needed.plans() if _can_wait(needed, plan, host)]
+    if offload:
+        plans = [plan for plan in plans if plan.mode is not Mode.WHOLE] or plans
     for plan in plans:
         if plan.peak_bytes <= available:
             return plan
     least = min(plan.peak_bytes for plan in plans)
+    weights = sum(needed.weights.values())
+    waiting = (
+        f"; its weights cannot wait in RAM, since they are {weights / 2**30:.1f} GiB and it has "
+        f"{host / 2**30:.1f} GiB for them"
+        if 0 < host < weights
+        else ""
+    )
     raise JobError(
-        f"the picture needs {least / 2**30:.1f} GiB and {device} has {available / 2**30:.1f} GiB for it; "
-        "a smaller picture, a smaller quantisation of the model, or a device with more memory is needed",
+        f"the picture needs {least / 2**30:.1f} GiB and {device} has {available / 2**30:.1f} GiB for it"
+        f"{waiting}; a smaller picture, a smaller quantisation of the model, or a device with more memory is "
+        "needed",
         retryable=True,
     )
 
 
-def leaner(needed: Footprint, failed: Plan, *, has_host: bool) -> Plan | None:
-    """The next way that needs clearly less than one for which memory did not suffice."""
+def leaner(needed: Footprint, failed: Plan, *, host: int) -> Plan | None:
+    """The next way that needs clearly less than one for which memory did not suffice; ``host`` as above."""
     for plan in needed.plans():
-        if plan.peak_bytes < 0.9 * failed.peak_bytes and (has_host or plan.mode is Mode.WHOLE):
+        if plan.peak_bytes < 0.9 * failed.peak_bytes and _can_wait(needed, plan, host):
             return plan
     return None
+
+
+def _can_wait(needed: Footprint, plan: Plan, host: int) -> bool:
+    """Whether the weights that ``plan`` has wait in RAM have room there."""
+    return plan.mode is Mode.WHOLE or sum(needed.weights.values()) <= host

@@ -141,16 +141,25 @@ class Residency:
             )
 
     def _make_host_room(self, size_bytes: int, kept: Collection[Key]) -> bool:
-        """Whether RAM has room for so much more, components that wait there longest having left."""
+        """Whether RAM has room for so much more, components that wait there longest having left.
+
+        Where it would not suffice that all of them left, none does.
+        """
         if not self._memory.has_host:
             return False
-        waiting = [k for k, held in self._held.items() if k not in kept and held.place is Place.RAM]
-        available = self._memory.on_host(self.size_bytes(Place.RAM))
-        while self.size_bytes(Place.RAM) + size_bytes > available:
-            if not waiting:
-                return False
-            del self._held[waiting.pop(0)]
+        waiting = self._waiting(kept)
+        used = self.size_bytes(Place.RAM)
+        excess = used + size_bytes - self._memory.on_host(used)
+        if excess > sum(self._held[key].size_bytes for key in waiting):
+            return False
+        for key in waiting:
+            if excess <= 0:
+                break
+            excess -= self._held.pop(key).size_bytes
         return True
+
+    def _waiting(self, kept: Collection[Key]) -> list[Key]:
+        return [k for k, held in self._held.items() if k not in kept and held.place is Place.RAM]
 
     def _move(self, held: _Held, place: Place) -> None:
         if held.place is not place:
@@ -159,7 +168,13 @@ class Residency:
 
     def make_host_room(self, size_bytes: int, keep: Iterable[Key]) -> None:
         """Let components in RAM leave, least recently used first, until it has room or none is left."""
-        self._make_host_room(size_bytes, set(keep))
+        kept, before = set(keep), len(self._held)
+        if not self._make_host_room(size_bytes, kept):  # they come all the same
+            for key in self._waiting(kept):
+                del self._held[key]
+        if len(self._held) < before:
+            self._show()
+            release_cached(self._device)
 
     def name(self, model: str, keys: Iterable[Key]) -> None:
         """``model`` is made of these components."""
