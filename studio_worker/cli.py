@@ -15,7 +15,7 @@ from studio_worker.cli_control import pause, resume, status
 from studio_worker.cli_doctor import check_config, doctor
 from studio_worker.cli_generate import generate
 from studio_worker.cli_models import models_app
-from studio_worker.cli_options import ConfigDir
+from studio_worker.cli_options import ConfigDir, Instance
 from studio_worker.errors import ConfigError, StudioWorkerError
 
 app = typer.Typer(
@@ -58,6 +58,7 @@ def run(directory: ConfigDir = config.DEFAULT_DIR) -> None:
 @app.command()
 def register(
     directory: ConfigDir = config.DEFAULT_DIR,
+    instance: Instance = None,  # noqa: ARG001  (it has had its effect)
     reset: Annotated[
         bool, typer.Option("--reset", help="Forget this worker's identity; the next start asks anew.")
     ] = False,
@@ -68,7 +69,11 @@ def register(
 
     settings = config.load(directory).settings
     config.check_folders(settings)
-    file = IdentityFile(settings.state.dir / "identity.json")
+    path = settings.state.dir / "identity.json"
+    if not path.exists() and (others := sorted(settings.state.dir.glob("instance-*/identity.json"))):
+        names = ", ".join(other.parent.name.removeprefix("instance-") for other in others)
+        raise ConfigError("this box has a service for each GPU", cure=f"say which: --instance N, of {names}")
+    file = IdentityFile(path)
     if reset:
         with state_lock(settings.state.dir):
             file.reset()

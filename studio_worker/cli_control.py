@@ -10,12 +10,16 @@ from typing import Any
 import typer
 
 from studio_worker import config
-from studio_worker.cli_options import ConfigDir, Json
+from studio_worker.cli_options import ConfigDir, Instance, Json
 from studio_worker.control import ask, runtime_dir
 from studio_worker.snapshot import EndedJob, Snapshot
 
 
-def status(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> None:
+def status(
+    directory: ConfigDir = config.DEFAULT_DIR,
+    instance: Instance = None,  # noqa: ARG001  (it has had its effect)
+    as_json: Json = False,
+) -> None:
     """Show what the running service is doing and has done; exit status 3 where it does not run."""
     from rich.console import Console
 
@@ -30,7 +34,7 @@ def status(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> 
         console.print(_last_jobs(snapshot.last_jobs, time.time()))
 
 
-def pause(directory: ConfigDir = config.DEFAULT_DIR) -> None:
+def pause(directory: ConfigDir = config.DEFAULT_DIR, instance: Instance = None) -> None:  # noqa: ARG001
     """Take no more jobs until `resume` or the next start; the job in hand ends, then models leave the GPU."""
     answer = _ask(directory, "pause")
     if answer["phase"] in {"draining", "stopping"}:
@@ -41,7 +45,7 @@ def pause(directory: ConfigDir = config.DEFAULT_DIR) -> None:
         typer.echo("paused; no job is in hand")
 
 
-def resume(directory: ConfigDir = config.DEFAULT_DIR) -> None:
+def resume(directory: ConfigDir = config.DEFAULT_DIR, instance: Instance = None) -> None:  # noqa: ARG001
     """Take jobs again."""
     answer = _ask(directory, "resume")
     if answer["phase"] in {"draining", "stopping"}:

@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from studio_worker import config, logs
-from studio_worker.cli_options import ConfigDir, Json
+from studio_worker.cli_options import ConfigDir, Instance, Json
 from studio_worker.errors import StudioWorkerError
 
 _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failure": ("FAILURE", "red")}
@@ -39,7 +39,11 @@ def check_config(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = Fals
     typer.echo(f"{directory}: configuration is valid; {count} required model(s); studio {studio}")
 
 
-def doctor(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> None:
+def doctor(
+    directory: ConfigDir = config.DEFAULT_DIR,
+    instance: Instance = None,  # noqa: ARG001  (it has had its effect)
+    as_json: Json = False,
+) -> None:
     """Look at everything the worker needs, each line with its cure; exit status 1 where something fails."""
     from studio_worker.control import ask, runtime_dir
     from studio_worker.doctor import Box, examine

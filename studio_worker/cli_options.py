@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,5 +10,22 @@ import typer
 
 ConfigDir = Annotated[
     Path, typer.Option("--config", metavar="DIR", help="Configuration folder.", show_default=True)
+]
+
+
+def as_instance(number: int | None) -> int | None:
+    """The settings of this process are those that studio-worker@.service gives to instance ``number``."""
+    if number is not None:
+        os.environ["STUDIO_WORKER_STATE__DIR"] = f"/var/lib/studio-worker/instance-{number}"
+        os.environ["STUDIO_WORKER_STATE__RUNTIME_DIR"] = f"/run/studio-worker-{number}"
+        os.environ.setdefault("STUDIO_WORKER_WORKER__DEVICE", f"cuda:{number}")
+    return number
+
+
+Instance = Annotated[
+    int | None,
+    typer.Option(
+        "--instance", metavar="N", min=0, callback=as_instance, help="The service studio-worker@N is meant."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]

@@ -164,7 +164,7 @@ def ask(folder: Path, command: str, limit_s: float = _CLIENT_LIMIT_S) -> dict[st
             connection.sendall(json.dumps({"command": command}).encode() + b"\n")
             line = _read_line(connection, _MAX_ANSWER_BYTES, deadline)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
-        raise ServiceNotRunning(path) from None
+        raise ServiceNotRunning(path, _instances(folder)) from None
     except PermissionError:
         raise ControlDenied(path) from None
     except TimeoutError:
@@ -180,6 +180,12 @@ def ask(folder: Path, command: str, limit_s: float = _CLIENT_LIMIT_S) -> dict[st
     except (ValueError, TypeError, KeyError):
         raise ControlError(f"the answer on {path} is not readable") from None
     raise ControlError(f"the service says: {problem}")
+
+
+def _instances(folder: Path) -> list[str]:
+    """The instances beside ``folder``, by the folders that studio-worker@.service gives them."""
+    found = folder.parent.glob(f"{folder.name}-*/{_NAME}")
+    return sorted(path.parent.name.removeprefix(f"{folder.name}-") for path in found)
 
 
 def _read_line(connection: socket.socket, limit_bytes: int, deadline: float) -> bytes:

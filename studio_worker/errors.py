@@ -38,6 +38,7 @@ Exit statuses follow sysexits(3); those of asking the service are the LSB's for 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -227,14 +228,17 @@ class ControlError(StudioWorkerError):
 
 
 class ServiceNotRunning(ControlError):
-    """Nobody listens on the control socket ``path``."""
+    """Nobody listens on the control socket ``path``. ``instances`` of the service may."""
 
     exit_status: ClassVar[int] = 3  # LSB: program is not running
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(
-            f"the service is not running (nobody listens on {path}); start it: systemctl start studio-worker"
-        )
+    def __init__(self, path: Path, instances: Sequence[str] = ()) -> None:
+        # studio-worker@N.service has its socket in /run/studio-worker-N.
+        unit = path.parent.name.replace("studio-worker-", "studio-worker@", 1)
+        self.cure = f"start it: systemctl start {unit if '@' in unit else 'studio-worker'}"
+        if instances:
+            self.cure = f"its instances do: give --instance N, of {', '.join(instances)}"
+        super().__init__(f"the service is not running (nobody listens on {path}); {self.cure}")
 
 
 class ControlDenied(ControlError):

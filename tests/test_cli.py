@@ -293,6 +293,14 @@ def test_register_reset_forgets_the_identity(folder: Path) -> None:
     assert command("register", "--config", folder).stdout != before
 
 
+def test_register_on_a_box_of_instances_wants_to_know_which(folder: Path, tmp_path: Path) -> None:
+    """Where each GPU has a service of its own, no identity is shown or forgotten that is none of theirs."""
+    (tmp_path / "state" / "instance-1").mkdir(parents=True)
+    (tmp_path / "state" / "instance-1" / "identity.json").write_text("{}")
+    assert "say which: --instance N, of 1" in mistake("register", "--reset", "--config", folder)
+    assert not (tmp_path / "state" / "identity.json").exists()
+
+
 def test_register_reset_mends_a_damaged_identity(folder: Path, tmp_path: Path) -> None:
     """A damaged identity is one line with its cure, and the cure works."""
     (tmp_path / "state").mkdir()

@@ -143,7 +143,18 @@ def test_ask_says_that_no_service_runs(tmp_path: Path) -> None:
     leave_stale(tmp_path)
     with pytest.raises(ServiceNotRunning):
         ask(tmp_path, "status")
+    with pytest.raises(ServiceNotRunning, match=r"systemctl start studio-worker@1$"):
+        ask(tmp_path / "studio-worker-1", "status")
     assert ControlDenied.exit_status == 4
+
+
+def test_ask_names_the_instances_that_run(tmp_path: Path) -> None:
+    """On a box with a service for each GPU, whoever forgets to say which is told what there is to say."""
+    for number in (1, 0):
+        (tmp_path / f"studio-worker-{number}").mkdir()
+        leave_stale(tmp_path / f"studio-worker-{number}")
+    with pytest.raises(ServiceNotRunning, match=r"give --instance N, of 0, 1$"):
+        ask(tmp_path / "studio-worker", "status")
 
 
 def leave_stale(folder: Path) -> None:

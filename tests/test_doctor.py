@@ -180,6 +180,17 @@ def test_finding_is_one_line() -> None:
     assert (finding.text, finding.cure) == ("a b", "c d")
 
 
+def test_check_that_may_not_look_is_no_failure_of_the_box() -> None:
+    """What is closed to whoever asks is said so, with who may look; nobody is told to report a bug."""
+
+    def closed(_: Box) -> Result:
+        raise PermissionError(13, "Permission denied", "/srv/closed")
+
+    (finding,) = examine(Box(Path()), [Check("x", closed, needs_config=False)])
+    assert (finding.level, finding.text) == ("warning", "/srv/closed may not be looked at by this user")
+    assert "as root" in finding.cure
+
+
 def test_doctor_by_a_user_who_may_not_look(tmp_path: Path) -> None:
     """Any other user gets warnings that say who may look, never a traceback."""
     if os.geteuid() != 0:
@@ -362,7 +373,7 @@ def test_registration_is_told(tmp_path: Path, identity: Identity | None, level: 
 @pytest.mark.parametrize(
     ("snapshot", "level", "cure"),
     [
-        (None, "warning", "systemctl enable --now"),
+        (None, "warning", "systemctl start studio-worker"),
         (Snapshot(phase="ready", paused=True), "warning", "resume"),
         (Snapshot(session=SessionFacts(state="reconnecting")), "warning", "studio"),
         (Snapshot(status="ready; restart to apply: worker.device"), "warning", "systemctl restart"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from studio_worker.cli_options import as_instance
 
 ROOT = Path(__file__).parents[1]
 LOCK = ROOT / "packaging" / "lock"
@@ -69,3 +72,19 @@ def test_unit_for_one_instance_a_gpu_is_the_unit() -> None:
         "+ Environment",
     ]
     assert all("%i" in line for line in changed if line.startswith("+"))
+
+
+def test_commands_for_an_instance_see_what_its_unit_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--instance N finds state, socket and device where studio-worker@N.service has them."""
+    for name in ("STATE__DIR", "STATE__RUNTIME_DIR", "WORKER__DEVICE"):
+        monkeypatch.setenv(f"STUDIO_WORKER_{name}", "")  # so that it is put back in the end
+        monkeypatch.delenv(f"STUDIO_WORKER_{name}")
+    as_instance(3)
+    unit = (ROOT / "packaging" / "studio-worker@.service").read_text().replace("%i", "3")
+    for name in ("STATE__DIR", "WORKER__DEVICE"):
+        assert re.search(
+            rf"^Environment=.*STUDIO_WORKER_{name}={os.environ[f'STUDIO_WORKER_{name}']}$", unit, re.MULTILINE
+        )
+    runtime = re.search(r"^RuntimeDirectory=(.*)$", unit, re.MULTILINE)
+    assert runtime is not None
+    assert os.environ["STUDIO_WORKER_STATE__RUNTIME_DIR"] == f"/run/{runtime[1]}"

@@ -127,6 +127,10 @@ def _finding(check: Check, box: Box) -> Finding:
             if problem
             else failure(str(error), "see the log: journalctl -u studio-worker")
         )
+    except PermissionError as error:
+        result = warning(
+            f"{error.filename} may not be looked at by this user", "run this as root or as the service's user"
+        )
     except Exception as error:  # a check of ours that fails must not hide what the others have found
         result = failure(
             f"the check itself failed ({type(error).__name__}: {error})",

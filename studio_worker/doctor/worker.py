@@ -66,8 +66,8 @@ def check_service(box: Box) -> Result:
         try:
             # It answers nothing: the reason is told in its own words.
             ask(runtime_dir(box.config.settings.state.runtime_dir), "status", 3.0)
-        except ServiceNotRunning:
-            return warning("not running", "systemctl enable --now studio-worker")
+        except ServiceNotRunning as error:
+            return warning("not running", error.cure)
         except ControlDenied:
             return warning("this user may not ask it", _AS_ROOT)
         return failure("running, and does not answer in a readable way", "systemctl restart studio-worker")
