@@ -81,6 +81,7 @@ def write_gguf(
     *,
     drop_outer_ones: bool = False,
     stated: Mapping[str, float | str] = MappingProxyType({}),
+    split: tuple[int, int] | None = None,
 ) -> LocalFile:
     """``state`` as a GGUF file, as llama.cpp's and city96's tools write it: matrices as ``kind`` where their
     rows are whole blocks, everything else in single precision. ``None`` keeps all in single precision.
@@ -91,8 +92,12 @@ def write_gguf(
         drop_outer_ones: leave out outer dimensions of size 1, as stable-diffusion.cpp's converter does
             (its ``ggml_n_dims``); city96's keeps them.
         stated: further metadata, by their names without the architecture.
+        split: which piece this is of how many, as llama.cpp's ``llama-gguf-split`` notes it.
     """
     writer = gguf.GGUFWriter(path, architecture)
+    if split is not None:
+        writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_NO, split[0])
+        writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, split[1])
     for name, value in stated.items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32
         add(f"{architecture}.{name}", value)

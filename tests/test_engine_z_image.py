@@ -16,6 +16,7 @@ from diffusers import (
     ZImagePipeline,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3Model
 
 from studio_worker.engine import Inputs
@@ -30,10 +31,10 @@ from studio_worker.engine.rendering import LoadedModel, Starting
 from studio_worker.engine.sections import read_sections
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
-from studio_worker.models import LocalFile
+from studio_worker.models import FileRole, LocalFile
 from tests import tiny_models
 from tests.engine_lab import decoded, encoded, request, scene, write_header
-from tests.quantising import DECODING, Q4, Q8, Kind, dequantised, write_eight_bit, write_gguf
+from tests.quantising import DECODING, Q4, Q8, Kind, dequantised, numbers_of, write_eight_bit, write_gguf
 from tests.tiny_z_image import (
     PREFIX,
     SIZE,
@@ -113,6 +114,46 @@ def test_shard_that_is_missing_is_asked_for(tiny: Tiny, files: tuple[LocalFile, 
         JobError, match=r"published in 3 files: register all|lacks \d+ tensors of its"
     ) as caught:
         tiny.picture(files[0], *shards, files[2])
+    assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("given", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
+@pytest.mark.parametrize("role", ["diffusion-model", "text-encoder"])
+def test_split_gguf_is_refused_with_what_joins_it(
+    tiny: Tiny, files: tuple[LocalFile, ...], role: FileRole, given: tuple[int, ...]
+) -> None:
+    """A GGUF file that llama-gguf-split took apart is refused by what its metadata say, whatever it is
+    called; the message names what joins it.
+    """
+    whole = gguf_files(tiny, None, "unsplit")[role == "text-encoder"]
+    tensors = list(numbers_of(whole).items())
+    pieces = []
+    for index, piece in enumerate((tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :])):
+        path = tiny.folder / f"{role}-{index}.gguf"
+        pieces.append(write_gguf(path, role, dict(piece), "qwen3", split=(index, 2)))
+    others = [each for each in files if each.role != role]
+    with pytest.raises(
+        JobError, match=r"-\d\.gguf .* one of 2 pieces .* llama-gguf-split --merge makes of them"
+    ) as caught:
+        tiny.picture(*others, *(pieces[index] for index in given))
+    assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("role", ["diffusion-model", "text-encoder"])
+@pytest.mark.parametrize("given", [(0,), (2,), (0, 1)], ids=["first", "last", "two"])
+def test_shards_that_are_not_all_there_are_refused_with_the_cure(
+    tiny: Tiny, files: tuple[LocalFile, ...], role: FileRole, given: tuple[int, ...]
+) -> None:
+    """A component of which only some of its safetensors files are registered is refused, and the message
+    says how many there are and to register them all.
+    """
+    state = load_file(next(each for each in files if each.role == role).path)
+    shards = tiny_models.in_shards(tiny.folder / role, role, state, 3)
+    others = [each for each in files if each.role != role]
+    with pytest.raises(
+        JobError, match=r"published in 3 files: register all of them with this role"
+    ) as caught:
+        tiny.picture(*others, *(shards[index] for index in given))
     assert not caught.value.retryable
 
 

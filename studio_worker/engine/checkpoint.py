@@ -16,7 +16,7 @@ from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
-from studio_worker.engine.gguf_files import DAMAGE, Shape, Stated, open_gguf, shape_of, stated
+from studio_worker.engine.gguf_files import DAMAGE, Shape, Stated, open_gguf, piece_count, shape_of, stated
 from studio_worker.errors import JobError
 
 _MAGIC_BYTES = 512
@@ -48,9 +48,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """The header of the weights file at ``path``.
 
     Raises:
-        JobError: it is no safetensors or GGUF file (not retryable), or it is damaged or cannot be read
-        (retryable:
-            another copy may be whole).
+        JobError: it is no safetensors or GGUF file, or a piece of one (not retryable), or it is damaged or
+            cannot be read (retryable: another copy may be whole).
     """
     try:
         with path.open("rb") as file:
@@ -132,7 +131,7 @@ def _gguf(path: Path) -> Checkpoint:
         reader = open_gguf(path)
         shapes = {tensor.name: shape_of(reader, tensor) for tensor in reader.tensors}
         types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-        facts = stated(reader)
+        facts, pieces = stated(reader), piece_count(reader)
     except DAMAGE as error:
         if newer := _NEWER.match(str(error)):
             raise JobError(
@@ -144,4 +143,10 @@ def _gguf(path: Path) -> Checkpoint:
             f"{path.name} is not a whole GGUF file ({path.stat().st_size} bytes): {type(error).__name__}",
             retryable=True,
         ) from error
+    if pieces > 1:
+        raise JobError(
+            f"{path.name} is one of {pieces} pieces of a GGUF file; register the single file that "
+            "llama-gguf-split --merge makes of them",
+            retryable=False,
+        )
     return Checkpoint(path, "gguf", shapes, types, facts)

@@ -84,6 +84,12 @@ def stated(reader: Reader) -> dict[str, Stated]:
     return found
 
 
+def piece_count(reader: Reader) -> int:
+    """Of how many pieces the file is one (llama.cpp's ``llama-gguf-split``); 1 where it is whole."""
+    field = reader.fields.get(gguf.Keys.Split.LLM_KV_SPLIT_COUNT)
+    return 1 if field is None else int(field.contents())
+
+
 def shape_of(reader: Reader, tensor: Any) -> Shape:
     """The tensor's shape, outermost dimension first, as it was before it was laid out for the file."""
     noted = reader.fields.get(_SHAPE_KEY + tensor.name)

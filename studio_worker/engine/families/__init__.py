@@ -25,7 +25,7 @@ from studio_worker.errors import JobError
 from studio_worker.models import LocalFile
 
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
-"""How Hugging Face's libraries, and llama.cpp's, name the files of a component that is saved in several."""
+"""How Hugging Face's libraries name the files of a component that is saved in several."""
 
 FAMILIES: tuple[Family, ...] = (
     SD1,
@@ -110,13 +110,13 @@ def _missing(family: Family, part: Part, sections: Sequence[Section]) -> JobErro
     if not near:
         return refused(f"{need}; the source brings none")
     found = "; ".join(f"{each} is not it: {part.why_not(each)}" for each in near)
-    if shard := next((match for each in near if (match := _SHARD.search(each.file.path.name))), None):
-        found += f"; it is published in {int(shard[1])} files: " + (
-            "register one in a single file, which llama-gguf-split --merge makes of them"
-            if near[0].checkpoint.format == "gguf"
-            else "register all of them with this role"
-        )
-    return refused(f"{need}; {found}")
+    return refused(f"{need}; {found}{_shards(near)}")
+
+
+def _shards(sections: Sequence[Section]) -> str:
+    """What to do about sections that are refused, where their files' names say that others belong to them."""
+    shard = next((match for each in sections if (match := _SHARD.search(each.file.path.name))), None)
+    return f"; it is published in {int(shard[1])} files: register all of them with this role" if shard else ""
 
 
 def _refuse_unused(family: Family, sections: Sequence[Section], chosen: dict[str, Section]) -> None:
@@ -151,7 +151,7 @@ def _unknown(sections: Sequence[Section], families: Sequence[Family]) -> JobErro
     names = list(denoisers[0].checkpoint.shapes)
     return refused(
         f"{denoisers[0]} is of no known model family; it has {len(names)} tensors, among them "
-        f"{', '.join(names[:3])}; served: {served}"
+        f"{', '.join(names[:3])}{_shards(denoisers)}; served: {served}"
     )
 
 
