@@ -28,9 +28,9 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from tests.bench_engine import SAMPLE_MODEL, Model, device, made, random_model, show, written
 
 GOAL = 1.01
-PROCESSES = 50
+PROCESSES = 80
 JOBS = 6
-SHORT = {"sample model": 6, "random model": 2}
+SHORT = {"sample model": 2, "random model": 1}
 """Steps of the jobs that are measured."""
 
 Times = tuple[list[float], list[float]]

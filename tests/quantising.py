@@ -8,7 +8,7 @@ used by what is tested.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -47,7 +47,7 @@ DECODING = 0.2
 to. Decoding in half precision, as diffusers does, is what makes the difference.
 """
 
-WRITTEN = {Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0}
+WRITTEN = {Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0}
 """What gguf 0.19 can write."""
 
 
@@ -77,7 +77,7 @@ def write_gguf(
     role: FileRole,
     state: Mapping[str, torch.Tensor],
     architecture: str,
-    kind: Kind | None = None,
+    kind: Kind | Callable[[str], Kind] | None = None,
     *,
     drop_outer_ones: bool = False,
     stated: Mapping[str, float | str] = MappingProxyType({}),
@@ -89,6 +89,7 @@ def write_gguf(
     Matrices of a kind that gguf does not write are other ones, drawn by their names.
 
     Args:
+        kind: for all matrices, or for each by its name (``mixed``).
         drop_outer_ones: leave out outer dimensions of size 1, as stable-diffusion.cpp's converter does
             (its ``ggml_n_dims``); city96's keeps them.
         stated: further metadata, by their names without the architecture.
@@ -105,18 +106,28 @@ def write_gguf(
         numbers = tensor.detach().float().numpy()
         while drop_outer_ones and numbers.ndim > 1 and numbers.shape[0] == 1:
             numbers = numbers[0]
-        if kind is None or numbers.ndim != 2 or numbers.shape[1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        chosen = kind(name) if callable(kind) and not isinstance(kind, Kind) else kind
+        if chosen is None or numbers.ndim != 2 or numbers.shape[1] % gguf.GGML_QUANT_SIZES[chosen][0]:
             writer.add_tensor(name, numbers)
-        elif kind in WRITTEN:
-            writer.add_tensor(name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+        elif chosen in WRITTEN:
+            writer.add_tensor(name, gguf.quants.quantize(numbers, chosen), raw_dtype=chosen)
         else:
-            blocks = drawn_blocks(kind, numbers.shape, zlib.crc32(name.encode()))
-            writer.add_tensor(name, blocks, raw_dtype=kind)
+            blocks = drawn_blocks(chosen, numbers.shape, zlib.crc32(name.encode()))
+            writer.add_tensor(name, blocks, raw_dtype=chosen)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return LocalFile(role, path, str(path))
+
+
+def mixed(name: str) -> Kind:
+    """The kind of the matrix ``name`` in a file of several, as ``Q4_K_M`` and ``Q5_K_M`` are: what leads in
+    and out of the model in half precision (city96's ``tools/convert.py``), some others finer than the rest.
+    """
+    if any(part in name for part in ("_in.", "embed", "final_layer", "proj_out", "time_")):
+        return (Kind.BF16, Kind.F16)[zlib.crc32(name.encode()) % 2]
+    return (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.Q8_0)[zlib.crc32(name.encode()) % 4]
 
 
 def numbers_of(file: LocalFile) -> dict[str, torch.Tensor]:

@@ -77,7 +77,7 @@ def test_newer_quantisation_is_refused_as_such(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("shape", "stays"), [((40, 96), True), ((64, 40), False)])
 def test_matrix_laid_out_anew_has_its_own_shape(shape: tuple[int, int], stays: bool, tmp_path: Path) -> None:
     """Matrices that ComfyUI-GGUF laid out in rows of 256 come out as they were, and stay quantised where
-    their rows are whole blocks.
+    their rows are whole blocks; what they take is known before.
     """
     numbers = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "sdxl")
@@ -92,7 +92,9 @@ def test_matrix_laid_out_anew_has_its_own_shape(shape: tuple[int, int], stays: b
     assert read.shapes == {"a.weight": shape}
     found = read_tensors(read, CPU, torch.float32)["a.weight"]
     assert hasattr(found, "quant_type") is stays
-    np.testing.assert_allclose(dequantised(found, torch.float32), numbers, atol=0.03)
+    plain = dequantised(found, torch.float32)
+    assert read.size_bytes(4) == (found if stays else plain).nbytes
+    np.testing.assert_allclose(plain, numbers, atol=0.03)
 
 
 def test_vocabularies_are_passed_over(tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ Shape = tuple[int, ...]
 
 Stated = int | float | bool | str
 
+PLAIN_TYPES = {"F32", "F16", "F64", "I8", "I16", "I32", "I64"}
+"""Types that torch reads as they are; all others, BF16 too, are blocks of bytes to it."""
+
 _SHAPE_KEY = "comfy.gguf.orig_shape."
 """ComfyUI-GGUF's ``tools/convert.py`` lays matrices out in rows of 256 where their own rows are not multiples
 of it, and notes here what they were (outermost dimension first).

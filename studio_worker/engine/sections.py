@@ -18,7 +18,7 @@ from math import prod
 import gguf
 
 from studio_worker.engine.checkpoint import Checkpoint, read_checkpoint
-from studio_worker.engine.gguf_files import Shape
+from studio_worker.engine.gguf_files import PLAIN_TYPES, Shape
 from studio_worker.errors import JobError
 from studio_worker.models import FileRole, LocalFile
 
@@ -63,12 +63,20 @@ class Section:
 
     def size_bytes(self, itemsize: int) -> int:
         """Bytes of the weights once loaded: quantised matrices as they are, the rest ``itemsize`` each."""
-        return sum(
-            prod(shape)
-            if self.stays_eight_bit(name)
-            else _tensor_bytes(name, shape, self.checkpoint.types.get(self.prefix + name, ""), itemsize)
-            for name, shape in self.shapes.items()
-        )
+        return sum(self._loaded_bytes(name, itemsize) for name in self.shapes)
+
+    def _loaded_bytes(self, name: str, itemsize: int) -> int:
+        shape, elements = self.shapes[name], prod(self.shapes[name])
+        if self.stays_eight_bit(name):
+            return elements
+        type_ = self.checkpoint.types.get(self.prefix + name, "")
+        # Tables that are looked up in, and filters, do not compute with blocks: loading writes them out.
+        is_matrix = len(shape) == 2 and not _TABLE.search(name)
+        if is_matrix and self.checkpoint.format == "gguf" and type_ not in PLAIN_TYPES:
+            block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]]
+            if shape[-1] % block == 0:  # else blocks go over the ends of rows, and are written out too
+                return int(elements // block * block_bytes)
+        return elements * itemsize
 
     def scale_of(self, name: str) -> str | None:
         """The name of the scale that 8-bit files have beside the weight ``name``, in either of ComfyUI's
@@ -138,18 +146,3 @@ def split(file: LocalFile, checkpoint: Checkpoint) -> Iterator[Section]:
         by_prefix.setdefault(prefix, {})[name.removeprefix(prefix)] = shape
     for prefix, shapes in by_prefix.items():
         yield Section(file, checkpoint, prefix, shapes)
-
-
-def _tensor_bytes(name: str, shape: Shape, type_: str, itemsize: int) -> int:
-    elements = prod(shape)
-    # Tables that are looked up in, and filters, do not compute with blocks: loading writes them out.
-    if not is_quantised(type_) or len(shape) != 2 or _TABLE.search(name):
-        return elements * itemsize
-    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]]
-    return int(elements // block * block_bytes)
-
-
-def is_quantised(type_: str) -> bool:
-    """Whether tensors of this type are blocks of several numbers with a common scale."""
-    kind = gguf.GGMLQuantizationType.__members__.get(type_)
-    return kind is not None and bool(gguf.GGML_QUANT_SIZES[kind][0] > 1)

@@ -17,12 +17,9 @@ from safetensors import SafetensorError, safe_open
 from studio_worker.engine.checkpoint import Checkpoint
 from studio_worker.engine.eight_bit import EightBitMatrix
 from studio_worker.engine.families.component import Tensors
-from studio_worker.engine.gguf_files import DAMAGE, open_gguf
+from studio_worker.engine.gguf_files import DAMAGE, PLAIN_TYPES, open_gguf
 from studio_worker.engine.sections import Section
 from studio_worker.errors import JobError
-
-_PLAIN_GGUF = {"F32", "F16", "F64", "I8", "I16", "I32", "I64"}
-"""Types that torch has too; all others are blocks of bytes to it."""
 
 _FP8_NOTE = re.compile(r"(^|\.)(scale_weight|scale_input|weight_scale|input_scale|comfy_quant|scaled_fp8)$")
 """What ComfyUI's 8-bit files carry beside each weight (``comfy/ops.py``, ``comfy/quant_ops.py``)."""
@@ -100,7 +97,7 @@ def _gguf(section: Section, device: torch.device) -> Iterator[tuple[str, torch.T
             continue
         numbers = torch.from_numpy(tensor.data).to(device)
         shape = section.shapes[name]
-        if tensor.tensor_type.name in _PLAIN_GGUF:
+        if tensor.tensor_type.name in PLAIN_TYPES:
             yield name, numbers.reshape(shape)
             continue
         elements, size_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
@@ -114,7 +111,7 @@ def _gguf(section: Section, device: torch.device) -> Iterator[tuple[str, torch.T
 def _check_types(section: Section) -> None:
     checkpoint: Checkpoint = section.checkpoint
     served = (
-        {kind.name for kind in SUPPORTED_GGUF_QUANT_TYPES} | _PLAIN_GGUF
+        {kind.name for kind in SUPPORTED_GGUF_QUANT_TYPES} | PLAIN_TYPES
         if checkpoint.format == "gguf"
         else {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"} | _INDEX_TYPES
     )
