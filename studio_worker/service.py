@@ -64,6 +64,7 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
     # Blocked in every thread: one thread takes them with sigwait, so that no handler ever interrupts
     # a lock, a download or torch half-way.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS | {_RELOAD_SIGNAL})
+    threading.excepthook = _log_crash
     activity = Activity()
     notifier = Notifier(activity.said)
     try:
@@ -97,8 +98,19 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
             },
         )
         return os.EX_IOERR
+    except Exception:  # a fault of ours: in the journal as every other line, by its priority and redacted
+        log.critical("service crashed", exc_info=True, extra={"op": "service", "exit_status": 1})
+        return 1
     log.info("service stopped", extra={"op": "service", "exit_status": 0})
     return 0
+
+
+def _log_crash(crash: threading.ExceptHookArgs) -> None:
+    log.critical(
+        "thread crashed",
+        exc_info=(crash.exc_type, crash.exc_value or crash.exc_type(), crash.exc_traceback),
+        extra={"op": "service", "in_thread": crash.thread.name if crash.thread else ""},
+    )
 
 
 class Service:

@@ -482,6 +482,32 @@ def test_service_does_not_share_its_state_folder(site: Path, tmp_path: Path) -> 
         assert first.stop() == 0
 
 
+def test_service_that_crashes_says_so_in_its_log(site: Path, tmp_path: Path) -> None:
+    """A fault of the program's own, on any thread, is a line like all others: JSON, with its traceback."""
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python" / "sitecustomize.py").write_text(
+        "import threading\n"
+        "import studio_worker.starting as starting\n"
+        "def crash(*_):\n"
+        "    thread = threading.Thread(target=lambda: 1 / 0, name='helper')\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
+        "    raise RuntimeError('a fault')\n"
+        "starting.wait_for_device = lambda *_, **__: crash()\n"
+    )
+    with ServiceProcess(site, tmp_path / "log", {"PYTHONPATH": str(tmp_path / "python")}) as running:
+        assert running.wait(READY_S) == 1
+    text = running.log_path.read_text()
+    told = running.log_lines()
+    assert len(told) == len(text.splitlines())
+    assert [(line["level"], line["message"]) for line in told[-2:]] == [
+        ("CRITICAL", "thread crashed"),
+        ("CRITICAL", "service crashed"),
+    ]
+    assert "ZeroDivisionError" in told[-2]["exc_info"]
+    assert "a fault" in told[-1]["exc_info"]
+
+
 def test_service_with_bad_configuration_ends_with_one_clear_line(site: Path, tmp_path: Path) -> None:
     """An unknown key ends the start with 78; the line names file, key and the nearest known one."""
     override(site, "[worker]\ndevcie = 1\n")
