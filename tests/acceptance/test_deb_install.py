@@ -156,7 +156,11 @@ def test_two_instances_work_side_by_side(box: Box) -> None:
     assert len(list(box.machine.path(f"{STATE}/models").rglob("*.safetensors"))) == 1
     for number in (0, 1):
         assert box.machine.path(f"{STATE}/instance-{number}/identity.json").exists()
-        assert box.machine.path(f"/run/studio-worker-{number}").is_dir()
+        told = box.machine.run("studio-worker", "status", "--instance", str(number)).stdout
+        assert "ready, connected" in told
+        box.machine.run("studio-worker", "doctor", "--instance", str(number))
+    unsaid = box.machine.run("studio-worker", "status", check=False)
+    assert (unsaid.returncode, "--instance N, of 0, 1" in unsaid.stderr) == (3, True)
 
 
 def test_suite_passes_against_the_installed_copy(base: Path, installed: Path, work: Path) -> None:
