@@ -12,9 +12,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
@@ -22,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from studio_worker import sample_model
+from studio_worker.demo_jobs import Shown, mask, shown_jobs
 from studio_worker.errors import StudioWorkerError
 from studio_worker.local_studio import LocalStudio
 from studio_worker.local_studio.rules import Job, JobStatus
@@ -37,17 +36,6 @@ _TILE_PX = 192
 
 class DemoError(StudioWorkerError):
     """The demo did not show what it promises; the text says which part."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One job of the demo. ``must_fail`` is a word its failure must contain, empty where it must succeed."""
-
-    title: str
-    prompt: str
-    task: dict[str, Any] = field(default_factory=dict)
-    engine: str = "sd-cpp"
-    must_fail: str = ""
 
 
 def run_demo(output: Path, *, keep: bool = False) -> int:
@@ -144,45 +132,6 @@ def sample_source(studio: LocalStudio) -> ModelSource:
 # --- the jobs ---------------------------------------------------------------------------------------
 
 
-def shown_jobs(init_url: str, mask_url: str) -> list[Shown]:
-    """What the demo asks for, in order. ``init_url`` and ``mask_url`` are pictures of 64 by 64 pixels."""
-    say = sample_model.prompt
-    pair = {"seed": 7, "ext": "png"}
-    potion = say("red", "potion", "grass")
-    return [
-        Shown("seeded", potion, pair),
-        Shown("seeded, again", potion, pair),
-        Shown("png", say("blue", "sword", "stone"), {"seed": 1, "ext": "png"}),
-        Shown("webp", say("green", "gem", "night"), {"seed": 2, "ext": "webp"}),
-        Shown("jpg", say("purple", "mushroom", "grass"), {"seed": 3, "ext": "jpg"}),
-        Shown("96 x 96", say("red", "chest", "sand"), {"seed": 4, "width": 96, "height": 96}),
-        Shown("96 x 64", say("yellow", "star", "night"), {"seed": 5, "width": 96, "height": 64}),
-        Shown(
-            "negative prompt",
-            say("pink", "heart", "sky"),
-            {"seed": 6, "negativePrompt": "night background"},
-        ),
-        Shown(
-            "sampler dpm++2m",
-            say("cyan", "ghost", "night"),
-            {"seed": 8, "samplingMethod": "dpm++2m", "steps": 12},
-        ),
-        Shown(
-            "image-to-image",
-            say("blue", "potion", "grass"),
-            {"seed": 9, "initImageUrl": init_url, "denoise": 0.75, "ext": "png"},
-        ),
-        Shown(
-            "inpainting",
-            say("green", "potion", "grass"),
-            {"seed": 10, "initImageUrl": init_url, "maskUrl": mask_url, "denoise": 0.9, "ext": "png"},
-        ),
-        Shown("unknown engine", say("red", "fish", "white"), engine="onnx", must_fail="unknown engine"),
-        Shown("the one after", say("yellow", "key", "sand"), {"seed": 11}),
-        Shown("held-out words", say("pink", "tree", "sky"), {"seed": 12}),
-    ]
-
-
 def _make_pictures(studio: LocalStudio, console: Console) -> list[tuple[Shown, str]]:
     """Queue all jobs and wait until each is done or failed; returns them with their ids."""
     first = shown_jobs("", "")[0]
@@ -199,7 +148,7 @@ def _make_pictures(studio: LocalStudio, console: Console) -> list[tuple[Shown, s
         if studio.job(start_id).status is not JobStatus.DONE:
             raise DemoError(f"the first job failed: {studio.job(start_id).reason}")
         init_url = studio.base_url + studio.add_picture(studio.result(start_id))
-        mask_url = studio.base_url + studio.add_picture(_mask())
+        mask_url = studio.base_url + studio.add_picture(mask())
         rest = shown_jobs(init_url, mask_url)[1:]
         ids = [start_id, *(_queue(studio, shown, source) for shown in rest)]
         shown_by_id = dict(zip(ids, [first, *rest], strict=True))
@@ -221,15 +170,6 @@ def _queue(studio: LocalStudio, shown: Shown, source: ModelSource) -> str:
         model_source=source.model_copy(update={"engine": shown.engine}),
         asset_name=shown.title,
     )
-
-
-def _mask() -> bytes:
-    """White, where the picture may change: the middle, where the object stands."""
-    mask = Image.new("L", (64, 64), 0)
-    ImageDraw.Draw(mask).ellipse((8, 8, 55, 59), fill=255)
-    buffer = io.BytesIO()
-    mask.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _await(studio: LocalStudio, condition: Callable[[], bool], limit_s: float, what: str) -> None:

@@ -35,7 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "provision bundles engine studio",
         "ports",
         "worker local_studio abilities reload reporting doctor starting",
-        "service service_process",
+        "service service_process demo_jobs",
         "demo",
         "cli_options",
         "cli_models cli_control cli_generate cli_doctor",

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from studio_worker import sample_model
-from studio_worker.demo import shown_jobs
+from studio_worker.demo_jobs import shown_jobs
 from studio_worker.local_studio import LocalStudio
 from studio_worker.local_studio.shelf import LogLine
 

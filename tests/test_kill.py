@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 
 from studio_worker import sample_model
-from studio_worker.demo import MODEL_ID, sample_source, shown_jobs, write_configuration
+from studio_worker.demo import MODEL_ID, sample_source, write_configuration
+from studio_worker.demo_jobs import shown_jobs
 from studio_worker.local_studio import LocalStudio
 from studio_worker.local_studio.rules import JobStatus
 from studio_worker.service_process import ServiceProcess
