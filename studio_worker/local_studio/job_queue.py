@@ -199,7 +199,7 @@ class JobQueue:
         """Remove a job and what it brought. Raises RuleBroken for one that a worker holds."""
         with self._database.writing() as connection:
             job = self._require(job_id)
-            if job.status in {JobStatus.OFFERED, JobStatus.RUNNING}:
+            if job.status in rules.HELD:
                 raise rules.RuleBroken(f"job {job_id} is {job.status}; it can be deleted when that is over")
             connection.execute("DELETE FROM results WHERE job_id = ?", (job_id,))
             connection.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,))
