@@ -17,11 +17,13 @@ from studio_worker.device import Device
 from studio_worker.engine import Router
 from studio_worker.notify import ReadyLine
 from studio_worker.outbox import Outbox
-from studio_worker.snapshot import DeviceFacts, OutboxFacts, ProcessFacts, ResidentModel, Snapshot
+from studio_worker.snapshot import DeviceFacts, EndedJob, OutboxFacts, ProcessFacts, ResidentModel, Snapshot
 from studio_worker.starts import Starts
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.offers import AlreadyOurs, Impossible, Judgement, Refuse, Take
 
+_STREAK = 3
+"""So many jobs in a row that this box could not make, and another might, are no accident."""
 _STARTED_AT, _STARTED = time.time(), time.monotonic()
 """When this module came in, right after the process began."""
 
@@ -112,6 +114,23 @@ class Reporting:
         self._on_pause()
         now = self._activity.snapshot()
         return {"paused": paused, "phase": now.phase, "job_id": self._desk.current_job_id}
+
+
+def note_failures(activity: Activity, line: ReadyLine) -> None:
+    """From now on the status line says when job after job fails, until one is delivered."""
+    failed = 0
+
+    def ended(job: EndedJob) -> None:
+        nonlocal failed
+        if job.outcome == "done":
+            failed = 0
+            line.note("jobs", "")
+        elif job.outcome == "failed" and job.retryable:  # what no worker can do says nothing of this one
+            failed += 1
+            if failed >= _STREAK:
+                line.note("jobs", f"the last {failed} jobs failed: {job.reason}")
+
+    activity.on_job_end(ended)
 
 
 def note_answer(activity: Activity, line: ReadyLine, judgement: Judgement, model: str) -> None:

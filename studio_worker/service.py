@@ -37,7 +37,7 @@ from studio_worker.provision import (
 )
 from studio_worker.reach import policy_from
 from studio_worker.reload import REQUIRED_MODELS, Reloaded, Reloader
-from studio_worker.reporting import Reporting, early_handlers, note_answer
+from studio_worker.reporting import Reporting, early_handlers, note_answer, note_failures
 from studio_worker.settings import Settings, listen_address
 from studio_worker.spool import Failures, JobInHand
 from studio_worker.starting import Preparation, await_nodes
@@ -129,6 +129,7 @@ class Service:
         self._activity = activity
         self._notifier = notifier
         self._line = ReadyLine(notifier)
+        note_failures(activity, self._line)
         self._stop = threading.Event()
         self._ended = threading.Event()
         self._fatal: StudioWorkerError | None = None

@@ -379,6 +379,7 @@ def test_registration_is_told(tmp_path: Path, identity: Identity | None, level: 
         (Snapshot(status="ready; restart to apply: worker.device"), "warning", "systemctl restart"),
         (Snapshot(status="ready; configuration not reloaded: x"), "warning", "systemctl reload"),
         (Snapshot(status="ready; the last offer was refused: x"), "warning", "the reason tells"),
+        (Snapshot(status="ready; the last 3 jobs failed: x"), "warning", "OUTCOME=failed"),
         (Snapshot(status="ready, connected", process=ProcessFacts(uptime_s=90)), "ok", "1 min 30 s"),
     ],
 )

@@ -84,6 +84,8 @@ def check_service(box: Box) -> Result:
         return warning(
             text, "the reason tells what to change; the studio may have other workers for such jobs"
         )
+    if "jobs failed" in snapshot.status:
+        return warning(text, "journalctl -u studio-worker OUTCOME=failed")
     oldest = snapshot.outbox.oldest_at
     if oldest is not None and time.time() - oldest > _OUTBOX_OLD_S:
         age = show_duration(time.time() - oldest)
