@@ -369,11 +369,15 @@ def zero_cond_t(tiny: Tiny, folder: Path) -> Tiny:
 def test_zero_cond_t_of_a_source_is_the_librarys(
     tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...], reference: Image.Image, tmp_path: Path
 ) -> None:
-    """cliDefaults.zeroCondT makes the library's picture with that switch, for that source alone."""
+    """cliDefaults.zeroCondT makes the library's picture with that switch, for that source alone, and
+    generationMeta says so.
+    """
     inputs = Inputs(ref_image=encoded(reference))
     switched = make(engine, files, inputs=inputs, defaults=DEFAULTS.model_copy(update={"zero_cond_t": True}))
     assert same(switched, edited(zero_cond_t(tiny, tmp_path), reference))
-    assert same(make(engine, files, inputs=inputs), edited(tiny, reference))
+    plain = make(engine, files, inputs=inputs)
+    assert same(plain, edited(tiny, reference))
+    assert (switched.meta.get("zeroCondT"), plain.meta.get("zeroCondT")) == (True, None)
 
 
 def test_zero_cond_t_is_told_by_the_file(
@@ -387,7 +391,7 @@ def test_zero_cond_t_is_told_by_the_file(
     engine = DiffusionEngine("cpu", families=(tiny.family, narrow))
     parts = (safetensors(tmp_path / "2511.safetensors", "diffusion-model", marked), *files[1:])
     picture = make(engine, parts, inputs=Inputs(ref_image=encoded(reference)))
-    assert picture.meta["family"] == "tiny-2511"
+    assert (picture.meta["family"], picture.meta["zeroCondT"]) == ("tiny-2511", True)
     assert same(picture, edited(zero_cond_t(tiny, tmp_path), reference))
 
 

@@ -136,6 +136,8 @@ class LoadedModel:
         facts: dict[str, Any] = {"scheduler": type(pipeline.scheduler).__name__}
         if family.flow and parameters.flow_shift is not None:
             facts["flowShift"] = parameters.flow_shift
+        if starting.reference is not None and getattr(self._denoiser, "zero_cond_t", False):
+            facts["zeroCondT"] = True  # said by the source or by the file; without reference it does nothing
         if is_compiled:
             facts["compiled"] = True
         if self._plan.mode is not Mode.WHOLE:
