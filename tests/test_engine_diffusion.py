@@ -321,8 +321,13 @@ def test_window_is_what_it_would_be_alone(stock: StableDiffusionPipeline) -> Non
 
 
 def test_endless_prompt_is_cut_and_says_so(engine: DiffusionEngine) -> None:
-    """A prompt of thousands of words still makes a picture, and generationMeta says it was cut."""
-    assert make(engine, prompt=f"{PROMPT} " * 100, steps=1).meta["promptTruncated"] is True
+    """A prompt of thousands of words still makes a picture, and generationMeta says it was cut; not of a
+    negative prompt that nothing reads, since there is no guidance.
+    """
+    endless = f"{PROMPT} " * 100
+    assert make(engine, prompt=endless, steps=1).meta["promptTruncated"] is True
+    assert make(engine, negative_prompt=endless, steps=1).meta["promptTruncated"] is True
+    assert "promptTruncated" not in make(engine, negative_prompt=endless, steps=1, cfg_scale=1.0).meta
 
 
 def test_prompts_never_reach_a_log(

@@ -422,3 +422,16 @@ def test_flow_shift_is_stable_diffusion_cpps(
     picture = make(engine, [denoiser(tiny), *shared_files], defaults=defaults)
     assert same(picture, stock(pipeline, **DEV))
     assert picture.meta["flowShift"] == 1.15
+
+
+def test_flow_shift_that_is_no_logarithm_is_refused(
+    tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...]
+) -> None:
+    """A flowShift that would leave every step at full noise, or be too large a number, is refused before
+    anything is loaded, and the message says what is meant by it here.
+    """
+    for shift in (6.0, 99.0):
+        defaults = DEFAULTS.model_copy(update={"flow_shift": shift})
+        with pytest.raises(JobError, match=rf"flowShift {shift:g} .* logarithm .* 4\.6 at most") as caught:
+            make(engine, [denoiser(tinies["dev"]), *shared_files], defaults=defaults)
+        assert not caught.value.retryable

@@ -251,6 +251,13 @@ def test_tag_is_read_as_stable_diffusion_cpp_writes_it(tmp_path: Path) -> None:
     assert asked_loras("red", [SAMPLE]) == ("red", ())
 
 
+def test_loras_of_one_name_all_work(tmp_path: Path) -> None:
+    """Two files that are called alike, in two folders, are both brought in, and a tag is for both."""
+    files = [LocalFile("lora", tmp_path / folder / "style.safetensors", folder) for folder in "ab"]
+    assert [each.file for each in asked_loras("a", files)[1]] == files
+    assert [each.weight for each in asked_loras("a <lora:style:0.5>", files)[1]] == [0.5, 0.5]
+
+
 @pytest.mark.parametrize("tag", ["<lora:nosuch:1>", "<lora:a:much>", "<lora:a:11>", "<lora:a:nan>"])
 def test_impossible_tag_is_refused(tmp_path: Path, tag: str) -> None:
     """A tag that names a file the source does not bring, or no sensible weight, is an error."""

@@ -31,6 +31,7 @@ from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.sd3 import SD35_LARGE, Folders, StableDiffusion3, sd3
 from studio_worker.engine.families.t5 import T5_TOKENIZER
+from studio_worker.errors import JobError
 from studio_worker.models import LocalFile
 from tests.engine_lab import encoded, scene
 from tests.flow_models import (
@@ -312,3 +313,19 @@ def test_layout_of_these_tests_is_the_librarys(tinies: dict[str, Tiny]) -> None:
         renamed = convert_sd3_transformer_checkpoint_to_diffusers(dict(stability(tensors)))
         assert renamed.keys() == tensors.keys()
         assert [name for name in tensors if not torch.equal(renamed[name], tensors[name])] == []
+
+
+def test_tensor_of_a_strange_name_is_refused(
+    tinies: dict[str, Tiny], engine: DiffusionEngine, text_files: tuple[LocalFile, ...]
+) -> None:
+    """A denoiser with a tensor that the library's renaming cannot read is refused with what it stumbled
+    over, and no worker tries it again.
+    """
+    tiny = tinies["medium"]
+    tensors = stability(state(tiny.parts["transformer"]))
+    tensors["joint_blocks.x.x_block.attn.qkv.weight"] = torch.zeros(3, 4)
+    strange = safetensors(tiny.folder / "strange.safetensors", "diffusion-model", tensors)
+    vae = safetensors(tiny.folder / "vae.safetensors", "vae", compvis_vae(state(tiny.parts["vae"]), 4))
+    with pytest.raises(JobError, match=r"holds no whole .*: ValueError") as caught:
+        make(engine, [strange, vae, *text_files])
+    assert not caught.value.retryable

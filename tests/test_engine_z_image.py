@@ -435,3 +435,18 @@ def test_lora_works_on_quantised_weights(
     assert np.abs(styled - picture(reference, *files[1:])).mean() < bound
     assert np.abs(styled - plain).mean() > 3
     assert (picture(quantised, *files[1:]) == plain).all()
+
+
+def test_prompt_is_read_where_the_pipeline_computes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt's tokens go where the model works, which is not where its offloaded components wait."""
+    seen = []
+
+    def encode_prompt(prompt: str, device: object = None, *_: object, **__: object) -> tuple[str, str]:
+        seen.append(device)
+        return prompt, prompt
+
+    pipeline = ZImagePipeline(**tiny.stock.components)
+    monkeypatch.setattr(pipeline, "encode_prompt", encode_prompt)
+    asked = request()
+    tiny.family.encode(pipeline, resolve(asked.task, SIZE, tiny.family.defaults, from_image=False))
+    assert seen == [None]  # the pipeline's own choice, made with the hooks in view

@@ -28,6 +28,9 @@ from studio_worker.errors import JobError
 
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 
+_TORSO = (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError)
+"""What renaming meets where tensors are missing, or are called what it has never seen."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -57,7 +60,7 @@ def load_part(part: Part, section: Section, device: torch.device, dtype: torch.d
     tensors = read_tensors(section, device, _read_as(part, dtype))
     try:
         tensors = layout.rename(tensors)
-    except (KeyError, IndexError, RuntimeError, AttributeError) as error:  # what renaming meets in a torso
+    except _TORSO as error:
         if is_exhausted(error) or is_device_lost(error):
             raise
         raise refused(

@@ -49,15 +49,15 @@ def asked_loras(prompt: str, files: Sequence[LocalFile]) -> tuple[str, tuple[Lor
         JobError: the prompt names a LoRA that the source does not bring, or an impossible weight; not
             retryable.
     """
-    loras = {file.path.stem: Lora(file, 1.0) for file in files if file.role == "lora"}
+    loras = [Lora(file, 1.0) for file in files if file.role == "lora"]
     for name, written in _TAG.findall(prompt):
-        if name not in loras:
-            brought = ", ".join(loras) or "none"
+        if all(lora.name != name for lora in loras):
+            brought = ", ".join(lora.name for lora in loras) or "none"
             raise _refused(f"the prompt names LoRA {name!r}; the model source brings {brought}")
-        loras[name] = Lora(loras[name].file, _weight(name, written))
-    return _TAG.sub("", prompt).strip() if loras else prompt, tuple(
-        each for each in loras.values() if each.weight
-    )
+        weight = _weight(name, written)
+        loras = [Lora(lora.file, weight) if lora.name == name else lora for lora in loras]
+    text = _TAG.sub("", prompt).strip() if loras else prompt
+    return text, tuple(lora for lora in loras if lora.weight)
 
 
 def _weight(name: str, written: str) -> float:

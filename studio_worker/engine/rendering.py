@@ -144,9 +144,8 @@ class LoadedModel:
             facts["offload"] = self._plan.mode.value
         if self._plan.tiled:
             facts["tiledVae"] = True
-        if any(
-            family.is_truncated(pipeline, text) for text in (parameters.prompt, parameters.negative_prompt)
-        ):
+        read = [parameters.prompt, *([parameters.negative_prompt] if parameters.guidance > 1 else [])]
+        if any(family.is_truncated(pipeline, text) for text in read):
             facts["promptTruncated"] = True
         return Rendered(picture, facts)
 

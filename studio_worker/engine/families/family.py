@@ -18,13 +18,14 @@ Nothing here imports torch: library classes are named as text, and what handles 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from studio_worker.engine.families.component import Part, Tokenizer
-from studio_worker.engine.parameters import EngineDefaults, Parameters
+from studio_worker.engine.parameters import MAX_FLOW_SHIFT, EngineDefaults, Parameters
 from studio_worker.engine.sections import Section
 from studio_worker.errors import JobError
 
@@ -125,6 +126,12 @@ class Family:
         from studio_worker.engine.samplers import sampler
 
         sampler(parameters.sampler, flow=self.flow)
+        given = parameters.flow_shift
+        if self.flow and given is not None and self.shift(given) > MAX_FLOW_SHIFT:
+            raise refused(
+                f"flowShift {given:g} leaves every step at full noise: {self.name} takes its logarithm, "
+                f"which is {math.log(MAX_FLOW_SHIFT):.1f} at most"
+            )
 
     def assemble(self, components: dict[str, Any]) -> dict[str, Any]:
         """From parts, tokenizers and ``scheduler`` by name to what the pipelines' constructors take."""

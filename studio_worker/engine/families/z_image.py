@@ -34,9 +34,8 @@ class ZImage(Family):
     def encode(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
         positive, negative = pipeline.encode_prompt(
             parameters.prompt,
-            pipeline.device,
-            parameters.guidance > 1,
-            parameters.negative_prompt,
+            do_classifier_free_guidance=parameters.guidance > 1,
+            negative_prompt=parameters.negative_prompt,
             max_sequence_length=_MAX_TOKENS,
         )
         return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
