@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import typer
 
 from studio_worker import config
-from studio_worker.cli_options import ConfigDir, Instance, Json
+from studio_worker.cli_options import ConfigDir, Instance, Json, table_console
 from studio_worker.control import ask, runtime_dir
 from studio_worker.snapshot import EndedJob, Snapshot
 
@@ -21,14 +20,11 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show what the running service is doing and has done; exit status 3 where it does not run."""
-    from rich.console import Console
-
     snapshot = Snapshot.model_validate(_ask(directory, "status"))
     if as_json:
         typer.echo(snapshot.model_dump_json(indent=2))
         return
-    # In a pipe nothing is folded, so that job ids and reasons can be searched for.
-    console = Console(width=None if sys.stdout.isatty() else 1000)
+    console = table_console()
     console.print(_facts(snapshot, time.time()))
     if snapshot.last_jobs:
         console.print(_last_jobs(snapshot.last_jobs, time.time()))

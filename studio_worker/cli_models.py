@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from studio_worker import config, logs
-from studio_worker.cli_options import ConfigDir, Json
+from studio_worker.cli_options import ConfigDir, Json, table_console
 from studio_worker.files import own_tree
 
 models_app = typer.Typer(no_args_is_help=True, help="The models on this box.")
@@ -23,7 +23,7 @@ models_app = typer.Typer(no_args_is_help=True, help="The models on this box.")
 @models_app.command("list")
 def models_list(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> None:
     """Show every model file: state, size, required or on demand, where it is in memory, last use."""
-    from rich.console import Console
+    from rich.box import SIMPLE
     from rich.table import Table
 
     from studio_worker.provision import show_bytes
@@ -37,7 +37,9 @@ def models_list(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False
     if not rows:
         typer.echo("no models: models.d requires none, and no offer has brought one")
         return
-    table = Table("model", "role", "file", "state", "size", "kept", "in memory", "last use")
+    table = Table(box=SIMPLE)
+    for name in ("model", "role", "file", "state", "size", "kept", "in memory", "last use (UTC)"):
+        table.add_column(name, overflow="fold", no_wrap=name in {"state", "size", "kept"})
     for row in rows:
         table.add_row(
             row["model"],
@@ -47,9 +49,9 @@ def models_list(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False
             show_bytes(row["size_bytes"]) if row["size_bytes"] else "",
             "required" if row["required"] else "on demand",
             row["in_memory"] or "",
-            (row["last_used"] or "never").replace("T", " ").removesuffix("+00:00"),
+            (row["last_used"] or "never").replace("T", " ")[:16],
         )
-    Console().print(table)
+    table_console().print(table)
 
 
 @models_app.command("pull")

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 ConfigDir = Annotated[
     Path, typer.Option("--config", metavar="DIR", help="Configuration folder.", show_default=True)
 ]
+
+
+def table_console() -> Any:
+    """What prints tables. In a pipe nothing is folded, so that names and reasons can be searched for."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 1000)
 
 
 def as_instance(number: int | None) -> int | None:

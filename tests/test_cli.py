@@ -33,7 +33,7 @@ HEAVY = {"torch", "diffusers", "transformers", "numpy"}
 
 def environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(settings.ENV_PREFIX)}
-    return kept | {"COLUMNS": "200"}
+    return {"COLUMNS": "200"} | kept
 
 
 def start(*args: str | Path, **options: Any) -> subprocess.Popen[str]:
@@ -393,8 +393,13 @@ def test_models_list_tells_what_the_service_has_loaded(folder: Path, required: P
     assert row["in_memory"] == "ram"
 
 
-def test_models_list_is_a_table_for_people(folder: Path, required: Path) -> None:
-    """models list without --json shows model, role, file, state, size, why it is kept, and its last use."""
+def test_models_list_is_a_table_for_people(
+    folder: Path, required: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """models list without --json shows model, role, file, state, size, why it is kept, and its last use; in a
+    pipe each file is one line, whole, however narrow the terminal is.
+    """
+    monkeypatch.setenv("COLUMNS", "40")
     done = command("models", "list", "--config", folder)
     for word in ("sample", "model", required.name, "missing", "33 kB", "required", "never"):
         assert word in done.stdout
