@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -34,6 +35,9 @@ app.command("check-config")(check_config)
 
 def main() -> None:
     """Entry point: an operator's mistake is one line on stderr and an exit status, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A terminal or pipe that is not UTF-8, or a name that is none, must not end a command half-way.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="studio-worker")  # however it is started; completion goes by it
     except StudioWorkerError as error:

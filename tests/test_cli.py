@@ -336,6 +336,15 @@ with state_lock(Path(sys.argv[1])):
     assert (tmp_path / "state" / "identity.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("words", [("generate", "--help"), ("doctor", "--config", "/nowhere")])
+def test_output_in_another_encoding_is_whole(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+    """In a locale that is not UTF-8 a character that it lacks is written otherwise; nothing ends half-way."""
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    done = command(*words)
+    assert "Traceback" not in done.stderr
+    assert "\\u2" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "redirection", "status", "says"),
     [
