@@ -50,7 +50,7 @@ def find_device(setting: str) -> Device:
         DeviceError: the device cannot be used; the text names the cure.
     """
     if setting == "cpu":
-        return Device("cpu", f"CPU, {os.cpu_count()} cores", _ram_gb())
+        return Device("cpu", f"CPU, {os.cpu_count()} cores", total_ram_bytes() / 1e9)
     if setting == "auto" and not has_nvidia_gpu():
         raise DeviceError(
             'this machine shows no NVIDIA GPU; to make pictures on the CPU (slow), write device = "cpu" '
@@ -82,8 +82,9 @@ def available_ram_bytes() -> int:
     raise RuntimeError("/proc/meminfo has no MemAvailable")  # every kernel since 3.14 has it
 
 
-def _ram_gb() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+def total_ram_bytes() -> int:
+    """What this machine has, used or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _cuda_device(index: int) -> Device:

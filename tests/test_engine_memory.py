@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 
 from studio_worker.engine import Inputs, Router
 from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.estimate import Estimates
 from studio_worker.engine.families import identify
 from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory import MachineMemory
@@ -515,3 +516,19 @@ assert "torch" not in sys.modules
     assert 15 * MIB < int(small) < 64 * MIB
     assert 2 * GIB < int(large) < 8 * GIB
     assert impossible == "None"  # the job itself says what is wrong with it
+
+
+def test_estimate_counts_on_ram_only_as_far_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a picture is estimated to be made component by component; as a whole where the machine's RAM
+    is smaller than the weights, so that no offer is accepted for what cannot be done.
+    """
+
+    def needed() -> int | None:
+        return Estimates("cuda:0").needed_bytes([SAMPLE], request().task, SMALL)
+
+    plans = {
+        plan.mode: plan.peak_bytes for plan in reversed(footprint(identify([SAMPLE]), 2, 64 * 64).plans())
+    }
+    assert needed() == plans[Mode.COMPONENT]
+    monkeypatch.setattr("studio_worker.engine.estimate.total_ram_bytes", lambda: 4 * MIB)
+    assert needed() == plans[Mode.WHOLE] != plans[Mode.COMPONENT]

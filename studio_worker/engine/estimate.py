@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from studio_worker.device import total_ram_bytes
 from studio_worker.engine.parameters import resolve
 from studio_worker.errors import JobError
 from studio_worker.jobs import ImageTask
@@ -33,7 +34,8 @@ class Estimates:
         return Sources()
 
     def needed_bytes(self, files: Sequence[LocalFile], task: ImageTask, defaults: CliDefaults) -> int | None:
-        """The least that the picture can be made with: on a GPU component by component, on the CPU whole.
+        """The least that the picture can be made with: on a GPU component by component, if RAM can hold the
+        others; else, and on the CPU, whole.
 
         ``None`` where it cannot be told: the job's own run says what is wrong with it.
         """
@@ -47,5 +49,6 @@ class Estimates:
             return None
         itemsize = 4 if self._is_cpu else 2
         needed = footprint(blueprint, itemsize, parameters.width * parameters.height)
-        mode = Mode.WHOLE if self._is_cpu else Mode.COMPONENT
+        can_wait = not self._is_cpu and sum(needed.weights.values()) <= total_ram_bytes()
+        mode = Mode.COMPONENT if can_wait else Mode.WHOLE
         return min(plan.peak_bytes for plan in needed.plans() if plan.mode is mode)

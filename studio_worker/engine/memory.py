@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 from typing import Protocol
 
 import torch
 
-from studio_worker.device import available_ram_bytes
+from studio_worker.device import available_ram_bytes, total_ram_bytes
 
 _KEPT_FREE_SHARE = 0.05
 """Of each memory: what fragmentation, libraries' workspaces and the rest of the machine need."""
@@ -62,7 +61,7 @@ def total_bytes(device: torch.device) -> int:
     """Memory that ``device`` has."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total_ram_bytes()
 
 
 def free_bytes(device: torch.device) -> int:
