@@ -95,6 +95,18 @@ def test_upgrade_restarts_the_instances_that_ran(box: Box, next_deb: Path) -> No
     assert box.machine.show("studio-worker@0.service", "ActiveState") == "inactive"
 
 
+def test_upgrade_waits_for_a_stop_that_is_under_way(box: Box, debs: Debs) -> None:
+    """A service that somebody has just stopped finishes its job on the old files, and stays stopped."""
+    box.start()
+    job_id = box.queue_picture(SOME)
+    box.await_in_engine(job_id)
+    box.machine.run("systemctl", "stop", "--no-block", UNIT)
+    text = install(box, debs.torch, "--reinstall")
+    assert "the job in hand is finished before the upgrade goes on" in text
+    assert box.studio.job(job_id).status == "done"
+    assert box.show("ActiveState") == "inactive"
+
+
 def test_torch_upgrade_in_a_job_loses_nothing(box: Box, debs: Debs) -> None:
     """The same holds where torch's package is replaced (here by itself) under a running service."""
     box.start()
