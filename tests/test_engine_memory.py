@@ -493,6 +493,25 @@ def test_preloading_pushes_nothing_out(tmp_path: Path) -> None:
     assert engine.resident().keys() == {"sample"}
 
 
+def test_preloading_goes_on_where_it_ended() -> None:
+    """What is loaded of a model counts once, so that one which just fits is finished the next time."""
+    engine = DiffusionEngine("cpu", memory=Fake(plan_of(Mode.WHOLE, tiled=False).peak_bytes))
+    assert not preloaded(engine, SAMPLE, times=1)
+    assert preloaded(engine, SAMPLE)
+
+
+def test_preloading_pushes_nothing_out_of_ram(tmp_path: Path) -> None:
+    """Nor is one that would wait in RAM, where others wait already and there is no room for both."""
+    layers = plan_of(Mode.LAYERS, tiled=False).peak_bytes
+    engine = DiffusionEngine(
+        "cpu", memory=Fake(layers, host=int(1.5 * sum(sample_footprint().weights.values())))
+    )
+    assert preloaded(engine, SAMPLE)
+    assert [found.place for found in engine.resident().values()] == ["ram"]
+    assert not preloaded(engine, changed_sample(tmp_path / "other.safetensors", lambda tensors: None))
+    assert engine.resident().keys() == {"sample"}
+
+
 # --- before a job is accepted ---
 
 

@@ -82,10 +82,7 @@ class Loader:
         family, residency = blueprint.family, self._residency
         dtype = weights_dtype(family, self._device)
         started = time.perf_counter()
-        keys = {
-            part: Key(family.parts[part].identity, section.content, dtype)
-            for part, section in blueprint.sections.items()
-        }
+        keys = self._keys(blueprint)
         place = Place.DEVICE if plan.mode is Mode.WHOLE else Place.RAM
         coming = {
             part: blueprint.sections[part].size_bytes(dtype.itemsize)
@@ -142,12 +139,24 @@ class Loader:
         go_on: Callable[[], bool],
     ) -> bool:
         """Load a model unless others would have to leave for it; whether it is wholly loaded."""
-        plan = self.plan(self.footprint(blueprint, pixels), defaults)
-        ours = self._residency.size_bytes()
-        if ours + plan.peak_bytes > self._memory.on_device(ours):
+        residency, memory = self._residency, self._memory
+        own = set(self._keys(blueprint).values())
+        needed = self.footprint(blueprint, pixels)
+        plan = self.plan(needed, defaults)
+        on_device, in_ram = (residency.size_bytes(place, without=own) for place in Place)
+        if on_device + plan.peak_bytes > memory.on_device(residency.size_bytes()):
+            return False
+        if plan.mode is not Mode.WHOLE and in_ram + sum(needed.weights.values()) > self._host_bytes():
             return False
         try:
             self.load(name, blueprint, plan, (), go_on)
         except JobCancelled:
             return False
         return True
+
+    def _keys(self, blueprint: Blueprint) -> dict[str, Key]:
+        dtype, parts = weights_dtype(blueprint.family, self._device), blueprint.family.parts
+        return {
+            name: Key(parts[name].identity, section.content, dtype)
+            for name, section in blueprint.sections.items()
+        }
