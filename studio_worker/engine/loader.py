@@ -140,10 +140,12 @@ class Loader:
     ) -> bool:
         """Load a model unless others would have to leave for it; whether it is wholly loaded."""
         residency, memory = self._residency, self._memory
-        own = set(self._keys(blueprint).values())
+        own = self._keys(blueprint).values()
         needed = self.footprint(blueprint, pixels)
         plan = self.plan(needed, defaults)
-        on_device, in_ram = (residency.size_bytes(place, without=own) for place in Place)
+        on_device, in_ram = (
+            residency.size_bytes(place) - residency.size_bytes_of(own, place) for place in Place
+        )  # of others
         if on_device + plan.peak_bytes > memory.on_device(residency.size_bytes()):
             return False
         if plan.mode is not Mode.WHOLE and in_ram + sum(needed.weights.values()) > self._host_bytes():

@@ -74,10 +74,13 @@ class Residency:
         every change, so that other threads may read it.
         """
 
-    def size_bytes(self, place: Place = Place.DEVICE, without: Collection[Key] = ()) -> int:
-        """Bytes of all weights in ``place``, without those of some. From any thread."""
-        held = tuple(self._held.items())
-        return sum(each.size_bytes for key, each in held if each.place is place and key not in without)
+    def size_bytes(self, place: Place = Place.DEVICE) -> int:
+        """Bytes of all weights in ``place``. From any thread."""
+        return sum(held.size_bytes for held in tuple(self._held.values()) if held.place is place)
+
+    def size_bytes_of(self, keys: Iterable[Key], place: Place) -> int:
+        """Bytes of those of ``keys`` that are in ``place``."""
+        return sum(self._held[key].size_bytes for key in set(keys) if self.place(key) is place)
 
     def place(self, key: Key) -> Place | None:
         """Where the component of ``key`` is; ``None`` where it is not loaded."""
