@@ -17,13 +17,12 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from studio_worker.attempts import Attempts
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.holding import hold, staging_key
 from studio_worker.logs import safe_url
-from studio_worker.models import ModelFile
 from studio_worker.request import Address
 from studio_worker.staging import Progress as Progress
 from studio_worker.staging import Staged
@@ -34,6 +33,22 @@ log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 0.2
 _READ_BYTES = 1024 * 1024
+
+
+class RemoteFile(Protocol):
+    """What a :class:`studio_worker.models.ModelFile` says of where it comes from."""
+
+    @property
+    def url(self) -> str:
+        """Where it is fetched."""
+
+    @property
+    def filename(self) -> str:
+        """Its name, without folders."""
+
+    @property
+    def sha256(self) -> str | None:
+        """Lower-case hex, where it is known."""
 
 
 def download_file(
@@ -162,7 +177,7 @@ def _unseen(done: int, total: int | None) -> None:
     """The progress callback of a caller who does not look."""
 
 
-def ensure_file(directory: Path, file: ModelFile, **options: Any) -> Path:
+def ensure_file(directory: Path, file: RemoteFile, **options: Any) -> Path:
     """``file`` in ``directory``: the one that is there if its hash is right, else downloaded.
 
     ``options`` are those of :func:`download_file`. A cached file costs no request.

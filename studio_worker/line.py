@@ -153,7 +153,7 @@ class Line:
     def _read(self, body: Body) -> bytes:
         self.reads += 1
         self.late_reads += body.waiting_bytes >= CHUNK_BYTES
-        return body.read()
+        return body.read(self.end - self.at)
 
     def _receive(self, body: Body) -> None:
         limit = self.policy.limit

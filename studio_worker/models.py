@@ -7,12 +7,10 @@ protocol asks of readers.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
@@ -104,31 +102,3 @@ class RequiredModel(ModelSource):
     id: str = Field(min_length=1)
     kind: str = "image"
     vram_gb_estimate: float = 0.0
-
-
-def url_problem(url: str, *, allow_insecure: bool) -> str | None:
-    """Why a model or input file must not be fetched from ``url``, or ``None`` where it may.
-
-    https everywhere; plain http only on loopback, or where ``allow_insecure`` says so.
-    """
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname
-        _ = parts.port  # raises where the port is not a number
-    except ValueError:
-        return "is not a valid URL"
-    if parts.scheme not in {"http", "https"} or not host:
-        return "is not an http(s) URL"
-    if parts.scheme == "http" and not allow_insecure and not is_loopback(host):
-        return "is plain http; use https, or set allow_insecure_urls = true under [models]"
-    return None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine itself."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

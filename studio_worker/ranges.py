@@ -20,7 +20,7 @@ from studio_worker.policy import Policy
 from studio_worker.request import Address
 from studio_worker.spans import Spans
 from studio_worker.staging import Progress, Staged
-from studio_worker.transport import Body, UnwantedStatus
+from studio_worker.transport import Body, UnwantedStatus, keep_freed_memory
 
 PARALLEL_BYTES = 16 * 1024 * 1024
 """What is smaller is fetched by one connection, as a plain stream."""
@@ -90,6 +90,7 @@ class Ranges:
             DownloadCancelled: the cancel event is set.
             OSError: the disk refuses.
         """
+        keep_freed_memory()
         self._staged.split(self.total)
         for gap in self._staged.missing(self.total):
             self._free.add(*gap)

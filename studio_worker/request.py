@@ -19,9 +19,9 @@ import urllib3
 
 from studio_worker.errors import DownloadError, DownloadRefused
 from studio_worker.logs import safe_url
-from studio_worker.models import is_loopback, url_problem
 from studio_worker.networks import Networks
 from studio_worker.policy import Policy
+from studio_worker.urls import is_loopback, url_problem
 
 _MAX_REDIRECTS = 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from studio_worker.config_files import Document, list_files, read_document
 from studio_worker.errors import ConfigError
-from studio_worker.models import RequiredModel, url_problem
+from studio_worker.models import RequiredModel
+from studio_worker.urls import url_problem
 
 
 def read_required(directory: Path, *, allow_insecure: bool) -> tuple[RequiredModel, ...]:

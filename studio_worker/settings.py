@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from studio_worker.models import is_loopback, url_problem
+from studio_worker.urls import is_loopback, url_problem
 
 ENV_PREFIX = "STUDIO_WORKER_"
 ENV_SEPARATOR = "__"

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for rooms in (
         "__init__ errors sample_model files journal",
         "networks",
-        "logs notify models lock config_files spans policy pace formats",
+        "logs notify models urls lock config_files spans policy pace formats",
         "nodes jobs required settings finished outbox_clock staging request ledger leftovers copying",
         "snapshot starts control holding",
         "transport",

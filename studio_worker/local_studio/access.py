@@ -19,7 +19,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from studio_worker import models
+from studio_worker import urls
 
 COOKIE = "studio_session"
 COOKIE_AGE_S = 30 * 24 * 3600
@@ -57,7 +57,7 @@ def http_base(connection: HTTPConnection) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether a host name or address, as browsers and people write it, can only be this machine."""
-    return models.is_loopback(host.lower().rstrip("."))
+    return urls.is_loopback(host.lower().rstrip("."))
 
 
 class Access:

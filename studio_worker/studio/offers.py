@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from studio_worker.jobs import ImageTask, Job
-from studio_worker.models import ModelFile, ModelSource, url_problem
+from studio_worker.models import ModelFile, ModelSource
 from studio_worker.studio.wire import Claim, RejectCode, describe
+from studio_worker.urls import url_problem
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import certifi
 import requests
 
 from studio_worker.errors import ConfigError
-from studio_worker.models import is_loopback
+from studio_worker.urls import is_loopback
 
 _CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 """As downloads have it, where the configuration names no bundle."""

@@ -1,0 +1,34 @@
+"""Which URLs may be used at all. Pure: resolves no names; where a name leads is networks.py's to judge."""
+
+from __future__ import annotations
+
+import ipaddress
+from urllib.parse import urlsplit
+
+
+def url_problem(url: str, *, allow_insecure: bool) -> str | None:
+    """Why a model or input file must not be fetched from ``url``, or ``None`` where it may.
+
+    https everywhere; plain http only on loopback, or where ``allow_insecure`` says so.
+    """
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+        _ = parts.port  # raises where the port is not a number
+    except ValueError:
+        return "is not a valid URL"
+    if parts.scheme not in {"http", "https"} or not host:
+        return "is not an http(s) URL"
+    if parts.scheme == "http" and not allow_insecure and not is_loopback(host):
+        return "is plain http; use https, or set allow_insecure_urls = true under [models]"
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine itself."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
