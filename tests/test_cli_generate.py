@@ -149,6 +149,7 @@ def test_picture_can_go_to_stdout(tmp_path: Path) -> None:
         (("--device", "gpu"), "use auto, cuda, cuda:N or cpu"),
         (("-m", "nosuch"), "config.toml: no such file"),
         (("--lora", "x.safetensors:much"), "x.safetensors:much: No such file"),
+        (("--lora", "mask.png:0.5", "--lora", "./mask.png"), "two LoRAs are called mask; rename one of them"),
         (("--init", "nosuch.png"), "nosuch.png: No such file"),
     ],
 )
