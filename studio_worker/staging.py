@@ -26,7 +26,8 @@ Progress = Callable[[int, int | None], None]
 """Called as bytes arrive or are checked: (bytes so far, bytes in all where known)."""
 
 _READ_BYTES = 1024 * 1024
-_FRESH_BYTES = 2 * 1024 * 1024
+_FRESH_BYTES = 3 * 1024 * 1024
+"""Two of the largest reads: one is hashed, one waits."""
 _PATIENCE_S = 0.25
 """So long is the hashing waited for before it has to read back what it did not take from memory."""
 
