@@ -49,6 +49,6 @@ class Estimates:
             return None
         itemsize = 4 if self._is_cpu else 2
         needed = footprint(blueprint, itemsize, parameters.width * parameters.height)
-        can_wait = not self._is_cpu and sum(needed.weights.values()) <= total_ram_bytes()
+        can_wait = not self._is_cpu and needed.weight_bytes <= total_ram_bytes()
         mode = Mode.COMPONENT if can_wait else Mode.WHOLE
         return min(plan.peak_bytes for plan in needed.plans() if plan.mode is mode)

@@ -148,7 +148,7 @@ class Loader:
         )  # of others
         if on_device + plan.peak_bytes > memory.on_device(residency.size_bytes()):
             return False
-        if plan.mode is not Mode.WHOLE and in_ram + sum(needed.weights.values()) > self._host_bytes():
+        if plan.mode is not Mode.WHOLE and in_ram + needed.weight_bytes > self._host_bytes():
             return False
         try:
             self.load(name, blueprint, plan, (), go_on)

@@ -64,6 +64,11 @@ class Footprint:
     decoding: int
     tile: int
 
+    @property
+    def weight_bytes(self) -> int:
+        """All components together."""
+        return sum(self.weights.values())
+
     def plans(self) -> tuple[Plan, ...]:
         """Every way to make it, the fastest first."""
         return tuple(
@@ -76,7 +81,7 @@ class Footprint:
         weights, denoiser = self.weights, self.weights[self.denoiser]
         vae = weights.get(self.vae, 0)
         if mode is Mode.WHOLE:
-            return sum(weights.values()) + max(self.denoising, decoding)
+            return self.weight_bytes + max(self.denoising, decoding)
         if mode is Mode.COMPONENT:
             texts = [size + _TEXT_BYTES for size in weights.values()]
             return max(denoiser + self.denoising, vae + decoding, *texts)
@@ -124,7 +129,7 @@ def choose(needed: Footprint, available: int, *, host: int, offload: bool, devic
         if plan.peak_bytes <= available:
             return plan
     least = min(plan.peak_bytes for plan in plans)
-    weights = sum(needed.weights.values())
+    weights = needed.weight_bytes
     waiting = (
         f"; its weights cannot wait in RAM, since they are {weights / 2**30:.1f} GiB and it has "
         f"{host / 2**30:.1f} GiB for them"
@@ -149,4 +154,4 @@ def leaner(needed: Footprint, failed: Plan, *, host: int) -> Plan | None:
 
 def _can_wait(needed: Footprint, plan: Plan, host: int) -> bool:
     """Whether the weights that ``plan`` has wait in RAM have room there."""
-    return plan.mode is Mode.WHOLE or sum(needed.weights.values()) <= host
+    return plan.mode is Mode.WHOLE or needed.weight_bytes <= host
