@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import sys
@@ -18,6 +17,7 @@ from studio_worker.cli_generate import generate
 from studio_worker.cli_models import models_app
 from studio_worker.cli_options import ConfigDir, Instance
 from studio_worker.errors import ConfigError, StudioWorkerError
+from studio_worker.files import DISK_TROUBLES
 
 app = typer.Typer(
     name="studio-worker",
@@ -45,7 +45,7 @@ def main() -> None:
         sys.exit(error.exit_status)
     except OSError as error:
         # Else neither one file nor a full disk behind the output: a fault of ours, its traceback is wanted.
-        if error.filename is None and error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
+        if error.filename is None and error.errno not in DISK_TROUBLES:
             raise
         print(f"studio-worker: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         sys.exit(os.EX_IOERR)

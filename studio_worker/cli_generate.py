@@ -215,11 +215,11 @@ def _loras(given: list[str]) -> list[tuple[LocalFile, float]]:
     for each in given:
         parted = None if Path(each).exists() else re.fullmatch(r"(.+):(-?\d*\.?\d+)", each)
         path, weight = (parted[1], float(parted[2])) if parted else (each, 1.0)
-        if any(file.path.stem == Path(path).stem for file, _ in found):  # weights go by that name
-            raise typer.BadParameter(
-                f"two LoRAs are called {Path(path).stem}; rename one of them", param_hint="--lora"
-            )
-        found.append((_weights_file("lora", Path(path)), weight))
+        lora = _weights_file("lora", Path(path))
+        name = lora.path.stem  # weights go by it
+        if any(other.path.stem == name for other, _ in found):
+            raise typer.BadParameter(f"two LoRAs are called {name}; rename one of them", param_hint="--lora")
+        found.append((lora, weight))
     return found
 
 

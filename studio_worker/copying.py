@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from studio_worker.errors import StoreError
-from studio_worker.files import make_folder, own_like_folder
+from studio_worker.files import DISK_FULL, make_folder, own_like_folder
 
 Told = Callable[[int], None]
 """Called as bytes are read, with how many that were so far."""
@@ -82,7 +81,7 @@ def copy(source: IO[bytes], dest: Path, told: Told | None) -> str:
                     rest = rest[made.write(rest) :]
             os.fsync(made.fileno())
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno in DISK_FULL:
             raise StoreError(f"{dest.parent}: no space left on the disk; free some and try again") from error
         raise
     return reader.digest.hexdigest()

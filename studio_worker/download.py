@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import logging
 import os
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 
 from studio_worker.attempts import Attempts
 from studio_worker.errors import DownloadCancelled, DownloadError
+from studio_worker.files import DISK_FULL
 from studio_worker.holding import hold, staging_key
 from studio_worker.logs import safe_url
 from studio_worker.request import Address
@@ -155,7 +155,7 @@ def _run_held(ways: Sequence[Attempts], staging: Path) -> tuple[int, Attempts]:
     except OSError as error:
         what = (
             f"no space left on the disk of {staging}: {error.strerror}"
-            if error.errno in {errno.ENOSPC, errno.EDQUOT}
+            if error.errno in DISK_FULL
             else f"{error.strerror}: {error.filename or staging}"
         )
         raise attempts.broken(what) from error

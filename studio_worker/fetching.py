@@ -6,7 +6,6 @@ disk. The caller holds the files.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from studio_worker.download import Policy, Progress, ensure_file, hash_file
 from studio_worker.errors import DownloadError, StoreError
-from studio_worker.files import fsync_directory, make_folder, own_like_folder
+from studio_worker.files import DISK_FULL, fsync_directory, make_folder, own_like_folder
 from studio_worker.holding import staging_key
 from studio_worker.ledger import Ledger, Verified, content_key, file_name, is_verified
 from studio_worker.leftovers import find_staging, remove_staging
@@ -154,7 +153,7 @@ class Fetcher:
 def _is_disk_full(error: BaseException | None) -> bool:
     """Whether a full disk is behind ``error``."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             return True
         if "no space left" in str(error).lower():  # whoever raised it no longer had the cause
             return True

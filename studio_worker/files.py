@@ -6,10 +6,16 @@ What root writes into a folder of the service user is given to that user, or the
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import uuid
 from pathlib import Path
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Error numbers of a disk, or of a user's share of it, that takes no more."""
+DISK_TROUBLES = DISK_FULL | {errno.EIO}
+"""Those, and that of a disk that fails: no fault of the program's."""
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o600, sync_folder: bool = True) -> None:

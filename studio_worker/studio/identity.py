@@ -7,7 +7,6 @@ token, or the rejection. Which of these it is, is its standing. It is written as
 from __future__ import annotations
 
 import enum
-import errno
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from studio_worker.errors import ConfigError, StateUnavailable
-from studio_worker.files import write_atomic
+from studio_worker.files import DISK_TROUBLES, write_atomic
 from studio_worker.logs import add_secret
 
 log = logging.getLogger(__name__)
@@ -29,8 +28,6 @@ AUTH_TOKEN_CREDENTIAL = "studio-worker.auth-token"
 """Names of systemd credentials (LoadCredential=, systemd.exec(5)) that replace the registration."""
 
 _VISIBLE = re.compile(r"[!-~]+")
-_DISK_TROUBLES = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
-"""What a start in a moment may not meet again: it goes on from what was written before."""
 _RESET = "restore it from a backup, or run `studio-worker register --reset` and approve anew"
 
 
@@ -131,7 +128,7 @@ class IdentityFile:
             write_atomic(self._path, text.encode(), mode=0o600)
         except OSError as error:
             problem = f"cannot be written: {error.strerror}"
-            if error.errno in _DISK_TROUBLES:
+            if error.errno in DISK_TROUBLES:  # the next start may not meet it; it goes on from what is there
                 raise StateUnavailable(
                     problem, source=str(self._path), cure="make room on its disk"
                 ) from error
