@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from studio_worker.engine import Progress, Request
 from studio_worker.errors import JobError
@@ -52,12 +52,7 @@ class NoFiles:
 
     @contextlib.contextmanager
     def taken(
-        self,
-        model: str,
-        files: Iterable[ModelFile],
-        *,
-        progress: Callable[[int, int | None], None] | None = None,
-        cancel: threading.Event | None = None,
+        self, model: str, files: Iterable[ModelFile], **watching: Any
     ) -> Iterator[tuple[LocalFile, ...]]:
         if self._error is not None:
             raise self._error

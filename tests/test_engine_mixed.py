@@ -24,7 +24,7 @@ from studio_worker.engine.memory import weight_bytes
 from studio_worker.engine.sections import read_sections
 from tests.flow_models import Tensors, black_forest, config, drawn, state
 from tests.quantising import dequantised, mixed, write_gguf
-from tests.test_engine_sd3 import stability
+from tests.test_engine_sd3 import VARIANTS, stability
 from tests.tiny_models import original_unet
 
 torch.set_num_threads(1)
@@ -95,21 +95,13 @@ CASES = {
         packed,
     ),
     "sd3.5": Case(
-        {
-            "_class_name": "SD3Transformer2DModel",
-            "sample_size": 8,
-            "patch_size": 2,
-            "in_channels": 16,
-            "out_channels": 16,
-            "num_layers": 2,
+        VARIANTS["medium-3.5"]
+        | {
             "attention_head_dim": 64,
             "num_attention_heads": 4,
             "caption_projection_dim": WIDTH,
             "joint_attention_dim": WIDTH,
             "pooled_projection_dim": WIDTH,
-            "pos_embed_max_size": 8,
-            "qk_norm": "rms_norm",
-            "dual_attention_layers": [0],
         },
         sd3.transformer,
         stability,

@@ -104,17 +104,22 @@ def test_shards_of_one_component_are_one(tiny: Tiny, files: tuple[LocalFile, ...
     assert (tiny.picture(*shards, files[2]) == tiny.expected()).all()
 
 
+def assert_refused(tiny: Tiny, text: str, *parts: LocalFile) -> None:
+    """No picture is made of ``parts``, and no other worker need try; the message matches ``text``."""
+    with pytest.raises(JobError, match=text) as caught:
+        tiny.picture(*parts)
+    assert not caught.value.retryable
+
+
 @pytest.mark.parametrize("left_out", [0, 1, 2])
 def test_shard_that_is_missing_is_asked_for(tiny: Tiny, files: tuple[LocalFile, ...], left_out: int) -> None:
     """A component of which a file is missing is refused, by how many there are or by what it lacks."""
     text = tiny_models.prefixed(tiny.stock.text_encoder.state_dict(), "model.")
     shards = tiny_models.in_shards(tiny.folder / "text", "text-encoder", text, 3)
     del shards[left_out]
-    with pytest.raises(
-        JobError, match=r"published in 3 files: register all|lacks \d+ tensors of its"
-    ) as caught:
-        tiny.picture(files[0], *shards, files[2])
-    assert not caught.value.retryable
+    assert_refused(
+        tiny, r"published in 3 files: register all|lacks \d+ tensors of its", files[0], *shards, files[2]
+    )
 
 
 @pytest.mark.parametrize("given", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
@@ -132,11 +137,12 @@ def test_split_gguf_is_refused_with_what_joins_it(
         path = tiny.folder / f"{role}-{index}.gguf"
         pieces.append(write_gguf(path, role, dict(piece), "qwen3", split=(index, 2)))
     others = [each for each in files if each.role != role]
-    with pytest.raises(
-        JobError, match=r"-\d\.gguf .* one of 2 pieces .* llama-gguf-split --merge makes of them"
-    ) as caught:
-        tiny.picture(*others, *(pieces[index] for index in given))
-    assert not caught.value.retryable
+    assert_refused(
+        tiny,
+        r"-\d\.gguf .* one of 2 pieces .* llama-gguf-split --merge makes of them",
+        *others,
+        *(pieces[index] for index in given),
+    )
 
 
 @pytest.mark.parametrize("role", ["diffusion-model", "text-encoder"])
@@ -150,11 +156,12 @@ def test_shards_that_are_not_all_there_are_refused_with_the_cure(
     state = load_file(next(each for each in files if each.role == role).path)
     shards = tiny_models.in_shards(tiny.folder / role, role, state, 3)
     others = [each for each in files if each.role != role]
-    with pytest.raises(
-        JobError, match=r"published in 3 files: register all of them with this role"
-    ) as caught:
-        tiny.picture(*others, *(shards[index] for index in given))
-    assert not caught.value.retryable
+    assert_refused(
+        tiny,
+        r"published in 3 files: register all of them with this role",
+        *others,
+        *(shards[index] for index in given),
+    )
 
 
 def test_pickle_among_the_parts_is_refused_by_name(tiny: Tiny, files: tuple[LocalFile, ...]) -> None:
@@ -241,11 +248,9 @@ def test_stretched_positions_are_refused(tiny: Tiny, files: tuple[LocalFile, ...
         "qwen3",
         stated={"rope.scaling.type": "yarn"},
     )
-    with pytest.raises(
-        JobError, match=r"rope scaling 'yarn'.* register the Qwen3-4B text encoder without"
-    ) as caught:
-        tiny.picture(files[0], file, files[2])
-    assert not caught.value.retryable
+    assert_refused(
+        tiny, r"rope scaling 'yarn'.* register the Qwen3-4B text encoder without", files[0], file, files[2]
+    )
 
 
 @pytest.mark.parametrize("form", ["safetensors", "gguf"])
