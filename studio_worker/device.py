@@ -29,14 +29,20 @@ PROBE_TIMEOUT_S = 180.0
 
 _LOOK_AGAIN_S = 0.2
 
+_COMPUTE_CAPABILITY = (75, 76)
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR (CUDA driver API, cuda.h)."""
+
 
 @dataclass(frozen=True)
 class Device:
-    """``name`` is torch's name (``cpu``, ``cuda:0``); ``memory_gb`` its whole memory in GB (1e9 bytes)."""
+    """``name`` is torch's name (``cpu``, ``cuda:0``); ``memory_gb`` its whole memory in GB (1e9 bytes),
+    ``capability`` a GPU's compute capability, ``(8, 9)`` for an RTX 40; ``None`` on the CPU.
+    """
 
     name: str
     description: str
     memory_gb: float
+    capability: tuple[int, int] | None = None
 
     @property
     def is_gpu(self) -> bool:
@@ -107,7 +113,12 @@ def _cuda_device(index: int) -> Device:
     _check(cuda, cuda.cuDeviceGetName(name, len(name), handle), f"name cuda:{index}")
     total = ctypes.c_size_t()
     _check(cuda, cuda.cuDeviceTotalMem_v2(ctypes.byref(total), handle), f"size cuda:{index}")
-    return Device(f"cuda:{index}", name.value.decode(errors="replace"), total.value / 1e9)
+    capability = [ctypes.c_int(), ctypes.c_int()]
+    for attribute, value in zip(_COMPUTE_CAPABILITY, capability, strict=True):
+        _check(cuda, cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle), f"ask cuda:{index}")
+    major, minor = (value.value for value in capability)
+    description = name.value.decode(errors="replace")
+    return Device(f"cuda:{index}", description, total.value / 1e9, (major, minor))
 
 
 def _library() -> ctypes.CDLL | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -18,23 +17,9 @@ import pytest
 from studio_worker.device import find_device, probe
 from studio_worker.errors import DeviceError
 from studio_worker.nodes import has_nvidia_gpu
+from tests.fake_driver import build_driver
 
 ROOT = Path(__file__).parents[1]
-
-FAKE_DRIVER = r"""
-#include <stdlib.h>
-#include <string.h>
-static int number(const char *name) { const char *v = getenv(name); return v ? atoi(v) : 0; }
-int cuInit(unsigned flags) { return number("FAKE_INIT"); }
-int cuDeviceGetCount(int *count) { *count = number("FAKE_COUNT"); return 0; }
-int cuDeviceGet(int *handle, int index) { *handle = 40 + index; return number("FAKE_GET"); }
-int cuDeviceGetName(char *name, int size, int handle) {
-    strncpy(name, handle == 41 ? "Fake GPU B" : "Fake GPU A", size); return 0; }
-int cuDeviceTotalMem_v2(size_t *bytes, int handle) {
-    *bytes = handle == 41 ? 48000000000 : 24000000000; return 0; }
-int cuGetErrorName(int status, const char **text) {
-    *text = status == 777 ? NULL : "CUDA_ERROR_FAKE"; return status == 777; }
-"""
 
 ASK = """
 import sys
@@ -51,13 +36,7 @@ except DeviceError as error:
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with a libcuda.so.1 that says what the environment tells it to."""
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler to build the fake driver with")
-    folder = tmp_path_factory.mktemp("driver")
-    (folder / "cuda.c").write_text(FAKE_DRIVER)
-    library = folder / "libcuda.so.1"
-    subprocess.run(["cc", "-shared", "-fPIC", "-w", "-o", library, folder / "cuda.c"], check=True)
-    return folder
+    return build_driver(tmp_path_factory.mktemp("driver"))
 
 
 def ask(driver: Path, setting: str, **environment: object) -> subprocess.CompletedProcess[str]:
@@ -113,11 +92,10 @@ def test_unknown_device_is_refused() -> None:
 def test_cuda_device_is_the_one_asked_for(
     driver: Path, setting: str, name: str, model: str, memory: str
 ) -> None:
-    """cuda means the first GPU, cuda:N the one with that number, each with its name and memory."""
-    done = ask(driver, setting, fake_count=2)
-    assert done.stdout.strip() == f"Device(name={name!r}, description={model!r}, memory_gb={memory})", (
-        done.stderr
-    )
+    """cuda means the first GPU, cuda:N the one with that number, each with its name, memory and generation."""
+    done = ask(driver, setting, fake_count=2, fake_capability=75)
+    told = f"Device(name={name!r}, description={model!r}, memory_gb={memory}, capability=(7, 5))"
+    assert done.stdout.strip() == told, done.stderr
 
 
 def test_cuda_device_that_does_not_exist_is_refused(driver: Path) -> None:

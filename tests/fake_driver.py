@@ -1,0 +1,52 @@
+"""A libcuda.so.1 of our own that the dynamic linker finds first: the one thing about a GPU that is faked.
+
+The environment says what it answers, so one library plays every box:
+
+* ``FAKE_INIT``: CUresult of cuInit, e.g. 100 no device, 802 no fabric manager
+* ``FAKE_CUDA``: the driver's CUDA version as cuDriverGetVersion says it, e.g. 12020; 13000 by default
+* ``FAKE_COUNT``: how many GPUs there are
+* ``FAKE_CAPABILITY``: ``major * 10 + minor``; 89 by default
+* ``FAKE_GET``: CUresult of cuDeviceGet
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCE = r"""
+#include <stdlib.h>
+#include <string.h>
+static int number(const char *name, int otherwise) {
+    const char *v = getenv(name); return v ? atoi(v) : otherwise; }
+int cuInit(unsigned flags) { return number("FAKE_INIT", 0); }
+int cuDriverGetVersion(int *version) { *version = number("FAKE_CUDA", 13000); return 0; }
+int cuDeviceGetCount(int *count) { *count = number("FAKE_COUNT", 0); return 0; }
+int cuDeviceGet(int *handle, int index) { *handle = 40 + index; return number("FAKE_GET", 0); }
+int cuDeviceGetName(char *name, int size, int handle) {
+    strncpy(name, handle == 41 ? "Fake GPU B" : "Fake GPU A", size); return 0; }
+int cuDeviceTotalMem_v2(size_t *bytes, int handle) {
+    *bytes = handle == 41 ? 48000000000 : 24000000000; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int handle) {
+    int capability = number("FAKE_CAPABILITY", 89);
+    if (attribute == 75) *value = capability / 10;
+    else if (attribute == 76) *value = capability % 10;
+    else return 1;
+    return 0; }
+int cuGetErrorName(int status, const char **text) {
+    *text = status == 777 ? NULL : "CUDA_ERROR_FAKE"; return status == 777; }
+"""
+
+
+def build_driver(folder: Path) -> Path:
+    """Put the library into ``folder``, which is then for ``LD_LIBRARY_PATH``; skips without a C compiler."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler to build the fake driver with")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cuda.c").write_text(SOURCE)
+    library = folder / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", "-o", library, folder / "cuda.c"], check=True)
+    return folder
