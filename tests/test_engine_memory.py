@@ -139,6 +139,47 @@ def test_leaner_way_needs_clearly_less() -> None:
     assert leaner(needed, needed.plans()[1], host=0) is None
 
 
+QUANTISED = {"transformer": 20 * GIB, "text_encoder": 8 * GIB}
+"""What the components of ``needs`` take where their matrices are written out."""
+
+
+@pytest.mark.parametrize(
+    ("spare_gib", "unpacked"),
+    [
+        (32.0, {"transformer", "text_encoder"}),
+        (31.9, {"transformer"}),
+        (27.9, set()),
+        (18.0, set()),
+    ],
+)
+def test_free_memory_is_spent_on_unpacked_weights(spare_gib: float, unpacked: set[str]) -> None:
+    """Quantised weights are unpacked where there is room for that, the denoiser's first; but no other model
+    leaves the device for it.
+    """
+    needed = needs(unpacked=QUANTISED)
+    plan = choose(needed, 100 * GIB, spare=int(spare_gib * GIB), host=RAM, offload=False, device="cuda:0")
+    assert (plan.mode, plan.tiled, plan.unpacked) == (Mode.WHOLE, False, unpacked)
+    assert plan.peak_bytes - plan.working_bytes == needed.weight_bytes + sum(
+        size - needed.weights[name] for name, size in QUANTISED.items() if name in unpacked
+    )
+
+
+def test_unpacked_weights_are_given_up_before_anything_else() -> None:
+    """Packed weights come before tiles, which show, and before components that leave the device; also once
+    memory ran out.
+    """
+    plans = needs(unpacked=QUANTISED).plans()
+    assert [(plan.mode, plan.tiled, len(plan.unpacked)) for plan in plans[:5]] == [
+        (Mode.WHOLE, False, 2),
+        (Mode.WHOLE, False, 1),
+        (Mode.WHOLE, False, 0),
+        (Mode.WHOLE, True, 0),
+        (Mode.COMPONENT, False, 0),
+    ]
+    assert leaner(needs(unpacked=QUANTISED), plans[0], host=0) == plans[2]
+    assert all(not plan.unpacked for plan in plans[2:])
+
+
 def test_need_is_known_from_the_headers() -> None:
     """Weights count as they are once loaded, and a larger picture needs more."""
     small, large = sample_footprint(), sample_footprint(1024 * 1024)

@@ -90,8 +90,7 @@ class Loader:
             if residency.place(key) is not place
         }
         if place is Place.DEVICE:
-            working = plan.peak_bytes - sum(s.size_bytes(dtype.itemsize) for s in blueprint.sections.values())
-            residency.make_room(sum(coming.values()), working, keep=keys.values())
+            residency.make_room(sum(coming.values()), plan.working_bytes, keep=keys.values())
         else:
             residency.make_host_room(sum(coming.values()), keep=keys.values())
         parts: dict[str, torch.nn.Module | None] = {

@@ -6,7 +6,7 @@ Rules without torch, from the headers of the files alone, so that they can be as
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from studio_worker.engine.families.component import read_json
@@ -44,18 +44,28 @@ class Mode(Enum):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a picture is made. ``tiled``: the VAE decodes it piece by piece. ``peak_bytes`` is what the device
-    has to have.
+    """How a picture is made.
+
+    Attributes:
+        tiled: whether the VAE decodes it piece by piece.
+        peak_bytes: what the device has to have.
+        working_bytes: what of that is not weights, where the model is whole on the device.
+        unpacked: names of the components whose quantised matrices are written out as plain numbers once, when
+            they are loaded; all others keep them packed, and unpack them each time that they are used.
     """
 
     mode: Mode
     tiled: bool
     peak_bytes: int
+    working_bytes: int = 0
+    unpacked: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a picture needs. Bytes; ``weights`` by component, as they are once loaded."""
+    """What a picture needs. Bytes; ``weights`` by component, as they are once loaded; ``unpacked`` likewise,
+    where quantised matrices are written out, for the components that have any.
+    """
 
     weights: Mapping[str, int]
     denoiser: str
@@ -63,30 +73,39 @@ class Footprint:
     denoising: int
     decoding: int
     tile: int
+    unpacked: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def weight_bytes(self) -> int:
-        """All components together."""
+        """All components together, packed."""
         return sum(self.weights.values())
 
     def plans(self) -> tuple[Plan, ...]:
-        """Every way to make it, the fastest first."""
-        return tuple(
-            Plan(mode, tiled, self._peak(mode, self.tile if tiled else self.decoding))
-            for mode in Mode
-            for tiled in (False, True)
-        )
+        """Every way to make it, the fastest first. Tiles show, faintly, so that they come after packed
+        weights; what is not whole on the device is packed, since it goes there for every job.
+        """
+        whole = [self._plan(Mode.WHOLE, tiled=False, unpacked=names) for names in self._unpackings()]
+        others = [self._plan(mode, tiled) for mode in Mode for tiled in (False, True)]
+        return (*whole, *others)
 
-    def _peak(self, mode: Mode, decoding: int) -> int:
+    def _unpackings(self) -> list[frozenset[str]]:
+        """Which components to unpack, the most first. The denoiser before all: it runs at every step."""
+        every, alone = frozenset(self.unpacked), self.unpacked.keys() & {self.denoiser}
+        return list(dict.fromkeys(each for each in (every, frozenset(alone)) if each))
+
+    def _plan(self, mode: Mode, tiled: bool, unpacked: frozenset[str] = frozenset()) -> Plan:
+        decoding = self.tile if tiled else self.decoding
         weights, denoiser = self.weights, self.weights[self.denoiser]
         vae = weights.get(self.vae, 0)
         if mode is Mode.WHOLE:
-            return self.weight_bytes + max(self.denoising, decoding)
+            here = sum((self.unpacked if name in unpacked else weights)[name] for name in weights)
+            working = max(self.denoising, decoding)
+            return Plan(mode, tiled, here + working, working, unpacked)
         if mode is Mode.COMPONENT:
             texts = [size + _TEXT_BYTES for size in weights.values()]
-            return max(denoiser + self.denoising, vae + decoding, *texts)
+            return Plan(mode, tiled, max(denoiser + self.denoising, vae + decoding, *texts))
         layers = int(max(weights.values()) * _LAYERS_SHARE)
-        return vae + max(layers + self.denoising, decoding)
+        return Plan(mode, tiled, vae + max(layers + self.denoising, decoding))
 
 
 def footprint(blueprint: Blueprint, itemsize: int, pixels: int, *, is_edit: bool = False) -> Footprint:
@@ -102,6 +121,9 @@ def footprint(blueprint: Blueprint, itemsize: int, pixels: int, *, is_edit: bool
     tile_pixels = min(pixels, int(config.get("sample_size") or 512) ** 2)
     seen = pixels + (family.reference_pixels if is_edit else 0)
     picture = 3 * 4 * pixels * 2  # the tiles, and the picture that they are put together to
+    plain = {
+        name: section.size_bytes(itemsize, unpacked=True) for name, section in blueprint.sections.items()
+    }
     return Footprint(
         weights=weights,
         denoiser=family.denoiser,
@@ -109,13 +131,18 @@ def footprint(blueprint: Blueprint, itemsize: int, pixels: int, *, is_edit: bool
         denoising=_DENOISER_BYTES_PER_PIXEL * seen * itemsize // 2,
         decoding=per_pixel * pixels + copy,
         tile=per_pixel * tile_pixels + picture + copy,
+        unpacked={name: size for name, size in plain.items() if size > weights[name]},
     )
 
 
-def choose(needed: Footprint, available: int, *, host: int, offload: bool, device: str) -> Plan:
+def choose(
+    needed: Footprint, available: int, *, host: int, offload: bool, device: str, spare: int = 0
+) -> Plan:
     """The fastest way to make the picture within ``available`` bytes of the device.
 
     Args:
+        spare: how many of them the model and its picture have without others' leaving the device. Weights are
+            unpacked only within these; 0 where nothing is unpacked.
         host: bytes of RAM in which components can wait; 0 where RAM is the device.
         offload: the model asks for that (``offloadToCpu``).
 
@@ -126,7 +153,7 @@ def choose(needed: Footprint, available: int, *, host: int, offload: bool, devic
     if offload:
         plans = [plan for plan in plans if plan.mode is not Mode.WHOLE] or plans
     for plan in plans:
-        if plan.peak_bytes <= available:
+        if plan.peak_bytes <= (min(spare, available) if plan.unpacked else available):
             return plan
     least = min(plan.peak_bytes for plan in plans)
     weights = needed.weight_bytes
@@ -147,7 +174,8 @@ def choose(needed: Footprint, available: int, *, host: int, offload: bool, devic
 def leaner(needed: Footprint, failed: Plan, *, host: int) -> Plan | None:
     """The next way that needs clearly less than one for which memory did not suffice; ``host`` as above."""
     for plan in needed.plans():
-        if plan.peak_bytes < 0.9 * failed.peak_bytes and _can_wait(needed, plan, host):
+        is_leaner = plan.peak_bytes < 0.9 * failed.peak_bytes and not plan.unpacked
+        if is_leaner and _can_wait(needed, plan, host):
             return plan
     return None
 

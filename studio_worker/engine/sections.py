@@ -61,8 +61,12 @@ class Section:
         """What identifies these very weights: the file's contents and the place in it."""
         return "+".join(f"{file.content}#{self.prefix}" for file in self.files)
 
-    def size_bytes(self, itemsize: int) -> int:
-        """Bytes of the weights once loaded: quantised matrices as they are, the rest ``itemsize`` each."""
+    def size_bytes(self, itemsize: int, *, unpacked: bool = False) -> int:
+        """Bytes of the weights once loaded: quantised matrices as they are unless ``unpacked``, the rest
+        ``itemsize`` each.
+        """
+        if unpacked:
+            return sum(prod(shape) * itemsize for shape in self.shapes.values())
         return sum(self._loaded_bytes(name, itemsize) for name in self.shapes)
 
     def _loaded_bytes(self, name: str, itemsize: int) -> int:
