@@ -45,7 +45,7 @@ class Abilities:
         self._settings = settings
         self._device = device
         self._engines = engines
-        self._estimates = Estimates(device.name)
+        self._estimates = Estimates(device)
         self._store = store
         self._desk = desk
         self._in_hand = in_hand

@@ -26,7 +26,7 @@ from studio_worker.engine.families.component import Part
 from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.sdxl import SDXL
 from studio_worker.engine.families.z_image import Z_IMAGE
-from studio_worker.engine.loading import empty_model, load_scheduler, load_tokenizer
+from studio_worker.engine.loading import empty_model, load_scheduler, load_tokenizer, weights_dtype
 from studio_worker.engine.samplers import make_scheduler
 from studio_worker.jobs import Cancel, ImageTask
 from studio_worker.models import CliDefaults, LocalFile
@@ -73,7 +73,7 @@ def main() -> None:
             print(f"{case.family.name}: skipped, needs {needed_bytes / 2**30:.0f} GiB of the GPU's memory")
             continue
         with tempfile.TemporaryDirectory() as folder:
-            files = write_random(case.family, Path(folder), getattr(torch, case.family.half))
+            files = write_random(case.family, Path(folder), weights_dtype(case.family, torch.device("cuda")))
             for row in measured(case, files, "cuda", PAIRS, JOBS):
                 show(row)
 
@@ -161,7 +161,7 @@ def decoding(case: Case, vae: Any, pairs: int) -> Row:
     """A VAE decoding with its filters' channels last, as the engine lays them out on a GPU, beside the order
     that the library has.
     """
-    vae.to(torch.float32 if case.family.half == "float16" else vae.dtype)  # as pictures are decoded
+    vae.to(torch.float32 if vae.dtype == torch.float16 else vae.dtype)  # as pictures are decoded
     side = case.side // 2 ** (len(vae.config.block_out_channels) - 1)
     latents = torch.randn(1, vae.config.latent_channels, side, side).to(vae.device, vae.dtype)
     times: dict[torch.memory_format, list[float]] = {torch.channels_last: [], torch.contiguous_format: []}

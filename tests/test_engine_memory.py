@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from studio_worker.device import Device
 from studio_worker.engine import Inputs, Router
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.estimate import Estimates
@@ -58,7 +59,7 @@ class Fake:
 
 
 def sample_footprint(pixels: int = 64 * 64) -> Footprint:
-    return footprint(identify([SAMPLE]), 4, pixels)
+    return footprint(identify([SAMPLE]), "float32", pixels)
 
 
 def made(engine: DiffusionEngine, *files: LocalFile, **task: Any) -> Picture:
@@ -561,12 +562,14 @@ def test_estimate_is_told_without_torch() -> None:
     script = """
 import sys
 from studio_worker import sample_model
+from studio_worker.device import Device
 from studio_worker.engine.estimate import Estimates
 from studio_worker.jobs import ImageTask
 from studio_worker.models import CliDefaults, LocalFile
 file = LocalFile("model", sample_model.WEIGHTS, sample_model.SHA256)
+told = Estimates(Device("cpu", "", 8.0))
 for side in (64, 2048, 9000):
-    print(Estimates("cpu").needed_bytes([file], ImageTask(prompt="", width=side, height=side), CliDefaults()))
+    print(told.needed_bytes([file], ImageTask(prompt="", width=side, height=side), CliDefaults()))
 assert "torch" not in sys.modules
 """
     done = subprocess.run(
@@ -583,11 +586,14 @@ def test_estimate_counts_on_ram_only_as_far_as_it_goes(monkeypatch: pytest.Monke
     is smaller than the weights, so that no offer is accepted for what cannot be done.
     """
 
+    device = Device("cuda:0", "NVIDIA L4", 24.0, (8, 9))
+
     def needed() -> int | None:
-        return Estimates("cuda:0").needed_bytes([SAMPLE], request().task, SMALL)
+        return Estimates(device).needed_bytes([SAMPLE], request().task, SMALL)
 
     plans = {
-        plan.mode: plan.peak_bytes for plan in reversed(footprint(identify([SAMPLE]), 2, 64 * 64).plans())
+        plan.mode: plan.peak_bytes
+        for plan in reversed(footprint(identify([SAMPLE]), "float16", 64 * 64).plans())
     }
     assert needed() == plans[Mode.COMPONENT]
     monkeypatch.setattr("studio_worker.engine.estimate.total_ram_bytes", lambda: 4 * MIB)

@@ -439,6 +439,8 @@ def test_flow_shift_is_stable_diffusion_cpps(
 def test_edit_needs_memory_for_its_reference(tiny: Tiny, files: tuple[LocalFile, ...]) -> None:
     """The memory estimated for an edit counts the reference that the denoiser sees beside its own picture."""
     blueprint = identify(files, [tiny.family])
-    alone, beside = (footprint(blueprint, 2, 1024 * 1024, is_edit=is_edit) for is_edit in (False, True))
+    alone, beside = (
+        footprint(blueprint, "bfloat16", 1024 * 1024, is_edit=is_edit) for is_edit in (False, True)
+    )
     assert beside.denoising == 2 * alone.denoising
     assert beside.decoding == alone.decoding

@@ -24,7 +24,7 @@ from studio_worker.engine.families.family import Family
 from studio_worker.engine.faults import OutOfMemory, translated, usable_device
 from studio_worker.engine.images import decode_mask, decode_picture, decode_reference
 from studio_worker.engine.loader import Loader
-from studio_worker.engine.loading import weights_dtype
+from studio_worker.engine.loading import computed_in
 from studio_worker.engine.loras import Adapters, asked_loras
 from studio_worker.engine.memory import MachineMemory, Memory, free_bytes, total_bytes
 from studio_worker.engine.parameters import Parameters, printable, resolve
@@ -180,7 +180,7 @@ class DiffusionEngine:
             family=family.name,
             timings_s=timings_s,
             device=str(self._device),
-            dtype=str(weights_dtype(family, self._device)).removeprefix("torch."),
+            dtype=computed_in(family, self._device),
             **({"loras": {lora.name: lora.weight for lora in loras}} if loras else {}),
             **rendered.facts,
         )

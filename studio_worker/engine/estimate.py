@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from studio_worker.device import total_ram_bytes
+from studio_worker.device import Device, total_ram_bytes
 from studio_worker.engine.parameters import resolve
+from studio_worker.engine.precision import numbers
 from studio_worker.errors import JobError
 from studio_worker.jobs import ImageTask
 from studio_worker.models import CliDefaults, LocalFile
@@ -21,11 +22,11 @@ class Estimates:
     """For one device and one thread.
 
     Args:
-        device: torch's name of it, ``cpu`` or ``cuda:N``.
+        device: where the jobs are made.
     """
 
-    def __init__(self, device: str) -> None:
-        self._is_cpu = device == "cpu"
+    def __init__(self, device: Device) -> None:
+        self._device = device
 
     @cached_property
     def _sources(self) -> Any:
@@ -47,8 +48,8 @@ class Estimates:
             parameters = resolve(task, defaults, family.defaults, from_image=False)
         except JobError:
             return None
-        itemsize = 4 if self._is_cpu else 2
-        needed = footprint(blueprint, itemsize, parameters.width * parameters.height)
-        can_wait = not self._is_cpu and needed.weight_bytes <= total_ram_bytes()
+        computed_in = numbers(family.halves, self._device.capability, self._device.description)
+        needed = footprint(blueprint, computed_in, parameters.width * parameters.height)
+        can_wait = self._device.is_gpu and needed.weight_bytes <= total_ram_bytes()
         mode = Mode.COMPONENT if can_wait else Mode.WHOLE
         return min(plan.peak_bytes for plan in needed.plans() if plan.mode is mode)

@@ -13,7 +13,7 @@ import torch
 
 from studio_worker.engine.compiling import compile_blocks
 from studio_worker.engine.families.family import Blueprint
-from studio_worker.engine.loading import load_part, use_channels_last, weights_dtype
+from studio_worker.engine.loading import computed_in, load_part, use_channels_last, weights_dtype
 from studio_worker.engine.loras import Lora
 from studio_worker.engine.memory import Memory
 from studio_worker.engine.placement import Footprint, Mode, Plan, choose, footprint, leaner
@@ -40,8 +40,7 @@ class Loader:
 
     def footprint(self, blueprint: Blueprint, pixels: int, *, is_edit: bool = False) -> Footprint:
         """What a picture of so many pixels needs, from the files' headers."""
-        itemsize = weights_dtype(blueprint.family, self._device).itemsize
-        return footprint(blueprint, itemsize, pixels, is_edit=is_edit)
+        return footprint(blueprint, computed_in(blueprint.family, self._device), pixels, is_edit=is_edit)
 
     def plan(self, needed: Footprint, defaults: CliDefaults) -> Plan:
         """How the picture is made.

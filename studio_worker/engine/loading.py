@@ -22,6 +22,7 @@ from studio_worker.engine.eight_bit import EightBitLinear, use_eight_bit_linears
 from studio_worker.engine.families.component import Part, Tensors, Tokenizer, read_json
 from studio_worker.engine.families.family import Family, refused
 from studio_worker.engine.faults import is_device_lost, is_exhausted
+from studio_worker.engine.precision import numbers
 from studio_worker.engine.sections import Section
 from studio_worker.engine.weights import dequantised, read_tensors
 from studio_worker.errors import JobError
@@ -34,14 +35,17 @@ _TORSO = (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeEr
 _LOG = logging.getLogger(__name__)
 
 
-def weights_dtype(family: Family, device: torch.device) -> torch.dtype:
-    """The type that a family's weights have on ``device``.
-
-    Half precision halves memory and time on a GPU; CPUs compute it slower than single precision.
-    """
+def computed_in(family: Family, device: torch.device) -> str:
+    """torch's name of the type that a family's weights have on ``device``."""
     if device.type == "cpu":
-        return torch.float32
-    dtype: torch.dtype = getattr(torch, family.half)
+        return numbers(family.halves, None, "")
+    card = torch.cuda.get_device_name(device)
+    return numbers(family.halves, torch.cuda.get_device_capability(device), card)
+
+
+def weights_dtype(family: Family, device: torch.device) -> torch.dtype:
+    """The type that a family's weights have on ``device``."""
+    dtype: torch.dtype = getattr(torch, computed_in(family, device))
     return dtype
 
 

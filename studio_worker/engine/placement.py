@@ -11,6 +11,7 @@ from enum import Enum
 
 from studio_worker.engine.families.component import read_json
 from studio_worker.engine.families.family import Blueprint
+from studio_worker.engine.precision import SIZE_BYTES
 from studio_worker.errors import JobError
 
 _DENOISER_BYTES_PER_PIXEL = 600
@@ -108,14 +109,14 @@ class Footprint:
         return Plan(mode, tiled, vae + max(layers + self.denoising, decoding))
 
 
-def footprint(blueprint: Blueprint, itemsize: int, pixels: int, *, is_edit: bool = False) -> Footprint:
-    """What a picture of ``pixels`` of this model needs, its plain weights ``itemsize`` bytes a number."""
-    family = blueprint.family
+def footprint(blueprint: Blueprint, numbers: str, pixels: int, *, is_edit: bool = False) -> Footprint:
+    """What a picture of ``pixels`` of this model needs, computed in ``numbers`` (precision.py)."""
+    family, itemsize = blueprint.family, SIZE_BYTES[numbers]
     weights = {name: section.size_bytes(itemsize) for name, section in blueprint.sections.items()}
     config = read_json(family.parts["vae"].config / "config.json") if "vae" in family.parts else {}
     widths = config.get("block_out_channels") or [_VAE_WIDTH]
-    # VAEs of families in float16 decode in single precision.
-    precise = 4 if family.half == "float16" else itemsize
+    # VAEs in float16 decode in single precision.
+    precise = 4 if numbers == "float16" else itemsize
     per_pixel = _VAE_FULL_MAPS * widths[min(1, len(widths) - 1)] * precise
     copy = weights.get("vae", 0) * (precise // itemsize - 1)
     tile_pixels = min(pixels, int(config.get("sample_size") or 512) ** 2)

@@ -110,7 +110,7 @@ def chroma(
             text="ChromaPipeline", image="ChromaImg2ImgPipeline", inpaint="ChromaInpaintPipeline"
         ),
         flow=True,
-        half="bfloat16",
+        halves=("bfloat16", "float16"),
         defaults=EngineDefaults(width=1024, height=1024, guidance=4.0, sampler="euler", size_multiple=16),
     )
 

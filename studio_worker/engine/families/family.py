@@ -69,7 +69,7 @@ class Family:
             out.
         flow: whether the denoiser predicts a flow (rectified flow), not noise; decides which samplers exist.
         reference_pixels: in how many pixels the denoiser sees a reference picture, whatever size it has.
-        half: torch's name of the type that weights have on a GPU; on the CPU it is ``float32``.
+        halves: torch's names of the types of half precision in which its values are sound, the best first.
         defaults: parameters where neither the task nor the model says anything, and the size multiple.
     """
 
@@ -82,7 +82,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     flow: bool = False
     reference_pixels: int = 0
-    half: str = "float16"
+    halves: tuple[str, ...] = ("float16",)
     defaults: EngineDefaults = field(default_factory=EngineDefaults)
 
     @property

@@ -35,7 +35,7 @@ class Flux(Family):
     """
 
     flow: bool = True
-    half: str = "bfloat16"
+    halves: tuple[str, ...] = ("bfloat16", "float16")
     distilled_guidance: float = DISTILLED_GUIDANCE
     prompt_tokens: int = 512
 
@@ -80,6 +80,7 @@ class Flux(Family):
 class Fill(Flux):
     """FLUX.1 Fill: paints within a mask and nothing else; it has no true classifier-free guidance."""
 
+    halves: tuple[str, ...] = ("bfloat16",)
     distilled_guidance: float = FILL_GUIDANCE
 
     def check(self, parameters: Parameters) -> None:

@@ -30,7 +30,7 @@ class QwenImage(Family):
     """A vision language model reads the prompt, and a reference picture with it; a video VAE, packed."""
 
     flow: bool = True
-    half: str = "bfloat16"
+    halves: tuple[str, ...] = ("bfloat16",)
 
     def check_job(self, kind: JobKind, brought: Collection[str]) -> None:
         super().check_job(kind, brought)

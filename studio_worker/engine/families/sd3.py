@@ -158,7 +158,7 @@ def sd3(name: str, folders: Folders) -> StableDiffusion3:
             inpaint="StableDiffusion3InpaintPipeline",
         ),
         flow=True,
-        half="bfloat16",
+        halves=("bfloat16", "float16"),
         defaults=EngineDefaults(width=1024, height=1024, guidance=4.5, sampler="euler", size_multiple=16),
     )
 

@@ -75,7 +75,7 @@ def z_image(
             text="ZImagePipeline", image="ZImageImg2ImgPipeline", inpaint="ZImageInpaintPipeline"
         ),
         flow=True,
-        half="bfloat16",
+        halves=("bfloat16",),
         defaults=EngineDefaults(
             width=1024, height=1024, steps=8, guidance=1.0, sampler="euler", size_multiple=16
         ),
