@@ -128,8 +128,15 @@ class _TwoEvaluations(FlowScheduler):
     """Where the step began, and the denoised picture of its first evaluation."""
     _first: torch.Tensor | None
 
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        super().set_timesteps(*args, **kwargs)
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         levels = self.sigmas.tolist()
         asked = []
         for sigma, following in itertools.pairwise(levels):

@@ -33,8 +33,18 @@ class MultistepRule:
     past: list[tuple[float, torch.Tensor]]
     """Noise level and what was remembered of it, newest first."""
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
+    # By what its signature names, the pipelines tell what a scheduler takes; ``mu`` and ``sigmas`` of flows.
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        given = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
+        given = {name: value for name, value in given.items() if value is not None}
+        super().set_timesteps(num_inference_steps, device, **given)  # type: ignore[misc]
         self.past = []
         # A copy, since reading a number from a GPU's tensor at every step would make the CPU wait for it.
         self.levels: list[float] = self.sigmas.tolist()  # type: ignore[attr-defined]

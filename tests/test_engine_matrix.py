@@ -1,0 +1,82 @@
+"""Every family with every sampler, for every kind of job, through the engine's own door."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from studio_worker.engine import Inputs
+from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.families import FAMILIES
+from studio_worker.engine.samplers import FLOW_SAMPLERS, SAMPLERS
+from studio_worker.models import CliDefaults
+from tests.engine_lab import encoded, scene
+from tests.flow_models import make, pixels
+from tests.tiny_families import Twin, tiny_families, twin
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
+SIDE = 64
+DEFAULTS = CliDefaults(width=SIDE, height=SIDE, steps=2, cfg_scale=1.0)
+SERVED = {family.name: family for family in FAMILIES if family.name != "sample"}
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Twin]:
+    folder = tmp_path_factory.mktemp("families")
+    return {name: twin(family, folder) for name, family in tiny_families(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def engines(twins: dict[str, Twin]) -> dict[str, DiffusionEngine]:
+    return {name: DiffusionEngine("cpu", families=(each.family,)) for name, each in twins.items()}
+
+
+def jobs(name: str) -> dict[str, tuple[Inputs, float | None]]:
+    """What a family can be asked for: inputs and ``denoise`` by what it is called."""
+    start = encoded(scene(SIDE, SIDE))
+    mask = Image.new("L", (SIDE, SIDE), 0)
+    mask.paste(255, (SIDE // 2, 0, SIDE, SIDE))
+    masked = Inputs(start, encoded(mask))
+    pipelines = SERVED[name].pipelines
+    asked: dict[str, tuple[Inputs, float | None]] = {}
+    if pipelines.text:
+        asked["text"] = Inputs(), None
+    if pipelines.image:
+        asked["image"] = Inputs(start), 0.9
+    if pipelines.inpaint:
+        asked["mask"] = masked, 0.75
+    return asked
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", SERVED)
+def test_every_sampler_makes_every_kind_of_picture(
+    name: str, sampler: str, twins: dict[str, Twin], engines: dict[str, DiffusionEngine]
+) -> None:
+    """Whatever family, sampler, kind of job and number of steps: a picture that shows something, and that
+    keeps what a mask protects.
+    """
+    assert set(SAMPLERS) == set(FLOW_SAMPLERS)
+    for kind, (inputs, denoise) in jobs(name).items():
+        for steps in (2, 8):
+            asked = {} if denoise is None else {"denoise": denoise}
+            picture = pixels(
+                make(
+                    engines[name],
+                    twins[name].files,
+                    defaults=DEFAULTS,
+                    inputs=inputs,
+                    steps=steps,
+                    sampling_method=sampler,
+                    **asked,
+                )
+            )
+            assert picture.shape == (SIDE, SIDE, 3)
+            assert float(picture.std()) > 5, (kind, steps)
+            if kind == "mask":
+                kept = np.s_[:, : SIDE // 2]
+                assert (picture[kept] == pixels(scene(SIDE, SIDE))[kept]).all()
