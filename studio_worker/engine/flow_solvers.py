@@ -123,6 +123,7 @@ class _TwoEvaluations(FlowScheduler):
     """
 
     order = 2
+    sigmas: torch.Tensor
     levels: list[float]
     _start: torch.Tensor | None
     """Where the step began, and the denoised picture of its first evaluation."""
