@@ -26,7 +26,8 @@ def as_instance(number: int | None) -> int | None:
     if number is not None:
         os.environ["STUDIO_WORKER_STATE__DIR"] = f"/var/lib/studio-worker/instance-{number}"
         os.environ["STUDIO_WORKER_STATE__RUNTIME_DIR"] = f"/run/studio-worker-{number}"
-        os.environ.setdefault("STUDIO_WORKER_WORKER__DEVICE", f"cuda:{number}")
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
+        os.environ.setdefault("STUDIO_WORKER_WORKER__DEVICE", "cuda")
     return number
 
 

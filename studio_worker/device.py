@@ -29,6 +29,9 @@ PROBE_TIMEOUT_S = 180.0
 
 _LOOK_AGAIN_S = 0.2
 
+_PCI_BUS_ID_BYTES = 16
+"""``0000:41:00.0`` and its end, with room for domains of eight digits (CUDA driver API, cuDeviceGetPCIBusId)."""
+
 _COMPUTE_CAPABILITY = (75, 76)
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR (CUDA driver API, cuda.h)."""
 
@@ -36,13 +39,15 @@ _COMPUTE_CAPABILITY = (75, 76)
 @dataclass(frozen=True)
 class Device:
     """``name`` is torch's name (``cpu``, ``cuda:0``); ``memory_gb`` its whole memory in GB (1e9 bytes),
-    ``capability`` a GPU's compute capability, ``(8, 9)`` for an RTX 40; ``None`` on the CPU.
+    ``capability`` a GPU's compute capability, ``(8, 9)`` for an RTX 40, and ``pci_bus_id`` its place on the bus,
+    ``0000:41:00.0``, by which nvidia-smi and the kernel log know it; ``None`` on the CPU.
     """
 
     name: str
     description: str
     memory_gb: float
     capability: tuple[int, int] | None = None
+    pci_bus_id: str | None = None
 
     @property
     def is_gpu(self) -> bool:
@@ -99,6 +104,8 @@ def _cuda_device(index: int) -> Device:
             "the NVIDIA driver's library libcuda.so.1 is not installed; install the driver "
             "(on Debian: apt install nvidia-driver), then reboot"
         )
+    # cuda:1 is the GPU that nvidia-smi calls 1; by itself CUDA would count the fastest first. It looks once.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     status = cuda.cuInit(0)
     if status != 0 and (problem := driver_problem(library=library_version())):
         raise DeviceError(problem)  # says more than CUDA's own error
@@ -117,8 +124,11 @@ def _cuda_device(index: int) -> Device:
     for attribute, value in zip(_COMPUTE_CAPABILITY, capability, strict=True):
         _check(cuda, cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle), f"ask cuda:{index}")
     major, minor = (value.value for value in capability)
-    description = name.value.decode(errors="replace")
-    return Device(f"cuda:{index}", description, total.value / 1e9, (major, minor))
+    place = ctypes.create_string_buffer(_PCI_BUS_ID_BYTES)
+    _check(cuda, cuda.cuDeviceGetPCIBusId(place, len(place), handle), f"place cuda:{index}")
+    pci_bus_id = place.value.decode().lower()  # as the kernel writes it
+    description = f"{name.value.decode(errors='replace')} at {pci_bus_id}"
+    return Device(f"cuda:{index}", description, total.value / 1e9, (major, minor), pci_bus_id)
 
 
 def _library() -> ctypes.CDLL | None:

@@ -4,7 +4,8 @@ The environment says what it answers, so one library plays every box:
 
 * ``FAKE_INIT``: CUresult of cuInit, e.g. 100 no device, 802 no fabric manager
 * ``FAKE_CUDA``: the driver's CUDA version as cuDriverGetVersion says it, e.g. 12020; 13000 by default
-* ``FAKE_COUNT``: how many GPUs there are
+* ``FAKE_COUNT``: how many GPUs there are; as with the real one they come by their places on the bus only where
+  ``CUDA_DEVICE_ORDER`` says ``PCI_BUS_ID``, else the other way round, and ``CUDA_VISIBLE_DEVICES`` may leave one
 * ``FAKE_CAPABILITY``: ``major * 10 + minor``; 89 by default
 * ``FAKE_GET``: CUresult of cuDeviceGet
 """
@@ -18,14 +19,23 @@ from pathlib import Path
 import pytest
 
 SOURCE = r"""
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 static int number(const char *name, int otherwise) {
     const char *v = getenv(name); return v ? atoi(v) : otherwise; }
 int cuInit(unsigned flags) { return number("FAKE_INIT", 0); }
 int cuDriverGetVersion(int *version) { *version = number("FAKE_CUDA", 13000); return 0; }
-int cuDeviceGetCount(int *count) { *count = number("FAKE_COUNT", 0); return 0; }
-int cuDeviceGet(int *handle, int index) { *handle = 40 + index; return number("FAKE_GET", 0); }
+int cuDeviceGetCount(int *count) {
+    *count = getenv("CUDA_VISIBLE_DEVICES") ? 1 : number("FAKE_COUNT", 0); return 0; }
+int cuDeviceGet(int *handle, int index) {
+    const char *order = getenv("CUDA_DEVICE_ORDER");
+    index = number("CUDA_VISIBLE_DEVICES", index);
+    if (!order || strcmp(order, "PCI_BUS_ID")) index = number("FAKE_COUNT", 0) - 1 - index;
+    *handle = 40 + index;
+    return number("FAKE_GET", 0); }
+int cuDeviceGetPCIBusId(char *id, int size, int handle) {
+    snprintf(id, size, "0000:%02X:00.0", handle == 41 ? 0xc1 : 0x41); return 0; }
 int cuDeviceGetName(char *name, int size, int handle) {
     strncpy(name, handle == 41 ? "Fake GPU B" : "Fake GPU A", size); return 0; }
 int cuDeviceTotalMem_v2(size_t *bytes, int handle) {

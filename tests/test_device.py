@@ -82,20 +82,29 @@ def test_unknown_device_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "name", "model", "memory"),
+    ("setting", "name", "model", "memory", "place"),
     [
-        ("cuda", "cuda:0", "Fake GPU A", "24.0"),
-        ("cuda:0", "cuda:0", "Fake GPU A", "24.0"),
-        ("cuda:1", "cuda:1", "Fake GPU B", "48.0"),
+        ("cuda", "cuda:0", "Fake GPU A", "24.0", "0000:41:00.0"),
+        ("cuda:0", "cuda:0", "Fake GPU A", "24.0", "0000:41:00.0"),
+        ("cuda:1", "cuda:1", "Fake GPU B", "48.0", "0000:c1:00.0"),
     ],
 )
 def test_cuda_device_is_the_one_asked_for(
-    driver: Path, setting: str, name: str, model: str, memory: str
+    driver: Path, setting: str, name: str, model: str, memory: str, place: str
 ) -> None:
-    """cuda means the first GPU, cuda:N the one with that number, each with its name, memory and generation."""
+    """cuda is the first GPU, cuda:N the one that nvidia-smi calls N, each with name, memory, place and kind."""
     done = ask(driver, setting, fake_count=2, fake_capability=75)
-    told = f"Device(name={name!r}, description={model!r}, memory_gb={memory}, capability=(7, 5))"
-    assert done.stdout.strip() == told, done.stderr
+    told = f"Device(name={name!r}, description='{model} at {place}', memory_gb={memory}, capability=(7, 5), "
+    assert done.stdout.strip() == f"{told}pci_bus_id={place!r})", done.stderr
+
+
+def test_instance_finds_the_gpu_of_its_number(driver: Path) -> None:
+    """With the environment of studio-worker@1 the second GPU is the only one, and is told by its place."""
+    unit = (ROOT / "packaging" / "studio-worker@.service").read_text().replace("%i", "1")
+    lines = re.findall(r"^Environment=(.*)$", unit, re.MULTILINE)
+    environment = dict(word.split("=", 1) for line in lines for word in line.split())
+    done = ask(driver, environment["STUDIO_WORKER_WORKER__DEVICE"], fake_count=2, **environment)
+    assert "name='cuda:0', description='Fake GPU B at 0000:c1:00.0'" in done.stdout, done.stderr
 
 
 def test_cuda_device_that_does_not_exist_is_refused(driver: Path) -> None:

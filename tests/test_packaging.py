@@ -74,17 +74,30 @@ def test_unit_for_one_instance_a_gpu_is_the_unit() -> None:
     assert all("%i" in line for line in changed if line.startswith("+"))
 
 
+@pytest.mark.parametrize("unit", ["studio-worker.service", "studio-worker@.service"])
+def test_units_set_what_cuda_reads(unit: str) -> None:
+    """GPUs are counted as nvidia-smi counts, their memory may grow in place, and caches are where they may be."""
+    text = (ROOT / "packaging" / unit).read_text()
+    lines = re.findall(r"^Environment=(.*)$", text, re.MULTILINE)
+    environment = dict(word.split("=", 1) for line in lines for word in line.split())
+    assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    cache = re.search(r"^CacheDirectory=(.*)$", text, re.MULTILINE)
+    assert cache is not None
+    # ~/.nv, ~/.triton, and what goes by the XDG specification.
+    assert environment["HOME"] == environment["XDG_CACHE_HOME"] == f"/var/cache/{cache[1]}"
+
+
 def test_commands_for_an_instance_see_what_its_unit_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """--instance N finds state, socket and device where studio-worker@N.service has them."""
-    for name in ("STATE__DIR", "STATE__RUNTIME_DIR", "WORKER__DEVICE"):
-        monkeypatch.setenv(f"STUDIO_WORKER_{name}", "")  # so that it is put back in the end
-        monkeypatch.delenv(f"STUDIO_WORKER_{name}")
+    names = ["STUDIO_WORKER_STATE__DIR", "STUDIO_WORKER_WORKER__DEVICE", "CUDA_VISIBLE_DEVICES"]
+    for name in (*names, "STUDIO_WORKER_STATE__RUNTIME_DIR"):
+        monkeypatch.setenv(name, "")  # so that it is put back in the end
+        monkeypatch.delenv(name)
     as_instance(3)
     unit = (ROOT / "packaging" / "studio-worker@.service").read_text().replace("%i", "3")
-    for name in ("STATE__DIR", "WORKER__DEVICE"):
-        assert re.search(
-            rf"^Environment=.*STUDIO_WORKER_{name}={os.environ[f'STUDIO_WORKER_{name}']}$", unit, re.MULTILINE
-        )
+    for name in names:
+        assert re.search(rf"^Environment=(.* )?{name}={os.environ[name]}( .*)?$", unit, re.MULTILINE)
     runtime = re.search(r"^RuntimeDirectory=(.*)$", unit, re.MULTILINE)
     assert runtime is not None
     assert os.environ["STUDIO_WORKER_STATE__RUNTIME_DIR"] == f"/run/{runtime[1]}"

@@ -146,7 +146,7 @@ def test_two_instances_work_side_by_side(box: Box) -> None:
     box.configure(require_sample=True)
     for number in (0, 1):
         unit = f"studio-worker@{number}.service"
-        assert f"cuda:{number}" in box.machine.show(unit, "Environment")
+        assert f"CUDA_VISIBLE_DEVICES={number}" in box.machine.show(unit, "Environment")
         box.drop_in("[Service]", "Environment=STUDIO_WORKER_WORKER__DEVICE=cpu", unit=unit)  # no GPU here
     box.machine.run("systemctl", "start", "studio-worker@0.service", "studio-worker@1.service", limit_s=120)
     box.studio.wait_for(lambda: sum(box.studio.is_online(w.worker_id) for w in box.studio.workers()) == 2, 60)
