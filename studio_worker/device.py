@@ -1,14 +1,13 @@
 """The device the pictures are made on: which one, how much memory. Imports no torch.
 
 The device asked for is the device used: a GPU that is asked for and cannot be used is an error with its
-cure, never a quiet fall back to the CPU. CUDA is asked through the driver's own library (libcuda), which
-takes milliseconds; torch itself is loaded when the first job comes. Whether torch can compute on it is tried
-out before READY by :func:`probe`, in a process of its own.
+cure, never a quiet fall back to the CPU. The driver is asked (driver.py), and whether it fits the torch that
+is installed; torch itself is loaded when the first job comes. Whether torch can compute on it is tried out
+before READY by :func:`probe`, in a process of its own.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -21,19 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from studio_worker.driver import find_driver, require_driver
 from studio_worker.errors import DeviceError
-from studio_worker.nodes import driver_problem, has_nvidia_gpu, library_version, wait_for_nodes
+from studio_worker.nodes import has_nvidia_gpu, no_gpu, wait_for_nodes
 
 PROBE_TIMEOUT_S = 180.0
 """Importing torch from a cold, slow disk takes a minute; a GPU that hangs takes for ever."""
 
 _LOOK_AGAIN_S = 0.2
-
-_PCI_BUS_ID_BYTES = 16
-"""``0000:41:00.0`` and its end, with room for domains of eight digits (CUDA driver API, cuDeviceGetPCIBusId)."""
-
-_COMPUTE_CAPABILITY = (75, 76)
-"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR (CUDA driver API, cuda.h)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Device:
         return self.name != "cpu"
 
 
-def find_device(setting: str) -> Device:
+def find_device(setting: str, root: Path = Path("/")) -> Device:
     """The device for ``[worker] device``: ``auto``, ``cuda``, ``cuda:N`` or ``cpu``.
 
     Raises:
@@ -62,15 +56,17 @@ def find_device(setting: str) -> Device:
     """
     if setting == "cpu":
         return Device("cpu", f"CPU, {os.cpu_count()} cores", total_ram_bytes() / 1e9)
-    if setting == "auto" and not has_nvidia_gpu():
-        raise DeviceError(
-            'this machine shows no NVIDIA GPU; to make pictures on the CPU (slow), write device = "cpu" '
-            "under [worker] in the configuration"
-        )
+    if setting == "auto" and not has_nvidia_gpu(root):
+        raise DeviceError(no_gpu(root))
     match = re.fullmatch(r"auto|cuda(?::(\d+))?", setting)
     if match is None:  # the configuration's own check comes first; this guards other callers
         raise DeviceError(f"unknown device {setting!r}; use auto, cuda, cuda:N or cpu")
-    return _cuda_device(int(match[1] or 0))
+    driver, index = require_driver(root), int(match[1] or 0)
+    driver.start()
+    gpu = driver.gpu(index)
+    driver.check_torch(gpu.capability)
+    description = f"{gpu.name} at {gpu.pci_bus_id}"
+    return Device(f"cuda:{index}", description, gpu.memory_bytes / 1e9, gpu.capability, gpu.pci_bus_id)
 
 
 def wait_for_device(
@@ -80,7 +76,7 @@ def wait_for_device(
 
     Arguments and result as of :func:`wait_for_nodes`.
     """
-    if setting == "cpu" or _library() is None:
+    if setting == "cpu" or find_driver() is None:
         return True
     return wait_for_nodes(on_wait=on_wait, wait=wait)
 
@@ -96,67 +92,6 @@ def available_ram_bytes() -> int:
 def total_ram_bytes() -> int:
     """What this machine has, used or not."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _cuda_device(index: int) -> Device:
-    if (cuda := _library()) is None:
-        raise DeviceError(
-            "the NVIDIA driver's library libcuda.so.1 is not installed; install the driver "
-            "(on Debian: apt install nvidia-driver), then reboot"
-        )
-    # cuda:1 is the GPU that nvidia-smi calls 1; by itself CUDA would count the fastest first. It looks once.
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    status = cuda.cuInit(0)
-    if status != 0 and (problem := driver_problem(library=library_version())):
-        raise DeviceError(problem)  # says more than CUDA's own error
-    _check(cuda, status, "start the NVIDIA driver")
-    count = ctypes.c_int()
-    _check(cuda, cuda.cuDeviceGetCount(ctypes.byref(count)), "count the GPUs")
-    if index >= count.value:
-        raise DeviceError(f"cuda:{index} does not exist; this machine has {count.value} CUDA device(s)")
-    handle = ctypes.c_int()
-    _check(cuda, cuda.cuDeviceGet(ctypes.byref(handle), index), f"open cuda:{index}")
-    name = ctypes.create_string_buffer(100)
-    _check(cuda, cuda.cuDeviceGetName(name, len(name), handle), f"name cuda:{index}")
-    total = ctypes.c_size_t()
-    _check(cuda, cuda.cuDeviceTotalMem_v2(ctypes.byref(total), handle), f"size cuda:{index}")
-    capability = [ctypes.c_int(), ctypes.c_int()]
-    for attribute, value in zip(_COMPUTE_CAPABILITY, capability, strict=True):
-        _check(cuda, cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle), f"ask cuda:{index}")
-    major, minor = (value.value for value in capability)
-    place = ctypes.create_string_buffer(_PCI_BUS_ID_BYTES)
-    _check(cuda, cuda.cuDeviceGetPCIBusId(place, len(place), handle), f"place cuda:{index}")
-    pci_bus_id = place.value.decode().lower()  # as the kernel writes it
-    description = f"{name.value.decode(errors='replace')} at {pci_bus_id}"
-    return Device(f"cuda:{index}", description, total.value / 1e9, (major, minor), pci_bus_id)
-
-
-def _library() -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-
-
-_CURES = {
-    100: "no CUDA device is visible; check that the GPU is listed by nvidia-smi and not hidden by "
-    "CUDA_VISIBLE_DEVICES",
-    304: "see that this user may open /dev/nvidia* (group video or render)",
-    802: "start NVIDIA's fabric manager (systemctl start nvidia-fabricmanager)",
-    803: "the driver was upgraded while the old one is still loaded; reboot",
-    999: "reload the driver (modprobe nvidia-uvm) or reboot",
-}
-"""What helps, by CUresult (CUDA driver API, cuda.h)."""
-
-
-def _check(cuda: ctypes.CDLL, status: int, doing: str) -> None:
-    if status == 0:
-        return
-    text = ctypes.c_char_p()
-    cuda.cuGetErrorName(status, ctypes.byref(text))
-    label = text.value.decode() if text.value else f"error {status}"
-    cure = _CURES.get(status, "check nvidia-smi and dmesg, or reboot")
-    raise DeviceError(f"cannot {doing}: {label}; {cure}")
 
 
 def probe(

@@ -24,7 +24,8 @@ WAIT_S = 30.0
 _LOOK_EVERY_S = 0.25
 
 _NVIDIA_VENDOR = "0x10de"
-"""PCI vendor id of NVIDIA (pci.ids)."""
+_OTHER_VENDORS = {"0x1002": "AMD", "0x8086": "Intel"}
+"""PCI vendor ids (pci.ids): ours, and of those whose GPUs are taken for one of ours."""
 
 _ANY_GPU = "nvidia0"
 _NODES = ("nvidiactl", _ANY_GPU, "nvidia-uvm")
@@ -34,6 +35,22 @@ _NODES = ("nvidiactl", _ANY_GPU, "nvidia-uvm")
 def has_nvidia_gpu(root: Path = Path("/")) -> bool:
     """Whether the driver or the PCI bus below ``root`` shows an NVIDIA display device (class 0x03….)."""
     return _gpu_nodes(root) != [] or module_version(root) is not None or _is_on_bus(root)
+
+
+def other_gpus(root: Path = Path("/")) -> list[str]:
+    """The makers of the other GPUs on the bus, those that torch has builds for."""
+    vendors = {_display_vendor(device) for device in (root / "sys/bus/pci/devices").glob("*")}
+    return sorted(name for vendor, name in _OTHER_VENDORS.items() if vendor in vendors)
+
+
+def no_gpu(root: Path = Path("/")) -> str:
+    """What a machine without an NVIDIA GPU is told, with what can be done."""
+    others = other_gpus(root)
+    found = f"a GPU of {' and one of '.join(others)}, which is not supported, and " if others else ""
+    return (
+        f"this machine shows {found}no NVIDIA GPU; to make pictures on the CPU (slow), write "
+        'device = "cpu" under [worker] in the configuration'
+    )
 
 
 def module_version(root: Path = Path("/")) -> str | None:
@@ -152,13 +169,14 @@ def _may_open(path: Path) -> bool:
 
 
 def _is_on_bus(root: Path) -> bool:
-    return any(_is_nvidia_display(device) for device in (root / "sys/bus/pci/devices").glob("*"))
+    devices = (root / "sys/bus/pci/devices").glob("*")
+    return any(_display_vendor(device) == _NVIDIA_VENDOR for device in devices)
 
 
-def _is_nvidia_display(device: Path) -> bool:
+def _display_vendor(device: Path) -> str | None:
     try:
         vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
     except OSError:  # it left the bus between the listing and the reading
-        return False
+        return None
     # A graphics card's sound function has the same vendor and comes as a device of its own.
-    return vendor == _NVIDIA_VENDOR and kind.startswith("0x03")
+    return vendor if kind.startswith("0x03") else None

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.private_names import UNAVOIDABLE, foreign_names, own_names
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "studio_worker"
 
@@ -21,10 +23,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
         "__init__ errors sample_model files journal",
-        "networks",
-        "logs notify models urls lock config_files spans policy pace formats",
+        "networks torch_build",
+        "compatibility logs notify models urls lock config_files spans policy pace formats",
         "nodes jobs required settings finished outbox_clock staging request ledger leftovers copying",
-        "snapshot starts control holding",
+        "snapshot starts control holding driver",
         "transport",
         "line",
         "ranges",
@@ -250,6 +252,29 @@ def test_importing_what_starts_loads_no_torch(module: str) -> None:
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "studio_worker" in loaded
     assert not loaded & {"torch", "diffusers", "transformers", "numpy", "gguf"}
+
+
+def test_private_names_of_libraries_are_used_only_where_they_must_be() -> None:
+    """A library's private name goes without notice: each in use is listed, with its reason, and no other."""
+    own = own_names(tree for _, tree in modules())
+    used = {(name, module) for module, tree in modules() for name, _ in foreign_names(tree, own)}
+    assert used == {(each.name, user) for each in UNAVOIDABLE for user in each.users}
+
+
+def test_tests_use_no_private_name_of_a_library_that_the_package_does_not() -> None:
+    """A test rests on no library's private name either, but on those that the package cannot do without."""
+    paths = [path for room in ("tests", "packaging") for path in (ROOT / room).rglob("*.py")]
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    own = own_names([*trees.values(), *(tree for _, tree in modules())])
+    known = {each.name for each in UNAVOIDABLE}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} {name}"
+        for path, tree in trees.items()
+        if "tests" in path.parts and path.name != "test_private_names.py"  # which has examples
+        for name, line in foreign_names(tree, own)
+        if name not in known
+    ]
+    assert wrong == []
 
 
 def test_every_module_says_what_it_owns() -> None:

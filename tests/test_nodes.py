@@ -240,7 +240,7 @@ def test_service_tells_systemd_what_it_waits_for(tmp_path: Path) -> None:
     (tmp_path / "site" / "sitecustomize.py").write_text(
         "import functools, pathlib\n"
         "import studio_worker.device as device\n"
-        "device._library = lambda: object()\n"
+        "device.find_driver = lambda: object()\n"
         f"root = pathlib.Path({str(tmp_path / 'machine')!r})\n"
         "device.wait_for_nodes = functools.partial(device.wait_for_nodes, root)\n"
     )

@@ -50,15 +50,18 @@ _WARNINGS = _Warnings(logging.WARNING)
 
 def compile_blocks(denoiser: torch.nn.Module) -> None:
     """Have the repeated blocks of ``denoiser`` compiled when they are first used, if they can be."""
-    blocks = getattr(denoiser, "_repeated_blocks", None)
-    is_quantised = any(isinstance(each, GGUFParameter) for each in denoiser.parameters())
-    if not blocks or is_quantised:
-        reason = "quantised" if is_quantised else "no repeated blocks"
-        _LOG.info("denoiser not compiled", extra={"component": type(denoiser).__name__, "reason": reason})
-        return
+    if any(isinstance(each, GGUFParameter) for each in denoiser.parameters()):
+        return _leave(denoiser, "quantised")
     _settle()
-    denoiser.compile_repeated_blocks()  # type: ignore[operator]
+    try:
+        denoiser.compile_repeated_blocks()  # type: ignore[operator]
+    except ValueError:
+        return _leave(denoiser, "no repeated blocks")
     _COMPILED.add(denoiser)
+
+
+def _leave(denoiser: torch.nn.Module, reason: str) -> None:
+    _LOG.info("denoiser not compiled", extra={"component": type(denoiser).__name__, "reason": reason})
 
 
 @contextmanager

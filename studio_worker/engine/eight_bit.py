@@ -40,13 +40,13 @@ class EightBitMatrix(torch.Tensor):
 
     @classmethod
     def _wrap(cls, data: torch.Tensor, stored_as: torch.dtype, scale: float) -> EightBitMatrix:
-        matrix: EightBitMatrix = torch.Tensor._make_subclass(cls, data)
+        matrix: EightBitMatrix = _plainly(torch.Tensor.as_subclass, data, cls)
         matrix.stored_as, matrix.scale = stored_as, scale
         return matrix
 
     def data_bytes(self) -> torch.Tensor:
         """The bytes as a plain tensor."""
-        return torch.Tensor._make_subclass(torch.Tensor, self)
+        return _plainly(torch.Tensor.as_subclass, self, torch.Tensor)  # type: ignore[no-any-return]
 
     def widened(self, dtype: torch.dtype) -> torch.Tensor:
         """The numbers themselves, in memory of their own."""
@@ -70,15 +70,19 @@ class EightBitMatrix(torch.Tensor):
         alike = all((each.stored_as, each.scale) == (first.stored_as, first.scale) for each in rest)
         tensors = sum(isinstance(each, torch.Tensor) for each in given)
         joins = func.__name__ == "cat" and alike and tensors == 1 + len(rest)
-        with torch._C.DisableTorchFunctionSubclass():
-            if not joins and func.__name__ not in _MOVES:
-                return func(*map(_numbers, args), **{name: _numbers(arg) for name, arg in named.items()})
-            found = func(*args, **named)
+        if not joins and func.__name__ not in _MOVES:
+            return func(*map(_numbers, args), **{name: _numbers(arg) for name, arg in named.items()})
+        found = _plainly(func, *args, **named)
         if isinstance(found, torch.Tensor):
             return cls._wrap(found, first.stored_as, first.scale)
         if isinstance(found, list | tuple) and found and isinstance(found[0], torch.Tensor):
             return [cls._wrap(each, first.stored_as, first.scale) for each in found]
         return found
+
+
+def _plainly(func: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """What ``func`` does to the tensors' bytes, whatever class they have."""
+    return torch.Tensor.__torch_function__(func, (), args, named)  # type: ignore[no-untyped-call]
 
 
 def _numbers(arg: Any) -> Any:
@@ -105,7 +109,7 @@ class EightBitLinear(nn.Linear):
         self._stored_as, self._scale = matrix.stored_as, matrix.scale
         # On the CPU they are a mapped file's.
         data = matrix.data_bytes().to(device, copy=device.type == "cpu")
-        self._parameters["weight"] = nn.Parameter(data, requires_grad=False)
+        self.weight = nn.Parameter(data, requires_grad=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See torch."""

@@ -16,7 +16,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
-from diffusers.quantizers.gguf.utils import GGUFParameter, _replace_with_gguf_linear
+from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
 from studio_worker.engine.eight_bit import EightBitLinear, use_eight_bit_linears
 from studio_worker.engine.families.component import Part, Tensors, Tokenizer, read_json
@@ -143,24 +143,24 @@ def _fill(
     wanted = {**dict(model.named_parameters()), **buffers}
     _check_names_and_shapes(wanted, tensors, section, part)
     keep = _kept_in_single_precision(model, dtype)
-    _replace_with_gguf_linear(model, dtype, tensors)
+    _use_gguf_linears(model, tensors, dtype)
     use_eight_bit_linears(model, tensors, keep)
     for name in wanted:
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         tensor = tensors.pop(name)
-        is_matrix = isinstance(module, diffusers.quantizers.gguf.utils.GGUFLinear) and attribute == "weight"
+        is_matrix = isinstance(module, GGUFLinear) and attribute == "weight"
         if isinstance(tensor, GGUFParameter) and is_matrix:
-            module._parameters[attribute] = tensor
+            module.register_parameter(attribute, tensor)
             continue
         if isinstance(module, EightBitLinear) and attribute == "weight":
             module.hold(tensor, device)
             continue
         tensor = dequantised(tensor, torch.float32 if keep(name) else dtype).reshape(wanted[name].shape)
         if name in buffers:
-            module._buffers[attribute] = tensor.to(device, buffers[name].dtype)
+            setattr(module, attribute, tensor.to(device, buffers[name].dtype))
         else:
-            module._parameters[attribute] = torch.nn.Parameter(tensor.to(device), requires_grad=False)
+            setattr(module, attribute, torch.nn.Parameter(tensor.to(device), requires_grad=False))
     if isinstance(model, transformers.PreTrainedModel):
         model.tie_weights()
     if tensors:
@@ -168,6 +168,16 @@ def _fill(
             "tensors without a place",
             extra={"file": section.file.path.name, "count": len(tensors), "first": next(iter(tensors))},
         )
+
+
+def _use_gguf_linears(model: torch.nn.Module, tensors: Tensors, dtype: torch.dtype) -> None:
+    """Let the linear layers of ``model`` whose matrices are quantised in ``tensors`` compute with them."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and isinstance(tensors.get(f"{name}.weight"), GGUFParameter):
+            with init_empty_weights():
+                quantised = GGUFLinear(layer.in_features, layer.out_features, layer.bias is not None, dtype)
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, quantised)
 
 
 def _check_names_and_shapes(

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import diffusers
+import torch
 import transformers
-from diffusers.loaders.lora_base import _remove_text_encoder_monkey_patch
+from diffusers.utils import recurse_remove_peft_layers
 from safetensors.torch import load_file
 
 from studio_worker.engine.checkpoint import read_checkpoint
@@ -104,16 +105,18 @@ class Adapters:
         """Take every LoRA out; components are as they were loaded."""
         for reference in self._adapted:
             component = reference()
-            if isinstance(component, diffusers.ModelMixin):
+            names = list(getattr(component, "peft_config", ()))
+            if names and isinstance(component, diffusers.ModelMixin):
                 component.unload_lora()
-            elif isinstance(component, transformers.PreTrainedModel):
-                _remove_text_encoder_monkey_patch(component)
+            elif names and isinstance(component, transformers.PreTrainedModel):
+                component.delete_adapter(names)
+                recurse_remove_peft_layers(component)
         self._adapted, self._loras = [], ()
 
 
 def _components(pipeline: Any) -> list[Any]:
-    names = getattr(pipeline, "_lora_loadable_modules", [])
-    return [part for name in names if (part := getattr(pipeline, name, None)) is not None]
+    """All that might take adapters; which do is the pipeline's affair."""
+    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
 
 def _same(adapted: Sequence[weakref.ref[Any]], components: Sequence[Any]) -> bool:

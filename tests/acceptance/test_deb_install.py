@@ -191,9 +191,7 @@ def test_suite_passes_against_the_installed_copy(base: Path, installed: Path, wo
 
 def _copy_test_libraries(machine: Machine) -> None:
     """pytest and what the tests need beside the package, as this environment has them."""
-    import _pytest
-
-    folder = Path(_pytest.__file__).parents[1]
+    folder = Path(pytest.__file__).parents[1]
     patterns = (
         "_pytest", "pytest", "py.py", "pytest-*", "pytest_timeout*", "pluggy", "iniconfig", "hypothesis",
         "hypothesis-*", "_hypothesis*", "sortedcontainers",

@@ -11,7 +11,7 @@ from typing import Any
 
 from studio_worker.engine.families.black_forest import from_black_forest
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, read_json
-from studio_worker.engine.families.family import Family, Pipelines
+from studio_worker.engine.families.family import Family, Pipelines, unpacked
 from studio_worker.engine.families.parts import kl_vae
 from studio_worker.engine.families.t5 import T5_TOKENIZER, t5
 from studio_worker.engine.parameters import EngineDefaults, Parameters
@@ -53,10 +53,7 @@ class Chroma(Family):
         return len(pipeline.tokenizer(text, verbose=False).input_ids) > _PROMPT_TOKENS
 
     def latents(self, pipeline: Any, latents: Any, parameters: Parameters) -> Any:
-        unpacked = pipeline._unpack_latents(
-            latents, parameters.height, parameters.width, pipeline.vae_scale_factor
-        )
-        return super().latents(pipeline, unpacked, parameters)
+        return super().latents(pipeline, unpacked(pipeline, latents, parameters), parameters)
 
 
 def transformer(kind: str, config_dir: Path) -> Part:

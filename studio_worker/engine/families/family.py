@@ -175,6 +175,15 @@ class Family:
         return latents / config.scaling_factor + (config.shift_factor or 0.0)
 
 
+def unpacked(pipeline: Any, latents: Any, parameters: Parameters) -> Any:
+    """The latents (batch, channels, height, width) of what FLUX.1 and those after it compute with: a row of
+    squares, two by two latents each (black-forest-labs/flux, ``unpack`` in src/flux/sampling.py).
+    """
+    side = 2 * pipeline.vae_scale_factor
+    squares = latents.unflatten(1, (parameters.height // side, parameters.width // side))
+    return squares.unflatten(3, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
 def strength(steps: int, denoise: float) -> float:
     """What diffusers must be told so that ``denoise`` of ``steps`` steps run, but at least one.
 

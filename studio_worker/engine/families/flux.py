@@ -10,7 +10,7 @@ from typing import Any
 
 from studio_worker.engine.families.black_forest import from_black_forest
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, read_json
-from studio_worker.engine.families.family import Family, Pipelines, refused
+from studio_worker.engine.families.family import Family, Pipelines, refused, unpacked
 from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae
 from studio_worker.engine.families.t5 import T5_TOKENIZER, t5
 from studio_worker.engine.parameters import EngineDefaults, Parameters
@@ -70,10 +70,7 @@ class Flux(Family):
         return len(pipeline.tokenizer_2(text, verbose=False).input_ids) > self.prompt_tokens
 
     def latents(self, pipeline: Any, latents: Any, parameters: Parameters) -> Any:
-        unpacked = pipeline._unpack_latents(
-            latents, parameters.height, parameters.width, pipeline.vae_scale_factor
-        )
-        return super().latents(pipeline, unpacked, parameters)
+        return super().latents(pipeline, unpacked(pipeline, latents, parameters), parameters)
 
 
 @dataclass(frozen=True, kw_only=True)

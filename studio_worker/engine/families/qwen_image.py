@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, read_json
-from studio_worker.engine.families.family import Family, JobKind, Pipelines, refused
+from studio_worker.engine.families.family import Family, JobKind, Pipelines, refused, unpacked
 from studio_worker.engine.families.qwen import QWEN_TOKENIZER, qwen25_language, qwen25_vision
 from studio_worker.engine.parameters import EngineDefaults, Parameters
 
@@ -84,15 +84,13 @@ class QwenImage(Family):
 
     def latents(self, pipeline: Any, latents: Any, parameters: Parameters) -> Any:
         config = pipeline.vae.config
-        unpacked = pipeline._unpack_latents(
-            latents, parameters.height, parameters.width, pipeline.vae_scale_factor
-        )
+        frame = unpacked(pipeline, latents, parameters).unsqueeze(2)  # the VAE is one for films
         mean, deviation = (
-            unpacked.new_tensor(values).view(1, -1, 1, 1, 1)
+            frame.new_tensor(values).view(1, -1, 1, 1, 1)
             for values in (config.latents_mean, config.latents_std)
         )
         # As the pipelines round it: by the reciprocal.
-        return unpacked / (1.0 / deviation) + mean
+        return frame / (1.0 / deviation) + mean
 
 
 def transformer(kind: str, config_dir: Path) -> Part:

@@ -1,0 +1,195 @@
+"""Names that libraries keep to themselves: where this package uses one all the same, and why it must.
+
+Everything else with a leading underscore is ours. Private names go away without notice: one that the CUDA
+build of torch lacks kept every box with a GPU from becoming ready. So each is listed with code that fails
+where the installed library has it no longer. ``python tests/private_names.py`` runs that code in whatever
+environment its interpreter belongs to, and needs nothing of this package or of pytest.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+
+class PrivateName(NamedTuple):
+    """A library's private name that cannot be done without.
+
+    Args:
+        name: the name itself.
+        users: the modules of this package that use it.
+        proof: code that runs where the library has it.
+        why: what no public name does.
+    """
+
+    name: str
+    users: tuple[str, ...]
+    proof: str
+    why: str
+
+
+UNAVOIDABLE = (
+    PrivateName(
+        "torch._dynamo",
+        ("engine.compiling",),
+        "import torch._dynamo.config as c; c.suppress_errors, c.recompile_limit",
+        "torch documents suppress_errors and the loggers of what cannot be compiled under this name alone",
+    ),
+    PrivateName(
+        "torch._inductor",
+        ("engine.compiling",),
+        "import torch._inductor.config as c; c.compile_threads",
+        "compile_threads as an option of torch.compile comes too late: the processes are there by then",
+    ),
+    PrivateName(
+        "_keep_in_fp32_modules",
+        ("engine.loading",),
+        "import diffusers, transformers\n"
+        "diffusers.ModelMixin._keep_in_fp32_modules\n"
+        "assert transformers.T5EncoderModel._keep_in_fp32_modules == ['wo']",
+        "a class says only here which of its weights half precision spoils",
+    ),
+    PrivateName(
+        "_init_step_index",
+        ("engine.solvers", "engine.flow_solvers"),
+        "import diffusers; diffusers.FlowMatchEulerDiscreteScheduler()._init_step_index(1000.0)",
+        "a scheduler of our own must find its place as the one it is made from does",
+    ),
+    PrivateName(
+        "_step_index",
+        ("engine.solvers", "engine.flow_solvers"),
+        "import diffusers; diffusers.FlowMatchEulerDiscreteScheduler()._step_index",
+        "the public step_index can only be read, and a scheduler's step must move it on",
+    ),
+    PrivateName(
+        "_get_field_parts",
+        ("engine.gguf_files",),
+        "import gguf; gguf.GGUFReader._get_field_parts",
+        "the reader makes arrays of 300,000 words there, and offers no way to leave them out",
+    ),
+    PrivateName(
+        "_new_conn",
+        ("networks",),
+        "from urllib3.connection import HTTPConnection; HTTPConnection('h')._new_conn",
+        "an address can be checked before it is connected to nowhere else",
+    ),
+    PrivateName(
+        "_dns_host",
+        ("networks",),
+        "from urllib3.connection import HTTPConnection; assert HTTPConnection('h')._dns_host == 'h'",
+        "the address to connect to, apart from the name that the certificate is for",
+    ),
+)
+
+_LIBRARY = re.compile(r"(?:torch|diffusers|transformers|accelerate|peft|safetensors|gguf|urllib3)(?:\.\w+)+")
+"""A string that is a dotted name inside one of them: a logger's, or one to import or replace."""
+
+_PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit"}
+"""Documented names of named tuples and of ``os``."""
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name != "_" and name not in _PUBLIC
+
+
+def own_names(trees: Iterable[ast.AST]) -> set[str]:
+    """The private names that ``trees`` define: functions, classes, variables, and attributes of ``self``."""
+    own: set[str] = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            own.add(node.name)
+        for target in _targets(node):
+            if isinstance(target, ast.Name):
+                own.add(target.id)
+            elif isinstance(target, ast.Attribute) and ast.unparse(target.value) in {"self", "cls"}:
+                own.add(target.attr)
+    return {name for name in own if is_private(name)}
+
+
+def _targets(node: ast.AST) -> Iterator[ast.expr]:
+    # Not "self._x += 1", which needs one that is there already: in a subclass, the library's.
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    if isinstance(node, ast.AnnAssign | ast.NamedExpr):
+        targets = [node.target]
+    for target in targets:
+        yield from target.elts if isinstance(target, ast.Tuple) else [target]
+
+
+def foreign_names(tree: ast.AST, own: set[str]) -> Iterator[tuple[str, int]]:
+    """The private names of libraries that ``tree`` uses, each with its line.
+
+    Args:
+        own: private names that are not any library's.
+    """
+    imported = {
+        (name.asname or name.name).partition(".")[0]: name.name
+        if isinstance(node, ast.Import)
+        else node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in node.names
+    }
+    libraries = {name for name, source in imported.items() if not _is_own_module(source or "")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for whole in _imported(node):
+                if (found := _first_private(whole)) and not _is_own_module(whole):
+                    yield found, node.lineno
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            path = ast.unparse(node)
+            root = path.partition(".")[0]
+            if root in libraries:
+                yield _first_private(path) or node.attr, node.lineno
+            elif node.attr not in own or root == "super()":
+                yield node.attr, node.lineno
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {
+            "getattr",
+            "setattr",
+            "hasattr",
+            "delattr",
+        }:
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and is_private(str(name.value)) and name.value not in own:
+                yield str(name.value), node.lineno
+        elif isinstance(node, ast.Constant) and _LIBRARY.fullmatch(text := str(node.value)):
+            if found := _first_private(text):
+                yield found, node.lineno
+
+
+def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
+    source = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+    return [f"{source}{name.name}" for name in node.names]
+
+
+def _is_own_module(name: str) -> bool:
+    return name.partition(".")[0] in {"studio_worker", "tests", "__future__"}
+
+
+def _first_private(path: str) -> str:
+    """``torch._C`` of ``torch._C._cuda_init``, ``_x`` of ``diffusers.loaders._x``; empty where none is."""
+    parts = path.split(".")
+    at = next((index for index, part in enumerate(parts) if is_private(part)), None)
+    if at is None:
+        return ""
+    return f"{parts[0]}.{parts[at]}" if at == 1 else parts[at]
+
+
+def missing(names: Iterable[PrivateName] = UNAVOIDABLE) -> dict[str, str]:
+    """Those of ``names`` that the installed libraries do not have, and how that shows."""
+    found = {}
+    for name in names:
+        try:
+            exec(name.proof, {})
+        except Exception as error:
+            found[name.name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+if __name__ == "__main__":
+    gone = missing()
+    for name in UNAVOIDABLE:
+        print(f"{'missing' if name.name in gone else 'there':8} {name.name} {gone.get(name.name, '')}")
+    sys.exit(bool(gone))
