@@ -91,14 +91,20 @@ def misfit(
 
 
 def no_code(
-    name: str, capability: Version, architectures: Iterable[str], torch: str, cuda: Version, here: Surroundings
+    name: str,
+    capability: Version,
+    architectures: Iterable[str],
+    *,
+    torch: str,
+    cuda: Version | None,
+    here: Surroundings,
 ) -> str | None:
     """Why a torch with code for ``architectures`` cannot use the GPU ``name``; ``None`` where it can.
 
     Args:
         architectures: as ``torch.cuda.get_arch_list`` has them, e.g. ``sm_86``, ``compute_120``.
         torch: its version.
-        cuda: the newest version that the driver knows.
+        cuda: the newest version that the driver knows, where it says.
     """
     known = list(architectures)
     if not known or any(_runs(architecture, capability) for architecture in known):
@@ -125,9 +131,9 @@ def _with_code_for(capability: Version | None) -> list[Package]:
     return [each for each in PACKAGES if capability is None or each.oldest <= capability <= each.newest]
 
 
-def _other_torch(capability: Version | None, cuda: Version, here: Surroundings) -> str:
+def _other_torch(capability: Version | None, cuda: Version | None, here: Surroundings) -> str:
     for package in _with_code_for(capability):
-        if package.cuda_major <= cuda[0]:
+        if cuda is None or package.cuda_major <= cuda[0]:
             return f"install {package.name}"
     for package in reversed(_with_code_for(capability)):
         return f"install {package.name} and {driver_to_install(package.cuda_major, capability, here)}"
@@ -137,8 +143,8 @@ def _other_torch(capability: Version | None, cuda: Version, here: Surroundings) 
 def _runs(architecture: str, capability: Version) -> bool:
     """Whether a GPU of ``capability`` runs the code ``architecture``.
 
-    Machine code (``sm_``) runs on GPUs of its own major number from its own minor number on, PTX
-    (``compute_``) is translated for every later GPU, and what ends in ``a`` is for that very GPU, in ``f`` for
+    Machine code (``sm_``) runs on GPUs of its own major number from its own minor number on; PTX
+    (``compute_``) is translated for every later GPU; what ends in ``a`` is for that very GPU, in ``f`` for
     its family (NVIDIA, CUDA programming guide, "compute capabilities").
     """
     match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)

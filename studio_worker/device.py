@@ -33,8 +33,8 @@ _LOOK_AGAIN_S = 0.2
 @dataclass(frozen=True)
 class Device:
     """``name`` is torch's name (``cpu``, ``cuda:0``); ``memory_gb`` its whole memory in GB (1e9 bytes),
-    ``capability`` a GPU's compute capability, ``(8, 9)`` for an RTX 40, and ``pci_bus_id`` its place on the bus,
-    ``0000:41:00.0``, by which nvidia-smi and the kernel log know it; ``None`` on the CPU.
+    ``capability`` a GPU's compute capability, ``(8, 9)`` for an RTX 40, and ``pci_bus_id`` its place on the
+    bus, ``0000:41:00.0``, by which nvidia-smi and the kernel log know it; ``None`` on the CPU.
     """
 
     name: str

@@ -21,7 +21,7 @@ _CONTAINER_FOLDER = "usr/local/nvidia/lib64"
 """Where GKE and others put the host's driver, unknown to the dynamic linker."""
 
 _PCI_BUS_ID_BYTES = 16
-"""``0000:41:00.0`` and its end, with room for domains of eight digits (CUDA driver API, cuDeviceGetPCIBusId)."""
+"""``0000:41:00.0`` and its end, with room for longer domains (CUDA driver API, cuDeviceGetPCIBusId)."""
 
 _COMPUTE_MODE, *_CAPABILITY = 20, 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_MODE, …_COMPUTE_CAPABILITY_MAJOR and _MINOR (CUDA driver API, cuda.h)."""
@@ -89,12 +89,7 @@ class Driver:
         self._check(self._cuda.cuDeviceGetName(name, len(name), handle), f"name cuda:{index}")
         total = ctypes.c_size_t()
         self._check(self._cuda.cuDeviceTotalMem_v2(ctypes.byref(total), handle), f"size cuda:{index}")
-        mode, major, minor = (
-            self._attribute(index, handle, each) for each in (_PCI_BUS_ID_BYTES = 16
-"""``0000:41:00.0`` and its end, with room for domains of eight digits (CUDA driver API, cuDeviceGetPCIBusId)."""
-
-_COMPUTE_MODE, *_CAPABILITY)
-        )
+        mode, major, minor = (self._attribute(index, handle, each) for each in (_COMPUTE_MODE, *_CAPABILITY))
         place = ctypes.create_string_buffer(_PCI_BUS_ID_BYTES)
         self._check(self._cuda.cuDeviceGetPCIBusId(place, len(place), handle), f"place cuda:{index}")
         pci_bus_id = place.value.decode().lower()  # as the kernel writes it
@@ -186,6 +181,12 @@ def require_driver(root: Path = Path("/")) -> Driver:
         f"the NVIDIA driver's library {_NAME} is not installed; "
         f"install {driver_to_install(major, None, surroundings(root))}, then reboot"
     )
+
+
+def gpu_index(name: str) -> int:
+    """The GPU's number in torch's name of it: 1 for ``cuda:1``, 0 for ``cuda``."""
+    number = name.partition(":")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def surroundings(root: Path = Path("/")) -> Surroundings:

@@ -154,9 +154,12 @@ def foreign_names(tree: ast.AST, own: set[str]) -> Iterator[tuple[str, int]]:
             name = node.args[1]
             if isinstance(name, ast.Constant) and is_private(str(name.value)) and name.value not in own:
                 yield str(name.value), node.lineno
-        elif isinstance(node, ast.Constant) and _LIBRARY.fullmatch(text := str(node.value)):
-            if found := _first_private(text):
-                yield found, node.lineno
+        elif isinstance(node, ast.Constant) and (found := _in_text(str(node.value))):
+            yield found, node.lineno
+
+
+def _in_text(text: str) -> str:
+    return _first_private(text) if _LIBRARY.fullmatch(text) else ""
 
 
 def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:

@@ -92,7 +92,7 @@ def test_unknown_device_is_refused() -> None:
 def test_cuda_device_is_the_one_asked_for(
     driver: Path, setting: str, name: str, model: str, memory: str, place: str
 ) -> None:
-    """cuda is the first GPU, cuda:N the one that nvidia-smi calls N, each with name, memory, place and kind."""
+    """cuda is the first GPU, cuda:N what nvidia-smi calls N, each with name, memory, place and kind."""
     done = ask(driver, setting, fake_count=2, fake_capability=75)
     told = f"Device(name={name!r}, description='{model} at {place}', memory_gb={memory}, capability=(7, 5), "
     assert done.stdout.strip() == f"{told}pci_bus_id={place!r})", done.stderr
@@ -148,7 +148,7 @@ def test_missing_driver_library_names_the_cure(tmp_path: Path) -> None:
     if done.returncode == 0:
         pytest.skip("the linker went on to the real driver of this machine")
     assert done.returncode == 69
-    assert "install the driver" in done.stdout
+    assert "install driver 580 or newer" in done.stdout
 
 
 # --- is it usable ---

@@ -44,6 +44,7 @@ from studio_worker.service_process import ServiceProcess
 from studio_worker.snapshot import EndedJob, ProcessFacts, SessionFacts, Snapshot
 from studio_worker.starts import Starts
 from studio_worker.studio.identity import Identity, IdentityFile
+from tests.fake_driver import build_driver
 from tests.servers import raw_server, refused_url
 from tests.test_nodes import ALL, CLOSED, machine
 from tests.test_service import READY_S
@@ -66,7 +67,7 @@ def box_with(tmp_path: Path, toml: str = "", studio: str = "https://studio.examp
     return Box(folder, config.load(folder), **more)
 
 
-def told(result: Result, level: str, *words: str) -> None:
+def told(result: Result | Finding, level: str, *words: str) -> None:
     assert result.level == level, result
     for word in words:
         assert word in f"{result.text} → {result.cure}", result
@@ -241,21 +242,26 @@ def test_permissions_are_judged_for_the_services_user(tmp_path: Path) -> None:
     told(check_permissions(box), "failure", "user nobody may not read", "chmod a+rX")
 
 
-def test_gpu_is_judged_by_nodes_and_versions(tmp_path: Path) -> None:
+def test_gpu_is_judged_by_nodes_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU, missing nodes, no library, versions apart: each with its cure; all there is fine."""
     box = box_with(tmp_path, root=tmp_path / "none")
     told(check_nodes(box), "failure", "no NVIDIA GPU", 'device = "cpu"')
     half = dataclasses.replace(box, root=machine(tmp_path / "half", "nvidiactl", "nvidia0"))
     told(check_nodes(half), "failure", "/dev/nvidia-uvm", "modprobe nvidia-uvm")
-    told(check_driver(half), "failure", "libcuda", "nvidia-driver")
+    told(of_driver(half), "failure", "libcuda.so.1 is not installed", "install driver 580 or newer")
     whole = dataclasses.replace(box, root=machine(tmp_path / "whole", *ALL, driver=CLOSED))
     told(check_nodes(whole), "ok")
-    libraries = tmp_path / "whole/usr/lib/x86_64-linux-gnu/nvidia/current"
-    libraries.mkdir(parents=True)
-    (libraries / "libcuda.so.550.163.01").touch()
-    told(check_driver(whole), "failure", "535.183.01", "550.163.01", "reboot")
-    (libraries / "libcuda.so.535.183.01").touch()
-    told(check_driver(whole), "ok", "535.183.01")
+    monkeypatch.setenv("FAKE_COUNT", "1")
+    build_driver(whole.root / "usr/local/nvidia/lib64", "550.163.01")
+    monkeypatch.setenv("FAKE_INIT", "803")
+    told(of_driver(whole), "failure", "535.183.01", "550.163.01", "reboot")
+    monkeypatch.setenv("FAKE_INIT", "0")
+    told(of_driver(whole), "ok", "kernel module 535.183.01, library 550.163.01, CUDA 13.0")
+
+
+def of_driver(box: Box) -> Finding:
+    (found,) = examine(box, [Check("driver", check_driver)])
+    return found
 
 
 def test_little_memory_is_a_warning(tmp_path: Path) -> None:

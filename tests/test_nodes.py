@@ -30,6 +30,7 @@ OPEN = (
     "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n"
 )
 GPU = ("0x10de", "0x030000")
+ROOT = Path(__file__).parents[1]
 
 
 def bus(root: Path, *devices: tuple[str, str]) -> Path:
@@ -248,7 +249,7 @@ def test_service_tells_systemd_what_it_waits_for(tmp_path: Path) -> None:
         f'[worker]\ndevice = "cuda"\n[state]\ndir = "{tmp_path}/state"\nruntime_dir = "{tmp_path}/run"\n'
         f'[models]\nroot = "{tmp_path}/models"\n'
     )
-    with ServiceProcess(tmp_path, tmp_path / "log", {"PYTHONPATH": str(tmp_path / "site")}) as running:
+    with ServiceProcess(tmp_path, tmp_path / "log", {"PYTHONPATH": f"{tmp_path}/site:{ROOT}"}) as running:
         running.await_message("EXTEND_TIMEOUT_USEC=", READY_S)
         answer = Snapshot.model_validate(ask(tmp_path / "run", "status"))
         assert (answer.phase, answer.status) == ("starting", "waiting for /dev/nvidia-uvm")

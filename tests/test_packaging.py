@@ -76,7 +76,7 @@ def test_unit_for_one_instance_a_gpu_is_the_unit() -> None:
 
 @pytest.mark.parametrize("unit", ["studio-worker.service", "studio-worker@.service"])
 def test_units_set_what_cuda_reads(unit: str) -> None:
-    """GPUs are counted as nvidia-smi counts, their memory may grow in place, and caches are where they may be."""
+    """GPUs are counted as nvidia-smi counts, memory may grow in place, and caches are where they may be."""
     text = (ROOT / "packaging" / unit).read_text()
     lines = re.findall(r"^Environment=(.*)$", text, re.MULTILINE)
     environment = dict(word.split("=", 1) for line in lines for word in line.split())

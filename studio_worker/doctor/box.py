@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from studio_worker import config
+from studio_worker.compatibility import show
 from studio_worker.device import find_device, probe
 from studio_worker.doctor import Box, Result, failure, ok, warning
+from studio_worker.driver import gpu_index, require_driver
 from studio_worker.errors import ConfigError
 from studio_worker.ledger import content_key
 from studio_worker.logs import safe_url
-from studio_worker.nodes import driver_problem, has_nvidia_gpu, missing_nodes, module_version
+from studio_worker.nodes import driver_problem, has_nvidia_gpu, missing_nodes, module_version, no_gpu
 from studio_worker.provision import show_bytes
 from studio_worker.reach import policy_from
 
@@ -29,7 +31,6 @@ _SAMPLE_BYTES = 64 * 1024 * 1024
 _SAMPLE_LIMIT_S = 5.0
 _SLOW_BYTES_PER_S = 50e6
 """A model of 7 GB takes longer than two minutes from such a disk."""
-_LIBRARY_FOLDERS = ("usr/lib", "usr/lib64", "usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu")
 
 
 def check_configuration(box: Box) -> Result:
@@ -76,10 +77,8 @@ def check_nodes(box: Box) -> Result:
     if box.config.settings.worker.device == "cpu":
         return ok('not needed: device = "cpu"')
     if not has_nvidia_gpu(box.root):
-        return failure(
-            "this machine shows no NVIDIA GPU",
-            'look with lspci; to make pictures on the CPU (slow), write device = "cpu" under [worker]',
-        )
+        problem, _, cure = no_gpu(box.root).partition("; ")
+        return failure(problem, f"look with lspci; {cure}")
     if missing := missing_nodes(box.root):
         problem, _, cure = (driver_problem(box.root) or "").partition("; ")
         return failure(
@@ -89,20 +88,15 @@ def check_nodes(box: Box) -> Result:
 
 
 def check_driver(box: Box) -> Result:
-    """The kernel module and its libraries, by their files; CUDA itself is tried by :func:`check_compute`."""
-    if box.config.settings.worker.device == "cpu":
+    """The kernel module, its library, and whether they run the torch that is installed."""
+    device = box.config.settings.worker.device
+    if device == "cpu":
         return ok('not needed: device = "cpu"')
-    module = module_version(box.root)
-    libraries = sorted(_installed_libraries(box.root))
-    if not libraries:
-        return failure(
-            "the driver's library libcuda.so.1 is not installed", "apt install nvidia-driver, then reboot"
-        )
-    fitting = next((each for each in libraries if each == module), libraries[-1])
-    if problem := driver_problem(box.root, fitting):
-        text, _, cure = problem.partition("; ")
-        return failure(text, cure)
-    return ok(f"kernel module {module or 'of unknown version'}, libraries {fitting}")
+    driver = require_driver(box.root)
+    driver.start()
+    driver.check_torch(driver.gpu(gpu_index(device)).capability)
+    module, library = (each or "of unknown version" for each in (module_version(box.root), driver.version))
+    return ok(f"kernel module {module}, library {library}, CUDA {show(driver.cuda())}")
 
 
 def check_compute(box: Box) -> Result:
@@ -200,23 +194,6 @@ def _per_second(counts: Iterator[int]) -> float:
         if time.monotonic() - began > _SAMPLE_LIMIT_S:
             break
     return done / max(1e-6, time.monotonic() - began)
-
-
-def _installed_libraries(root: Path) -> set[str]:
-    """Versions of libcuda where distributions keep it."""
-    folders = (
-        "usr/lib",
-        "usr/lib64",
-        "usr/lib/x86_64-linux-gnu",
-        "usr/lib/aarch64-linux-gnu",
-        "usr/local/lib",
-    )
-    return {
-        path.name.removeprefix("libcuda.so.")
-        for folder in folders
-        for pattern in ("libcuda.so.*.*", "nvidia/current/libcuda.so.*.*")
-        for path in (root / folder).glob(pattern)
-    }
 
 
 def _existing(folder: Path) -> Path:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
+from studio_worker.compatibility import no_code
+from studio_worker.driver import find_driver, surroundings
 from studio_worker.engine.memory import free_bytes, release_cached, total_bytes
 from studio_worker.errors import DeviceError, JobCancelled, JobError, StudioWorkerError
 
@@ -127,6 +129,11 @@ def usable_device(name: str) -> torch.device:
         return device
     if device.type != "cuda":
         raise DeviceError(f"device {name!r} is not supported; write cpu, cuda or cuda:N")
+    if torch.version.hip is not None:
+        raise DeviceError(
+            f"torch {torch.__version__} here is a build for AMD's GPUs (ROCm {torch.version.hip}), which are "
+            "not supported; install studio-worker-torch-cuda in its place"
+        )
     if torch.version.cuda is None:
         raise DeviceError(
             f"device {name!r} needs a torch with CUDA, and torch {torch.__version__} here has none; "
@@ -138,17 +145,25 @@ def usable_device(name: str) -> torch.device:
         index = torch.cuda.current_device() if device.index is None else device.index
         if index >= count:
             raise DeviceError(f"there is no {name}: this machine has {count} CUDA device(s), cuda:0 and up")
+        _check_code(index)
         torch.ones(1, device=f"cuda:{index}").add_(1).cpu()
     except RuntimeError as error:
-        if "no kernel image" in str(error):
-            major, minor = torch.cuda.get_device_capability(index)
-            known = ", ".join(torch.cuda.get_arch_list())
-            raise DeviceError(
-                f"torch {torch.__version__} has no code for {name} (compute capability {major}.{minor}; "
-                f"it has {known}); use a GPU, or a studio-worker-torch package, of another generation"
-            ) from error
         raise DeviceError(
             f"{name} cannot be used ({_first_line(error)}); check that nvidia-smi runs, that the driver "
             f"is new enough for CUDA {torch.version.cuda}, and reboot after a driver upgrade"
         ) from error
     return torch.device("cuda", index)
+
+
+def _check_code(index: int) -> None:
+    driver = find_driver()
+    problem = no_code(
+        torch.cuda.get_device_name(index),
+        torch.cuda.get_device_capability(index),
+        torch.cuda.get_arch_list(),
+        torch=torch.__version__,
+        cuda=None if driver is None else driver.cuda(),
+        here=surroundings(),
+    )
+    if problem is not None:
+        raise DeviceError(problem)

@@ -26,6 +26,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from studio_worker.compatibility import show
+from studio_worker.driver import find_driver, gpu_index
 from studio_worker.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -55,6 +57,10 @@ def probe(name: str, *, compiles: bool = False) -> dict[str, Any]:
 
 
 def _try_out(name: str, facts: dict[str, Any], *, compiles: bool) -> None:
+    if name.startswith("cuda") and (driver := find_driver()):
+        facts["driver_cuda"] = show(driver.cuda())
+        driver.start()
+        driver.hold(gpu_index(name))  # torch would say less clearly what is in the way, and later
     import torch
 
     from studio_worker.engine.faults import usable_device
@@ -62,8 +68,6 @@ def _try_out(name: str, facts: dict[str, Any], *, compiles: bool) -> None:
     facts["torch"] = str(torch.__version__)
     if name.startswith("cuda") and torch.version.cuda is not None:
         facts["cuda"] = torch.version.cuda
-        driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # as torch.cuda's messages do
-        facts["driver_cuda"] = f"{driver // 1000}.{driver % 1000 // 10}"
     device = usable_device(name)
     if device.type == "cuda":
         _look_at_memory(device, facts)
