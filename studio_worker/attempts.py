@@ -9,15 +9,14 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused
-from studio_worker.formats import header_problem, impostor
+from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused, PageInPlace
+from studio_worker.formats import header_problem, impostor, is_page
 from studio_worker.line import FileChanged
 from studio_worker.ranges import PARALLEL_BYTES, Ranges
 from studio_worker.request import Address
 from studio_worker.staging import Origin, Progress, Staged
 from studio_worker.transport import Answer, Policy, UnwantedStatus
 
-_RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 _FRESH_STARTS = 2
 """So often in one call may a download that starts from nothing again count its bytes as new ones."""
 
@@ -87,7 +86,7 @@ class Attempts:
                     fresh_starts, most = _FRESH_STARTS, 0
                     self.is_single = True
                     continue
-                if not _is_passing(error):
+                if error.is_final_here:
                     raise
                 # A broken body says more than the refused connection that may follow it.
                 if worst is None or error.reason == "streaming body":
@@ -213,13 +212,10 @@ class Attempts:
             raise self._size_error(staged.length, self.size)
         if self.sha256 not in {None, digest := staged.hexdigest()}:
             what = impostor(staged.path)
-            raise DownloadError(
-                "sha256 mismatch",
-                f"GET {self.name}: sha256 mismatch: "
-                + (f"this is {what}" if what else f"{digest} instead of {self.sha256}"),
-            )
-        if self.sha256 is None and (problem := header_problem(staged.path, self.dest.name)):
-            raise DownloadError("size mismatch", f"GET {self.name}: size mismatch: {problem}")
+            problem = f"this is {what}" if what else f"{digest} instead of {self.sha256}"
+            raise self._wrong(staged, "sha256 mismatch", problem)
+        if self.sha256 is None and (found := header_problem(staged.path, self.dest.name)):
+            raise self._wrong(staged, "size mismatch", found)
         staged.commit(self.dest)
         return staged.length
 
@@ -239,16 +235,11 @@ class Attempts:
     def broken(self, what: str) -> DownloadError:
         return DownloadError("streaming body", f"GET {self.name}: streaming body: {what}")
 
+    def _wrong(self, staged: Staged, reason: str, problem: str) -> DownloadError:
+        kind = PageInPlace if is_page(staged.path) else DownloadError
+        return kind(reason, f"GET {self.name}: {reason}: {problem}")
+
     def _size_error(self, length: int | None, wanted: int | None) -> DownloadError:
         return DownloadError(
             "size mismatch", f"GET {self.name}: size mismatch: {length} bytes instead of {wanted}"
         )
-
-
-def _is_passing(error: DownloadError) -> bool:
-    """Whether another try may help: the one place that decides."""
-    if isinstance(error, DownloadRefused):
-        return False
-    if error.reason == "non-success status":
-        return error.status in _RETRIED_STATUSES
-    return error.reason in {"request error", "streaming body"}

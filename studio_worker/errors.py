@@ -9,7 +9,8 @@
   * :exc:`DeviceError` — the device asked for cannot be used; exit status 69
   * :exc:`DownloadError` — a file could not be fetched or verified; exit status 74 while provisioning
 
-    * :exc:`DownloadRefused` — another try would end the same
+    * :exc:`DownloadRefused` — another try here would end the same
+    * :exc:`PageInPlace` — a web page came in the place of the file
     * :exc:`DownloadCancelled` — the caller asked the download to stop
     * :exc:`StoreError` — the models folder cannot hold or give what is asked
 
@@ -23,16 +24,23 @@
     * :exc:`DuplicateWorker` — another process uses this worker's identity; exit status 76
     * :exc:`RefusedByStudio` — token refused, worker deleted, registration rejected; exit status 77
 
-  * :exc:`JobError` — one job cannot be done; the worker goes on
+  * :exc:`JobError` — one job could not be done; the worker goes on
 
     * :exc:`JobCancelled` — the job was stopped before its end
+    * :exc:`JobImpossible` — no worker can do it
+    * :exc:`FileDamaged` — a model's file cannot be understood; whether it is the right one is not known yet
+    * :exc:`NotServed` — this worker lacks what it needs, another one may have it
 
   * :exc:`ControlError` — the running service could not be asked
 
     * :exc:`ServiceNotRunning` — there is none; exit status 3
     * :exc:`ControlDenied` — this user may not ask it; exit status 4
 
-Exceptions carry their facts as attributes; ``str()`` makes the sentence an operator reads.
+Exceptions carry their facts as attributes; ``str()`` makes the sentence an operator reads. Two are on
+every error, since they are two questions: ``is_final_here`` (does another try on this box end the same?) and
+``is_jobs_fault`` (can no worker do the job?). Only the second may make a studio give a job up: a wrong clock,
+a certificate that is not known here, a captive portal's page, a full disk are this box's faults.
+
 Exit statuses follow sysexits(3); those of asking the service are the LSB's for init scripts.
 """
 
@@ -47,6 +55,21 @@ class StudioWorkerError(Exception):
     """Base of every error this package raises on purpose; its text is one sentence for the operator."""
 
     exit_status: ClassVar[int] = 1
+
+    @property
+    def is_final_here(self) -> bool:
+        """Whether another try on this box, as it is, would end the same."""
+        return self.is_jobs_fault
+
+    @property
+    def is_jobs_fault(self) -> bool:
+        """Whether no worker can do the job. Where nobody can tell, another one may."""
+        return False
+
+    @property
+    def retryable(self) -> bool:
+        """What the studio is told of a job that ended so."""
+        return not self.is_jobs_fault
 
 
 class ConfigError(StudioWorkerError):
@@ -92,6 +115,11 @@ class DeviceError(StudioWorkerError):
     exit_status: ClassVar[int] = 69  # EX_UNAVAILABLE
 
 
+_PASSING_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+_GONE_STATUSES = frozenset({404, 410})
+_MISMATCHES = frozenset({"sha256 mismatch", "size mismatch"})
+
+
 class DownloadError(StudioWorkerError):
     """A file could not be fetched or verified.
 
@@ -110,18 +138,46 @@ class DownloadError(StudioWorkerError):
         self.status = status
 
     @property
-    def may_pass(self) -> bool:
-        """Whether another try, or another worker, may succeed: network yes, wrong hash no."""
+    def is_final_here(self) -> bool:
+        """Whether asking again would bring the same: the one place that decides."""
         if self.status is not None:
-            return self.status in {401, 403, 408, 429} or self.status >= 500
-        return self.reason not in {"sha256 mismatch", "size mismatch"}
+            return self.status not in _PASSING_STATUSES
+        return self.reason in _MISMATCHES
+
+    @property
+    def is_jobs_fault(self) -> bool:
+        """Whether no worker gets the file: its host has none, or another one than the studio registered."""
+        if self.status is not None:
+            # All others depend on who asks: a token that this box lacks, a proxy, the country it is in.
+            return self.status in _GONE_STATUSES
+        return self.reason in _MISMATCHES
 
 
 class DownloadRefused(DownloadError):
-    """A request that must not be made, or an answer that would be the same on another try."""
+    """A request that must not be made, or an answer that would be the same on another try here.
+
+    Args:
+        is_jobs_fault: whether it is the address itself that no worker may use.
+    """
+
+    def __init__(self, reason: str, message: str, *, is_jobs_fault: bool = False) -> None:
+        super().__init__(reason, message)
+        self._is_jobs_fault = is_jobs_fault
 
     @property
-    def may_pass(self) -> bool:
+    def is_final_here(self) -> bool:
+        return True
+
+    @property
+    def is_jobs_fault(self) -> bool:
+        return self._is_jobs_fault
+
+
+class PageInPlace(DownloadError):
+    """A web page came in the place of the file: from a captive portal, or a login that this box lacks."""
+
+    @property
+    def is_jobs_fault(self) -> bool:
         return False
 
 
@@ -204,23 +260,45 @@ class RefusedByStudio(ProtocolError):
 
 
 class JobError(StudioWorkerError):
-    """One job cannot be done; the worker reports it and goes on.
+    """One job could not be done this time: a later try, here or elsewhere, may do it.
 
-    Args:
-        message: the sentence the studio gets.
-        retryable: whether another try, or another worker, may mend it.
+    The worker reports it and goes on; its text is the sentence that the studio gets.
     """
-
-    def __init__(self, message: str, *, retryable: bool) -> None:
-        super().__init__(message)
-        self.retryable = retryable
 
 
 class JobCancelled(JobError):
     """The job was stopped before its end; another worker, or a later try, can do it."""
 
     def __init__(self, message: str = "the worker is stopping") -> None:
-        super().__init__(message, retryable=True)
+        super().__init__(message)
+
+
+class JobImpossible(JobError):
+    """No worker can do the job: what it asks for cannot be, or what it brings is damaged."""
+
+    @property
+    def is_jobs_fault(self) -> bool:
+        return True
+
+
+class FileDamaged(JobError):
+    """A model's file cannot be understood. Its hash says whether it is the one that the studio registered.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class NotServed(JobError):
+    """This worker lacks what the job needs: an engine, a family, a kind of file. Another may have it."""
+
+    @property
+    def is_final_here(self) -> bool:
+        return True
 
 
 class ControlError(StudioWorkerError):

@@ -37,14 +37,22 @@ class _Wrong(Exception):
 
 def impostor(path: Path) -> str | None:
     """What a file that should be a model is instead, where that is plain to see."""
-    with path.open("rb") as file:
-        start = file.read(512)
-    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if text.startswith(_HTML) or (text.startswith(b"<?xml") and b"<html" in text):
+    if is_page(path):
         return "an HTML page"
-    if start.startswith(_LFS_POINTER):
+    if _start(path).startswith(_LFS_POINTER):
         return "a git-lfs pointer, not the file it points to"
     return None
+
+
+def is_page(path: Path) -> bool:
+    """Whether the file is a web page."""
+    text = _start(path).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return text.startswith(_HTML) or (text.startswith(b"<?xml") and b"<html" in text)
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(512)
 
 
 def header_problem(path: Path, filename: str) -> str | None:

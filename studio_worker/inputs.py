@@ -13,7 +13,7 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from studio_worker.download import fetch_bytes
-from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused
+from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.networks import Networks
 from studio_worker.policy import Policy
 
@@ -46,17 +46,12 @@ def input_fetcher(
         for delay_s in (*_DELAYS_S, None):
             try:
                 return fetch_bytes(url, max_bytes=MAX_BYTES, policy=guarded, cancel=cancel, until=until)
+            except DownloadCancelled:
+                raise
             except DownloadError as error:
-                if delay_s is None or not _may_pass(error) or time.monotonic() + delay_s > until:
+                if delay_s is None or error.is_final_here or time.monotonic() + delay_s > until:
                     raise
             policy.wait(cancel, delay_s)
         raise AssertionError("the last try returns or raises")
 
     return fetch
-
-
-def _may_pass(error: DownloadError) -> bool:
-    """Whether asking again in a moment may help."""
-    if isinstance(error, DownloadRefused | DownloadCancelled) or error.reason == "size mismatch":
-        return False
-    return error.status is None or error.status == 429 or error.status >= 500

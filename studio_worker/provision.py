@@ -191,7 +191,7 @@ class LaterProvision:
             except DownloadCancelled:
                 return
             except DownloadError as error:
-                wait_s = next(waits) if error.may_pass else None
+                wait_s = None if error.is_jobs_fault else next(waits)
                 log.error(
                     "required models could not be provisioned",
                     extra={"op": "provision", "error": str(error), "retry_in_s": wait_s},

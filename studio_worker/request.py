@@ -130,28 +130,34 @@ def _follow(
 
 
 def _untrusted(name: str, via: str, error: requests.exceptions.SSLError) -> DownloadError:
-    """A certificate that is not believed stays so; other troubles of TLS may pass."""
+    """A certificate that is not believed stays so for now; other troubles of TLS may pass."""
     innermost = cause(error)
     if not innermost.startswith("SSLCertVerificationError"):
         return DownloadError("request error", f"GET {name}: {via}{innermost}")
     return DownloadRefused(
         "request error",
-        f"GET {name}: {via}{innermost}; a certificate authority of your own goes into [models] ca_bundle",
+        f"GET {name}: {via}{innermost}; see the machine's clock; a certificate authority of your own goes "
+        "into [models] ca_bundle",
     )
 
 
 def _checked(url: str, name: str, via: str, policy: Policy) -> str:
-    """``url`` as it will be used. That spelling is checked too: parsers disagree on some host names."""
+    """``url`` as it will be used. That spelling is checked too: parsers disagree on some host names.
+
+    A wrong address is the job's own fault, but not one that a redirect led to: a captive portal's, say.
+    """
     try:
         used = requests.Request("GET", url).prepare().url or ""
     except (requests.RequestException, ValueError):
-        raise DownloadRefused("request error", f"GET {name}: {via}is not a valid URL") from None
+        raise DownloadRefused(
+            "request error", f"GET {name}: {via}is not a valid URL", is_jobs_fault=not via
+        ) from None
     for spelling in (url, used):
         if problem := url_problem(spelling, allow_insecure=policy.allow_insecure):
-            raise DownloadRefused("request error", f"GET {name}: {via}{problem}")
+            raise DownloadRefused("request error", f"GET {name}: {via}{problem}", is_jobs_fault=not via)
     host = urlsplit(used).hostname or ""
     if policy.networks is not None and (problem := policy.networks.literal_problem(host)):
-        raise DownloadRefused("request error", f"GET {name}: {via}{problem}")
+        raise DownloadRefused("request error", f"GET {name}: {via}{problem}", is_jobs_fault=not via)
     return used
 
 

@@ -158,12 +158,10 @@ class Worker:
             self._reports.job_made()
         except JobCancelled as error:
             self._report(job, str(error), retryable=True, handed_back=True)
-        except JobError as error:
-            self._report(job, str(error), retryable=error.retryable)
         except DownloadCancelled:
             self._report(job, self._cancel.reason, retryable=True, handed_back=True)
-        except DownloadError as error:
-            self._report(job, str(error), retryable=error.may_pass)
+        except (JobError, DownloadError) as error:
+            self._report(job, str(error), retryable=error.retryable)
         except DeviceError as error:
             self._report(job, str(error), retryable=True)
             raise
@@ -266,4 +264,4 @@ class Worker:
 
 
 def _disk_error(what: str, error: OSError) -> JobError:
-    return JobError(f"{what}: {error.strerror}", retryable=True)
+    return JobError(f"{what}: {error.strerror}")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from studio_worker.engine import Progress, Request
-from studio_worker.errors import JobError
+from studio_worker.errors import JobError, JobImpossible
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile, ModelFile
 from studio_worker.outbox import Outbox
@@ -39,7 +39,7 @@ class GatedEngine:
                 return Picture(b"picture", "png", {"seed": 1})
             if end == "bug":
                 raise RuntimeError("a bug")
-            raise JobError("it failed", retryable=end == "may pass")
+            raise (JobError if end == "may pass" else JobImpossible)("it failed")
         finally:
             self.at_work -= 1
 

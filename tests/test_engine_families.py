@@ -30,7 +30,7 @@ from studio_worker import sample_model
 from studio_worker.engine.checkpoint import read_checkpoint
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.component import CONFIGS
-from studio_worker.errors import JobError
+from studio_worker.errors import FileDamaged, JobError, NotServed
 from studio_worker.models import FileRole, LocalFile
 from tests.engine_lab import write_header
 from tests.tiny_models import ldm_layout
@@ -193,7 +193,7 @@ def test_foreign_family_is_refused_by_name(
     path = write_header(tmp_path / "model.safetensors", tensors)
     with pytest.raises(JobError, match=f"is {name}.*does not serve; it serves sd1, .*z-image") as caught:
         name_of(path)
-    assert not caught.value.retryable
+    assert caught.value.is_final_here
 
 
 PACKED: dict[str, dict[str, torch.Tensor]] = {
@@ -230,7 +230,7 @@ def test_packing_that_is_not_read_is_refused_by_name(kind: str, tmp_path: Path) 
         JobError, match=rf"weights in .*{kind}.*register it in BF16 or F16, .*fp8_scaled.* GGUF"
     ) as caught:
         name_of(tmp_path / "model.safetensors", "diffusion-model")
-    assert not caught.value.retryable
+    assert caught.value.is_final_here
 
 
 def test_unknown_family_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_unknown_family_is_refused_with_what_was_looked_for(tmp_path: Path) -> N
         JobError, match=r"no known model family.* 1 tensors, among them encoder\.weight"
     ) as caught:
         name_of(path)
-    assert not caught.value.retryable
+    assert caught.value.is_final_here
 
 
 def test_another_size_of_a_family_is_refused_with_the_shapes(tmp_path: Path) -> None:
@@ -319,9 +319,8 @@ def test_wrong_kind_of_file_is_refused_by_name(content: bytes, says: str, tmp_pa
     """Pickle in any wrapping, and whatever else is no weights file, is refused by name and never loaded."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(JobError, match=says) as caught:
+    with pytest.raises((NotServed, FileDamaged), match=says):
         read_checkpoint(path)
-    assert not caught.value.retryable
 
 
 @pytest.mark.parametrize("length", [0x7B, 0x5B, 0x7B20, 0x3C])

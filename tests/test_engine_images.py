@@ -63,7 +63,6 @@ def test_sixteen_bit_grey_is_scaled() -> None:
     ("data", "says"),
     [
         (b"", "is empty"),
-        (b"<!DOCTYPE html><html>login</html>", "is a web page; the address may want a login"),
         (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "is an SVG drawing"),
         (b'{"error": "gone"}', "is JSON text"),
         (b"\0\0\0\x18ftypheic\0\0\0\0", "is a HEIC photo"),
@@ -79,6 +78,13 @@ def test_no_picture_is_refused(data: bytes, says: str) -> None:
     with pytest.raises(JobError, match=f"initial picture .*{says}") as caught:
         decode_picture(data, "initial picture", 64, 64)
     assert not caught.value.retryable
+
+
+def test_page_in_a_pictures_place_may_be_this_boxs_own_trouble() -> None:
+    """A web page where a picture should be is what a captive portal sends: another worker may get the picture."""
+    with pytest.raises(JobError, match="initial picture is a web page; .* login, or the network") as caught:
+        decode_picture(b"<!DOCTYPE html><html>login</html>", "initial picture", 64, 64)
+    assert caught.value.retryable
 
 
 def test_decompression_bomb_is_refused_before_decoding() -> None:

@@ -191,7 +191,7 @@ def test_what_is_no_lora_of_this_family_is_refused(
     path = write_header(tmp_path / "bad.safetensors", tensors)
     with pytest.raises(JobError, match=says) as caught:
         make(engine, LocalFile("lora", path, "bad"))
-    assert not caught.value.retryable
+    assert caught.value.is_final_here
 
 
 FOREIGN = {
@@ -219,7 +219,7 @@ def test_lora_of_another_family_is_refused_on_z_image(tiny: Tiny, tmp_path: Path
     lora = LocalFile("lora", tmp_path / "other.safetensors", kind)
     with pytest.raises(JobError, match=r"LoRA other\.safetensors") as caught:
         tiny.picture(transformer_file(tiny, "original"), text_encoder_file(tiny), vae_file(tiny), lora)
-    assert not caught.value.retryable
+    assert caught.value.is_final_here
 
 
 def test_lora_of_another_size_is_refused(
@@ -263,4 +263,4 @@ def test_impossible_tag_is_refused(tmp_path: Path, tag: str) -> None:
     """A tag that names a file the source does not bring, or no sensible weight, is an error."""
     with pytest.raises(JobError, match="LoRA") as caught:
         asked_loras(f"red {tag}", [LocalFile("lora", tmp_path / "a.safetensors", "a")])
-    assert not caught.value.retryable
+    assert caught.value.is_final_here

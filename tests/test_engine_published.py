@@ -157,7 +157,7 @@ def test_neighbour_is_refused_by_name(shapes: Shapes, says: str, tmp_path: Path)
     """What is near a served family and is none is refused by its own name."""
     with pytest.raises(JobError, match=f"is {says}.* does not serve") as caught:
         identify([header(tmp_path, shapes, "diffusion-model")])
-    assert not caught.value.retryable
+    assert caught.value.is_final_here
 
 
 def test_text_encoders_find_their_places(tmp_path: Path) -> None:

@@ -356,7 +356,7 @@ def test_edit_without_vision_encoder_says_what_to_register(
     parts = (files[0], language_gguf(tiny, None), files[2])
     with pytest.raises(JobError, match=r"role text-encoder-vision .*mmproj") as caught:
         make(engine, parts, inputs=Inputs(ref_image=encoded(reference)))
-    assert not caught.value.retryable
+    assert caught.value.is_final_here
 
 
 def zero_cond_t(tiny: Tiny, folder: Path) -> Tiny:

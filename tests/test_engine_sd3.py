@@ -328,4 +328,4 @@ def test_tensor_of_a_strange_name_is_refused(
     vae = safetensors(tiny.folder / "vae.safetensors", "vae", compvis_vae(state(tiny.parts["vae"]), 4))
     with pytest.raises(JobError, match=r"holds no whole .*: ValueError") as caught:
         make(engine, [strange, vae, *text_files])
-    assert not caught.value.retryable
+    assert caught.value.is_final_here

@@ -98,7 +98,7 @@ def test_missing_component_names_role_and_forms(parts: dict[str, LocalFile], rol
         JobError, match=rf"sample needs .* role {role}, safetensors or GGUF.*brings none"
     ) as c:
         identify(files)
-    assert not c.value.retryable
+    assert c.value.is_final_here
 
 
 def test_wrong_component_says_what_is_wrong_with_it(parts: dict[str, LocalFile], tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_inpainting_model_without_mask_is_refused_before_it_is_loaded(
     monkeypatch.setattr("studio_worker.engine.loader.load_part", pytest.fail)
     with pytest.raises(JobError, match=r"tiny-sd .*only .*maskUrl") as caught:
         sd_inpaint.picture(file, inputs=inputs)
-    assert not caught.value.retryable
+    assert caught.value.is_final_here
 
 
 # --- Stable Diffusion XL ---
@@ -323,7 +323,7 @@ def test_playground_is_refused_by_name(xl: Tiny) -> None:
     file = tiny_models.write_safetensors(xl.folder / "playground.safetensors", state, "model")
     with pytest.raises(JobError, match=r"is Playground 2\.5, which this worker does not serve") as caught:
         xl.picture(file)
-    assert not caught.value.retryable
+    assert caught.value.is_final_here
 
 
 def test_xl_whole_checkpoint_as_gguf(xl: Tiny) -> None:

@@ -59,7 +59,7 @@ def test_other_quantisations_are_refused_by_name(type_: Type, tmp_path: Path) ->
     path = write_blocks(tmp_path / "x.gguf", type_, blocks)
     with pytest.raises(JobError, match=rf"weights of type {type_.name}.* one of BF16, .*Q4_K") as caught:
         read_tensors(section(path), CPU, torch.float32)
-    assert not caught.value.retryable
+    assert caught.value.is_final_here
 
 
 def test_newer_quantisation_is_refused_as_such(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_newer_quantisation_is_refused_as_such(tmp_path: Path) -> None:
     path.write_bytes(content[:at] + (99).to_bytes(4, "little") + content[at + 4 :])
     with pytest.raises(JobError, match=r"does not know \(ggml's number 99\); register another one") as caught:
         section(path)
-    assert not caught.value.retryable
+    assert caught.value.is_final_here
 
 
 @pytest.mark.parametrize(("shape", "stays"), [((40, 96), True), ((64, 40), False)])
@@ -186,7 +186,7 @@ def test_whole_numbers_are_no_weights(type_: torch.dtype, tmp_path: Path) -> Non
     save_file({"a.weight": torch.ones(2, 2, dtype=type_)}, tmp_path / "x.safetensors")
     with pytest.raises(JobError, match=r"weights of type [UI]\d+, .* one of BF16, F16, F32") as caught:
         read_tensors(section(tmp_path / "x.safetensors"), CPU, torch.float32)
-    assert not caught.value.retryable
+    assert caught.value.is_final_here
 
 
 def test_file_that_changed_is_read_again(tmp_path: Path) -> None:

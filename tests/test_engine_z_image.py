@@ -108,7 +108,7 @@ def assert_refused(tiny: Tiny, text: str, *parts: LocalFile) -> None:
     """No picture is made of ``parts``, and no other worker need try; the message matches ``text``."""
     with pytest.raises(JobError, match=text) as caught:
         tiny.picture(*parts)
-    assert not caught.value.retryable
+    assert caught.value.is_final_here
 
 
 @pytest.mark.parametrize("left_out", [0, 1, 2])

@@ -15,7 +15,14 @@ import pytest
 
 from studio_worker.activity import Activity
 from studio_worker.engine import Engine, Progress, Request, Router
-from studio_worker.errors import DeviceError, DownloadError, DownloadRefused, JobError, StoreError
+from studio_worker.errors import (
+    DeviceError,
+    DownloadError,
+    DownloadRefused,
+    JobError,
+    JobImpossible,
+    StoreError,
+)
 from studio_worker.jobs import Cancel, ImageTask, Job, Picture
 from studio_worker.models import LocalFile, ModelSource, RequiredModel
 from studio_worker.outbox import Outbox
@@ -116,8 +123,8 @@ def test_worker_puts_finished_pictures_into_the_outbox(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "retryable"),
     [
-        (JobError("not possible", retryable=False), False),
-        (JobError("try again", retryable=True), True),
+        (JobImpossible("not possible"), False),
+        (JobError("try again"), True),
         (RuntimeError("a hidden castle burst"), True),
         (MemoryError(), True),
     ],
@@ -151,7 +158,8 @@ def test_worker_reports_a_crash_without_the_prompt(tmp_path: Path, caplog: pytes
         (DownloadError("non-success status", "GET x -> 404", status=404), False),
         (DownloadError("non-success status", "GET x -> 503", status=503), True),
         (DownloadError("sha256 mismatch", "GET x: sha256 mismatch"), False),
-        (DownloadRefused("request error", "GET x: is plain http"), False),
+        (DownloadRefused("request error", "GET x: is plain http", is_jobs_fault=True), False),
+        (DownloadRefused("request error", "GET x: its certificate is not trusted"), True),
         (StoreError("disk full"), True),
     ],
 )
@@ -277,7 +285,7 @@ def test_worker_that_loads_a_model_from_a_slow_disk_is_not_stuck(
 def test_worker_logs_a_failed_job_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A failed job is one line with its id, model, reason, and whether a retry may help."""
     source = Source(job("a"))
-    worker, _, _ = make(tmp_path, source, {"a": raises(JobError("no such sampler", retryable=False))})
+    worker, _, _ = make(tmp_path, source, {"a": raises(JobImpossible("no such sampler"))})
     with caplog.at_level(logging.INFO):
         worker.run()
     lines = [record for record in caplog.records if record.message == "job failed"]
@@ -448,7 +456,7 @@ def test_worker_preloads_models_in_their_order(tmp_path: Path, caplog: pytest.Lo
     """
 
     def broken(go_on: Callable[[], bool]) -> bool:
-        raise JobError("no room", retryable=True)
+        raise JobError("no room")
 
     engine = KeepingEngine({"a": broken})
     with caplog.at_level(logging.INFO):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from studio_worker.errors import JobError
+from studio_worker.errors import NotServed
 from studio_worker.jobs import Cancel, ImageTask, Picture
 from studio_worker.models import CliDefaults, LocalFile, ModelSource
 
@@ -144,12 +144,12 @@ class Router:
         """The engine that reads ``source``.
 
         Raises:
-            JobError: this worker has no such engine (not retryable: no other worker of its kind has it).
+            NotServed: this worker has no such engine.
         """
         name = source.engine
         if name not in self._factories:
             known = ", ".join(sorted(self._factories))
-            raise JobError(f"unknown engine {name!r}; this worker has {known}", retryable=False)
+            raise NotServed(f"unknown engine {name!r}; this worker has {known}")
         if name not in self._engines:
             self._engines[name] = self._factories[name]()
         return self._engines[name]

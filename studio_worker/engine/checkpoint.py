@@ -17,7 +17,7 @@ from typing import Literal
 from safetensors import SafetensorError, safe_open
 
 from studio_worker.engine.gguf_files import DAMAGE, Shape, Stated, open_gguf, piece_count, shape_of, stated
-from studio_worker.errors import JobError
+from studio_worker.errors import FileDamaged, JobError, NotServed
 
 _MAGIC_BYTES = 512
 """Enough for every signature below; tar's stands at 257."""
@@ -28,6 +28,8 @@ _NEWER = re.compile(r"(?:np\.uint32\()?(\d{1,4})\)? is not a valid GGMLQuantizat
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit. No text begins with bytes that make so small a number."""
+
+_WANTED = "weights must be safetensors or GGUF files"
 
 
 @dataclass(frozen=True)
@@ -48,25 +50,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """The header of the weights file at ``path``.
 
     Raises:
-        JobError: it is no safetensors or GGUF file, or a piece of one (not retryable), or it is damaged or
-            cannot be read (retryable: another copy may be whole).
+        FileDamaged: it is no weights file at all, or not a whole one.
+        NotServed: weights, but of a kind that is not read here: pickle, a piece of a file, a newer
+            quantisation.
+        JobError: the disk does not give it.
     """
     try:
         with path.open("rb") as file:
             start = file.read(_MAGIC_BYTES)
     except OSError as error:
-        raise JobError(f"{path.name} cannot be read: {error.strerror}", retryable=True) from error
+        raise JobError(f"{path.name} cannot be read: {error.strerror}") from error
     if _is_safetensors(start):
         return _safetensors(path)
-    foreign = _foreign_kind(path, start)
-    if foreign:
-        raise JobError(
-            f"{path.name} is {foreign}; weights must be safetensors or GGUF files", retryable=False
-        )
+    if kind := _pickle_kind(path, start):
+        raise NotServed(f"{path.name} is {kind}; {_WANTED}")
+    if kind := _foreign_kind(start):
+        raise FileDamaged(path, f"{path.name} is {kind}; {_WANTED}")
     if start.startswith(b"GGUF"):
         return _gguf(path)
     if len(start) > _LENGTH.size:
-        raise JobError(f"{path.name} is neither a safetensors nor a GGUF file", retryable=False)
+        raise FileDamaged(path, f"{path.name} is neither a safetensors nor a GGUF file")
     return _safetensors(path)
 
 
@@ -77,14 +80,19 @@ def _is_safetensors(start: bytes) -> bool:
     return bool(_LENGTH.unpack_from(start)[0] <= _MAX_HEADER_BYTES)
 
 
-def _foreign_kind(path: Path, start: bytes) -> str:
-    """What the file is where it is a known kind that is no weights file, else an empty string."""
+def _pickle_kind(path: Path, start: bytes) -> str:
+    """What the file is where it holds, or may hold, pickled weights, else an empty string."""
     if start.startswith(b"\x80") and start[1:2] in {b"\x02", b"\x03", b"\x04", b"\x05"}:  # PROTO opcode
         return "a Python pickle (.pt, .ckpt, .bin), which can run code when loaded"
     if start.startswith(b"PK\x03\x04"):
         return _zip_kind(path)
     if start[257:262] == b"ustar":
         return "a tar archive (an old .pt or .ckpt holds pickle), which can run code when loaded"
+    return ""
+
+
+def _foreign_kind(start: bytes) -> str:
+    """What the file is where it is a known kind that is no weights file, else an empty string."""
     if start.startswith(b"\x89HDF\r\n"):
         return "an HDF5 (Keras) file"
     if start.startswith((b"lmgg", b"tjgg", b"fmgg")):
@@ -119,9 +127,8 @@ def _safetensors(path: Path) -> Checkpoint:
             types = {name: each.get_dtype() for name, each in slices.items()}
     except (SafetensorError, OSError) as error:
         # The library names its checks (InvalidHeaderLength, MetadataIncompleteBuffer, …), never the content.
-        raise JobError(
-            f"{path.name} is not a whole safetensors file ({path.stat().st_size} bytes): {error}",
-            retryable=True,
+        raise FileDamaged(
+            path, f"{path.name} is not a whole safetensors file ({path.stat().st_size} bytes): {error}"
         ) from error
     return Checkpoint(path, "safetensors", shapes, types)
 
@@ -134,19 +141,17 @@ def _gguf(path: Path) -> Checkpoint:
         facts, pieces = stated(reader), piece_count(reader)
     except DAMAGE as error:
         if newer := _NEWER.match(str(error)):
-            raise JobError(
+            raise NotServed(
                 f"{path.name} has weights of a quantisation that this worker does not know (ggml's number "
-                f"{newer[1]}); register another one, such as Q4_K, Q6_K or Q8_0",
-                retryable=False,
+                f"{newer[1]}); register another one, such as Q4_K, Q6_K or Q8_0"
             ) from error
-        raise JobError(
+        raise FileDamaged(
+            path,
             f"{path.name} is not a whole GGUF file ({path.stat().st_size} bytes): {type(error).__name__}",
-            retryable=True,
         ) from error
     if pieces > 1:
-        raise JobError(
+        raise NotServed(
             f"{path.name} is one of {pieces} pieces of a GGUF file; register the single file that "
-            "llama-gguf-split --merge makes of them",
-            retryable=False,
+            "llama-gguf-split --merge makes of them"
         )
     return Checkpoint(path, "gguf", shapes, types, facts)

@@ -32,7 +32,7 @@ from studio_worker.engine.placement import Footprint, Plan
 from studio_worker.engine.rendering import LoadedModel, Rendered, Starting
 from studio_worker.engine.residency import Residency
 from studio_worker.engine.sources import Sources
-from studio_worker.errors import JobError
+from studio_worker.errors import JobError, JobImpossible
 from studio_worker.jobs import Cancel, ImageTask, Picture
 from studio_worker.models import CliDefaults, LocalFile
 
@@ -212,17 +212,14 @@ def _check_inputs(task: ImageTask, inputs: Inputs) -> None:
     ):
         if (url is None) != (data is None):
             # Without this a picture that was never fetched would silently become text-to-image.
-            raise JobError(f"{name} and the fetched inputs do not agree", retryable=True)
+            raise JobError(f"{name} and the fetched inputs do not agree")
     if inputs.init_image is not None and inputs.ref_image is not None:
-        raise JobError(
+        raise JobImpossible(
             "initImageUrl and refImageUrl in one task: a picture is either changed (image-to-image) or read "
-            "(edit by reference)",
-            retryable=False,
+            "(edit by reference)"
         )
     if inputs.mask is not None and inputs.init_image is None and inputs.ref_image is None:
-        raise JobError(
-            "maskUrl without initImageUrl or refImageUrl: there is no picture to change", retryable=False
-        )
+        raise JobImpossible("maskUrl without initImageUrl or refImageUrl: there is no picture to change")
 
 
 def _starting(inputs: Inputs, parameters: Parameters) -> Starting:

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from studio_worker import __version__
 from studio_worker.engine.parameters import Parameters, printable
-from studio_worker.errors import JobError
+from studio_worker.errors import JobImpossible
 
 WEBP_QUALITY = 90
 
@@ -38,10 +38,10 @@ _JPEG_EXIF_CHARS = 30_000
 def check_ext(ext: str) -> None:
     """
     Raises:
-        JobError: ``ext`` is no format that is written here; not retryable.
+        JobImpossible: ``ext`` is no format that is written here.
     """
     if ext not in _ENCODERS:
-        raise JobError(f"unknown ext {ext!r}; this worker writes {', '.join(_ENCODERS)}", retryable=False)
+        raise JobImpossible(f"unknown ext {ext!r}; this worker writes {', '.join(_ENCODERS)}")
 
 
 def encode(picture: Image.Image, parameters: Parameters, model: str) -> bytes:

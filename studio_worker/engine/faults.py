@@ -44,8 +44,8 @@ def translated(
 
     Raises:
         DeviceError: the device is lost; the process must end, since CUDA keeps failing after such an error.
-        OutOfMemory: memory ran out; retryable.
-        JobError: a library failed; retryable.
+        OutOfMemory: memory ran out.
+        JobError: a library failed.
     """
     try:
         yield
@@ -74,15 +74,14 @@ def _translate(
         free_gb, total_gb = free_bytes(device) / 2**30, total_bytes(device) / 2**30
         return OutOfMemory(
             f"out of memory on {device}: {free_gb:.1f} of {total_gb:.1f} GiB free with all models unloaded; "
-            "a smaller picture or a device with more memory is needed",
-            retryable=True,
+            "a smaller picture or a device with more memory is needed"
         )
     if is_device_lost(error):
         return DeviceError(
             f"{device} failed ({type(error).__name__}: {_first_line(error)}); the process must be restarted. "
             "If it happens again: look for Xid errors in the kernel log, reload the driver or reboot"
         )
-    return JobError(f"the picture could not be made: {type(error).__name__}", retryable=True)
+    return JobError(f"the picture could not be made: {type(error).__name__}")
 
 
 def _clear_frames(error: Exception) -> None:

@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from studio_worker.errors import JobError
+from studio_worker.errors import JobError, JobImpossible
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Only these of Pillow's decoders are tried, by what the bytes say they are: each further one is attack
@@ -21,7 +21,6 @@ surface, and some need minutes for a small file (those written in Python) or sta
 
 _OTHERS = (
     (rb"\s*(<\?xml.*)?<svg", "an SVG drawing"),
-    (rb"\s*<(!doctype )?html", "a web page; the address may want a login"),
     (rb"\s*[{\[]", "JSON text"),
     (rb"%PDF", "a PDF document"),
     (rb"8BPS", "a Photoshop document"),
@@ -33,6 +32,10 @@ _OTHERS = (
 )
 """What people send in a picture's place, by how it begins, to name it in the error."""
 
+_PAGE = rb"\s*<(!doctype )?html"
+"""What a captive portal or a login sends, which another worker may not meet."""
+
+_BOM = b"\xef\xbb\xbf"
 _MARK_BYTES = 512
 
 MIN_SIDE_PX = 8
@@ -55,7 +58,8 @@ def decode_picture(data: bytes, what: str, width: int, height: int) -> Image.Ima
         what: what the picture is for, to name it in errors.
 
     Raises:
-        JobError: not a picture of a known format, damaged, or too large; not retryable.
+        JobImpossible: not a picture of a known format, damaged, or too large.
+        JobError: a web page came in its place: another worker may get the picture.
     """
     picture = _flatten(_open(data, what), background="white")
     if picture.size != (width, height):
@@ -79,14 +83,14 @@ def decode_mask(data: bytes, width: int, height: int) -> Image.Image:
     Transparent parts keep. A mask of another size is resized without inventing grey levels.
 
     Raises:
-        JobError: as :func:`decode_picture`, or no pixel is white; not retryable.
+        JobError: as :func:`decode_picture`, or no pixel is white.
     """
     grey = _flatten(_open(data, "mask"), background="black").convert("L")
     mask = grey.point([255 if level >= MASK_THRESHOLD else 0 for level in range(256)])
     if mask.size != (width, height):
         mask = mask.resize((width, height), Image.Resampling.NEAREST)
     if mask.getbbox() is None:
-        raise JobError("the mask is black everywhere: white marks what may change", retryable=False)
+        raise JobImpossible("the mask is black everywhere: white marks what may change")
     return mask
 
 
@@ -106,6 +110,10 @@ def _open(data: bytes, what: str) -> Image.Image:
     except (JobError, MemoryError):
         raise
     except UnidentifiedImageError as error:
+        if re.match(_PAGE, data.removeprefix(_BOM)[:_MARK_BYTES], re.IGNORECASE):
+            raise JobError(
+                f"bad input: the {what} is a web page; the address may want a login, or the network one"
+            ) from error
         kind = _kind(data)
         known = ", ".join(FORMATS)
         raise _bad(what, f"is {kind or 'not a picture that is known'}; read are {known}") from error
@@ -127,7 +135,7 @@ def _check_size(picture: Image.Image, what: str) -> None:
 
 def _kind(data: bytes) -> str:
     """What ``data``, which is none of the formats that are read, seems to be; empty where nobody knows."""
-    start = data[:_MARK_BYTES].removeprefix(b"\xef\xbb\xbf")
+    start = data.removeprefix(_BOM)[:_MARK_BYTES]
     matches = (name for mark, name in _OTHERS if re.match(mark, start, re.IGNORECASE | re.DOTALL))
     return next(matches, "")
 
@@ -144,5 +152,5 @@ def _flatten(picture: Image.Image, background: str) -> Image.Image:
     return Image.alpha_composite(ground, with_alpha).convert("RGB")
 
 
-def _bad(what: str, problem: str) -> JobError:
-    return JobError(f"bad input: the {what} {problem}", retryable=False)
+def _bad(what: str, problem: str) -> JobImpossible:
+    return JobImpossible(f"bad input: the {what} {problem}")

@@ -55,7 +55,8 @@ def load_part(part: Part, section: Section, device: torch.device, dtype: torch.d
     Plain weights become ``dtype``; quantised matrices stay as they are and compute in ``dtype``.
 
     Raises:
-        JobError: tensors are missing or misshapen (not retryable), or the file is damaged.
+        NotServed: tensors are missing or misshapen.
+        JobError: the file is damaged.
     """
     layout = part.layout(section)
     if layout is None:
@@ -223,8 +224,7 @@ def load_tokenizer(tokenizer: Tokenizer) -> Any:
     if len(loaded) != tokenizer.size:
         raise JobError(
             f"the tokenizer in {tokenizer.folder} has {len(loaded)} entries instead of {tokenizer.size}: "
-            "this installation is damaged",
-            retryable=True,
+            "this installation is damaged"
         )
     return loaded
 

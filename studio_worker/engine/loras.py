@@ -21,7 +21,7 @@ from diffusers.utils import recurse_remove_peft_layers
 from safetensors.torch import load_file
 
 from studio_worker.engine.checkpoint import read_checkpoint
-from studio_worker.errors import JobError
+from studio_worker.errors import JobImpossible, NotServed
 from studio_worker.models import LocalFile
 
 _TAG = re.compile(r"\s*<lora:([^:<>]+)(?::([^<>]*))?>")
@@ -47,14 +47,13 @@ def asked_loras(prompt: str, files: Sequence[LocalFile]) -> tuple[str, tuple[Lor
     """The prompt without ``<lora:NAME:WEIGHT>``, and every LoRA of ``files`` at the weight it gives, else 1.
 
     Raises:
-        JobError: the prompt names a LoRA that the source does not bring, or an impossible weight; not
-            retryable.
+        JobImpossible: the prompt names a LoRA that the source does not bring, or an impossible weight.
     """
     loras = [Lora(file, 1.0) for file in files if file.role == "lora"]
     for name, written in _TAG.findall(prompt):
         if all(lora.name != name for lora in loras):
             brought = ", ".join(lora.name for lora in loras) or "none"
-            raise _refused(f"the prompt names LoRA {name!r}; the model source brings {brought}")
+            raise JobImpossible(f"the prompt names LoRA {name!r}; the model source brings {brought}")
         weight = _weight(name, written)
         loras = [Lora(lora.file, weight) if lora.name == name else lora for lora in loras]
     text = _TAG.sub("", prompt).strip() if loras else prompt
@@ -67,7 +66,7 @@ def _weight(name: str, written: str) -> float:
     except ValueError:
         weight = float("nan")
     if not -MAX_WEIGHT <= weight <= MAX_WEIGHT:
-        raise _refused(f"LoRA {name!r} has weight {written!r}; it is a number from -10 to 10")
+        raise JobImpossible(f"LoRA {name!r} has weight {written!r}; it is a number from -10 to 10")
     return weight
 
 
@@ -82,7 +81,8 @@ class Adapters:
         """Bring exactly ``loras`` into the components of ``pipeline``.
 
         Raises:
-            JobError: a file is damaged (retryable), or is no LoRA for this family.
+            FileDamaged: a file is not whole.
+            NotServed: it is no LoRA for this family.
         """
         components = _components(pipeline)
         if loras == self._loras and _same(self._adapted, components):
@@ -127,9 +127,9 @@ def _same(adapted: Sequence[weakref.ref[Any]], components: Sequence[Any]) -> boo
 def _load(pipeline: Any, lora: Lora, adapter: str) -> None:
     path = lora.file.path
     if read_checkpoint(path).format != "safetensors":
-        raise _refused(f"LoRA {path.name} is a GGUF file; register it as safetensors")
+        raise NotServed(f"LoRA {path.name} is a GGUF file; register it as safetensors")
     if not hasattr(pipeline, "load_lora_weights"):
-        raise _refused(f"LoRA {path.name}: this model family has no LoRAs")
+        raise NotServed(f"LoRA {path.name}: this model family has no LoRAs")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
@@ -141,14 +141,10 @@ def _load(pipeline: Any, lora: Lora, adapter: str) -> None:
             raise
         raise _unfit(path.name, error) from error
     if not any(adapter in names for names in pipeline.get_list_adapters().values()):
-        raise _refused(f"LoRA {path.name} has no tensor for any component of this model family")
+        raise NotServed(f"LoRA {path.name} has no tensor for any component of this model family")
 
 
-def _unfit(name: str, error: Exception) -> JobError:
+def _unfit(name: str, error: Exception) -> NotServed:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = next((line for line in lines if "size mismatch" in line), lines[0])
-    return _refused(f"LoRA {name} does not fit this model: {told[:200]}")
-
-
-def _refused(problem: str) -> JobError:
-    return JobError(problem, retryable=False)
+    return NotServed(f"LoRA {name} does not fit this model: {told[:200]}")

@@ -11,7 +11,7 @@ import math
 import secrets
 from dataclasses import dataclass
 
-from studio_worker.errors import JobError
+from studio_worker.errors import JobImpossible
 from studio_worker.jobs import ImageTask
 from studio_worker.models import CliDefaults
 
@@ -83,7 +83,7 @@ def resolve(task: ImageTask, model: CliDefaults, engine: EngineDefaults, *, from
         from_image: whether there is an initial picture, so that ``denoise`` means something.
 
     Raises:
-        JobError: a value is outside its limits; not retryable.
+        JobImpossible: a value is outside its limits.
     """
     own_steps = 0 if task.steps == STUDIO_STEPS else task.steps
     asked = (task.width or model.width or engine.width, task.height or model.height or engine.height)
@@ -159,5 +159,5 @@ def _seed(seed: int | None) -> int:
     return seed
 
 
-def _refused(problem: str) -> JobError:
-    return JobError(f"bad parameters: {problem}", retryable=False)
+def _refused(problem: str) -> JobImpossible:
+    return JobImpossible(f"bad parameters: {problem}")

@@ -148,7 +148,7 @@ def choose(
         offload: the model asks for that (``offloadToCpu``).
 
     Raises:
-        JobError: there is none; retryable, since another worker may have more.
+        JobError: there is none; another worker may have more.
     """
     plans = [plan for plan in needed.plans() if _can_wait(needed, plan, host)]
     if offload:
@@ -167,8 +167,7 @@ def choose(
     raise JobError(
         f"the picture needs {least / 2**30:.1f} GiB and {device} has {available / 2**30:.1f} GiB for it"
         f"{waiting}; a smaller picture, a smaller quantisation of the model, or a device with more memory is "
-        "needed",
-        retryable=True,
+        "needed"
     )
 
 

@@ -218,6 +218,5 @@ def _check_finite(tensor: torch.Tensor) -> None:
     if not torch.isfinite(tensor).all():
         raise JobError(
             "the model computed numbers that are not finite (NaN), which would be a black picture; "
-            "its weights are damaged or overflow this device's precision",
-            retryable=False,
+            "its weights are damaged or overflow this device's precision"
         )

@@ -38,7 +38,7 @@ from studio_worker.engine.flow_solvers import (
     FlowScheduler,
 )
 from studio_worker.engine.solvers import IPNDM, DPMSolver2Mv2, DPMSolver2SAncestral, IPNDMVariable
-from studio_worker.errors import JobError
+from studio_worker.errors import JobImpossible
 
 _DISTILLED_STEPS = 50
 """Steps of the grid that LCM and TCD models were distilled on: both schedulers' own default."""
@@ -106,12 +106,12 @@ def sampler(name: str, *, flow: bool = False) -> Sampler:
         flow: whether the model predicts a flow.
 
     Raises:
-        JobError: no sampler of that name; not retryable.
+        JobImpossible: no sampler of that name.
     """
     known = FLOW_SAMPLERS if flow else SAMPLERS
     if name in known:
         return known[name]
-    raise JobError(f"unknown samplingMethod {name!r}; known: {', '.join(known)}", retryable=False)
+    raise JobImpossible(f"unknown samplingMethod {name!r}; known: {', '.join(known)}")
 
 
 def make_scheduler(

@@ -129,7 +129,7 @@ def _sections(file: LocalFile) -> tuple[Section, ...]:
     try:
         found = file.path.stat()
     except OSError as error:
-        raise JobError(f"{file.path.name} cannot be read: {error.strerror}", retryable=True) from error
+        raise JobError(f"{file.path.name} cannot be read: {error.strerror}") from error
     return _unchanged_sections(file, found.st_ino, found.st_size, found.st_mtime_ns)
 
 

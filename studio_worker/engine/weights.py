@@ -19,7 +19,7 @@ from studio_worker.engine.eight_bit import EightBitMatrix
 from studio_worker.engine.families.component import Tensors
 from studio_worker.engine.gguf_files import DAMAGE, PLAIN_TYPES, open_gguf
 from studio_worker.engine.sections import Section
-from studio_worker.errors import JobError
+from studio_worker.errors import FileDamaged, JobError, NotServed
 
 _FP8_NOTE = re.compile(r"(^|\.)(scale_weight|scale_input|weight_scale|input_scale|comfy_quant|scaled_fp8)$")
 """What ComfyUI's 8-bit files carry beside each weight (``comfy/ops.py``, ``comfy/quant_ops.py``)."""
@@ -35,7 +35,9 @@ def read_tensors(section: Section, device: torch.device, dtype: torch.dtype) -> 
     ``GGUFParameter``, and matrices of 8-bit floats ``EightBitMatrix``, whose bytes are those of the file.
 
     Raises:
-        JobError: the file is damaged or gone (retryable), or has weights of a type that is not served.
+        FileDamaged: the file is not whole.
+        JobError: the disk does not give it.
+        NotServed: it has weights of a type that is not served.
     """
     if section.shards:
         return {
@@ -51,8 +53,10 @@ def read_tensors(section: Section, device: torch.device, dtype: torch.dtype) -> 
         # Mapped: on the CPU these tensors are pages of the file until they are copied.
         with safe_open(path, framework="pt", device=str(device)) as file:
             return _safetensors(section, file, dtype)
+    except OSError as error:
+        raise JobError(f"{path.name} cannot be read: {error.strerror}") from error
     except (SafetensorError, *DAMAGE) as error:
-        raise JobError(f"{path.name} cannot be read: {type(error).__name__}", retryable=True) from error
+        raise FileDamaged(path, f"{path.name} cannot be read: {type(error).__name__}") from error
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -120,8 +124,7 @@ def _check_types(section: Section) -> None:
         if type_ is None or _FP8_NOTE.search(name):
             continue
         if type_ not in served or (type_ in _INDEX_TYPES and name.endswith(".weight")):
-            raise JobError(
+            raise NotServed(
                 f"{checkpoint.path.name} has weights of type {type_}, which is not served; "
-                f"register a file of one of {', '.join(sorted(served - _INDEX_TYPES))}",
-                retryable=False,
+                f"register a file of one of {', '.join(sorted(served - _INDEX_TYPES))}"
             )

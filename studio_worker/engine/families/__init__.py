@@ -21,7 +21,7 @@ from studio_worker.engine.families.sdxl import SDXL, SDXL_INPAINT, SDXL_V, SDXL_
 from studio_worker.engine.families.stable_diffusion import SAMPLE, SD1, SD1_INPAINT, SD2, SD2_INPAINT
 from studio_worker.engine.families.z_image import Z_IMAGE
 from studio_worker.engine.sections import Section, joined, read_sections
-from studio_worker.errors import JobError
+from studio_worker.errors import JobError, JobImpossible
 from studio_worker.models import LocalFile
 
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
@@ -52,12 +52,14 @@ def identify(files: Sequence[LocalFile], families: Sequence[Family] = FAMILIES) 
     A file of a component's own role wins over a whole checkpoint that holds such a component too.
 
     Raises:
-        JobError: no family, a family that is not served, a component that is missing, a file that is damaged
-        or that nothing needs.
+        NotServed: no family, a family that is not served, a component that is missing, or a file that nothing
+            needs.
+        FileDamaged: a file is not whole.
+        JobImpossible: the source names no model, or several.
     """
     wholes = sum(file.role == "model" for file in files)
     if wholes > 1:
-        raise refused(f"the source names {wholes} files of role model")
+        raise JobImpossible(f"the source names {wholes} files of role model")
     sections = read_sections(files)
     for each in sections:
         if words := packing(each):
@@ -134,13 +136,13 @@ def _refuse_unused(family: Family, sections: Sequence[Section], chosen: dict[str
 def _unknown(sections: Sequence[Section], families: Sequence[Family]) -> JobError:
     served = ", ".join(family.name for family in families)
     if not sections:
-        return refused("the source names no file of role model or diffusion-model")
+        return JobImpossible("the source names no file of role model or diffusion-model")
     for section in sections:
         if section.role in {"model", "diffusion-model"} and (name := recognise(section.checkpoint)):
             return refused(f"{section} is {name}, which this worker does not serve; it serves {served}")
     denoisers = [each for each in sections if each.role in {"model", "diffusion-model"}]
     if not denoisers:
-        return refused(
+        return JobImpossible(
             f"the source names no file of role model or diffusion-model, only {', '.join(map(str, sections))}"
         )
     for section in denoisers:

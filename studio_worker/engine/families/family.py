@@ -27,7 +27,7 @@ from typing import Any, Literal
 from studio_worker.engine.families.component import Part, Tokenizer
 from studio_worker.engine.parameters import MAX_FLOW_SHIFT, EngineDefaults, Parameters
 from studio_worker.engine.sections import Section
-from studio_worker.errors import JobError
+from studio_worker.errors import JobImpossible, NotServed
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Family:
         """The name of diffusers' class for a job of ``kind``.
 
         Raises:
-            JobError: the family has none.
+            NotServed: the family has none.
         """
         name: str | None = getattr(self.pipelines, kind)
         if name is None:
@@ -110,7 +110,7 @@ class Family:
             brought: the names of the parts that the source brings.
 
         Raises:
-            JobError: a job of ``kind`` cannot be done with them; called before anything is loaded.
+            NotServed: a job of ``kind`` cannot be done with them; called before anything is loaded.
         """
         self.pipeline_class(kind)
 
@@ -121,14 +121,14 @@ class Family:
     def check(self, parameters: Parameters) -> None:
         """
         Raises:
-            JobError: parameters that the family does not know; called before anything is loaded.
+            JobImpossible: parameters that the family does not know; called before anything is loaded.
         """
         from studio_worker.engine.samplers import sampler
 
         sampler(parameters.sampler, flow=self.flow)
         given = parameters.flow_shift
         if self.flow and given is not None and self.shift(given) > MAX_FLOW_SHIFT:
-            raise refused(
+            raise JobImpossible(
                 f"flowShift {given:g} leaves every step at full noise: {self.name} takes its logarithm, "
                 f"which is {math.log(MAX_FLOW_SHIFT):.1f} at most"
             )
@@ -201,6 +201,6 @@ class Blueprint:
     sections: Mapping[str, Section]
 
 
-def refused(problem: str) -> JobError:
-    """A source that no try will mend."""
-    return JobError(problem, retryable=False)
+def refused(problem: str) -> NotServed:
+    """A source that this worker cannot serve."""
+    return NotServed(problem)

@@ -10,10 +10,11 @@ from typing import Any
 
 from studio_worker.engine.families.black_forest import from_black_forest
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, read_json
-from studio_worker.engine.families.family import Family, Pipelines, refused, unpacked
+from studio_worker.engine.families.family import Family, Pipelines, unpacked
 from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae
 from studio_worker.engine.families.t5 import T5_TOKENIZER, t5
 from studio_worker.engine.parameters import EngineDefaults, Parameters
+from studio_worker.errors import JobImpossible
 
 DISTILLED_GUIDANCE = 3.5
 """What dev and Kontext are told their guidance is (their model cards, and stable-diffusion.cpp's default)."""
@@ -83,7 +84,7 @@ class Fill(Flux):
     def check(self, parameters: Parameters) -> None:
         super().check(parameters)
         if parameters.guidance != 1:
-            raise refused(
+            raise JobImpossible(
                 f"{self.name} has no classifier-free guidance but a built-in one, which is "
                 f"{self.distilled_guidance:g}: cfgScale must be 1, not {parameters.guidance:g}"
             )
