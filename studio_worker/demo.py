@@ -167,7 +167,7 @@ def _queue(studio: LocalStudio, shown: Shown, source: ModelSource) -> str:
     return studio.queue_job(
         model=MODEL_ID,
         task={"kind": "image", "prompt": shown.prompt, **shown.task},
-        model_source=source.model_copy(update={"engine": shown.engine}),
+        model_source=source,
         asset_name=shown.title,
     )
 

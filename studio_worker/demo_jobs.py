@@ -18,7 +18,6 @@ class Shown:
     title: str
     prompt: str
     task: dict[str, Any] = field(default_factory=dict)
-    engine: str = "sd-cpp"
     must_fail: str = ""
 
 
@@ -55,7 +54,12 @@ def shown_jobs(init_url: str, mask_url: str) -> list[Shown]:
             say("green", "potion", "grass"),
             {"seed": 10, "initImageUrl": init_url, "maskUrl": mask_url, "denoise": 0.9, "ext": "png"},
         ),
-        Shown("unknown engine", say("red", "fish", "white"), engine="onnx", must_fail="unknown engine"),
+        Shown(
+            "unknown sampler",
+            say("red", "fish", "white"),
+            {"samplingMethod": "guess"},
+            must_fail="unknown samplingMethod",
+        ),
         Shown("the one after", say("yellow", "key", "sand"), {"seed": 11}),
         Shown("held-out words", say("pink", "tree", "sky"), {"seed": 12}),
     ]

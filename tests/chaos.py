@@ -182,7 +182,7 @@ class Soak:
         source: Any = {"engine": "synthetic", "files": [], "cliDefaults": {}}
         if number % 40 == 7:
             variant, task = "impossible", {"seed": 1}
-            source = {**source, "engine": "onnx"}
+            source = {**source, "files": [{"role": "model", "url": "https://x/y", "filename": "../y"}]}
         elif self._synthetic or number % 3 == 0:
             seed = chance.randrange(3)
             variant, task = f"synthetic {seed}", {"seed": seed, "width": 192, "height": 192, "steps": 60}
@@ -354,7 +354,7 @@ class Soak:
                 continue
             reason = job.reason or ""
             account.failed[re.sub(r"'[^']*'", "…", reason)] += 1
-            known = "unknown engine" in reason if variant == "impossible" else "crashed twice" in reason
+            known = "malformed" in reason if variant == "impossible" else "crashed twice" in reason
             if job.status is not JobStatus.FAILED or not known:
                 account.wrong.append(f"job {job_id} ({variant}) is {job.status} for reason {reason!r}")
             if self._kept[job_id] and job_id not in self._refused:

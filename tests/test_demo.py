@@ -71,7 +71,7 @@ def test_demo_seeded_pair_is_identical(demo: Ran) -> None:
 def test_demo_shows_a_table_and_the_failure_it_promises(demo: Ran) -> None:
     """The table names each job with its seconds and file; the impossible one failed with its reason."""
     assert "contact sheet" in demo.shown
-    assert "unknown engine" in demo.shown
+    assert "unknown samplingMethod" in demo.shown
     assert "stopped cleanly" in demo.shown
 
 

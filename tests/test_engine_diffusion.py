@@ -412,7 +412,7 @@ class TestBadWeights:
 
     @pytest.mark.parametrize("tensor", [UNET_BIAS, VAE_BIAS, TEXT_BIAS])
     def test_nan_is_no_black_picture(self, engine: DiffusionEngine, tmp_path: Path, tensor: str) -> None:
-        """A model that computes NaN here fails the job instead of delivering black; another card may do better."""
+        """A model that computes NaN fails the job instead of delivering black; another card may do it."""
 
         def spoil(tensors: dict[str, Any]) -> None:
             tensors[tensor][0] = float("nan")

@@ -81,8 +81,8 @@ def test_no_picture_is_refused(data: bytes, says: str) -> None:
 
 
 def test_page_in_a_pictures_place_may_be_this_boxs_own_trouble() -> None:
-    """A web page where a picture should be is what a captive portal sends: another worker may get the picture."""
-    with pytest.raises(JobError, match="initial picture is a web page; .* login, or the network") as caught:
+    """A page in a picture's place is what a captive portal sends: another worker may get the picture."""
+    with pytest.raises(JobError, match=r"initial picture is a web page; .* login, or the network") as caught:
         decode_picture(b"<!DOCTYPE html><html>login</html>", "initial picture", 64, 64)
     assert caught.value.retryable
 

@@ -133,6 +133,7 @@ def test_offer_is_answered_by_the_workers_own_state(situation: Situation, expect
         ({"task": {"kind": "audio_stt", "inputUrl": "x"}}, IDLE, "kind 'audio_stt'"),
         ({"task": {"kind": "audio_tts", "text": "x"}}, IDLE, "kind 'audio_tts'"),
         ({"task": {"kind": "k" * 5000}}, IDLE, "kind 'kkk"),
+        ({"modelSource": {**SOURCE, "engine": "onnx"}}, IDLE, "unknown engine 'onnx'"),
         ({"vramGbEstimate": 9.0}, IDLE, "needs 9 GB and this worker takes up to 8 GB"),
         ({}, replace(IDLE, shortfall_bytes=lambda files: 3_200_000_000), "3.2 GB too little"),
         ({}, replace(IDLE, on_demand=False, is_on_box=lambda files: False), "not on this box"),
@@ -151,7 +152,6 @@ def test_offer_that_another_worker_could_do_is_refused_without_code(
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"modelSource": {**SOURCE, "engine": "onnx"}}, "unknown engine 'onnx'"),
         ({"task": {"kind": "image"}}, "prompt"),
         ({"task": {"kind": "image", "prompt": "x", "denoise": 3}}, "denoise"),
         ({"modelSource": {"files": []}}, "engine"),

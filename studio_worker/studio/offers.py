@@ -145,7 +145,7 @@ def _judge_content(claim: Claim, situation: Situation) -> Judgement:
     source = ModelSource.model_validate(claim.model_source)
     if source.engine not in situation.engines:
         known = ", ".join(sorted(situation.engines))
-        return Impossible(job_id, f"unknown engine {source.engine[:40]!r}; this worker has {known}")
+        return Refuse(job_id, f"unknown engine {source.engine[:40]!r}; this worker has {known}")
     inputs = (task.init_image_url, task.mask_url, task.ref_image_url)
     for url in (*(file.url for file in source.files), *(url for url in inputs if url is not None)):
         if problem := url_problem(url, allow_insecure=situation.allow_insecure_urls):
