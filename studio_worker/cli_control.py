@@ -11,7 +11,7 @@ import typer
 from studio_worker import config
 from studio_worker.cli_options import ConfigDir, Instance, Json, table_console
 from studio_worker.control import ask, runtime_dir
-from studio_worker.snapshot import EndedJob, Snapshot
+from studio_worker.snapshot import EndedJob, GpuFacts, Snapshot
 
 
 def status(
@@ -133,7 +133,23 @@ def _device(snapshot: Snapshot) -> str:
     if not device.name:
         return "not known yet"
     used = "" if device.used_bytes is None else f"{_bytes(device.used_bytes)} used of "
-    return f"{device.name}, {device.description}; {used}{_bytes(device.total_bytes)}"
+    parts = [f"{device.name}, {device.description}", f"{used}{_bytes(device.total_bytes)}"]
+    if (gpu := device.gpu) is not None and (figures := _figures(gpu)):
+        parts.append(figures)
+    return "; ".join(parts)
+
+
+def _figures(gpu: GpuFacts) -> str:
+    parts = []
+    if gpu.temperature_celsius is not None:
+        parts.append(f"{gpu.temperature_celsius:.0f} °C")
+    if gpu.power_watts is not None:
+        parts.append(f"{gpu.power_watts:.0f} W")
+    if gpu.utilization_ratio is not None:
+        parts.append(f"in use {gpu.utilization_ratio:.0%} of the time".replace("%", " %"))
+    if gpu.slowed_by:
+        parts.append(f"slowed by {' and '.join(gpu.slowed_by)}")
+    return ", ".join(parts)
 
 
 def _totals(snapshot: Snapshot) -> str:

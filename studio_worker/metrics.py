@@ -22,7 +22,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from studio_worker.errors import ConfigError
-from studio_worker.snapshot import EndedJob, Snapshot
+from studio_worker.snapshot import EndedJob, GpuFacts, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -218,8 +218,25 @@ def _device(now: Snapshot) -> Iterator[Metric]:
         yield _gauge(
             "device_memory_used_bytes", "What the worker uses of it.", {name: now.device.used_bytes}, "device"
         )
+    if now.device.gpu is not None:
+        yield from _gpu(now.device.gpu)
     resident = {model.model: model.size_bytes for model in now.resident}
     yield _gauge("model_memory_bytes", "Device memory by loaded model.", resident, "model")
+
+
+def _gpu(gpu: GpuFacts) -> Iterator[Metric]:
+    """By its place on the bus; what the card does not tell is left out."""
+    for name, text, value in (
+        ("temperature_celsius", "Temperature of the GPU.", gpu.temperature_celsius),
+        ("power_watts", "Power that the GPU draws.", gpu.power_watts),
+        ("utilization_ratio", "Share of the time in which the GPU computed.", gpu.utilization_ratio),
+        ("memory_used_bytes", "Memory of the GPU in use, by all processes.", gpu.used_bytes),
+    ):
+        if value is not None:
+            yield _gauge(f"gpu_{name}", text, {gpu.pci_bus_id: value}, "pci_bus_id")
+    if gpu.slowed_by is not None:
+        slowed = {cause: cause in gpu.slowed_by for cause in ("heat", "power")}
+        yield _gauge("gpu_slowed", "Whether the GPU's clocks are kept down, by cause.", slowed, "cause")
 
 
 _Value = float | Mapping[str, float]

@@ -65,10 +65,29 @@ def module_version(root: Path = Path("/")) -> str | None:
     return match[1] if match else ""
 
 
-def library_version(maps: str | None = None) -> str | None:
-    """The version of the ``libcuda`` that this process has loaded, by its file's name (proc_pid_maps(5))."""
+def library_path(maps: str | None = None) -> Path | None:
+    """The file of the ``libcuda`` that this process has loaded, also where another has replaced it since
+    (proc_pid_maps(5)).
+    """
     text = Path("/proc/self/maps").read_text() if maps is None else maps
-    match = re.search(r"/libcuda\.so\.(\d+\.\d+(?:\.\d+)?)$", text, re.MULTILINE)
+    match = re.search(r"(/\S*/libcuda\.so\S*)(?: \(deleted\))?$", text, re.MULTILINE)
+    return Path(match[1]) if match else None
+
+
+def library_version(maps: str | None = None) -> str | None:
+    """The version of the ``libcuda`` that this process has loaded, by its file's name."""
+    path = library_path(maps)
+    return None if path is None else _version_of(path)
+
+
+def installed_version() -> str | None:
+    """The version of the ``libcuda`` that another process would load now from where this one has its own."""
+    path = library_path()
+    return None if path is None else _version_of(path.with_name("libcuda.so.1").resolve())
+
+
+def _version_of(library: Path) -> str | None:
+    match = re.fullmatch(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)", library.name)
     return match[1] if match else None
 
 
@@ -129,10 +148,7 @@ def driver_problem(root: Path = Path("/"), library: str | None = None) -> str | 
             "(a new kernel, most often) reinstall the driver, then reboot"
         )
     if module and library and module != library:
-        return (
-            f"the NVIDIA driver's kernel module is {module} and its libraries are {library}: it was "
-            "upgraded while the old one is still loaded; reboot"
-        )
+        return versions_apart(module, library)
     missing = missing_nodes(root)
     if missing == ["/dev/nvidia-uvm"]:
         return "/dev/nvidia-uvm is missing; run `modprobe nvidia-uvm` (the package has it loaded at boot)"
@@ -148,6 +164,27 @@ def driver_problem(root: Path = Path("/"), library: str | None = None) -> str | 
             "(`usermod -aG video,render NAME`), see the unit's DeviceAllow=, and restart the service"
         )
     return None
+
+
+def versions_apart(module: str, library: str) -> str:
+    """What is to be said where the driver's two halves are of these versions, with the cure."""
+    return (
+        f"the NVIDIA driver's kernel module is {module} and its libraries are {library}: it was "
+        "upgraded while the old one is still loaded; reboot"
+    )
+
+
+def has_left_the_bus(pci_bus_id: str, root: Path = Path("/")) -> bool:
+    """Whether a device that was on the bus is no longer there, or answers nothing but ones, as one does that
+    has fallen off (lspci shows it as ``rev ff``).
+    """
+    try:
+        head = (root / "sys/bus/pci/devices" / pci_bus_id / "config").read_bytes()[:4]
+    except FileNotFoundError:
+        return True
+    except OSError:  # not for us to see
+        return False
+    return head == b"\xff\xff\xff\xff"
 
 
 def _gpu_nodes(root: Path) -> list[str]:

@@ -17,7 +17,15 @@ from studio_worker.device import Device
 from studio_worker.engine import Router
 from studio_worker.notify import ReadyLine
 from studio_worker.outbox import Outbox
-from studio_worker.snapshot import DeviceFacts, EndedJob, OutboxFacts, ProcessFacts, ResidentModel, Snapshot
+from studio_worker.snapshot import (
+    DeviceFacts,
+    EndedJob,
+    GpuFacts,
+    OutboxFacts,
+    ProcessFacts,
+    ResidentModel,
+    Snapshot,
+)
 from studio_worker.starts import Starts
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.offers import AlreadyOurs, Impossible, Judgement, Refuse, Take
@@ -42,6 +50,7 @@ class Reporting:
     """Answers for one running service. Safe from any thread.
 
     Args:
+        gpu: what is known of a GPU's temperature and use.
         studio: its address, as it may be shown.
         uploading: the job whose upload is under way, if any.
         on_pause: called when pause has changed.
@@ -55,6 +64,7 @@ class Reporting:
         outbox: Outbox,
         desk: Desk,
         device: Device,
+        gpu: Callable[[], GpuFacts | None],
         engines: Router,
         studio: str,
         uploading: Callable[[], str | None],
@@ -65,6 +75,7 @@ class Reporting:
         self._outbox = outbox
         self._desk = desk
         self._device = device
+        self._gpu = gpu
         self._engines = engines
         self._studio = studio
         self._uploading = uploading
@@ -97,6 +108,7 @@ class Reporting:
                     description=self._device.description,
                     total_bytes=round(self._device.memory_gb * 1e9),
                     used_bytes=self._engines.used_bytes(),
+                    gpu=self._gpu(),
                 ),
                 "resident": tuple(
                     ResidentModel(model=model, size_bytes=found.size_bytes, place=found.place)

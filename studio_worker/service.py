@@ -24,6 +24,7 @@ from studio_worker.control import ControlServer, runtime_dir
 from studio_worker.device import find_device
 from studio_worker.engine import default_router
 from studio_worker.errors import StudioWorkerError
+from studio_worker.gpu_watch import GpuWatch
 from studio_worker.inputs import input_fetcher
 from studio_worker.lock import state_lock
 from studio_worker.metrics import Exporter, Metrics
@@ -198,12 +199,19 @@ class Service:
             fetch=lambda url, cancel: input_fetcher(self._reloader.policy, api.root)(url, cancel),
             step_timeout_s=settings.worker.step_timeout_s,
         )
+        self._gpu = GpuWatch(
+            self._device,
+            is_idle=lambda: self._desk.current_job_id is None,
+            say=partial(self._line.note, "device"),
+            end=self._end_with,
+        )
         self._reporting = Reporting(
             self._activity,
             starts=starts,
             outbox=outbox,
             desk=self._desk,
             device=self._device,
+            gpu=lambda: self._gpu.facts,
             engines=self._engines,
             studio=logs.safe_url(settings.studio.api_base_url),
             uploading=lambda: self._studio.courier.uploading,
@@ -237,6 +245,7 @@ class Service:
         if (interval_s := watchdog_interval_s()) is not None:
             _thread("watchdog", lambda: self._feed_watchdog(interval_s))
         self._studio.start()
+        self._gpu.start()
         try:
             if self._settings.worker.preload:
                 self._worker.preload(
@@ -251,7 +260,8 @@ class Service:
             self._worker.run()
         finally:
             self._activity.entered("stopping")
-            self._notifier.stopping()
+            self._notifier.stopping("stopping" if self._fatal is None else str(self._fatal))
+            self._gpu.stop()
             self._stop.set()
             self._later.stop()
             self._studio.stop()
@@ -307,7 +317,7 @@ class Service:
         self._worker.hand_back("the worker is stopping")
 
     def _end_with(self, error: StudioWorkerError) -> None:
-        """The session is over for good: the job in hand cannot be delivered to anybody."""
+        """The session is over for good, so that a job in hand cannot be delivered to anybody; or the GPU."""
         self._fatal = error
         self._desk.close()
         self._worker.hand_back(str(error))

@@ -111,13 +111,30 @@ class ResidentModel(_Facts):
     place: str = "device"
 
 
+class GpuFacts(_Facts):
+    """What the driver says of the GPU at ``pci_bus_id``, some seconds old at most; what it does not tell is
+    missing. ``utilization_ratio``: the share of the time in use; ``used_bytes``: by all processes;
+    ``slowed_by``: ``heat``, ``power``, both or nothing.
+    """
+
+    pci_bus_id: str
+    temperature_celsius: float | None = None
+    power_watts: float | None = None
+    utilization_ratio: float | None = None
+    used_bytes: int | None = None
+    slowed_by: tuple[str, ...] | None = None
+
+
 class DeviceFacts(_Facts):
-    """The device pictures are made on; ``used_bytes`` is missing until something has been loaded."""
+    """The device pictures are made on; ``used_bytes`` is missing until something has been loaded, ``gpu`` on
+    a CPU and where the driver does not tell.
+    """
 
     name: str = ""
     description: str = ""
     total_bytes: int = 0
     used_bytes: int | None = None
+    gpu: GpuFacts | None = None
 
 
 class ProcessFacts(_Facts):

@@ -21,6 +21,7 @@ from studio_worker.snapshot import (
     DeviceFacts,
     DownloadFacts,
     EndedJob,
+    GpuFacts,
     OfferFacts,
     OutboxFacts,
     ProcessFacts,
@@ -48,7 +49,19 @@ EVERYTHING = Snapshot(
     uploads=UploadFacts(delivered=5, retries=2, delivered_bytes=5000),
     downloads=DownloadFacts(done=2, failed=1, received_bytes=7_000_000_000),
     outbox=OutboxFacts(count=1, size_bytes=1000, oldest_at=1e9),
-    device=DeviceFacts(name="cuda:0", total_bytes=24_000_000_000, used_bytes=6_000_000_000),
+    device=DeviceFacts(
+        name="cuda:0",
+        total_bytes=24_000_000_000,
+        used_bytes=6_000_000_000,
+        gpu=GpuFacts(
+            pci_bus_id="0000:41:00.0",
+            temperature_celsius=65,
+            power_watts=280,
+            utilization_ratio=0.97,
+            used_bytes=7_000_000_000,
+            slowed_by=(),
+        ),
+    ),
     resident=(ResidentModel(model='a "b"\n', size_bytes=4_000_000_000),),
 )
 
@@ -115,7 +128,7 @@ def test_examples_use_metrics_that_exist(metrics: Metrics, example: str) -> None
     assert len(names) > 5
     assert names <= exported
     labels = {label for expr in used for label in re.findall(r'(\w+)=~?"', expr)}
-    assert labels <= {"outcome", "instance", "job", "answer", "file"}
+    assert labels <= {"outcome", "instance", "job", "answer", "file", "cause"}
     # Without this two series of one metric are never compared, and the rule never fires.
     assert not [expr for expr in used if re.search(r"\} *\[\w+\]\) *\n? *[<>]=? *increase", expr)]
 
