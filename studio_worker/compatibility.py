@@ -64,9 +64,9 @@ class Surroundings:
 
 
 def misfit(
-    cuda: Version, driver: str, capability: Version | None, torch: TorchBuild, here: Surroundings
+    cuda: Version, driver: str, capability: Version | None, build: TorchBuild, here: Surroundings
 ) -> str | None:
-    """Why ``torch`` cannot run with a driver that knows ``cuda``, with the cure; ``None`` where it can.
+    """Why torch ``build`` cannot run with a driver that knows ``cuda``, with the cure; ``None`` where it can.
 
     A driver runs what was built for its own CUDA version, for older ones and for newer ones of the same major
     number ("CUDA minor version compatibility" in NVIDIA's guide to compatibility).
@@ -75,18 +75,18 @@ def misfit(
         driver: its own version, e.g. ``535.309``; may be empty.
         capability: the GPU's, where known.
     """
-    if torch.cuda is None or cuda[0] >= torch.cuda[0]:
+    if build.cuda is None or cuda[0] >= build.cuda[0]:
         return None
     ways = []
-    if any(package.cuda_major == torch.cuda[0] for package in _with_code_for(capability)):
-        ways.append(f"install {driver_to_install(torch.cuda[0], capability, here)}")
+    if any(package.cuda_major == build.cuda[0] for package in _with_code_for(capability)):
+        ways.append(f"install {driver_to_install(build.cuda[0], capability, here)}")
     if fitting := [each for each in _with_code_for(capability) if each.cuda_major <= cuda[0]]:
         ways.append(f"{'' if ways else 'install '}the package {fitting[0].name}")
     if not ways:
         ways = [_other_torch(capability, cuda, here)]
     return (
         f"the NVIDIA driver{f' {driver}' if driver else ''} knows CUDA {show(cuda)}, and torch "
-        f"{torch.version} here needs CUDA {show(torch.cuda)}; {', or '.join(ways)}"
+        f"{build.version} here needs CUDA {show(build.cuda)}; {', or '.join(ways)}"
     )
 
 
@@ -137,7 +137,7 @@ def _other_torch(capability: Version | None, cuda: Version | None, here: Surroun
             return f"install {package.name}"
     for package in reversed(_with_code_for(capability)):
         return f"install {package.name} and {driver_to_install(package.cuda_major, capability, here)}"
-    return "no torch of today has: use a newer GPU"
+    return "no torch of today has code for it: use a newer GPU"
 
 
 def _runs(architecture: str, capability: Version) -> bool:

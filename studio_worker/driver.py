@@ -111,10 +111,10 @@ class Driver:
 
     def check_torch(self, capability: Version) -> None:
         """Whether the installed torch can run with it on a GPU of ``capability``."""
-        torch = installed_torch()
-        if torch is None:
+        build = installed_torch()
+        if build is None:
             return  # told where it is used
-        if problem := misfit(self.cuda(), self.version, capability, torch, surroundings(self._root)):
+        if problem := misfit(self.cuda(), self.version, capability, build, surroundings(self._root)):
             raise DeviceError(problem)
 
     def _handle(self, index: int) -> ctypes.c_int:
@@ -175,8 +175,8 @@ def require_driver(root: Path = Path("/")) -> Driver:
         return driver
     if not has_nvidia_gpu(root) and other_gpus(root):
         raise DeviceError(no_gpu(root))
-    torch = installed_torch()
-    major = torch.cuda[0] if torch and torch.cuda else _DEFAULT_CUDA_MAJOR
+    build = installed_torch()
+    major = build.cuda[0] if build and build.cuda else _DEFAULT_CUDA_MAJOR
     raise DeviceError(
         f"the NVIDIA driver's library {_NAME} is not installed; "
         f"install {driver_to_install(major, None, surroundings(root))}, then reboot"

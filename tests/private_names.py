@@ -2,16 +2,20 @@
 
 Everything else with a leading underscore is ours. Private names go away without notice: one that the CUDA
 build of torch lacks kept every box with a GPU from becoming ready. So each is listed with code that fails
-where the installed library has it no longer. ``python tests/private_names.py`` runs that code in whatever
-environment its interpreter belongs to, and needs nothing of this package or of pytest.
+where the installed library has it no longer; that public names are there is seen from the source itself.
+``python tests/private_names.py`` does both in whatever environment its interpreter belongs to, and needs
+nothing of this package or of pytest.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -86,6 +90,10 @@ UNAVOIDABLE = (
 
 _LIBRARY = re.compile(r"(?:torch|diffusers|transformers|accelerate|peft|safetensors|gguf|urllib3)(?:\.\w+)+")
 """A string that is a dotted name inside one of them: a logger's, or one to import or replace."""
+
+LIBRARIES = {"torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "gguf"}
+
+PACKAGE = Path(__file__).parents[1] / "studio_worker"
 
 _PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit"}
 """Documented names of named tuples and of ``os``."""
@@ -191,8 +199,53 @@ def missing(names: Iterable[PrivateName] = UNAVOIDABLE) -> dict[str, str]:
     return found
 
 
+def used_names(tree: ast.AST) -> set[str]:
+    """The dotted names of ``LIBRARIES`` that ``tree`` uses, e.g. ``torch.cuda.mem_get_info``."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and _is_of_library(node.module or ""):
+            names.update(_imported(node))
+        elif isinstance(node, ast.Attribute) and _is_of_library(path := ast.unparse(node)):
+            names.update(re.findall(r"^[\w.]+$", path))
+    return names
+
+
+def unknown(names: Iterable[str]) -> dict[str, str]:
+    """Those of ``names`` that the installed libraries do not have, and how that shows."""
+    found = {}
+    for name in names:
+        module, *rest = name.split(".")
+        try:
+            value = importlib.import_module(module)
+            for index, part in enumerate(rest):
+                if value is None:  # torch.version.cuda, where there is none
+                    break
+                if not hasattr(value, part) and inspect.ismodule(value):
+                    importlib.import_module(".".join((module, *rest[: index + 1])))
+                value = getattr(value, part)
+        except (ImportError, AttributeError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _is_of_library(path: str) -> bool:
+    return path.partition(".")[0] in LIBRARIES
+
+
+def all_used() -> set[str]:
+    """What the whole package uses."""
+    texts = (path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    return set().union(*(used_names(ast.parse(text)) for text in texts))
+
+
+def main() -> int:
+    names = all_used()
+    gone = missing() | unknown(names)
+    for name, problem in gone.items():
+        print(f"{name}: {problem}")
+    print(f"{len(UNAVOIDABLE)} private and {len(names)} public names, {len(gone)} missing")
+    return bool(gone)
+
+
 if __name__ == "__main__":
-    gone = missing()
-    for name in UNAVOIDABLE:
-        print(f"{'missing' if name.name in gone else 'there':8} {name.name} {gone.get(name.name, '')}")
-    sys.exit(bool(gone))
+    sys.exit(main())

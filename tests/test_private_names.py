@@ -6,7 +6,15 @@ import ast
 
 import pytest
 
-from tests.private_names import PrivateName, foreign_names, missing, own_names
+from tests.private_names import (
+    PrivateName,
+    all_used,
+    foreign_names,
+    missing,
+    own_names,
+    unknown,
+    used_names,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +46,19 @@ def test_private_name_of_a_library_is_seen(source: str, found: set[str]) -> None
 def test_installed_libraries_have_every_private_name_in_use() -> None:
     """A release of a library that drops a name this package cannot do without fails here, not on a box."""
     assert missing() == {}
+
+
+def test_installed_libraries_have_every_public_name_in_use() -> None:
+    """Also on paths that only a GPU takes, nothing is called that the installed libraries do not have."""
+    names = all_used()
+    assert {"torch.cuda.mem_get_info", "torch.cuda.get_arch_list", "gguf.GGUFReader"} <= names
+    assert unknown(names) == {}
+
+
+def test_public_name_that_a_library_lacks_is_told() -> None:
+    """A name that a release has taken away is named with how it shows, and others are found."""
+    source = "import torch\nfrom torch.nn import Linear, Gone\ntorch.cuda.gone(torch.version.cuda.split('.'))"
+    assert sorted(unknown(used_names(ast.parse(source)))) == ["torch.cuda.gone", "torch.nn.Gone"]
 
 
 def test_name_that_a_library_lacks_is_told() -> None:
