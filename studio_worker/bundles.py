@@ -21,9 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from studio_worker.copying import HashingReader, bring, copy, is_ours, temporary
 from studio_worker.errors import StoreError
-from studio_worker.files import fsync_directory, write_atomic
+from studio_worker.files import fsync_directory, open_plain, write_atomic
 from studio_worker.ledger import file_name, is_file_name
 from studio_worker.models import FileName, ModelFile, RequiredModel, Sha256
+from studio_worker.owner import written_by_caller
 from studio_worker.store import Store, store_errors
 
 Told = Callable[["BundledFile", int], None]
@@ -76,28 +77,41 @@ def export_bundle(
     required: Sequence[RequiredModel],
     models: Sequence[str] = (),
     told: Told | None = None,
+    *,
+    tar: IO[bytes] | None = None,
 ) -> Manifest:
     """Write a bundle of ``models``, or of every required model, to ``dest`` (a tar file if it ends so).
+
+    Args:
+        tar: the tar file, opened by the caller, in place of ``dest``.
 
     Raises:
         StoreError: a file is not here or damaged, or ``dest`` cannot be written.
     """
     manifest = _chosen(store, required, models)
     with store_errors(dest), store.holding(file.name for file in manifest.files):
-        if dest.suffix == ".tar":
-            _write_tar(store, dest, manifest, told)
+        if tar is not None:
+            _write_tar(store, tar, manifest, told)
+        elif dest.suffix == ".tar":
+            with written_by_caller(dest, None) as file:
+                _write_tar(store, file, manifest, told)
         else:
             _write_folder(store, dest, manifest, told)
     return manifest
 
 
-def import_bundle(store: Store, source: Path, told: Told | None = None) -> Manifest:
+def import_bundle(
+    store: Store, source: Path, told: Told | None = None, *, tar: IO[bytes] | None = None
+) -> Manifest:
     """Verify and place every file of the bundle ``source``; what is here already is not read.
+
+    Args:
+        tar: the tar file ``source``, opened by the caller.
 
     Raises:
         StoreError: the bundle is damaged or no bundle, or there is no room for it.
     """
-    with store_errors(source), _opened(source) as bundle:
+    with store_errors(source), _opened(source, tar) as bundle:
         manifest = _read_manifest(source, bundle)
         coming = [file for file in manifest.files if not store.holds(file.name, file.sha256)]
         store.make_room(
@@ -192,21 +206,16 @@ def _write_folder(store: Store, dest: Path, manifest: Manifest, told: Told | Non
     write_atomic(dest / _MANIFEST, _text(manifest), mode=0o644)
 
 
-def _write_tar(store: Store, dest: Path, manifest: Manifest, told: Told | None) -> None:
-    with temporary(dest.parent) as path:
-        with tarfile.open(path, "w") as tar:
-            text = _text(manifest)
-            tar.addfile(_header(_MANIFEST, len(text)), io.BytesIO(text))
-            for each in _contents(manifest):
-                with (store.root / each.name).open("rb") as opened:
-                    reader = HashingReader(opened, _of(each, told))
-                    tar.addfile(_header(each.member, each.size), reader)
-                if reader.digest.hexdigest() != each.sha256:
-                    raise _damaged(store, each)
-        with path.open("rb") as written:
-            os.fsync(written.fileno())
-        path.replace(dest)
-    fsync_directory(dest.parent)
+def _write_tar(store: Store, file: IO[bytes], manifest: Manifest, told: Told | None) -> None:
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        text = _text(manifest)
+        tar.addfile(_header(_MANIFEST, len(text)), io.BytesIO(text))
+        for each in _contents(manifest):
+            with os.fdopen(open_plain(store.root / each.name, os.O_RDONLY), "rb") as opened:
+                reader = HashingReader(opened, _of(each, told))
+                tar.addfile(_header(each.member, each.size), reader)
+            if reader.digest.hexdigest() != each.sha256:
+                raise _damaged(store, each)
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:
@@ -223,15 +232,15 @@ def _damaged(store: Store, file: BundledFile) -> StoreError:
 
 
 @contextlib.contextmanager
-def _opened(source: Path) -> Iterator[tarfile.TarFile | None]:
+def _opened(source: Path, file: IO[bytes] | None) -> Iterator[tarfile.TarFile | None]:
     """The tar file ``source``, or ``None`` where it is a folder."""
-    if source.is_dir():
+    if file is None and source.is_dir():
         if not (source / _MANIFEST).exists():
             raise StoreError(f"{source}: is no bundle: it holds no {_MANIFEST}")
         yield None
         return
     try:
-        with tarfile.open(source, "r:") as tar:
+        with tarfile.open(source, "r:", fileobj=file) as tar:
             yield tar
     except tarfile.TarError as error:
         raise StoreError(f"{source}: is no bundle, or a damaged one: {error}") from error

@@ -40,9 +40,13 @@ def check_file(
     *,
     progress: Progress | None,
     on_damage: OnDamage,
-    fetch_again: Callable[[], None],
+    fetch_again: Callable[[], None] | None,
 ) -> Checked:
-    """Read the file ``name`` below ``root``; ``fetch_again`` brings it back, or raises DownloadError."""
+    """Read the file ``name`` below ``root``.
+
+    Args:
+        fetch_again: brings it back, or raises DownloadError; ``None`` where nobody says from where.
+    """
     path = root / name
     state = "missing"
     if path.is_file():
@@ -59,9 +63,9 @@ def check_file(
     if on_damage == "leave":
         return Checked(path, state, size)
     path.unlink(missing_ok=True)
-    if on_damage == "remove":
+    if on_damage == "remove" or fetch_again is None:
         ledger.forget(name)
-        return Checked(path, state, size)
+        return Checked(path, state, size, "removed; the next job that needs it fetches it")
     try:
         fetch_again()
     except DownloadError as error:

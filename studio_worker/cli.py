@@ -18,6 +18,7 @@ from studio_worker.cli_models import models_app
 from studio_worker.cli_options import ConfigDir, Instance
 from studio_worker.errors import ConfigError, StudioWorkerError
 from studio_worker.files import DISK_TROUBLES
+from studio_worker.owner import become, owner_of
 
 app = typer.Typer(
     name="studio-worker",
@@ -72,6 +73,7 @@ def register(
     from studio_worker.studio.identity import IdentityFile
 
     settings = config.load(directory).settings
+    become(owner_of(settings.state.dir, settings.models.root))
     config.check_folders(settings)
     path = settings.state.dir / "identity.json"
     if not path.exists() and (others := sorted(settings.state.dir.glob("instance-*/identity.json"))):

@@ -13,6 +13,7 @@ import typer
 from studio_worker import config, logs
 from studio_worker.cli_options import ConfigDir, Instance, Json
 from studio_worker.errors import StudioWorkerError
+from studio_worker.owner import become, owner_of
 
 _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failure": ("FAILURE", "red")}
 
@@ -23,8 +24,9 @@ def check_config(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = Fals
     from studio_worker.studio.identity import IdentityFile
 
     loaded = config.load(directory)
-    config.check_folders(loaded.settings)
     policy_from(loaded.settings)
+    become(owner_of(loaded.settings.state.dir, loaded.settings.models.root))
+    config.check_folders(loaded.settings)
     identity = loaded.settings.state.dir / "identity.json"
     if identity.exists():
         IdentityFile(identity).load()
@@ -57,7 +59,12 @@ def doctor(
         folder = runtime_dir(loaded.settings.state.runtime_dir)
         with contextlib.suppress(ValueError):
             service = Snapshot.model_validate(ask(folder, "status", limit_s=3.0))
-    findings = examine(Box(Path(directory), loaded, service), CHECKS)
+    box = Box(Path(directory), loaded, service)
+    own, *others = CHECKS  # the configuration, with tokens that may be root's alone
+    findings = examine(box, [own])
+    if loaded is not None:
+        become(owner_of(loaded.settings.state.dir, loaded.settings.models.root))
+    findings += examine(box, others)
     failed = any(finding.level == "failure" for finding in findings)
     if as_json:
         shown = {"ok": not failed, "findings": [vars(finding) for finding in findings]}

@@ -7,10 +7,10 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -21,6 +21,7 @@ from studio_worker.config_files import read_document
 from studio_worker.errors import ConfigError, DeviceError
 from studio_worker.files import write_atomic
 from studio_worker.models import CliDefaults, LocalFile, ModelSource
+from studio_worker.owner import Owner, become, owner_of, written_by_caller
 
 SAMPLE_ID = "sample-model"
 
@@ -109,17 +110,26 @@ def generate(
         found = find_device(device or chosen.device)
     except DeviceError as error:
         raise DeviceError(f"{error} (or give --device cpu)" if device is None else str(error)) from error
-    with _Progress() as progress, chosen.files(progress.fetched) as files:
+    with ExitStack() as stack:
+        file: IO[bytes] | None = None
+        if str(output) == "-":
+            file = sys.stdout.buffer
+        elif chosen.owner is not None:
+            file = stack.enter_context(written_by_caller(output, chosen.owner))
+        progress = stack.enter_context(_Progress())
+        files = stack.enter_context(chosen.files(progress.fetched))
         engine = default_router(found.name).for_source(chosen.source)
         request = Request(
             "generate", chosen.name, task, defaults, (*files, *(file for file, _ in loras)), inputs
         )
         progress.loading()
         picture = engine.generate(request, progress.stepped, Cancel())
+        if file is None:
+            write_atomic(output, picture.data, mode=0o644)
+        else:
+            file.write(picture.data)
     if str(output) == "-":
-        sys.stdout.buffer.write(picture.data)
         return
-    write_atomic(output, picture.data, mode=0o644)
     if as_json:
         typer.echo(json.dumps({"file": str(output), "bytes": len(picture.data), **picture.meta}, indent=2))
     else:
@@ -145,20 +155,27 @@ class _Model:
     def defaults(self) -> CliDefaults:
         return self.source.cli_defaults
 
+    @property
+    def owner(self) -> Owner | None:
+        """Whose rights the models folder wants of root."""
+        if self.loaded is None:
+            return None
+        settings = self.loaded.settings
+        return owner_of(settings.state.dir, settings.models.root)
+
     @contextmanager
     def files(self, progress: Any) -> Iterator[tuple[LocalFile, ...]]:
         if self.loaded is None:
             yield self.local
             return
-        from studio_worker.files import own_tree
         from studio_worker.provision import open_store
+        from studio_worker.reach import policy_from
 
+        policy = policy_from(self.loaded.settings)  # with tokens that may be the caller's alone
+        become(self.owner)
         config.check_folders(self.loaded.settings)
-        try:
-            with open_store(self.loaded).taken(self.name, self.source.files, progress=progress) as files:
-                yield files
-        finally:
-            own_tree(self.loaded.settings.models.root)
+        with open_store(self.loaded, policy).taken(self.name, self.source.files, progress=progress) as files:
+            yield files
 
 
 def _find_model(name: str, directory: Path) -> _Model:

@@ -1,4 +1,4 @@
-"""The commands about the models on this box. What root makes with them belongs to the service's user."""
+"""The commands about the models on this box. Root becomes the user whose folders they are (owner.py)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from studio_worker import config, logs
 from studio_worker.cli_options import ConfigDir, Json, table_console
-from studio_worker.files import own_tree
+from studio_worker.owner import Owner, become, give_folder, owner_of, written_by_caller
 
 models_app = typer.Typer(no_args_is_help=True, help="The models on this box.")
 
@@ -28,9 +28,9 @@ def models_list(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False
 
     from studio_worker.provision import show_bytes
 
-    with _opened(directory) as (loaded, store):
-        places = _in_memory(loaded)
-        rows = [{**row, "in_memory": places.get(row["model"])} for row in _rows(loaded, store)]
+    loaded, store = _opened(_Setup.of(directory))
+    places = _in_memory(loaded)
+    rows = [{**row, "in_memory": places.get(row["model"])} for row in _rows(loaded, store)]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -59,16 +59,16 @@ def models_pull(directory: ConfigDir = config.DEFAULT_DIR) -> None:
     """Download and verify every required model now: a progress bar for each file, or log lines in a pipe."""
     from studio_worker.provision import ProvisionProgress, provision
 
-    with _opened(directory) as (loaded, store):
-        if sys.stderr.isatty():
-            logs.configure("warning")
-            with _Bars() as bars:
-                for model in loaded.required:
-                    store.ensure(model.files, model=model.id, watch=bars)
-        else:
-            logs.configure("info", loaded.settings.log.format)
-            progress = ProvisionProgress(lambda _: None, lambda: None)
-            provision(store, loaded.required, progress, threading.Event())
+    loaded, store = _opened(_Setup.of(directory))
+    if sys.stderr.isatty():
+        logs.configure("warning")
+        with _Bars() as bars:
+            for model in loaded.required:
+                store.ensure(model.files, model=model.id, watch=bars)
+    else:
+        logs.configure("info", loaded.settings.log.format)
+        progress = ProvisionProgress(lambda _: None, lambda: None)
+        provision(store, loaded.required, progress, threading.Event())
     typer.echo(f"{len(loaded.required)} required model(s) verified")
 
 
@@ -93,7 +93,8 @@ def models_verify(
             if checked.error:
                 typer.echo(f"{'':9} {checked.error}")
 
-    with _opened(directory) as (loaded, store), _Bars() as bars:
+    loaded, store = _opened(_Setup.of(directory))
+    with _Bars() as bars:
         logs.configure("error" if sys.stderr.isatty() else "warning", loaded.settings.log.format)
         for checked in store.verify(bars.whole("reading"), on_damage="repair" if repair else "leave"):
             tell(checked)
@@ -131,8 +132,8 @@ def models_prune(
     """Remove on-demand models that are not in use, and downloads nobody goes on with."""
     from studio_worker.provision import show_bytes
 
-    with _opened(directory) as (_, store):
-        pruned = store.prune(dry_run=dry_run)
+    _, store = _opened(_Setup.of(directory))
+    pruned = store.prune(dry_run=dry_run)
     would = "would be " if dry_run else ""
     for removal in pruned.models:
         typer.echo(f"{would}removed: {removal.model}, {show_bytes(removal.size_bytes)}")
@@ -155,9 +156,18 @@ def models_export(
 ) -> None:
     """Write models into a bundle, for a box without network."""
     from studio_worker.bundles import export_bundle
+    from studio_worker.store import store_errors
 
-    with _opened(directory) as (loaded, store), _Bars() as bars:
-        manifest = export_bundle(store, dest, loaded.required, models or (), bars.of_bundle)
+    setup = _Setup.of(directory)
+    with store_errors(dest), contextlib.ExitStack() as stack:
+        tar = None
+        if dest.suffix == ".tar":  # made with the caller's rights, whoever's the models are
+            tar = stack.enter_context(written_by_caller(dest, setup.owner))
+        else:
+            give_folder(dest, setup.owner)
+        loaded, store = _opened(setup)
+        bars = stack.enter_context(_Bars())
+        manifest = export_bundle(store, dest, loaded.required, models or (), bars.of_bundle, tar=tar)
     typer.echo(f"{dest}: {len(manifest.files)} file(s)")
 
 
@@ -168,23 +178,45 @@ def models_import(
 ) -> None:
     """Verify a bundle's files and place them; can be repeated."""
     from studio_worker.bundles import import_bundle
+    from studio_worker.store import store_errors
 
-    with _opened(directory) as (_, store), _Bars() as bars:
-        manifest = import_bundle(store, source, bars.of_bundle)
+    setup = _Setup.of(directory)
+    with store_errors(source), contextlib.ExitStack() as stack:
+        # Opened with the caller's rights; a folder's files have to be readable for the models' owner.
+        tar = None if source.is_dir() else stack.enter_context(source.open("rb"))
+        _, store = _opened(setup)
+        bars = stack.enter_context(_Bars())
+        manifest = import_bundle(store, source, bars.of_bundle, tar=tar)
     typer.echo(f"{len(manifest.files)} file(s) verified and placed")
 
 
-@contextlib.contextmanager
-def _opened(directory: Path) -> Iterator[tuple[config.Config, Any]]:
-    """The configuration and the models folder; what root has made there is the service user's in the end."""
+class _Setup(NamedTuple):
+    """The configuration with what only the caller may read of it, and whose folders they are."""
+
+    loaded: config.Config
+    policy: Any
+    owner: Owner | None
+
+    @classmethod
+    def of(cls, directory: Path) -> _Setup:
+        """
+        Raises:
+            ConfigError: the configuration is wrong.
+        """
+        from studio_worker.reach import policy_from
+
+        loaded = config.load(directory)
+        settings = loaded.settings
+        return cls(loaded, policy_from(settings), owner_of(settings.state.dir, settings.models.root))
+
+
+def _opened(setup: _Setup) -> tuple[config.Config, Any]:
+    """The configuration and the models folder, with the rights of its owner from now on."""
     from studio_worker.provision import open_store
 
-    loaded = config.load(directory)
-    config.check_folders(loaded.settings)
-    try:
-        yield loaded, open_store(loaded)
-    finally:
-        own_tree(loaded.settings.models.root)
+    become(setup.owner)
+    config.check_folders(setup.loaded.settings)
+    return setup.loaded, open_store(setup.loaded, setup.policy)
 
 
 def _rows(loaded: config.Config, store: Any) -> list[dict[str, Any]]:

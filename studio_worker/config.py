@@ -20,7 +20,6 @@ from pydantic import ValidationError
 
 from studio_worker.config_files import Document, list_files, read_document, user
 from studio_worker.errors import ConfigError
-from studio_worker.files import own_like_folder
 from studio_worker.models import RequiredModel
 from studio_worker.required import read_required
 from studio_worker.settings import ENV_PREFIX, ENV_SEPARATOR, Settings
@@ -86,7 +85,6 @@ def check_folders(settings: Settings) -> None:
         try:
             if not folder.is_dir():
                 folder.mkdir(mode=mode, parents=True, exist_ok=True)
-                own_like_folder(folder)
             usable = os.access(folder, os.R_OK | os.W_OK | os.X_OK)
             problem = "cannot be read and written by this user"
             is_read_only = bool(os.statvfs(folder).f_flag & os.ST_RDONLY)

@@ -22,7 +22,6 @@ from typing import Any
 
 from studio_worker.config_files import user
 from studio_worker.errors import ConfigError, ControlDenied, ControlError, ServiceNotRunning
-from studio_worker.files import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class ControlServer:
         self._folder = folder
         self.handlers = handlers
         try:
-            make_folder(folder)
+            folder.mkdir(parents=True, exist_ok=True)
             with _opened(folder) as directory:
                 # Two services that start at once must not take each other's fresh socket for a stale one.
                 fcntl.flock(directory, fcntl.LOCK_EX)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from studio_worker.errors import StoreError
-from studio_worker.files import DISK_FULL, make_folder, own_like_folder
+from studio_worker.files import DISK_FULL
 
 Told = Callable[[int], None]
 """Called as bytes are read, with how many that were so far."""
@@ -26,7 +26,7 @@ _FICLONE = 0x40049409
 @contextlib.contextmanager
 def temporary(folder: Path) -> Iterator[Path]:
     """A name in ``folder`` that is free, and is free again in the end."""
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".{uuid.uuid4().hex}.tmp"
     try:
         yield path
@@ -73,7 +73,6 @@ def copy(source: IO[bytes], dest: Path, told: Told | None) -> str:
     reader = HashingReader(source, told)
     try:
         with dest.open("xb", buffering=0) as made:
-            own_like_folder(dest)
             fcntl.flock(made, fcntl.LOCK_EX)  # nobody takes it for an abandoned one
             while chunk := reader.read(_READ_BYTES):
                 rest = memoryview(chunk)

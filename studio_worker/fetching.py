@@ -15,7 +15,7 @@ from pathlib import Path
 
 from studio_worker.download import Policy, Progress, ensure_file, hash_file
 from studio_worker.errors import DownloadError, StoreError
-from studio_worker.files import DISK_FULL, fsync_directory, make_folder, own_like_folder
+from studio_worker.files import DISK_FULL, fsync_directory
 from studio_worker.holding import staging_key
 from studio_worker.ledger import Ledger, Verified, content_key, file_name, is_verified
 from studio_worker.leftovers import find_staging, remove_staging
@@ -106,15 +106,9 @@ class Fetcher:
                 cancel=cancel,
                 policy=self.policy,
             )
-            self._own(path)
             sha256 = file.sha256 or hash_file(path, progress=reading, cancel=cancel)
             self._ledger.remember(file_name(file), sha256, safe_url(file.url))
         tally.verified(file, path.stat().st_size)
-
-    def _own(self, path: Path) -> None:
-        own_like_folder(path)
-        if self._staging.is_dir():
-            own_like_folder(self._staging)
 
     def _drop_changed(self, file: ModelFile, reading: Progress, cancel: threading.Event) -> None:
         """Remove a file whose source names no hash and which is not what the ledger once verified."""
@@ -140,14 +134,13 @@ class Fetcher:
         self._ledger.remember(file_name(file), self._ledger.entries[twin].sha256, safe_url(file.url))
         return True
 
-    def fetch_again(self, name: str, entry: Verified, url: str, progress: Progress | None) -> None:
+    def fetch_again(self, name: str, entry: Verified, progress: Progress | None, url: str) -> None:
         """The file ``name`` from ``url``, if what is there is still what the ledger says."""
         path = self._root / name
-        make_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
         again = ModelFile(role="model", url=url, filename=path.name, sha256=entry.sha256)
         ensure_file(path.parent, again, staging=self._staging, progress=progress, policy=self.policy)
-        self._own(path)
-        self._ledger.remember(name, entry.sha256, entry.url)
+        self._ledger.remember(name, entry.sha256, safe_url(url))
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

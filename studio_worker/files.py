@@ -1,7 +1,4 @@
-"""Writing files so that a crash leaves either the old content or the new one, never a part.
-
-What root writes into a folder of the service user is given to that user, or the service could not read it.
-"""
+"""Writing files so that a crash leaves either the old content or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -33,7 +30,6 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o600, sync_folder: 
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        own_like_folder(temporary)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -65,30 +61,29 @@ def remove_temporaries(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def own_like_folder(path: Path) -> None:
-    """What root has just made in the folder of a service user belongs to that user, who has to read it."""
-    if os.geteuid() != 0:
-        return
-    folder, made = path.parent.stat(), path.lstat()
-    # A file with a second name may be somebody else's that was linked here to be given away.
-    is_only_name = made.st_nlink == 1 or stat.S_ISDIR(made.st_mode)
-    if folder.st_uid != 0 and made.st_uid == 0 and is_only_name:
-        os.chown(path, folder.st_uid, folder.st_gid, follow_symlinks=False)
+def open_plain(path: Path, flags: int, mode: int = 0o644) -> int:
+    """A descriptor of ``path``, as of :func:`os.open`: of a plain file alone, and at once.
+
+    Somebody else may have laid a link or a pipe there.
+
+    Raises:
+        OSError: as of :func:`os.open`; ``ELOOP`` for a link, ``EINVAL`` for a pipe, socket or device.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "is no plain file", str(path))
+    return descriptor
 
 
-def own_tree(root: Path) -> None:
-    """The same for everything below ``root``."""
-    if os.geteuid() == 0 and root.is_dir() and root.stat().st_uid != 0:
-        for folder, folders, names in os.walk(root):
-            for name in (*folders, *names):
-                with contextlib.suppress(FileNotFoundError):
-                    own_like_folder(Path(folder, name))
+def read_plain(path: Path) -> bytes:
+    """What the plain file ``path`` holds.
 
-
-def make_folder(path: Path) -> None:
-    """Make ``path`` and the folders above it, each owned like the one it lies in."""
-    if not path.is_dir():
-        if path.parent != path:
-            make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        own_like_folder(path)
+    Raises:
+        OSError: as of :func:`open_plain`.
+    """
+    with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+        return file.read()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import IO
 
+from studio_worker.files import open_plain
 from studio_worker.staging import Staged
 
 
@@ -29,7 +30,7 @@ def hold(folder: Path, key: str, dest: Path, waiting: Callable[[int], None]) -> 
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = open_plain(part, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             continue  # another process has removed the empty folder between the two steps
         with os.fdopen(descriptor, "r+b", buffering=0) as file:

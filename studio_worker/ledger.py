@@ -11,12 +11,13 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from studio_worker.files import own_like_folder, remove_temporaries, write_atomic
+from studio_worker.files import open_plain, read_plain, remove_temporaries, write_atomic
 from studio_worker.models import ModelFile
 
 log = logging.getLogger(__name__)
@@ -129,14 +130,13 @@ class Ledger:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         path = self._root / ".ledger.lock"
-        with path.open("a") as file:
-            own_like_folder(path)
+        with os.fdopen(open_plain(path, os.O_RDWR | os.O_CREAT), "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _read(self) -> dict[str, Verified]:
         try:
-            raw = json.loads(self._path.read_text())
+            raw = json.loads(read_plain(self._path))
             return {name: _checked(name, Verified(**entry)) for name, entry in raw.items()}
         except FileNotFoundError:
             return {}

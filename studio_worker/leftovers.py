@@ -14,6 +14,8 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from studio_worker.files import open_plain
+
 log = logging.getLogger(__name__)
 
 ABANDONED_AFTER_S = 14 * 86_400.0
@@ -86,7 +88,7 @@ def _locked(paths: list[Path] | tuple[Path, ...]) -> Iterator[bool]:
         is_free = True
         for path in paths:
             try:
-                file = stack.enter_context(path.open("rb"))
+                file = stack.enter_context(os.fdopen(open_plain(path, os.O_RDONLY), "rb"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except FileNotFoundError:
                 continue

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from studio_worker.errors import ConfigError, StateUnavailable
-from studio_worker.files import own_like_folder
+from studio_worker.files import open_plain
 
 
 @contextlib.contextmanager
@@ -21,8 +22,7 @@ def state_lock(folder: Path) -> Iterator[None]:
     """
     path = folder / "lock"
     try:
-        file = path.open("a")
-        own_like_folder(path)
+        file = os.fdopen(open_plain(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
     except OSError as error:
         raise ConfigError(
             f"cannot be opened: {error.strerror}",

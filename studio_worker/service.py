@@ -30,6 +30,7 @@ from studio_worker.lock import state_lock
 from studio_worker.metrics import Exporter, Metrics
 from studio_worker.notify import Notifier, ReadyLine, watchdog_interval_s
 from studio_worker.outbox import Outbox
+from studio_worker.owner import become, give_folder, owner_of
 from studio_worker.provision import (
     LaterProvision,
     SeenFiles,
@@ -71,8 +72,11 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
     try:
         loaded = config.load(directory)
         logs.configure(loaded.settings.log.level, loaded.settings.log.format)
-        config.check_folders(loaded.settings)
         state = loaded.settings.state
+        owner = owner_of(state.dir, loaded.settings.models.root)
+        give_folder(runtime_dir(state.runtime_dir), owner)
+        become(owner)
+        config.check_folders(loaded.settings)
         with (
             state_lock(state.dir),
             Starts(state.dir) as starts,

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from studio_worker.errors import StoreError
-from studio_worker.files import make_folder
 from studio_worker.holding import kept_bytes, pending_bytes, staging_key
 from studio_worker.ledger import Ledger, content_key, file_name
 from studio_worker.models import ModelFile
@@ -247,7 +246,7 @@ class Space:
 def _held(folder: Path) -> Iterator[None]:
     """A shared lock on ``folder``, which is made where it is missing and removed where it stays empty."""
     while True:
-        make_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from studio_worker.files import fsync_directory
+from studio_worker.files import fsync_directory, read_plain
 from studio_worker.spans import BLOCK_BYTES, BlockMap, Spans
 
 Progress = Callable[[int, int | None], None]
@@ -254,7 +254,7 @@ class Staged:
     def _read_kept(self, size: int) -> None:
         """Find out what is there, as far as it can be believed."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            note = json.loads(self._note.read_text())
+            note = json.loads(read_plain(self._note))
             origin = Origin(note["url"], note["validator"], note["total"])
             if isinstance(origin.validator, str | None):
                 self.origin = origin

@@ -23,7 +23,7 @@ from studio_worker.checking import OnDamage, check_file
 from studio_worker.download import Policy, Progress
 from studio_worker.errors import StoreError
 from studio_worker.fetching import Fetcher
-from studio_worker.files import fsync_directory, make_folder, own_like_folder
+from studio_worker.files import fsync_directory
 from studio_worker.holding import staging_key
 from studio_worker.ledger import Ledger, Verified, content_key, file_name, is_verified
 from studio_worker.leftovers import find_staging, find_strangers, remove_abandoned, remove_staging
@@ -73,7 +73,7 @@ class Store:
         self._required = tuple(required)
         self._clock = clock
         with store_errors(root):
-            make_folder(root)
+            root.mkdir(parents=True, exist_ok=True)
             self._ledger = Ledger(root)
         self._space = Space(
             root, self._ledger, required=self._required, budget_bytes=budget_bytes, spare_bytes=spare_bytes
@@ -162,14 +162,18 @@ class Store:
         """Read every file of the ledger and compare.
 
         Args:
-            on_damage: ``remove`` what is damaged, to be fetched anew when it is needed; ``repair`` it now
-                from where it came; or ``leave`` everything as it is.
+            on_damage: ``remove`` what is damaged, to be fetched anew when it is needed; ``repair`` it now,
+                where it is required (only the configuration says where a file is to be had; what the folder
+                itself says of that may be somebody else's word), and remove the rest; or ``leave`` everything
+                as it is.
 
         Raises:
             StoreError: the folder cannot be written.
         """
         urls = {file_name(file): file.url for file in self._required}
         for name, entry in sorted(self._ledger.entries.items()):
+            url = urls.get(name)
+            fetch = partial(self._fetcher.fetch_again, name, entry, progress)
             with store_errors(self.root), self._space.holding([name.partition("/")[0]]):
                 checked = check_file(
                     self.root,
@@ -178,9 +182,7 @@ class Store:
                     entry,
                     progress=progress,
                     on_damage=on_damage,
-                    fetch_again=partial(
-                        self._fetcher.fetch_again, name, entry, urls.get(name, entry.url), progress
-                    ),
+                    fetch_again=None if url is None else partial(fetch, url),
                 )
             yield checked
 
@@ -223,7 +225,6 @@ class Store:
         """Give ``temporary``, which the caller has verified to hash to ``sha256``, the name ``name``."""
         path = self.root / name
         with self.holding([name]):
-            own_like_folder(temporary)
             temporary.replace(path)
             fsync_directory(path.parent)
             self._ledger.remember(name, sha256, url, dict.fromkeys(models, self._clock()))

@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "networks torch_build",
         "compatibility logs notify models urls lock config_files spans policy pace formats",
         "nodes jobs required settings finished outbox_clock staging request ledger leftovers copying",
-        "snapshot starts control holding driver nvml",
+        "snapshot starts control holding owner driver nvml",
         "transport",
         "line",
         "ranges",

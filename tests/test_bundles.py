@@ -335,23 +335,6 @@ def test_import_to_a_full_disk_says_so(
     assert all(empty.is_verified(file) for file in required.files)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what others own")
-@SUFFIXES
-def test_import_by_root_leaves_everything_to_the_service_user(
-    full: Store, required: RequiredModel, tmp_path: Path, suffix: str
-) -> None:
-    """What root imports belongs to the owner of the models folder, and the bundle to whom it did before."""
-    bundle = exported(full, required, tmp_path / f"bundle{suffix}")
-    root = tmp_path / "models"
-    root.mkdir()
-    os.chown(root, 65534, 65534)
-
-    import_bundle(Store(root, QUICK), bundle)
-
-    assert {path.stat().st_uid for path in root.rglob("*")} == {65534}
-    assert {path.stat().st_uid for path in (bundle, *bundle.rglob("*"))} == {0}
-
-
 @SUFFIXES
 def test_box_without_network_reaches_ready_from_a_bundle(
     full: Store, required: RequiredModel, tmp_path: Path, suffix: str

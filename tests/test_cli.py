@@ -464,17 +464,26 @@ def test_models_pull_brings_what_verify_then_finds_whole(folder: Path, required:
     assert (verified.returncode, verified.stdout.splitlines()[-1]) == (0, "1 file(s) verified")
 
 
-@pytest.mark.parametrize("still_required", [True, False])
-def test_models_verify_repairs_a_damaged_file(folder: Path, required: Path, still_required: bool) -> None:
-    """verify finds damage that left size and time as they were, and fetches the file again."""
+def test_models_verify_repairs_a_damaged_file(folder: Path, required: Path) -> None:
+    """verify finds damage that left size and time as they were, and fetches a required file again."""
     command("models", "pull", "--config", folder)
     damage(required)
-    if not still_required:
-        (folder / "models.d" / "sample.json").unlink()
     done = command("models", "verify", "--config", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[0].startswith("repaired")
     assert required.read_bytes() == WEIGHTS
+
+
+def test_models_verify_removes_a_damaged_file_that_offers_bring(folder: Path, required: Path) -> None:
+    """A damaged file that the configuration does not name is removed, with the word that it comes again."""
+    command("models", "pull", "--config", folder)
+    damage(required)
+    (folder / "models.d" / "sample.json").unlink()
+    done = command("models", "verify", "--config", folder)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[0].startswith("damaged")
+    assert "the next job that needs it fetches it" in done.stdout
+    assert not required.exists()
 
 
 def test_models_verify_fetches_a_required_file_that_is_missing(folder: Path, required: Path) -> None:
@@ -548,28 +557,6 @@ def test_models_prune_tells_what_it_removes(folder: Path, required: Path) -> Non
     ]
     assert not required.exists()
     assert stranger.exists()
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what others own")
-@pytest.mark.parametrize("mirror_works", [True, False])
-def test_models_pull_by_root_leaves_everything_to_the_service_user(
-    folder: Path, required: Path, tmp_path: Path, mirror_works: bool
-) -> None:
-    """What root makes in folders of the service user belongs to that user, whether the command succeeds."""
-    for name in ("models", "state"):
-        (tmp_path / name).mkdir()
-        os.chown(tmp_path / name, 65534, 65534)
-    if not mirror_works:
-        (tmp_path / "mirror" / "a.safetensors").unlink()
-
-    done = command("models", "pull", "--config", folder)
-    command("register", "--config", folder)
-
-    assert done.returncode == (0 if mirror_works else 74)
-    made = [path for name in ("models", "state") for path in (tmp_path / name).rglob("*")]
-    assert (tmp_path / "models" / ".ledger.lock") in made
-    assert (tmp_path / "state" / "identity.json") in made
-    assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(65534, 65534)}
 
 
 def test_models_pull_ends_with_74_where_the_mirror_has_not_got_it(

@@ -226,6 +226,8 @@ def _may_read(path: Path, uid: int) -> bool:
     except FileNotFoundError:  # a dangling link is the configuration's own complaint
         return True
     except OSError as error:
+        if os.geteuid() == uid:  # we are that user, and may not even look
+            return False
         raise ConfigError(
             f"{path}: {error.strerror}", cure="run this as root or as the service's user"
         ) from error
