@@ -46,7 +46,7 @@ from studio_worker.starts import Starts
 from studio_worker.studio.identity import Identity, IdentityFile
 from tests.fake_driver import build_driver
 from tests.servers import raw_server, refused_url
-from tests.test_nodes import ALL, CLOSED, machine
+from tests.test_nodes import ALL, CLOSED, bus, machine
 from tests.test_service import READY_S
 
 ROOT = Path(__file__).parents[1]
@@ -243,9 +243,12 @@ def test_permissions_are_judged_for_the_services_user(tmp_path: Path) -> None:
 
 
 def test_gpu_is_judged_by_nodes_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU, missing nodes, no library, versions apart: each with its cure; all there is fine."""
+    """No GPU, one of AMD, missing nodes, no library, versions apart: each with its cure; else all is fine."""
     box = box_with(tmp_path, root=tmp_path / "none")
     told(check_nodes(box), "failure", "no NVIDIA GPU", 'device = "cpu"')
+    amd = dataclasses.replace(box, root=bus(tmp_path / "amd", ("0x1002", "0x030000")))
+    told(check_nodes(amd), "failure", "a GPU of AMD, which is not supported", 'device = "cpu"')
+    told(of_driver(amd), "failure", "a GPU of AMD, which is not supported", 'device = "cpu"')
     half = dataclasses.replace(box, root=machine(tmp_path / "half", "nvidiactl", "nvidia0"))
     told(check_nodes(half), "failure", "/dev/nvidia-uvm", "modprobe nvidia-uvm")
     told(of_driver(half), "failure", "libcuda.so.1 is not installed", "install driver 580 or newer")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from studio_worker.compatibility import no_code
-from studio_worker.driver import find_driver, surroundings
+from studio_worker.driver import find_driver, gpu_index, surroundings
 from studio_worker.engine.memory import free_bytes, release_cached, total_bytes
 from studio_worker.errors import DeviceError, JobCancelled, JobError, StudioWorkerError
 
@@ -128,6 +128,9 @@ def usable_device(name: str) -> torch.device:
         return device
     if device.type != "cuda":
         raise DeviceError(f"device {name!r} is not supported; write cpu, cuda or cuda:N")
+    if (driver := find_driver()) is not None:  # it says more clearly than torch what is in the way
+        driver.start()
+        driver.hold(gpu_index(name))
     if torch.version.hip is not None:
         raise DeviceError(
             f"torch {torch.__version__} here is a build for AMD's GPUs (ROCm {torch.version.hip}), which are "

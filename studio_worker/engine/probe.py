@@ -27,7 +27,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from studio_worker.compatibility import show
-from studio_worker.driver import find_driver, gpu_index
+from studio_worker.driver import find_driver
 from studio_worker.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -59,8 +59,6 @@ def probe(name: str, *, compiles: bool = False) -> dict[str, Any]:
 def _try_out(name: str, facts: dict[str, Any], *, compiles: bool) -> None:
     if name.startswith("cuda") and (driver := find_driver()):
         facts["driver_cuda"] = show(driver.cuda())
-        driver.start()
-        driver.hold(gpu_index(name))  # torch would say less clearly what is in the way, and later
     import torch
 
     from studio_worker.engine.faults import usable_device
