@@ -62,6 +62,7 @@ class Worker:
         self._cancel_download = threading.Event()
         self._ending: str | None = None
         self._stepped_at: float | None = None
+        self._is_making = False
 
     def preload(
         self, models: Iterable[RequiredModel], go_on: Callable[[], bool], say: Callable[[str], None]
@@ -109,7 +110,8 @@ class Worker:
         """Work until the source has no more jobs.
 
         Raises:
-            DeviceError: the device is lost; the job in hand was reported, the process should end.
+            DeviceError: the device is lost; the job in hand was reported and stays noted, the process should
+                end.
         """
         while (job := self._source.take(self._rest)) is not None:
             self._do(job)
@@ -118,7 +120,10 @@ class Worker:
         """Who pauses the box wants its memory for something else."""
         for engine in self._engines.made():
             if isinstance(engine, KeepsModels):
-                engine.release()
+                try:
+                    engine.release()
+                except JobError as error:  # no room in RAM, say: they stay, and the next job finds them
+                    log.warning("models stay on the device", extra={"op": "pause", "error": str(error)})
 
     def hand_back(self, reason: str) -> None:
         """Stop the job in hand at its next step, and any later one: the process is ending.
@@ -144,6 +149,7 @@ class Worker:
         return stepped_at is not None and time.monotonic() - stepped_at > self.step_timeout_s
 
     def _do(self, job: Job) -> None:
+        has_crashed = False
         self._stepped_at = time.monotonic()
         self._reports.job_began(job.job_id, job.model)
         with self._guard:
@@ -163,6 +169,9 @@ class Worker:
         except (JobError, DownloadError) as error:
             self._report(job, str(error), retryable=error.retryable)
         except DeviceError as error:
+            # What the engine was at work on when the device was lost may have been what killed it: the note
+            # stays, and the next start counts a crash of this job.
+            has_crashed = self._is_making
             self._report(job, str(error), retryable=True)
             raise
         except Exception as error:
@@ -181,7 +190,9 @@ class Worker:
             self._report(job, f"internal error: {type(error).__name__}", retryable=True)
         finally:
             self._stepped_at = None
-            self._in_hand.end()
+            self._is_making = False
+            if not has_crashed:
+                self._in_hand.end()
             self._source.finished(job)
             # Delivery starts only now: the studio answers it with the next offer, and a desk that is not
             # clear yet would have to refuse that one as busy.
@@ -220,11 +231,14 @@ class Worker:
             )
             self._cancel.check()
             self._reports.job_loads()
-            picture = self._engines.for_source(job.source).generate(request, self._stepped, self._cancel)
+            engine = self._engines.for_source(job.source)
+            self._is_making = True
+            picture = engine.generate(request, self._stepped, self._cancel)
             timings_s = {"wait": began - job.taken_at, "files": ready - began, **picture.timings_s}
             return picture, timings_s
 
     def _fetched(self, url: str | None) -> bytes | None:
+        self._moved(0, None)  # each input has its own limit of time
         return None if url is None else self._fetch(url, self._cancel_download)
 
     def _moved(self, done: int, total: int | None) -> None:  # noqa: ARG002  (the shape of a progress callback)

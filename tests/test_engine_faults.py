@@ -7,7 +7,7 @@ import traceback
 import pytest
 import torch
 
-from studio_worker.engine.faults import translated, usable_device
+from studio_worker.engine.faults import OutOfMemory, is_device_lost, translated, usable_device
 from studio_worker.errors import DeviceError, JobCancelled, JobError, StudioWorkerError
 
 CPU = torch.device("cpu")
@@ -53,20 +53,68 @@ def test_torch_itself_running_out_is_understood() -> None:
         torch.empty(2**52)
 
 
+def gone(device: torch.device) -> None:
+    """What a GPU answers after an error that stays."""
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
 @pytest.mark.parametrize(
     "error",
     [
         torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
         RuntimeError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA"),
         RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        TypeError("something that only followed"),
     ],
 )
-def test_lost_device_ends_the_process_with_a_cure(error: Exception) -> None:
-    """A device that is lost is no job's fault: the error says to restart, and what to look at."""
+def test_lost_device_ends_the_process_with_a_cure(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that answers no more is lost, whatever error told of it: the text says to restart, and what to
+    look at.
+    """
+    monkeypatch.setattr("studio_worker.engine.faults.ask", gone)
     translation = raised_by(error)
     assert isinstance(translation, DeviceError)
     assert "must be restarted" in str(translation)
     assert "driver" in str(translation)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: invalid argument"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a …"),
+    ],
+)
+def test_device_that_still_answers_is_not_lost(error: Exception) -> None:
+    """What CUDA's libraries call an error, after which the device computes as before, fails one job alone."""
+    translation = raised_by(error)
+    assert type(translation) is JobError
+    assert translation.retryable
+
+
+@pytest.mark.parametrize("status", ["CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"])
+def test_memory_that_a_library_of_cuda_lacks_is_memory(status: str) -> None:
+    """A library of CUDA that gets no memory is told as that, so that a leaner way is tried."""
+    assert isinstance(raised_by(RuntimeError(f"CUDA error: {status} when calling `create`")), OutOfMemory)
+
+
+def test_device_whose_memory_others_have_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that has not even room for one number is full, not gone."""
+
+    def full(device: torch.device) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr("studio_worker.engine.faults.ask", full)
+    assert isinstance(raised_by(torch.OutOfMemoryError("CUDA out of memory")), OutOfMemory)
+
+
+def test_device_without_hardware_does_not_answer() -> None:
+    """The question is put to the device itself."""
+    assert not is_device_lost(CPU)
+    if not torch.cuda.is_available():
+        assert is_device_lost(torch.device("cuda", 0))
 
 
 def test_other_errors_are_the_jobs() -> None:

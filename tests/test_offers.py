@@ -114,7 +114,7 @@ def test_offer_that_can_be_done_is_taken_with_the_wires_defaults() -> None:
         ),
         (
             replace(IDLE, is_poisoned=lambda job_id: True),
-            Impossible("j1", "the worker crashed twice while it worked on this job"),
+            Refuse("j1", "the worker crashed twice while it worked on this job"),
         ),
     ],
 )

@@ -267,7 +267,7 @@ def test_service_killed_in_a_job_says_so_at_the_next_start(
 def test_service_refuses_a_job_that_was_in_hand_at_two_crashes(
     site: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
-    """A job that kills twice is not tried a third time, and the next job is."""
+    """A job that kills twice is not tried here a third time, but left to another worker; the next job is."""
     job_id = studio.queue_job(model=MODEL_ID, task=LONG, model_source=sample_source(studio), max_attempts=9)
     note = tmp_path / "work" / "state" / "spool" / "job-in-hand.json"
     for number in range(2):
@@ -277,11 +277,12 @@ def test_service_refuses_a_job_that_was_in_hand_at_two_crashes(
             running.kill()
         studio.wait_for(lambda: studio.job(job_id).status == "queued", READY_S)
     with ServiceProcess(site, tmp_path / "log") as running:
-        await_status(studio, job_id, "failed")
         after = queue_synthetic(studio)
         await_status(studio, after, "done")
         assert running.stop() == 0
-    assert "crashed twice" in (studio.job(job_id).reason or "")
+    job = studio.job(job_id)
+    assert job.status == "queued"
+    assert [reason for reason in job.rejections.values() if "crashed twice" in reason]
 
 
 # --- preload ----------------------------------------------------------------------------------------
@@ -375,8 +376,12 @@ def test_status_shows_what_the_service_has_done(site: Path, studio: LocalStudio,
         good = queue_synthetic(studio)
         bad = studio.queue_job(
             model="placeholder",
-            task={"kind": "image", "prompt": "a hidden castle"},
-            model_source={**SYNTHETIC, "engine": "onnx"},
+            task={
+                "kind": "image",
+                "prompt": "a hidden castle",
+                "initImageUrl": "ftp://pictures.example/a.png",
+            },
+            model_source=SYNTHETIC,
         )
         await_status(studio, good, "done")
         await_status(studio, bad, "failed")
@@ -392,14 +397,14 @@ def test_status_shows_what_the_service_has_done(site: Path, studio: LocalStudio,
     assert facts["jobs"] == {"done": 1, "failed": 1, "handed_back": 0, "refused": 0}
     ends = {job["job_id"]: job for job in facts["last_jobs"]}
     assert ends[good]["stages_s"].keys() == {"wait", "files", "load", "generate", "encode", "upload"}
-    assert "unknown engine" in ends[bad]["reason"]
+    assert "is not an http(s) URL" in ends[bad]["reason"]
     assert facts["outbox"]["count"] == 0
     assert facts["device"]["name"] == "cpu"
     assert (facts["process"]["starts"], facts["process"]["crashes"]) == (2, 1)
     assert facts["process"]["pid"] == running.process.pid
     assert "a hidden castle" not in json.dumps(facts)
     assert shown.returncode == 0
-    for part in (good, "unknown engine", "approved as", "2 start(s)", "1 crash(es)", studio.base_url):
+    for part in (good, "is not an http(s) URL", "approved as", "2 start(s)", "1 crash(es)", studio.base_url):
         assert part in shown.stdout
 
 

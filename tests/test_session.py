@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from studio_worker.errors import DuplicateWorker, ReconnectExhausted, RefusedByStudio
-from studio_worker.jobs import Job
+from studio_worker.jobs import ImageTask, Job
 from studio_worker.logs import ShippingBuffer
+from studio_worker.models import ModelSource
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.connection import Timings
 from studio_worker.studio.desk import Desk
@@ -40,6 +41,8 @@ class Running:
         self.ended_with: BaseException | None = None
         self.outbox: set[str] = set()
         self.redelivered = threading.Event()
+        self.odd: dict[str, Any] = {}
+        """What the situation has in the place of what it should."""
         self.session = StudioSession(
             api=StudioApi(studio.url),
             desk=self.desk,
@@ -48,6 +51,7 @@ class Running:
                 current_job_id=self.desk.current_job_id,
                 is_paused=self.desk.is_paused,
                 is_in_outbox=self.outbox.__contains__,
+                **self.odd,
             ),
             capabilities=lambda: CAPABILITIES.model_copy(update={"auto_enabled": not self.desk.is_paused}),
             uploading=lambda: None,
@@ -143,12 +147,48 @@ def test_session_fails_an_impossible_offer_for_good(scripted: ScriptedStudio) ->
     """An offer that no worker could do is accepted and failed at once, and the next one is welcome."""
     conversation = scripted.accept()
     conversation.welcome()
-    source = {**CLAIM["modelSource"], "engine": "onnx"}
-    conversation.send(type="offer", claim={**CLAIM, "modelSource": source})
+    conversation.send(type="offer", claim={**CLAIM, "task": {"kind": "image"}})
     assert conversation.receive_type("accept")["jobId"] == "j1"
     failure = conversation.receive_type("fail")
     assert not failure["retryable"]
-    assert "unknown engine 'onnx'" in failure["error"]
+    assert "malformed: prompt" in failure["error"]
+    conversation.send(type="offer", claim={**CLAIM, "jobId": "j2"})
+    assert conversation.receive_type("accept")["jobId"] == "j2"
+
+
+def _odd_header(source: ModelSource, task: ImageTask) -> float:
+    raise IndexError(f"tuple index out of range, says the library that read {task.prompt!r}")
+
+
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        ({"shortfall_bytes": lambda files: sum(file.approx_bytes or 0 for file in files)}, "OverflowError"),
+        ({"needed_gb": _odd_header}, "IndexError"),
+        ({"is_on_box": lambda files: 1 / 0, "on_demand": False}, "ZeroDivisionError"),
+    ],
+)
+def test_session_outlives_an_offer_that_cannot_be_judged(
+    scripted: ScriptedStudio,
+    running: Running,
+    odd: dict[str, Any],
+    says: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whatever judging an offer meets (an absurd number, an odd model file, a fault of ours), that offer is
+    refused, the log has where it happened, and the same session takes the next job.
+    """
+    conversation = scripted.accept()
+    conversation.welcome()
+    file = {**CLAIM["modelSource"]["files"][0], "approxBytes": 10**400}
+    running.odd = odd
+    conversation.send(type="offer", claim={**CLAIM, "modelSource": {**CLAIM["modelSource"], "files": [file]}})
+    refusal = conversation.receive_type("reject")
+    assert (refusal["reason"], refusal.get("code")) == (f"the worker cannot tell: {says}", None)
+    (told,) = [record for record in caplog.records if record.message == "offer cannot be judged"]
+    assert "in judge" in told.__dict__["traceback"]
+    assert CLAIM["task"]["prompt"] not in str(told.__dict__)
+    running.odd = {}
     conversation.send(type="offer", claim={**CLAIM, "jobId": "j2"})
     assert conversation.receive_type("accept")["jobId"] == "j2"
 

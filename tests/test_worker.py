@@ -190,13 +190,33 @@ def test_worker_fetches_the_inputs_of_a_task(tmp_path: Path) -> None:
 
 
 def test_worker_ends_when_the_device_is_lost(tmp_path: Path) -> None:
-    """A lost device ends the process; the job in hand goes back to be done elsewhere."""
-    source = Source(job("a"), job("b"))
-    worker, _, in_hand = make(tmp_path, source, {"a": raises(DeviceError("GPU lost; reboot"))})
+    """A lost device ends the process; the job in hand goes back to be done elsewhere, and at the second such
+    end it is not tried here any more.
+    """
+    for is_poisoned in (False, True):
+        source = Source(job("a"), job("b"))
+        worker, _, _ = make(tmp_path, source, {"a": raises(DeviceError("GPU lost; reboot"))})
+        with pytest.raises(DeviceError):
+            worker.run()
+        assert source.failures == [("a", "GPU lost; reboot", True)]
+        assert source.finished_jobs == ["a"]
+        next_start = JobInHand(tmp_path / "spool")
+        assert next_start.recover() == "a"
+        assert next_start.is_poisoned("a") == is_poisoned
+
+
+def test_device_that_was_lost_before_the_job_is_no_crash_of_it(tmp_path: Path) -> None:
+    """A device that is gone when the engine is made for a job was not killed by that job."""
+    source = Source(job("a"))
+    worker, _, in_hand = make(tmp_path, source, {})
+
+    def gone() -> Engine:
+        raise DeviceError("there is no cuda:0")
+
+    worker._engines = Router({"scripted": gone})
     with pytest.raises(DeviceError):
         worker.run()
-    assert source.failures == [("a", "GPU lost; reboot", True)]
-    assert source.finished_jobs == ["a"]
+    assert source.failures == [("a", "there is no cuda:0", True)]
     assert in_hand.recover() is None
 
 
@@ -490,6 +510,22 @@ def test_paused_worker_lets_its_models_go(tmp_path: Path) -> None:
     assert engine.asked == ["release"]  # at the first pause there was no engine yet
     assert source.finished_jobs == ["a", "b"]
     assert not source.failures
+
+
+def test_pause_that_frees_nothing_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Models that cannot leave the device at a pause, because RAM is full, say, stay; the loop goes on."""
+    source = Source(job("a"), "paused", job("b"))
+    engine = KeepingEngine()
+
+    def full() -> None:
+        raise JobError("out of memory on cpu")
+
+    engine.release = full  # type: ignore[method-assign]
+    worker, _, _ = make(tmp_path, source)
+    worker._engines = Router({"scripted": lambda: engine})
+    worker.run()
+    assert source.finished_jobs == ["a", "b"]
+    assert "models stay on the device" in caplog.messages
 
 
 def test_preloading_that_hangs_is_noticed(tmp_path: Path) -> None:

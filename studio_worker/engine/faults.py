@@ -22,10 +22,16 @@ class OutOfMemory(JobError):
     """Memory ran out while the picture was made. Everything that could be freed has been."""
 
 
-_MEMORY_SIGNS = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "out of memory")
-"""How a failed allocation is worded where it is a plain RuntimeError: in RAM, or inside a CUDA library."""
-
-_LOST_DEVICE_SIGNS = ("CUDA error", "CUDA driver", "cuDNN error", "CUBLAS_STATUS", "device-side assert")
+_MEMORY_SIGNS = (
+    "DefaultCPUAllocator",
+    "not enough memory",
+    "Cannot allocate memory",
+    "out of memory",
+    "ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+)
+"""How a failed allocation is worded where it is a plain RuntimeError: in RAM, or inside a CUDA library
+(``cublasStatus_t``, ``cudnnStatus_t``, ``cufftResult``)."""
 
 _PRIVATE_CHARS = 8
 """Shorter prompts are found in any message by chance, and give nothing away."""
@@ -67,19 +73,21 @@ def translated(
 def _translate(
     error: Exception, device: torch.device, on_exhausted: Callable[[], None]
 ) -> DeviceError | JobError:
-    if is_exhausted(error):
+    exhausted = is_exhausted(error)
+    if exhausted:
         # They hold the very tensors that did not fit.
         _clear_frames(error)
+    if is_device_lost(device):
+        return DeviceError(
+            f"{device} failed ({type(error).__name__}: {_first_line(error)}); the process must be restarted. "
+            "If it happens again: look for Xid errors in the kernel log, reload the driver or reboot"
+        )
+    if exhausted:
         on_exhausted()
         free_gb, total_gb = free_bytes(device) / 2**30, total_bytes(device) / 2**30
         return OutOfMemory(
             f"out of memory on {device}: {free_gb:.1f} of {total_gb:.1f} GiB free with all models unloaded; "
             "a smaller picture or a device with more memory is needed"
-        )
-    if is_device_lost(error):
-        return DeviceError(
-            f"{device} failed ({type(error).__name__}: {_first_line(error)}); the process must be restarted. "
-            "If it happens again: look for Xid errors in the kernel log, reload the driver or reboot"
         )
     return JobError(f"the picture could not be made: {type(error).__name__}")
 
@@ -107,11 +115,22 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "no message")
 
 
-def is_device_lost(error: Exception) -> bool:
-    """Whether CUDA failed in a way that every later call would fail in too."""
-    if isinstance(error, torch.AcceleratorError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_DEVICE_SIGNS)
+def is_device_lost(device: torch.device) -> bool:
+    """Whether ``device`` computes nothing any more, found by asking it.
+
+    No error's text says so: what CUDA and its libraries call an error may be one odd shape, or memory that
+    ran out; and an error that stays (an illegal access, a card off the bus) comes again at every call.
+    """
+    try:
+        ask(device)
+    except Exception as error:
+        return not is_exhausted(error)  # others have all its memory, and it is well
+    return False
+
+
+def ask(device: torch.device) -> None:
+    """Let ``device`` compute a number and wait for it. Raises whatever torch does where it cannot."""
+    torch.ones(1, device=device).add_(1).cpu()
 
 
 def usable_device(name: str) -> torch.device:

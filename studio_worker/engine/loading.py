@@ -66,7 +66,7 @@ def load_part(part: Part, section: Section, device: torch.device, dtype: torch.d
     try:
         tensors = layout.rename(tensors)
     except _TORSO as error:
-        if is_exhausted(error) or is_device_lost(error):
+        if is_exhausted(error) or is_device_lost(device):
             raise
         raise refused(
             f"{section} holds no whole {part.kind}: {type(error).__name__} {str(error)[:200]}"

@@ -7,6 +7,7 @@ leave through ``send``; whoever holds the socket (``session.py``) carries them, 
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable
 
 from studio_worker.errors import FrameError, StudioWorkerError
@@ -165,11 +166,23 @@ class Exchange:
         self._on_answer(judgement, str(offer.claim.get("model", "")))
 
     def _judge(self, offer: Offered) -> Judgement:
+        job_id = str(offer.claim.get("jobId", ""))
         try:
             return judge(offer.claim, self._situation())
-        except (StudioWorkerError, OSError) as error:
-            # A disk that cannot be asked: another worker may do better, and this session goes on.
-            return Refuse(str(offer.claim["jobId"]), f"the worker cannot tell: {error}", None)
+        except (StudioWorkerError, OSError) as error:  # a disk that cannot be asked
+            return Refuse(job_id, f"the worker cannot tell: {error}")
+        except Exception as error:
+            # A fault of ours, met in an odd claim or an odd file: no job may end the session for all others.
+            # By its frames, without its text, which may quote the prompt.
+            log.error(
+                "offer cannot be judged",
+                extra=_facts(
+                    job_id,
+                    error=type(error).__name__,
+                    traceback="".join(traceback.format_tb(error.__traceback__)),
+                ),
+            )
+            return Refuse(job_id, f"the worker cannot tell: {type(error).__name__}")
 
 
 def _facts(job_id: str, **more: object) -> dict[str, object]:

@@ -123,7 +123,8 @@ def judge(claim: dict[str, Any], situation: Situation) -> Judgement:
         if claim.get(required) is None:
             return Refuse(job_id, f"the offer has no {required}")
     if situation.is_poisoned(job_id):
-        return Impossible(job_id, "the worker crashed twice while it worked on this job")
+        # It may be this box that crashes, and not the job: another worker may try.
+        return Refuse(job_id, "the worker crashed twice while it worked on this job")
     if failure := situation.failed_for_good(job_id):
         return Impossible(job_id, failure)
     if problem := situation.outbox_problem():
