@@ -27,7 +27,7 @@ _MAX_REDIRECTS = 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _EXPIRED = frozenset({400, 401, 403, 404, 410})
 """How an address that was good for a while is refused later."""
-_REQUESTS_VARIABLES = {"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}
+_REQUESTS_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 class Session(requests.Session):
@@ -184,7 +184,10 @@ def _verify(policy: Policy) -> str | None:
     """The CA bundle: the policy's, else OpenSSL's variable, which requests does not know; its own follow."""
     if policy.ca_bundle is not None:
         return str(policy.ca_bundle)
-    return None if _REQUESTS_VARIABLES & os.environ.keys() else os.environ.get("SSL_CERT_FILE")
+    if any(os.environ.get(variable) for variable in _REQUESTS_VARIABLES):
+        return None
+    # Set to nothing it names no file; handed on, an empty string would turn the check of certificates off.
+    return os.environ.get("SSL_CERT_FILE") or None
 
 
 def cause(error: BaseException) -> str:

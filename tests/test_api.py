@@ -8,6 +8,7 @@ from email.parser import BytesParser
 from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,6 +90,25 @@ def test_upload_that_may_pass_is_to_be_tried_again(tmp_path: Path, status: int) 
     with ScriptedHttp(answer) as server, pytest.raises(StudioUnavailable) as caught:
         StudioApi(server.url).upload("w", "t", delivery(tmp_path))
     assert caught.value.retry_after_s == 7.0
+
+
+@pytest.mark.parametrize("kind", ["text/html", "text/html; charset=utf-8", "application/xhtml+xml", None])
+def test_page_in_place_of_an_answer_is_no_receipt(tmp_path: Path, kind: str | None) -> None:
+    """What a network's sign-in page answers for the studio, 200 and all, keeps the picture."""
+    headers = {} if kind is None else {"Content-Type": kind}
+    page = b"\n<!DOCTYPE html><html><title>Welcome to our network</title></html>"
+    with ScriptedHttp((200, headers, page)) as server, pytest.raises(StudioUnavailable, match="web page"):
+        StudioApi(server.url).upload("w", "t", delivery(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"), [("application/json", {}), ("text/html", b"ok"), ("text/plain", b"")]
+)
+def test_answer_that_is_no_page_is_a_receipt(tmp_path: Path, kind: str, body: Any) -> None:
+    """Whatever else a studio says with its 2xx, the picture is delivered."""
+    with ScriptedHttp((201, {"Content-Type": kind}, body)) as server:
+        StudioApi(server.url).upload("w", "t", delivery(tmp_path))
+    assert len(server.heard) == 1
 
 
 def test_upload_with_a_refused_token_is_neither(tmp_path: Path) -> None:

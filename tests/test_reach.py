@@ -144,15 +144,39 @@ def test_missing_ca_bundle_is_an_error_of_the_download(tmp_path: Path) -> None:
     assert failure.value.reason == "request error"
 
 
-def test_certificate_that_is_not_believed_is_final_and_names_the_key(
-    server: FileServer, tmp_path: Path
-) -> None:
-    """A server with a certificate of its own is asked once, and the error says where the authority goes."""
-    pem = tmp_path / "server.pem"
+def use_own_certificate(server: FileServer, folder: Path) -> Path:
+    """Let ``server`` speak TLS with a certificate that nobody knows; gives its file."""
+    pem = folder / "server.pem"
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=x"]
     make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", f"{pem}.key", "-out", str(pem)]
     subprocess.run(make, check=True, capture_output=True)
     server.use_tls(pem, Path(f"{pem}.key"))
+    return pem
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_variable_that_names_no_certificates_turns_no_check_off(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """A variable for certificates that is set to nothing is as good as none: certificates are checked."""
+    for each in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(variable, "")
+    pem = use_own_certificate(server, tmp_path)
+    file = server.serve("/m.bin", b"model")
+
+    with pytest.raises(DownloadRefused, match="certificate verify failed"):
+        download_file(file.url, tmp_path / "m", policy=quick())
+    if variable != "SSL_CERT_FILE":  # and does not hide the one that names some
+        monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+        download_file(file.url, tmp_path / "m", policy=quick())
+
+
+def test_certificate_that_is_not_believed_is_final_and_names_the_key(
+    server: FileServer, tmp_path: Path
+) -> None:
+    """A server with a certificate of its own is asked once, and the error says where the authority goes."""
+    pem = use_own_certificate(server, tmp_path)
     file = server.serve("/m.bin", b"model")
 
     with pytest.raises(DownloadRefused, match=r"certificate verify failed.*\[models\] ca_bundle"):

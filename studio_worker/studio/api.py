@@ -140,6 +140,11 @@ class StudioApi:
         if 400 <= answer.status < 500 and answer.status not in {408, 429}:
             raise DeliveryRefused(answer.status)
         _expect_ok(answer)
+        if _is_page(answer):
+            raise StudioUnavailable(
+                f"a web page came in place of the studio's answer (HTTP {answer.status}): something on the "
+                "way answers for it, a network's sign-in page most likely"
+            )
 
     def _send(
         self,
@@ -223,6 +228,15 @@ def _expect_ok(answer: _Answer) -> None:
         status=answer.status,
         retry_after_s=retry_after_s(answer.headers),
     )
+
+
+def _is_page(answer: _Answer) -> bool:
+    """Whether a browser would show it as a page; no studio's answer is one (protocol §6.7)."""
+    kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    begin = answer.content.lstrip(b"\xef\xbb\xbf \t\r\n")[:15].lower()
+    if kind in {"text/html", "application/xhtml+xml"}:
+        return begin.startswith(b"<")
+    return begin.startswith((b"<!doctype html", b"<html"))
 
 
 def hint(status: int) -> str:
