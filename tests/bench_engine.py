@@ -35,9 +35,9 @@ from studio_worker.engine import Request
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.stable_diffusion import SAMPLE, stable_diffusion
+from studio_worker.gpu_check.tiny.weights import config, config_of, drawn, prefixed, safetensors
 from studio_worker.jobs import Cancel, ImageTask, Picture
 from studio_worker.models import CliDefaults, FileRole, LocalFile
-from tests import tiny_models
 
 JOBS = 24
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -130,20 +130,20 @@ def _random(folder: Path, widths: tuple[int, ...], dtype: torch.dtype) -> Peer:
         latent_channels=4,
     )
     for seed, part in enumerate((unet, vae)):
-        tiny_models.randomised(part, seed)
+        drawn(part, seed)
     parts = {"unet": unet, "text_encoder": small.text_encoder, "vae": vae}
     for name, part in parts.items():
-        tiny_models.write_config(folder / name, part)
+        config(folder / name, config_of(part))
     for name in ("tokenizer", "scheduler"):
         (folder / name).symlink_to(sample_model.CONFIG_DIR / name)
     states = (
         unet.state_dict(),
-        tiny_models.prefixed(small.text_encoder.state_dict(), "text_model."),
+        prefixed(small.text_encoder.state_dict(), "text_model."),
         vae.state_dict(),
     )
     model = written(folder)
     for file, state in zip(model.files, states, strict=True):
-        tiny_models.write_safetensors(file.path, state, file.role, dtype)
+        safetensors(file.path, file.role, state, dtype)
     plain = StableDiffusionPipeline(**{**small.components, **parts}, requires_safety_checker=False)
     return Peer(model, plain)
 

@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from studio_worker.demo import write_configuration
+from studio_worker.gpu_check.tiny import compvis
 from studio_worker.local_studio import LocalStudio
 from studio_worker.models import CliDefaults, ModelFile, ModelSource
 from studio_worker.service_process import ServiceProcess
-from tests.test_engine_families import ldm_layout, sd1_parts
+from tests.test_engine_families import sd1_parts
 
 MODELS = 3
 LIMIT_S = 7.0
@@ -128,7 +129,7 @@ def write_model(path: Path, seed: int) -> tuple[Path, str]:
     """A Stable Diffusion 1.x checkpoint of random half-precision weights, and its sha256."""
     with torch.device("meta"):
         unet, vae, text_encoder = (part.state_dict() for part in sd1_parts())
-    state = ldm_layout().single_file_state(unet, vae, text_encoder, layers_per_block=2, vae_levels=4)
+    state = compvis.single_file(unet, vae, text_encoder, layers_per_block=2, vae_levels=4)
     header, end = {}, 0
     for name, tensor in state.items():
         start, end = end, end + 2 * math.prod(tensor.shape)

@@ -39,6 +39,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "worker local_studio abilities reload reporting doctor starting",
         "service service_process demo_jobs",
         "demo",
+        "gpu_check",
         "cli_options",
         "cli_models cli_control cli_generate cli_doctor",
         "cli",
@@ -72,12 +73,12 @@ STRANGERS = (
 """Rooms above each other that still do not know each other, and why."""
 
 LIBRARIES = {
-    "torch": {"engine"},
-    "diffusers": {"engine"},
-    "transformers": {"engine"},
+    "torch": {"engine", "gpu_check"},
+    "diffusers": {"engine", "gpu_check"},
+    "transformers": {"engine", "gpu_check"},
     "accelerate": {"engine"},
-    "safetensors": {"engine"},
-    "gguf": {"engine"},
+    "safetensors": {"engine", "gpu_check"},
+    "gguf": {"engine", "gpu_check"},
     "websockets": {"studio.connection", "studio.session", "studio.endings"},  # the last only names exceptions
     "sdnotify": {"notify"},
     "requests": {"transport", "request", "networks", "studio.api", "studio.route", "doctor"},

@@ -2,116 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import gguf
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     ChromaImg2ImgPipeline,
     ChromaInpaintPipeline,
     ChromaPipeline,
-    ChromaTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.loaders.single_file_utils import convert_chroma_transformer_checkpoint_to_diffusers
 from PIL import Image
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.black_forest import from_black_forest
-from studio_worker.engine.families.chroma import CHROMA, Chroma, chroma
-from studio_worker.engine.families.t5 import T5_TOKENIZER
+from studio_worker.gpu_check.tiny.flux import tiny_chroma
+from studio_worker.gpu_check.tiny.model import Tiny
+from studio_worker.gpu_check.tiny.quantised import Kind, write_gguf
 from studio_worker.models import LocalFile
 from tests import published
 from tests.engine_lab import encoded, scene
 from tests.flow_models import (
     GUIDANCE,
     HEIGHT,
-    T5,
-    VAE,
     WIDTH,
-    black_forest,
-    compvis_vae,
-    config,
     difference,
-    drawn,
     make,
     one_column,
+    pipeline,
     right_half,
-    safetensors,
     same,
-    state,
     stock,
 )
-from tests.quantising import DECODING, Q8, Kind, dequantised, llama_cpp, write_gguf
+from tests.quantising import DECODING, Q8, dequantised
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
-TRANSFORMER = {
-    "_class_name": "ChromaTransformer2DModel",
-    "patch_size": 1,
-    "in_channels": 16,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 32,
-    "axes_dims_rope": [4, 6, 6],
-    "approximator_num_channels": 32,
-    "approximator_hidden_dim": 32,
-    "approximator_layers": 2,
-}
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """The library's own modules, and a family of their sizes."""
-
-    parts: dict[str, Any]
-    family: Chroma
-    folder: Path
-
-    def pipeline(self, cls: Any) -> Any:
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(str(CHROMA.scheduler))
-        return cls(**self.parts, scheduler=scheduler)
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    folder = tmp_path_factory.mktemp("chroma")
-    torch.manual_seed(0)
-    parts = {
-        "transformer": drawn(ChromaTransformer2DModel.from_config(TRANSFORMER), 1),
-        "text_encoder": drawn(T5EncoderModel(T5Config(**T5)), 2),
-        "vae": drawn(AutoencoderKL.from_config(VAE), 3),
-        "tokenizer": T5Tokenizer.from_pretrained(str(T5_TOKENIZER.folder)),
-    }
-    family = chroma(
-        "tiny-chroma",
-        config(folder / "transformer", TRANSFORMER),
-        config(folder / "text_encoder", T5),
-        config(folder / "vae", VAE),
-    )
-    return Tiny(parts, family, folder)
+    return tiny_chroma(tmp_path_factory.mktemp("chroma"))
 
 
 @pytest.fixture(scope="module")
 def files(tiny: Tiny) -> tuple[LocalFile, ...]:
-    """``Chroma1-HD.safetensors`` as lodestones publishes it (FLUX.1's names and its own, no prefix), with T5
-    and ``ae.safetensors`` beside it.
-    """
-    transformer = black_forest(state(tiny.parts["transformer"]))
-    return (
-        safetensors(tiny.folder / "chroma.safetensors", "diffusion-model", transformer),
-        safetensors(tiny.folder / "t5xxl.safetensors", "text-encoder", state(tiny.parts["text_encoder"])),
-        safetensors(tiny.folder / "ae.safetensors", "vae", compvis_vae(state(tiny.parts["vae"]), 4)),
-    )
+    return tiny.files()
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +62,7 @@ def test_picture_is_the_librarys(
     tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...], guidance: float
 ) -> None:
     """From the published files a picture is, pixel for pixel, what the library's pipeline makes."""
-    expected = stock(tiny.pipeline(ChromaPipeline), guidance_scale=guidance, negative_prompt="")
+    expected = stock(pipeline(tiny, ChromaPipeline), guidance_scale=guidance, negative_prompt="")
     assert same(make(engine, files, cfg_scale=guidance), expected)
 
 
@@ -136,7 +71,7 @@ def test_picture_from_picture_is_the_librarys(
 ) -> None:
     """Image-to-image is the library's, pixel for pixel."""
     start = scene(WIDTH, HEIGHT)
-    expected = stock(tiny.pipeline(ChromaImg2ImgPipeline), **GUIDED, image=start, strength=0.7)
+    expected = stock(pipeline(tiny, ChromaImg2ImgPipeline), **GUIDED, image=start, strength=0.7)
     assert same(make(engine, files, inputs=Inputs(encoded(start)), denoise=0.7), expected)
 
 
@@ -147,7 +82,7 @@ def test_picture_within_mask_is_the_librarys(
     tiny.parts["transformer"].register_to_config(guidance_embeds=False)  # which the pipeline wants to know
     start, mask = scene(WIDTH, HEIGHT), right_half()
     expected = stock(
-        tiny.pipeline(ChromaInpaintPipeline),
+        pipeline(tiny, ChromaInpaintPipeline),
         **GUIDED,
         image=start,
         mask_image=mask,
@@ -169,15 +104,14 @@ def test_gguf_makes_the_librarys_picture(
     """GGUF files make the library's picture: exactly in single precision, nearly where quantised, and hardly
     another one than the numbers that they were made to.
     """
-    transformer = black_forest(state(tiny.parts["transformer"]))
-    language = llama_cpp(state(tiny.parts["text_encoder"]), gguf.MODEL_ARCH.T5ENCODER, T5["num_layers"])
+    denoiser, t5 = tiny.published["transformer"], tiny.published["text_encoder"]
     parts = (
-        write_gguf(tiny.folder / f"dit-{kind}.gguf", "diffusion-model", transformer, "chroma", kind),
-        write_gguf(tiny.folder / f"t5-{kind}.gguf", "text-encoder", language, "t5encoder", kind),
+        write_gguf(tiny.folder / f"dit-{kind}.gguf", denoiser.role, denoiser.tensors, "chroma", kind),
+        write_gguf(tiny.folder / f"t5-{kind}.gguf", t5.role, t5.in_gguf or {}, "t5encoder", kind),
         files[2],
     )
     picture = make(engine, parts)
-    assert difference(picture, stock(tiny.pipeline(ChromaPipeline), **GUIDED)) <= bound
+    assert difference(picture, stock(pipeline(tiny, ChromaPipeline), **GUIDED)) <= bound
     meant = make(engine, [*map(dequantised, parts[:2]), parts[2]])
     assert difference(picture, meant) <= (DECODING if kind else 0)
 

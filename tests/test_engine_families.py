@@ -31,9 +31,9 @@ from studio_worker.engine.checkpoint import read_checkpoint
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.component import CONFIGS
 from studio_worker.errors import FileDamaged, JobError, NotServed
+from studio_worker.gpu_check.tiny import compvis
 from studio_worker.models import FileRole, LocalFile
 from tests.engine_lab import write_header
-from tests.tiny_models import ldm_layout
 
 
 def sd1_parts() -> tuple[Any, Any, Any]:
@@ -108,7 +108,7 @@ def test_sd1_configuration_builds_the_published_model() -> None:
 def test_sd1_configuration_is_what_a_checkpoint_fills() -> None:
     """The tensors of a checkpoint, renamed by diffusers, are exactly those that the configuration builds."""
     unet, vae, text_encoder = sd1_parts()
-    checkpoint = ldm_layout().single_file_state(
+    checkpoint = compvis.single_file(
         unet.state_dict(), vae.state_dict(), text_encoder.state_dict(), layers_per_block=2, vae_levels=4
     )
     assert {name: tuple(checkpoint[name].shape) for name in SD1_KEYS} == SD1_KEYS

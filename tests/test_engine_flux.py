@@ -3,109 +3,55 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
-    FluxTransformer2DModel,
 )
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
-from studio_worker.engine.families import flux as families
 from studio_worker.engine.families.black_forest import from_black_forest
-from studio_worker.engine.families.flux import Flux, flux
-from studio_worker.engine.families.t5 import T5_TOKENIZER
+from studio_worker.engine.families.flux import FLUX_DEV, FLUX_FILL, FLUX_SCHNELL
 from studio_worker.engine.placement import Mode
 from studio_worker.errors import JobError
-from studio_worker.models import FileRole, LocalFile
+from studio_worker.gpu_check.tiny.flux import tiny_flux
+from studio_worker.gpu_check.tiny.layouts import black_forest
+from studio_worker.gpu_check.tiny.model import Tiny
+from studio_worker.gpu_check.tiny.quantised import Kind, write_gguf
+from studio_worker.gpu_check.tiny.weights import Tensors, in_shards, safetensors, state
+from studio_worker.models import LocalFile
 from tests.engine_lab import encoded, scene
 from tests.flow_models import (
-    CLIP,
     DEFAULTS,
     GUIDANCE,
     HEIGHT,
-    T5,
-    VAE,
     WIDTH,
-    Tensors,
-    black_forest,
-    compvis_vae,
-    config,
     difference,
-    drawn,
     make,
     offloaded,
     one_column,
+    pipeline,
     right_half,
-    safetensors,
     same,
-    state,
     stock,
 )
 from tests.published import flux1
-from tests.quantising import (
-    DECODING,
-    Q4,
-    Q8,
-    Kind,
-    dequantised,
-    llama_cpp,
-    widened,
-    write_eight_bit,
-    write_gguf,
-)
-from tests.tiny_models import in_shards
+from tests.quantising import DECODING, Q4, Q8, dequantised, widened
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
-TRANSFORMER = {
-    "_class_name": "FluxTransformer2DModel",
-    "patch_size": 1,
-    "in_channels": 16,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 32,
-    "pooled_projection_dim": 32,
-    "guidance_embeds": True,
-    "axes_dims_rope": [4, 6, 6],
-}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "dev": TRANSFORMER,
-    "schnell": TRANSFORMER | {"guidance_embeds": False},
-    # the picture's latents, its masked latents, and 8x8 mask pixels of each of 4
-    "fill": TRANSFORMER | {"in_channels": 16 + 16 + 4 * 64, "out_channels": 16},
-}
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """The library's own modules of one variant, and a family of their sizes."""
-
-    parts: dict[str, Any]
-    scheduler: Any
-    family: Flux
-    folder: Path
-
-    def pipeline(self, cls: Any) -> Any:
-        return cls(**self.parts, scheduler=FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config))
+PUBLISHED = {"dev": FLUX_DEV, "schnell": FLUX_SCHNELL, "fill": FLUX_FILL}
 
 
 @pytest.fixture(autouse=True)
@@ -116,40 +62,10 @@ def _small_references(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tinies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tiny]:
-    """All variants; what they share is shared."""
-    folder = tmp_path_factory.mktemp("flux")
-    torch.manual_seed(0)
-    shared = {
-        "text_encoder": drawn(CLIPTextModel(CLIPTextConfig(**CLIP)), 1),
-        "text_encoder_2": drawn(T5EncoderModel(T5Config(**T5)), 2),
-        "vae": drawn(AutoencoderKL.from_config(VAE), 3),
-        "tokenizer": CLIPTokenizer.from_pretrained(str(families.FOLDERS["tokenizer"])),
-        "tokenizer_2": T5Tokenizer.from_pretrained(str(T5_TOKENIZER.folder)),
+    """All variants."""
+    return {
+        name: tiny_flux(tmp_path_factory.mktemp(name), published) for name, published in PUBLISHED.items()
     }
-    folders = {
-        **families.FOLDERS,
-        "text_encoder": config(folder / "text_encoder", CLIP),
-        "text_encoder_2": config(folder / "text_encoder_2", T5),
-        "vae": config(folder / "vae", VAE),
-    }
-    made = {}
-    for name, published in (
-        ("dev", families.FLUX_DEV),
-        ("schnell", families.FLUX_SCHNELL),
-        ("fill", families.FLUX_FILL),
-    ):
-        transformer = config(folder / name, VARIANTS[name])
-        family = flux(
-            f"tiny-{name}",
-            {**folders, "transformer": transformer, "scheduler": published.scheduler},
-            type(published),
-            pipelines=published.pipelines,
-            prompt_tokens=published.prompt_tokens,
-        )
-        parts = {**shared, "transformer": drawn(FluxTransformer2DModel.from_config(VARIANTS[name]), 4)}
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(str(published.scheduler))
-        made[name] = Tiny(parts, scheduler, family, folder)
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -160,28 +76,12 @@ def engine(tinies: dict[str, Tiny]) -> DiffusionEngine:
 
 @pytest.fixture(scope="module")
 def shared_files(tinies: dict[str, Tiny]) -> tuple[LocalFile, ...]:
-    """``clip_l.safetensors`` and ``t5xxl_fp16.safetensors`` as comfyanonymous/flux_text_encoders has them
-    (transformers' names, CLIP's below ``text_model.``), and Black Forest Labs' ``ae.safetensors``.
-    """
-    tiny = tinies["dev"]
-    return (
-        safetensors(tiny.folder / "clip_l.safetensors", "text-encoder", clip_l(tiny)),
-        safetensors(tiny.folder / "t5xxl.safetensors", "text-encoder", t5xxl(tiny)),
-        safetensors(tiny.folder / "ae.safetensors", "vae", compvis_vae(state(tiny.parts["vae"]), 4)),
-    )
+    """Text encoders and VAE, which are the same for all variants."""
+    return tuple(tinies["dev"].file(part) for part in ("text_encoder", "text_encoder_2", "vae"))
 
 
-def clip_l(tiny: Tiny) -> Tensors:
-    return {f"text_model.{name}": tensor for name, tensor in state(tiny.parts["text_encoder"]).items()}
-
-
-def t5xxl(tiny: Tiny) -> Tensors:
-    return state(tiny.parts["text_encoder_2"])
-
-
-def denoiser(tiny: Tiny, role: FileRole = "diffusion-model") -> LocalFile:
-    tensors = black_forest(state(tiny.parts["transformer"]))
-    return safetensors(tiny.folder / f"{tiny.family.name}.safetensors", role, tensors)
+def denoiser(tiny: Tiny) -> LocalFile:
+    return tiny.file("transformer")
 
 
 DEV = {"guidance_scale": 3.5, "true_cfg_scale": GUIDANCE, "negative_prompt": ""}
@@ -195,15 +95,15 @@ def test_picture_is_the_librarys(
     tiny = tinies[name]
     tokens = {"max_sequence_length": tiny.family.prompt_tokens}
     picture = make(engine, [denoiser(tiny), *shared_files])
-    assert same(picture, stock(tiny.pipeline(FluxPipeline), **DEV, **tokens))
-    assert picture.meta["family"] == f"tiny-{name}"
+    assert same(picture, stock(pipeline(tiny, FluxPipeline), **DEV, **tokens))
+    assert picture.meta["family"] == f"tiny-flux1-{name}"
 
 
 def test_picture_without_true_guidance_is_the_librarys(
     tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...]
 ) -> None:
     """At cfgScale 1, which is how FLUX.1 is meant, only the distilled guidance is used."""
-    expected = stock(tinies["dev"].pipeline(FluxPipeline), guidance_scale=3.5)
+    expected = stock(pipeline(tinies["dev"], FluxPipeline), guidance_scale=3.5)
     assert same(make(engine, [denoiser(tinies["dev"]), *shared_files], cfg_scale=1.0), expected)
 
 
@@ -212,7 +112,7 @@ def test_picture_from_picture_is_the_librarys(
 ) -> None:
     """Image-to-image is the library's, pixel for pixel."""
     start = scene(WIDTH, HEIGHT)
-    expected = stock(tinies["dev"].pipeline(FluxImg2ImgPipeline), **DEV, image=start, strength=0.7)
+    expected = stock(pipeline(tinies["dev"], FluxImg2ImgPipeline), **DEV, image=start, strength=0.7)
     picture = make(
         engine, [denoiser(tinies["dev"]), *shared_files], inputs=Inputs(encoded(start)), denoise=0.7
     )
@@ -233,7 +133,7 @@ def test_picture_within_mask_is_the_librarys(
 ) -> None:
     """Inpainting, by dev and by Fill, is the library's where the mask is white, and untouched elsewhere."""
     start, mask = scene(WIDTH, HEIGHT), right_half()
-    expected = stock(tinies[name].pipeline(cls), **guidance, image=start, mask_image=mask, strength=0.7)
+    expected = stock(pipeline(tinies[name], cls), **guidance, image=start, mask_image=mask, strength=0.7)
     picture = make(
         engine,
         [denoiser(tinies[name]), *shared_files],
@@ -249,26 +149,26 @@ def test_whole_checkpoint_makes_the_librarys_picture(
 ) -> None:
     """One file of role model, as Comfy-Org packs it (flux1-dev-fp8.safetensors), makes the same picture."""
     tiny = tinies["dev"]
-    packed = {
-        "model.diffusion_model.": black_forest(state(tiny.parts["transformer"])),
-        "text_encoders.clip_l.transformer.": clip_l(tiny),
-        "text_encoders.t5xxl.transformer.": t5xxl(tiny),
-        "vae.": compvis_vae(state(tiny.parts["vae"]), 4),
+    prefixes = {
+        "model.diffusion_model.": "transformer",
+        "text_encoders.clip_l.transformer.": "text_encoder",
+        "text_encoders.t5xxl.transformer.": "text_encoder_2",
+        "vae.": "vae",
     }
+    packed = {prefix: tiny.published[part].tensors for prefix, part in prefixes.items()}
     tensors = {prefix + name: tensor for prefix, part in packed.items() for name, tensor in part.items()}
     file = safetensors(tiny.folder / "whole.safetensors", "model", tensors)
-    assert same(make(engine, [file]), stock(tiny.pipeline(FluxPipeline), **DEV))
+    assert same(make(engine, [file]), stock(pipeline(tiny, FluxPipeline), **DEV))
 
 
 def gguf_files(tiny: Tiny, kind: Kind | None) -> tuple[LocalFile, LocalFile]:
     """The denoiser as city96/FLUX.1-dev-gguf has it (Black Forest Labs' names), and T5's encoder as
     city96/t5-v1_1-xxl-encoder-gguf (llama.cpp's, architecture ``t5encoder``).
     """
-    transformer = black_forest(state(tiny.parts["transformer"]))
-    language = llama_cpp(t5xxl(tiny), gguf.MODEL_ARCH.T5ENCODER, T5["num_layers"])
+    denoiser, t5 = tiny.published["transformer"], tiny.published["text_encoder_2"]
     return (
-        write_gguf(tiny.folder / f"dit-{kind}.gguf", "diffusion-model", transformer, "flux", kind),
-        write_gguf(tiny.folder / f"t5-{kind}.gguf", "text-encoder", language, "t5encoder", kind),
+        write_gguf(tiny.folder / f"dit-{kind}.gguf", denoiser.role, denoiser.tensors, "flux", kind),
+        write_gguf(tiny.folder / f"t5-{kind}.gguf", t5.role, t5.in_gguf or {}, "t5encoder", kind),
     )
 
 
@@ -278,7 +178,7 @@ def test_unquantised_gguf_makes_the_librarys_picture(
     """GGUF files in single precision make the library's picture pixel for pixel."""
     clip, _, vae = shared_files
     files = [*gguf_files(tinies["dev"], None), clip, vae]
-    assert same(make(engine, files), stock(tinies["dev"].pipeline(FluxPipeline), **DEV))
+    assert same(make(engine, files), stock(pipeline(tinies["dev"], FluxPipeline), **DEV))
 
 
 @pytest.mark.parametrize(("kind", "bound"), [(Q8, 3.0), (Q4, 20.0)])
@@ -295,14 +195,13 @@ def test_quantised_gguf_is_near_the_librarys_picture(
     clip, _, vae = shared_files
     files = gguf_files(tinies["dev"], kind)
     picture = make(engine, [*files, clip, vae])
-    assert 0 < difference(picture, stock(tinies["dev"].pipeline(FluxPipeline), **DEV)) < bound
+    assert 0 < difference(picture, stock(pipeline(tinies["dev"], FluxPipeline), **DEV)) < bound
     assert difference(picture, make(engine, [*map(dequantised, files), clip, vae])) <= DECODING
 
 
 def eight_bit_denoiser(tiny: Tiny) -> LocalFile:
     """The denoiser as ``flux1-dev-fp8.safetensors`` and ``flux_dev_fp8_scaled_diffusion_model``."""
-    tensors = black_forest(state(tiny.parts["transformer"]))
-    return write_eight_bit(tiny.folder / "fp8.safetensors", "diffusion-model", tensors)
+    return tiny.file("transformer", "8-bit")
 
 
 def test_eight_bit_floats_make_the_picture_of_their_numbers(
@@ -313,7 +212,7 @@ def test_eight_bit_floats_make_the_picture_of_their_numbers(
     """
     tiny = tinies["dev"]
     clip, _, vae = shared_files
-    t5 = write_eight_bit(tiny.folder / "t5-fp8.safetensors", "text-encoder", t5xxl(tiny))
+    t5 = tiny.file("text_encoder_2", "8-bit")
     files = [eight_bit_denoiser(tiny), t5]
     assert same(make(engine, [*files, clip, vae]), make(engine, [*map(widened, files), clip, vae]))
 
@@ -324,7 +223,7 @@ def test_shards_of_a_text_encoder_are_one(
     """A text encoder that is published in several files, beside another in one, makes the same picture."""
     tiny = tinies["dev"]
     clip, t5, vae = shared_files
-    shards = in_shards(tiny.folder / "t5", "text-encoder", t5xxl(tiny), 3)
+    shards = in_shards(tiny.folder / "t5", "text-encoder", tiny.published["text_encoder_2"].tensors, 3)
     picture = make(engine, [denoiser(tiny), shards[1], clip, *shards[::2], vae])
     assert same(picture, make(engine, [denoiser(tiny), clip, t5, vae]))
 
@@ -361,8 +260,8 @@ def test_edit_is_the_librarys_kontext(
     within a mask, what it leaves black stays the reference.
     """
     reference = scene(80, 56)
-    pipeline = tinies["dev"].pipeline(FluxKontextPipeline)
-    expected = stock(pipeline, **DEV, image=reference, max_area=WIDTH * HEIGHT)
+    pipe = pipeline(tinies["dev"], FluxKontextPipeline)
+    expected = stock(pipe, **DEV, image=reference, max_area=WIDTH * HEIGHT)
     if masked:
         kept = reference.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
         expected = Image.composite(expected, kept, right_half())
@@ -375,7 +274,7 @@ def test_edit_by_schnell_is_refused(
 ) -> None:
     """A model that was not made for edits refuses them by name, whatever its weights could be fed."""
     inputs = Inputs(ref_image=encoded(scene()))
-    with pytest.raises(JobError, match=r"tiny-schnell works only with .*, not with refImageUrl"):
+    with pytest.raises(JobError, match=r"tiny-flux1-schnell works only with .*, not with refImageUrl"):
         make(engine, [denoiser(tinies["schnell"]), *shared_files], inputs=inputs)
 
 
@@ -385,7 +284,7 @@ def test_fill_without_mask_is_refused(
     """Fill paints within masks; anything else is refused, and so is guidance that it has not."""
     files = [denoiser(tinies["fill"]), *shared_files]
     with pytest.raises(
-        JobError, match="tiny-fill works only with initImageUrl with maskUrl, not with a prompt alone"
+        JobError, match="tiny-flux1-fill works only with initImageUrl with maskUrl, not with a prompt alone"
     ):
         make(engine, files, cfg_scale=1.0)
     with pytest.raises(JobError, match="cfgScale must be 1"):
@@ -414,13 +313,13 @@ def test_flow_shift_is_stable_diffusion_cpps(
     (its flux_time_shift), and holds for every size of picture.
     """
     tiny = tinies["dev"]
-    pipeline = tiny.pipeline(FluxPipeline)
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-        tiny.scheduler.config, shift=math.exp(1.15), use_dynamic_shifting=False
+    pipe = pipeline(tiny, FluxPipeline)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        pipe.scheduler.config, shift=math.exp(1.15), use_dynamic_shifting=False
     )
     defaults = DEFAULTS.model_copy(update={"flow_shift": 1.15})
     picture = make(engine, [denoiser(tiny), *shared_files], defaults=defaults)
-    assert same(picture, stock(pipeline, **DEV))
+    assert same(picture, stock(pipe, **DEV))
     assert picture.meta["flowShift"] == 1.15
 
 

@@ -22,10 +22,12 @@ from studio_worker.engine.families.parts import unet
 from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory import weight_bytes
 from studio_worker.engine.sections import read_sections
-from tests.flow_models import Tensors, black_forest, config, drawn, state
-from tests.quantising import dequantised, mixed, write_gguf
-from tests.test_engine_sd3 import VARIANTS, stability
-from tests.tiny_models import original_unet
+from studio_worker.gpu_check.tiny import compvis
+from studio_worker.gpu_check.tiny.layouts import black_forest, stability
+from studio_worker.gpu_check.tiny.quantised import write_gguf
+from studio_worker.gpu_check.tiny.sd3 import sd3_config
+from studio_worker.gpu_check.tiny.weights import Tensors, config, drawn, state
+from tests.quantising import dequantised, mixed
 
 torch.set_num_threads(1)
 
@@ -95,7 +97,7 @@ CASES = {
         packed,
     ),
     "sd3.5": Case(
-        VARIANTS["medium-3.5"]
+        sd3_config(sd3.SD35_MEDIUM)
         | {
             "attention_head_dim": 64,
             "num_attention_heads": 4,
@@ -153,7 +155,7 @@ CASES = {
             "projection_class_embeddings_input_dim": WIDTH + 6 * 32,
         },
         unet,
-        lambda tensors: original_unet(tensors, 1),
+        lambda tensors: compvis.unet(tensors, 1),
         "sdxl",
         lambda: {
             "sample": numbers(1, 4, 8, 8),

@@ -15,11 +15,13 @@ from studio_worker.engine.families.t5 import t5
 from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory import weight_bytes
 from studio_worker.engine.sections import read_sections
+from studio_worker.gpu_check.tiny import layouts
+from studio_worker.gpu_check.tiny.encoders import t5_config
+from studio_worker.gpu_check.tiny.quantised import Kind, llama_cpp, write_eight_bit, write_gguf
+from studio_worker.gpu_check.tiny.weights import config, drawn, prefixed
 from studio_worker.models import LocalFile
-from tests.flow_models import T5, config, drawn
-from tests.quantising import DECODING, Kind, dequantised, llama_cpp, widened, write_eight_bit, write_gguf
-from tests.tiny_models import prefixed
-from tests.tiny_z_image import Tiny, gguf_files, original_transformer, tiny_z_image, vae_file
+from tests.quantising import DECODING, dequantised, widened
+from tests.tiny_z_image import Tiny, gguf_files, tiny_z_image, vae_file
 
 torch.set_num_threads(1)
 
@@ -55,9 +57,9 @@ def test_t5_reads_as_with_the_numbers_it_decodes_to(kind: Kind, tmp_path: Path) 
     """T5 in any quantisation gives the embeddings of the very numbers that gguf's own decoder gives, to half
     a percent (half precision, of which T5's attention makes more), and its matrices stay quantised.
     """
-    wide = T5 | {"d_model": 256, "d_ff": 512, "num_heads": 4, "d_kv": 64, "vocab_size": 256}
+    wide = t5_config(256) | {"vocab_size": 256}
     library = drawn(T5EncoderModel(T5Config(**wide)), 1)
-    names = llama_cpp(library.state_dict(), gguf.MODEL_ARCH.T5ENCODER, T5["num_layers"])
+    names = llama_cpp(library.state_dict(), gguf.MODEL_ARCH.T5ENCODER, wide["num_layers"])
     file = write_gguf(tmp_path / "t5.gguf", "text-encoder", names, "t5encoder", kind)
     part = t5("T5", config(tmp_path, wide))
     words = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -79,7 +81,7 @@ def eight_bit_files(tiny: Tiny, scale: str) -> tuple[LocalFile, LocalFile]:
         write_eight_bit(
             tiny.folder / "dit-fp8.safetensors",
             "diffusion-model",
-            original_transformer(tiny.stock.transformer.state_dict()),
+            layouts.z_image(tiny.stock.transformer.state_dict()),
             scale,
         ),
         write_eight_bit(

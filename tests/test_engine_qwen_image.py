@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImageEditPlusPipeline,
     QwenImageImg2ImgPipeline,
@@ -20,17 +18,21 @@ from diffusers import (
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.qwen import QWEN_TOKENIZER
-from studio_worker.engine.families.qwen_image import FOLDERS, QwenImage, qwen_image
+from studio_worker.engine.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT_2511
+from studio_worker.engine.loading import load_scheduler, load_tokenizer
 from studio_worker.engine.placement import Mode, footprint
 from studio_worker.engine.qwen_vl import PictureProcessor
 from studio_worker.engine.rendering import Starting
 from studio_worker.errors import JobError
+from studio_worker.gpu_check.tiny.model import Tiny
+from studio_worker.gpu_check.tiny.quantised import Kind, write_gguf
+from studio_worker.gpu_check.tiny.qwen_image import tiny_qwen_image, transformer_config
 from studio_worker.models import LocalFile
 from tests.engine_lab import decoded, encoded, scene
 from tests.flow_models import (
@@ -38,92 +40,18 @@ from tests.flow_models import (
     GUIDANCE,
     HEIGHT,
     WIDTH,
-    Tensors,
-    config,
     difference,
-    drawn,
     make,
     offloaded,
+    pipeline,
     right_half,
-    safetensors,
     same,
-    state,
     stock,
-    wan_vae,
 )
-from tests.quantising import DECODING, Q4, Q8, Kind, dequantised, llama_cpp, write_gguf
+from tests.quantising import DECODING, Q4, Q8, dequantised
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
-
-TRANSFORMER = {
-    "_class_name": "QwenImageTransformer2DModel",
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 4,
-    "num_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 32,
-    "axes_dims_rope": [4, 6, 6],
-}
-TEXT = {
-    "model_type": "qwen2_5_vl_text",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [2, 3, 3]},
-    "vocab_size": 151_936,
-    "rms_norm_eps": 1e-06,
-}
-VISION = {
-    "model_type": "qwen2_5_vl_vision",
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_heads": 2,
-    "out_hidden_size": 32,
-    "in_channels": 3,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "fullatt_block_indexes": [1],
-    "tokens_per_second": 2,
-}
-VAE = {
-    "_class_name": "AutoencoderKLQwenImage",
-    "base_dim": 8,
-    "z_dim": 4,
-    "dim_mult": [1, 2, 4, 4],
-    "input_channels": 3,
-    "latents_mean": [0.1, -0.2, 0.3, 0.0],
-    "latents_std": [1.1, 0.9, 1.3, 1.0],
-}
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """The library's own modules, and a family of their sizes."""
-
-    transformer: Any
-    text_encoder: Any
-    vae: Any
-    tokenizer: Any
-    scheduler: Any
-    family: QwenImage
-    folders: dict[str, Path]
-    folder: Path
-
-    def parts(self) -> dict[str, Any]:
-        return {
-            "transformer": self.transformer,
-            "text_encoder": self.text_encoder,
-            "vae": self.vae,
-            "tokenizer": self.tokenizer,
-            "scheduler": FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config),
-        }
 
 
 @pytest.fixture(autouse=True)
@@ -135,41 +63,13 @@ def _small_references(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    folder = tmp_path_factory.mktemp("qwen-image")
-    folders = {
-        **FOLDERS,
-        "transformer": config(folder / "transformer", TRANSFORMER),
-        "text_encoder": config(folder / "text_encoder", TEXT),
-        "vision": config(folder / "vision", VISION),
-        "vae": config(folder / "vae", VAE),
-    }
-    torch.manual_seed(0)
-    text_encoder = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=TEXT, vision_config=VISION)
-    )
-    return Tiny(
-        drawn(QwenImageTransformer2DModel.from_config(TRANSFORMER), 1),
-        drawn(text_encoder, 2),
-        drawn(AutoencoderKLQwenImage.from_config(VAE), 3),
-        Qwen2Tokenizer.from_pretrained(str(QWEN_TOKENIZER.folder)),
-        FlowMatchEulerDiscreteScheduler.from_pretrained(str(FOLDERS["scheduler"])),
-        qwen_image("tiny-qwen-image", folders),
-        folders,
-        folder,
-    )
+    return tiny_qwen_image(tmp_path_factory.mktemp("qwen-image"), QWEN_IMAGE)
 
 
 @pytest.fixture(scope="module")
 def files(tiny: Tiny) -> tuple[LocalFile, ...]:
-    """As Comfy-Org publishes them (Qwen-Image_ComfyUI/split_files): ``qwen_image_bf16.safetensors`` with
-    diffusers' names, ``qwen_2.5_vl_7b.safetensors`` with those of transformers 4.49, vision encoder and head
-    included, ``qwen_image_vae.safetensors`` with Wan's.
-    """
-    return (
-        safetensors(tiny.folder / "dit.safetensors", "diffusion-model", state(tiny.transformer)),
-        safetensors(tiny.folder / "te.safetensors", "text-encoder", as_published(state(tiny.text_encoder))),
-        safetensors(tiny.folder / "vae.safetensors", "vae", wan_vae(state(tiny.vae))),
-    )
+    """Denoiser, text encoder with its vision encoder, VAE."""
+    return tiny.files()
 
 
 @pytest.fixture(scope="module")
@@ -177,19 +77,9 @@ def engine(tiny: Tiny) -> DiffusionEngine:
     return DiffusionEngine("cpu", families=(tiny.family,))
 
 
-def as_published(tensors: Tensors) -> Tensors:
-    """Qwen2.5-VL's tensors as its repository names them: ``model.`` and ``visual.``, which transformers has
-    since moved into ``model.language_model.`` and ``model.visual.``.
-    """
-    return {
-        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
-        for name, tensor in tensors.items()
-    }
-
-
 def guided(tiny: Tiny, cls: Any = QwenImagePipeline, **arguments: Any) -> Image.Image:
     """What the library's own pipeline makes, guided as the files' defaults say."""
-    return stock(cls(**tiny.parts()), **{"true_cfg_scale": GUIDANCE, "negative_prompt": ""} | arguments)
+    return stock(pipeline(tiny, cls), **{"true_cfg_scale": GUIDANCE, "negative_prompt": ""} | arguments)
 
 
 def test_picture_is_the_librarys(tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...]) -> None:
@@ -223,50 +113,24 @@ def test_picture_within_mask_is_the_librarys(
     assert same(picture, Image.composite(expected, start, mask))
 
 
+def gguf_of(tiny: Tiny, part: str, kind: Kind | None) -> LocalFile:
+    """The file of ``part`` as city96, QuantStack, unsloth and mradermacher publish it."""
+    file = tiny.published[part]
+    tensors = file.tensors if file.in_gguf is None else file.in_gguf
+    path = tiny.folder / f"{part}-{kind and kind.name}.gguf"
+    return write_gguf(path, file.role, tensors, file.architecture, kind)
+
+
 def language_gguf(tiny: Tiny, kind: Kind | None) -> LocalFile:
-    """The language model as llama.cpp converts it (architecture ``qwen2vl``), which unsloth and mradermacher
-    publish.
-    """
-    language = {
-        name.replace("model.language_model.", "model."): tensor
-        for name, tensor in state(tiny.text_encoder).items()
-    }
-    tensors = llama_cpp(language, gguf.MODEL_ARCH.QWEN2VL, TEXT["num_hidden_layers"])
-    return write_gguf(tiny.folder / f"te-{kind and kind.name}.gguf", "text-encoder", tensors, "qwen2vl", kind)
+    return gguf_of(tiny, "text_encoder", kind)
 
 
 def vision_gguf(tiny: Tiny, kind: Kind | None) -> LocalFile:
-    """The vision encoder as llama.cpp's ``mmproj`` file has it.
-
-    Source: https://github.com/ggml-org/llama.cpp (convert_hf_to_gguf.py, Qwen2VLVisionModel): queries, keys
-    and values apart, the patch convolution taken apart by frame.
-    """
-    vision = {
-        name.removeprefix("model."): tensor
-        for name, tensor in state(tiny.text_encoder).items()
-        if name.startswith("model.visual.")
-    }
-    for layer in range(VISION["depth"]):
-        attention = f"visual.blocks.{layer}.attn"
-        for leaf in ("weight", "bias"):
-            fused = vision.pop(f"{attention}.qkv.{leaf}")
-            vision |= {
-                f"{attention}.{each}.{leaf}": part for each, part in zip("qkv", fused.chunk(3), strict=True)
-            }
-    frames = vision.pop("visual.patch_embed.proj.weight")
-    tensors = llama_cpp(vision, gguf.MODEL_ARCH.MMPROJ, 3)  # its merger counts as blocks to 2
-    tensors |= {"v.patch_embd.weight": frames[:, :, 0], "v.patch_embd.weight.1": frames[:, :, 1]}
-    return write_gguf(
-        tiny.folder / f"mmproj-{kind and kind.name}.gguf", "text-encoder-vision", tensors, "clip", kind
-    )
+    return gguf_of(tiny, "vision", kind)
 
 
 def denoiser_gguf(tiny: Tiny, kind: Kind | None) -> LocalFile:
-    """The denoiser as city96 and QuantStack publish it: diffusers' names, architecture ``qwen_image``."""
-    tensors = state(tiny.transformer)
-    return write_gguf(
-        tiny.folder / f"dit-{kind and kind.name}.gguf", "diffusion-model", tensors, "qwen_image", kind
-    )
+    return gguf_of(tiny, "transformer", kind)
 
 
 def test_unquantised_gguf_makes_the_librarys_picture(
@@ -308,12 +172,14 @@ class ToldWherePicturesAre(Qwen2_5_VLForConditionalGeneration):  # type: ignore[
 
 def edited(tiny: Tiny, reference: Image.Image, **arguments: Any) -> Image.Image:
     """What the library's pipeline for edits makes."""
-    processor = PictureProcessor(tiny.tokenizer, tiny.text_encoder.config.vision_config)
-    text_encoder = ToldWherePicturesAre(tiny.text_encoder.config).eval()
-    text_encoder.load_state_dict(tiny.text_encoder.state_dict())
-    pipeline = QwenImageEditPlusPipeline(**tiny.parts() | {"text_encoder": text_encoder}, processor=processor)
+    processor = PictureProcessor(
+        load_tokenizer(QWEN_TOKENIZER), tiny.parts["text_encoder"].config.vision_config
+    )
+    text_encoder = ToldWherePicturesAre(tiny.parts["text_encoder"].config).eval()
+    text_encoder.load_state_dict(tiny.parts["text_encoder"].state_dict())
+    pipe = pipeline(tiny, QwenImageEditPlusPipeline, text_encoder=text_encoder, processor=processor)
     asked = {"true_cfg_scale": GUIDANCE, "negative_prompt": "", "image": reference}
-    return stock(pipeline, **asked | arguments)
+    return stock(pipe, **asked | arguments)
 
 
 @pytest.fixture(scope="module")
@@ -361,9 +227,9 @@ def test_edit_without_vision_encoder_says_what_to_register(
 
 def zero_cond_t(tiny: Tiny, folder: Path) -> Tiny:
     """The same weights in a denoiser that reads the reference as at time step zero."""
-    denoiser = QwenImageTransformer2DModel.from_config({**TRANSFORMER, "zero_cond_t": True}).eval()
-    denoiser.load_state_dict(tiny.transformer.state_dict())
-    return replace(tiny, transformer=denoiser, folder=folder)
+    denoiser = QwenImageTransformer2DModel.from_config({**transformer_config(), "zero_cond_t": True}).eval()
+    denoiser.load_state_dict(tiny.parts["transformer"].state_dict())
+    return replace(tiny, parts={**tiny.parts, "transformer": denoiser}, folder=folder)
 
 
 def test_zero_cond_t_of_a_source_is_the_librarys(
@@ -384,20 +250,19 @@ def test_zero_cond_t_is_told_by_the_file(
     tiny: Tiny, files: tuple[LocalFile, ...], reference: Image.Image, tmp_path: Path
 ) -> None:
     """ComfyUI's files of Qwen-Image-Edit-2511 say so themselves, by an empty tensor."""
-    marked = {**state(tiny.transformer), "__index_timestep_zero__": torch.empty(0)}
-    narrow = qwen_image(
-        "tiny-2511", {**tiny.folders, "transformer": config(tmp_path, {**TRANSFORMER, "zero_cond_t": True})}
-    )
-    engine = DiffusionEngine("cpu", families=(tiny.family, narrow))
-    parts = (safetensors(tmp_path / "2511.safetensors", "diffusion-model", marked), *files[1:])
+    narrow = tiny_qwen_image(tmp_path, QWEN_IMAGE_EDIT_2511)
+    engine = DiffusionEngine("cpu", families=(tiny.family, narrow.family))
+    parts = (narrow.file("transformer"), *files[1:])
     picture = make(engine, parts, inputs=Inputs(ref_image=encoded(reference)))
-    assert (picture.meta["family"], picture.meta["zeroCondT"]) == ("tiny-2511", True)
+    assert (picture.meta["family"], picture.meta["zeroCondT"]) == (narrow.family.name, True)
     assert same(picture, edited(zero_cond_t(tiny, tmp_path), reference))
 
 
 def test_picture_takes_as_many_tokens_as_the_vision_encoder_gives(tiny: Tiny) -> None:
     """Of each picture the prompt holds one token for every four patches, in the pictures' order."""
-    processor = PictureProcessor(tiny.tokenizer, tiny.text_encoder.config.vision_config)
+    processor = PictureProcessor(
+        load_tokenizer(QWEN_TOKENIZER), tiny.parts["text_encoder"].config.vision_config
+    )
     prompt = "<|vision_start|><|image_pad|><|vision_end|> and <|vision_start|><|image_pad|><|vision_end|>"
     inputs = processor([prompt], [scene(112, 56), scene(56, 84)], padding=True, return_tensors="pt")
     assert inputs["image_grid_thw"].tolist() == [[1, 4, 8], [1, 6, 4]]
@@ -406,8 +271,8 @@ def test_picture_takes_as_many_tokens_as_the_vision_encoder_gives(tiny: Tiny) ->
     more = processor(
         [f"{prompt} <|image_pad|>"], [scene(112, 56), scene(56, 84)], padding=True, return_tensors="pt"
     )
-    assert (more["input_ids"] == tiny.text_encoder.config.image_token_id).sum() == 8 + 6
-    pads = (inputs["input_ids"][0] == tiny.text_encoder.config.image_token_id).long()
+    assert (more["input_ids"] == tiny.parts["text_encoder"].config.image_token_id).sum() == 8 + 6
+    pads = (inputs["input_ids"][0] == tiny.parts["text_encoder"].config.image_token_id).long()
     runs = [len(run) for run in "".join(map(str, pads.tolist())).split("0") if run]
     assert runs == [8, 6]
 
@@ -428,10 +293,10 @@ def test_flow_shift_is_stable_diffusion_cpps(
 ) -> None:
     """cliDefaults.flowShift holds for every size of picture, as stable-diffusion.cpp's --flow-shift."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-        tiny.scheduler.config, shift=flow_shift, use_dynamic_shifting=False, shift_terminal=None
+        load_scheduler(tiny.family).config, shift=flow_shift, use_dynamic_shifting=False, shift_terminal=None
     )
-    pipeline = QwenImagePipeline(**tiny.parts() | {"scheduler": scheduler})
-    expected = stock(pipeline, true_cfg_scale=GUIDANCE, negative_prompt="")
+    pipe = pipeline(tiny, QwenImagePipeline, scheduler=scheduler)
+    expected = stock(pipe, true_cfg_scale=GUIDANCE, negative_prompt="")
     defaults = DEFAULTS.model_copy(update={"flow_shift": flow_shift})
     assert same(make(engine, files, defaults=defaults), expected)
 

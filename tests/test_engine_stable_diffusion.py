@@ -4,8 +4,6 @@ library's own pipelines; and the full sizes against published names and shapes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +12,29 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import FAMILIES, identify
-from studio_worker.engine.families.component import CONFIGS
-from studio_worker.engine.families.family import Family
-from studio_worker.engine.families.sdxl import SDXL, Folders, sdxl
+from studio_worker.engine.families.sdxl import SDXL
 from studio_worker.engine.families.stable_diffusion import (
-    INPAINTING,
     SD2,
+    SD2_INPAINT,
     StableDiffusion,
-    StableDiffusion2,
-    stable_diffusion,
 )
 from studio_worker.engine.loading import empty_model, load_scheduler, load_tokenizer
 from studio_worker.engine.samplers import make_scheduler
 from studio_worker.errors import JobError
+from studio_worker.gpu_check.tiny import compvis
+from studio_worker.gpu_check.tiny.model import Tiny
+from studio_worker.gpu_check.tiny.quantised import write_gguf
+from studio_worker.gpu_check.tiny.stable_diffusion import UNET, VAE, sd2_checkpoint, tiny_sd, tiny_sdxl
+from studio_worker.gpu_check.tiny.weights import prefixed, renamed, safetensors
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
-from tests import tiny_models
 from tests.engine_lab import decoded, encoded, request, scene, write_header
-from tests.quantising import DECODING, Q8, dequantised, write_gguf
+from tests.quantising import DECODING, Q8, dequantised
 
 torch.set_num_threads(1)
 
@@ -46,154 +42,53 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 SIZE = CliDefaults(width=64, height=64, steps=3, cfg_scale=4.0)
 PROMPT = "a red potion!"
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-CLIP_SIZE = {"vocab_size": 49408, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-UNET_SIZE: dict[str, Any] = {
-    "block_out_channels": [32, 64],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "use_linear_projection": True,
-    "sample_size": 64,
-}
 
 
-@dataclass(frozen=True)
-class Tiny:
-    """A tiny model: its family, its random components by name, and a folder for its files."""
-
-    family: Family
-    parts: Mapping[str, Any]
-    folder: Path
-
-    def picture(self, *files: LocalFile, **task: Any) -> np.ndarray:
-        engine = DiffusionEngine("cpu", families=(self.family,))
-        asked = request(**{"files": files, "defaults": SIZE, "prompt": PROMPT} | task)
-        return np.asarray(decoded(engine.generate(asked, lambda done, total: None, Cancel()).data), dtype=int)
-
-    def expected(self, cls: str, prediction_type: str = "epsilon", **arguments: Any) -> np.ndarray:
-        """The picture of diffusers' own pipeline over the same components."""
-        tokenizers = {name: load_tokenizer(each) for name, each in self.family.tokenizers.items()}
-        scheduler = make_scheduler("euler_a", load_scheduler(self.family), 3)
-        scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
-        fixed = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        is_xl = "text_encoder_2" in self.parts
-        pipeline = getattr(diffusers, cls)(
-            **self.parts,
-            **tokenizers,
-            scheduler=scheduler,
-            **({"add_watermarker": False} if is_xl else fixed),
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        size = {} if cls.endswith("Img2ImgPipeline") else {"width": 64, "height": 64}
-        made = pipeline(
-            PROMPT,
-            num_inference_steps=3,
-            guidance_scale=4.0,
-            generator=torch.Generator().manual_seed(7),
-            **size,
-            **arguments,
-        )
-        return np.asarray(made.images[0], dtype=int)
-
-    def whole(self, text: Mapping[str, torch.Tensor], name: str, **more: torch.Tensor) -> LocalFile:
-        """A checkpoint in one file, in the original layout."""
-        state = self.original(text) | more
-        return tiny_models.write_safetensors(self.folder / f"{name}.safetensors", state, "model")
-
-    def original(self, text: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {
-            **tiny_models.prefixed(tiny_models.original_unet(self.parts["unet"].state_dict(), 1), UNET),
-            **tiny_models.prefixed(tiny_models.original_vae(self.parts["vae"].state_dict(), 2), VAE),
-            **text,
-        }
+def picture(tiny: Tiny, *files: LocalFile, **task: Any) -> np.ndarray:
+    engine = DiffusionEngine("cpu", families=(tiny.family,))
+    asked = request(**{"files": files, "defaults": SIZE, "prompt": PROMPT} | task)
+    return np.asarray(decoded(engine.generate(asked, lambda done, total: None, Cancel()).data), dtype=int)
 
 
-def tiny_vae(scaling: float) -> Any:
-    return AutoencoderKL(
-        block_out_channels=[16, 32],
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        norm_num_groups=8,
-        scaling_factor=scaling,
+def expected_of(tiny: Tiny, cls: str, prediction_type: str = "epsilon", **arguments: Any) -> np.ndarray:
+    """The picture of diffusers' own pipeline over the same components."""
+    tokenizers = {name: load_tokenizer(each) for name, each in tiny.family.tokenizers.items()}
+    scheduler = make_scheduler("euler_a", load_scheduler(tiny.family), 3)
+    scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
+    fixed = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    is_xl = "text_encoder_2" in tiny.parts
+    pipeline = getattr(diffusers, cls)(
+        **tiny.parts,
+        **tokenizers,
+        scheduler=scheduler,
+        **({"add_watermarker": False} if is_xl else fixed),
     )
-
-
-def written(folder: Path, parts: Mapping[str, Any]) -> dict[str, Path]:
-    for seed, part in enumerate(parts.values()):
-        tiny_models.randomised(part, seed)
-    return {name: tiny_models.write_config(folder / name, part) for name, part in parts.items()}
-
-
-def tiny_sd2(folder: Path, channels: int = 4, **family: Any) -> Tiny:
-    parts = {
-        "unet": UNet2DConditionModel(
-            **UNET_SIZE, in_channels=channels, cross_attention_dim=32, attention_head_dim=[4, 8]
-        ),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_SIZE, hidden_size=32, hidden_act="gelu")),
-        "vae": tiny_vae(0.18215),
-    }
-    written(folder, parts)
-    for name in ("tokenizer", "scheduler"):
-        (folder / name).symlink_to(CONFIGS / "sd1" / name)
-    return Tiny(stable_diffusion("tiny-sd", folder, **family, pad_token="!"), parts, folder)
+    pipeline.set_progress_bar_config(disable=True)
+    size = {} if cls.endswith("Img2ImgPipeline") else {"width": 64, "height": 64}
+    made = pipeline(
+        PROMPT,
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(7),
+        **size,
+        **arguments,
+    )
+    return np.asarray(made.images[0], dtype=int)
 
 
 @pytest.fixture(scope="module")
 def sd2(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return tiny_sd2(tmp_path_factory.mktemp("sd2"), cls=StableDiffusion2)
+    return tiny_sd(tmp_path_factory.mktemp("sd2"), SD2)
 
 
 @pytest.fixture(scope="module")
 def sd_inpaint(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return tiny_sd2(tmp_path_factory.mktemp("inpaint"), channels=9, pipelines=INPAINTING)
+    return tiny_sd(tmp_path_factory.mktemp("inpaint"), SD2_INPAINT, channels=9)
 
 
 @pytest.fixture(scope="module")
 def xl(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    folder = tmp_path_factory.mktemp("sdxl")
-    parts = {
-        "unet": UNet2DConditionModel(
-            **UNET_SIZE,
-            cross_attention_dim=96,
-            attention_head_dim=[4, 8],
-            transformer_layers_per_block=[1, 2],
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + 64,
-        ),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_SIZE, hidden_size=32)),
-        "text_encoder_2": CLIPTextModelWithProjection(
-            CLIPTextConfig(**CLIP_SIZE, hidden_size=64, projection_dim=64, hidden_act="gelu")
-        ),
-        "vae": tiny_vae(0.13025),
-    }
-    folders = Folders(**written(folder, parts))
-    return Tiny(sdxl("tiny-sdxl", folders), parts, folder)
-
-
-def sd2_text(tiny: Tiny) -> dict[str, torch.Tensor]:
-    """The text encoder as SD 2.x checkpoints have it: open_clip's, with one layer more than is used.
-
-    Source: ``v2-1_512-ema-pruned.safetensors``, of whose 24 layers diffusers' configuration has 23.
-    """
-    state = tiny_models.open_clip(tiny.parts["text_encoder"].state_dict())
-    last = "transformer.resblocks.2."
-    unused = {
-        name.replace(last, "transformer.resblocks.3."): t.clone() for name, t in state.items() if last in name
-    }
-    return tiny_models.prefixed(state | unused, "cond_stage_model.model.")
-
-
-def xl_text(tiny: Tiny) -> dict[str, torch.Tensor]:
-    """Both text encoders as ``sd_xl_base_1.0.safetensors`` has them: transformers' and open_clip's."""
-    first = {f"text_model.{n}": t for n, t in tiny.parts["text_encoder"].state_dict().items()}
-    second = tiny_models.open_clip(tiny.parts["text_encoder_2"].state_dict())
-    return {
-        **tiny_models.prefixed(first, "conditioner.embedders.0.transformer."),
-        **tiny_models.prefixed(second, "conditioner.embedders.1.model."),
-    }
+    return tiny_sdxl(tmp_path_factory.mktemp("sdxl"), SDXL)
 
 
 def mask() -> Image.Image:
@@ -215,18 +110,23 @@ def test_sd2_picture_is_the_stock_pipelines(sd2: Tiny, spread: float, prediction
     ]
     bias = sd2.parts["unet"].get_parameter([name for name in last if name.startswith("up_blocks.")][-1])
     bias.data = bias.data / bias.data.std(unbiased=False) * spread
-    file = sd2.whole(sd2_text(sd2), prediction_type)
-    expected = sd2.expected("StableDiffusionPipeline", prediction_type, negative_prompt="")
-    assert (sd2.picture(file) == expected).all()
+    file = safetensors(sd2.folder / f"{prediction_type}.safetensors", "model", sd2_checkpoint(sd2.parts))
+    expected = expected_of(sd2, "StableDiffusionPipeline", prediction_type, negative_prompt="")
+    assert (picture(sd2, file) == expected).all()
     assert expected.std() > 10
 
 
 def test_inpainting_model_sees_the_mask(sd_inpaint: Tiny) -> None:
     """A UNet of nine channels inpaints, pixel for pixel inside the mask as diffusers does."""
-    file = sd_inpaint.whole(sd2_text(sd_inpaint), "inpaint")
-    found = sd_inpaint.picture(file, inputs=Inputs(encoded(scene()), encoded(mask())), denoise=1.0)
-    expected = sd_inpaint.expected(
-        "StableDiffusionInpaintPipeline", negative_prompt="", image=scene(), mask_image=mask(), strength=1.0
+    file = sd_inpaint.file("model")
+    found = picture(sd_inpaint, file, inputs=Inputs(encoded(scene()), encoded(mask())), denoise=1.0)
+    expected = expected_of(
+        sd_inpaint,
+        "StableDiffusionInpaintPipeline",
+        negative_prompt="",
+        image=scene(),
+        mask_image=mask(),
+        strength=1.0,
     )
     inside = np.asarray(mask()) > 0
     assert (found[inside] == expected[inside]).all()
@@ -238,10 +138,10 @@ def test_inpainting_model_without_mask_is_refused_before_it_is_loaded(
     sd_inpaint: Tiny, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An inpainting model is not asked for anything else, and says so without loading."""
-    file = sd_inpaint.whole(sd2_text(sd_inpaint), "unmasked")
+    file = sd_inpaint.file("model")
     monkeypatch.setattr("studio_worker.engine.loader.load_part", pytest.fail)
-    with pytest.raises(JobError, match=r"tiny-sd .*only .*maskUrl") as caught:
-        sd_inpaint.picture(file, inputs=inputs)
+    with pytest.raises(JobError, match=r"tiny-sd2-inpaint .*only .*maskUrl") as caught:
+        picture(sd_inpaint, file, inputs=inputs)
     assert caught.value.is_final_here
 
 
@@ -252,12 +152,12 @@ def test_xl_picture_is_the_stock_pipelines(xl: Tiny) -> None:
     """From a checkpoint in one file, pixel for pixel what diffusers makes, with a negative prompt and
     without.
     """
-    file = xl.whole(xl_text(xl), "whole")
-    expected = xl.expected("StableDiffusionXLPipeline")
-    assert (xl.picture(file) == expected).all()
+    file = xl.file("model")
+    expected = expected_of(xl, "StableDiffusionXLPipeline")
+    assert (picture(xl, file) == expected).all()
     assert expected.std() > 10
-    negative = xl.expected("StableDiffusionXLPipeline", negative_prompt="blue")
-    assert (xl.picture(file, negative_prompt="blue") == negative).all()
+    negative = expected_of(xl, "StableDiffusionXLPipeline", negative_prompt="blue")
+    assert (picture(xl, file, negative_prompt="blue") == negative).all()
     assert (negative != expected).any()
 
 
@@ -266,17 +166,16 @@ def test_xl_in_parts(xl: Tiny, layout: str) -> None:
     """From a UNet, a vae and two text encoders of one role, told apart by their sizes, the same picture."""
     unet, vae = xl.parts["unet"].state_dict(), xl.parts["vae"].state_dict()
     if layout == "original":
-        unet, vae = tiny_models.original_unet(unet, 1), tiny_models.original_vae(vae, 2)
+        unet, vae = compvis.unet(unet, 1), compvis.vae(vae, 2)
     clip_l = {f"text_model.{n}": t for n, t in xl.parts["text_encoder"].state_dict().items()}
     clip_g = xl.parts["text_encoder_2"].state_dict()
-    write = tiny_models.write_safetensors
     files = (
-        write(xl.folder / "clip_g.safetensors", clip_g, "text-encoder"),
-        write(xl.folder / "clip_l.safetensors", clip_l, "text-encoder"),
-        write(xl.folder / f"{layout}-vae.safetensors", vae, "vae"),
-        write(xl.folder / f"{layout}-unet.safetensors", unet, "diffusion-model"),
+        safetensors(xl.folder / "clip_g.safetensors", "text-encoder", clip_g),
+        safetensors(xl.folder / "clip_l.safetensors", "text-encoder", clip_l),
+        safetensors(xl.folder / f"{layout}-vae.safetensors", "vae", vae),
+        safetensors(xl.folder / f"{layout}-unet.safetensors", "diffusion-model", unet),
     )
-    assert (xl.picture(*files) == xl.expected("StableDiffusionXLPipeline")).all()
+    assert (picture(xl, *files) == expected_of(xl, "StableDiffusionXLPipeline")).all()
 
 
 def test_vae_of_an_old_diffusers(xl: Tiny) -> None:
@@ -288,21 +187,23 @@ def test_vae_of_an_old_diffusers(xl: Tiny) -> None:
             name = name.replace(f"attentions.0.{new}.", f"attentions.0.{former}.")
         return name
 
-    state = tiny_models.renamed(xl.parts["vae"].state_dict(), rename)
+    state = renamed(xl.parts["vae"].state_dict(), rename)
     assert "decoder.mid_block.attentions.0.query.weight" in state
-    vae = tiny_models.write_safetensors(xl.folder / "old-vae.safetensors", state, "vae")
-    file = xl.whole(xl_text(xl), "old")
-    assert (xl.picture(file, vae) == xl.expected("StableDiffusionXLPipeline")).all()
+    vae = safetensors(xl.folder / "old-vae.safetensors", "vae", state)
+    file = xl.file("model")
+    assert (picture(xl, file, vae) == expected_of(xl, "StableDiffusionXLPipeline")).all()
 
 
 def test_xl_picture_from_picture_and_inpainting(xl: Tiny) -> None:
     """Image-to-image and inpainting are pixel for pixel what diffusers makes."""
-    file = xl.whole(xl_text(xl), "variants")
-    found = xl.picture(file, inputs=Inputs(encoded(scene())), denoise=0.7)
-    expected = xl.expected("StableDiffusionXLImg2ImgPipeline", image=scene(), strength=0.7)
+    file = xl.file("model")
+    found = picture(xl, file, inputs=Inputs(encoded(scene())), denoise=0.7)
+    expected = expected_of(xl, "StableDiffusionXLImg2ImgPipeline", image=scene(), strength=0.7)
     assert (found == expected).all()
-    found = xl.picture(file, inputs=Inputs(encoded(scene()), encoded(mask())), denoise=1.0)
-    expected = xl.expected("StableDiffusionXLInpaintPipeline", image=scene(), mask_image=mask(), strength=1.0)
+    found = picture(xl, file, inputs=Inputs(encoded(scene()), encoded(mask())), denoise=1.0)
+    expected = expected_of(
+        xl, "StableDiffusionXLInpaintPipeline", image=scene(), mask_image=mask(), strength=1.0
+    )
     inside = np.asarray(mask()) > 0
     assert (found[inside] == expected[inside]).all()
 
@@ -319,10 +220,10 @@ def test_playground_is_refused_by_name(xl: Tiny) -> None:
     """Playground 2.5, which is shaped like Stable Diffusion XL with another noise schedule, is not taken for
     one.
     """
-    state = xl.original(xl_text(xl)) | {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}
-    file = tiny_models.write_safetensors(xl.folder / "playground.safetensors", state, "model")
+    state = xl.published["model"].tensors | {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}
+    file = safetensors(xl.folder / "playground.safetensors", "model", state)
     with pytest.raises(JobError, match=r"is Playground 2\.5, which this worker does not serve") as caught:
-        xl.picture(file)
+        picture(xl, file)
     assert caught.value.is_final_here
 
 
@@ -330,11 +231,11 @@ def test_xl_whole_checkpoint_as_gguf(xl: Tiny) -> None:
     """A checkpoint in one GGUF file, as stable-diffusion.cpp converts it, makes nearly the same picture, and
     hardly another one than the numbers that it was made to.
     """
-    state = xl.original(xl_text(xl))
+    state = xl.published["model"].tensors
     file = write_gguf(xl.folder / "whole.gguf", "model", state, "sdxl", Q8, drop_outer_ones=True)
-    found = xl.picture(file)
-    assert np.abs(found - xl.expected("StableDiffusionXLPipeline")).mean() < 4
-    assert np.abs(found - xl.picture(dequantised(file))).mean() <= DECODING
+    found = picture(xl, file)
+    assert np.abs(found - expected_of(xl, "StableDiffusionXLPipeline")).mean() < 4
+    assert np.abs(found - picture(xl, dequantised(file))).mean() <= DECODING
 
 
 # --- the full sizes ---
@@ -367,10 +268,10 @@ def published_xl() -> dict[str, torch.Tensor]:
     tiny = {f"text_model.{n}": t for n, t in first.items()}
     with torch.device("meta"):
         return {
-            **tiny_models.prefixed(tiny_models.original_unet(unet, 2), UNET),
-            **tiny_models.prefixed(tiny_models.original_vae(vae, 4), VAE),
-            **tiny_models.prefixed(tiny, "conditioner.embedders.0.transformer."),
-            **tiny_models.prefixed(tiny_models.open_clip(second), "conditioner.embedders.1.model."),
+            **prefixed(compvis.unet(unet, 2), UNET),
+            **prefixed(compvis.vae(vae, 4), VAE),
+            **prefixed(tiny, "conditioner.embedders.0.transformer."),
+            **prefixed(compvis.open_clip(second), "conditioner.embedders.1.model."),
         }
 
 

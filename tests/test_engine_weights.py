@@ -18,8 +18,8 @@ from studio_worker.engine.eight_bit import EightBitMatrix
 from studio_worker.engine.sections import Section, read_sections
 from studio_worker.engine.weights import dequantised, plain, read_tensors
 from studio_worker.errors import JobError
+from studio_worker.gpu_check.tiny.quantised import drawn_blocks, write_gguf
 from studio_worker.models import LocalFile
-from tests.quantising import drawn_blocks, write_gguf
 
 Type = gguf.GGMLQuantizationType
 CPU = torch.device("cpu")

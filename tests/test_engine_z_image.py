@@ -30,18 +30,19 @@ from studio_worker.engine.parameters import resolve
 from studio_worker.engine.rendering import LoadedModel, Starting
 from studio_worker.engine.sections import read_sections
 from studio_worker.errors import JobError
+from studio_worker.gpu_check.tiny import compvis, layouts
+from studio_worker.gpu_check.tiny.quantised import Kind, write_eight_bit, write_gguf
+from studio_worker.gpu_check.tiny.weights import in_shards, prefixed, safetensors
+from studio_worker.gpu_check.tiny.z_image import language_model
 from studio_worker.jobs import Cancel
 from studio_worker.models import FileRole, LocalFile
-from tests import tiny_models
 from tests.engine_lab import decoded, encoded, request, scene, write_header
-from tests.quantising import DECODING, Q4, Q8, Kind, dequantised, numbers_of, write_eight_bit, write_gguf
+from tests.quantising import DECODING, Q4, Q8, dequantised, numbers_of
 from tests.tiny_z_image import (
     PREFIX,
     SIZE,
     Tiny,
     gguf_files,
-    language_model,
-    original_transformer,
     text_encoder_file,
     tiny_z_image,
     transformer_file,
@@ -81,13 +82,13 @@ def test_whole_checkpoint_in_comfyuis_layout(tiny: Tiny) -> None:
 
     Source of the prefixes: ``comfy/supported_models.py``, ZImage and its ``process_*_state_dict_for_saving``.
     """
-    text_encoder = tiny_models.prefixed(tiny.stock.text_encoder.state_dict(), "model.")
+    text_encoder = prefixed(tiny.stock.text_encoder.state_dict(), "model.")
     state = {
-        **tiny_models.prefixed(original_transformer(tiny.stock.transformer.state_dict()), PREFIX),
-        **tiny_models.prefixed(text_encoder, "text_encoders.qwen3_4b.transformer."),
-        **tiny_models.prefixed(tiny_models.original_vae(tiny.stock.vae.state_dict(), 3), "vae."),
+        **prefixed(layouts.z_image(tiny.stock.transformer.state_dict()), PREFIX),
+        **prefixed(text_encoder, "text_encoders.qwen3_4b.transformer."),
+        **prefixed(compvis.vae(tiny.stock.vae.state_dict(), 3), "vae."),
     }
-    file = tiny_models.write_safetensors(tiny.folder / "whole.safetensors", state, "model")
+    file = safetensors(tiny.folder / "whole.safetensors", "model", state)
     assert (tiny.picture(file) == tiny.expected()).all()
 
 
@@ -95,11 +96,11 @@ def test_shards_of_one_component_are_one(tiny: Tiny, files: tuple[LocalFile, ...
     """Denoiser and text encoder in several files each, as their repositories publish them, make the same
     picture.
     """
-    text = tiny_models.prefixed(tiny.stock.text_encoder.state_dict(), "model.")
+    text = prefixed(tiny.stock.text_encoder.state_dict(), "model.")
     denoiser = tiny.stock.transformer.state_dict()
     shards = [
-        *tiny_models.in_shards(tiny.folder / "dit", "diffusion-model", denoiser, 2),
-        *tiny_models.in_shards(tiny.folder / "text", "text-encoder", text, 3),
+        *in_shards(tiny.folder / "dit", "diffusion-model", denoiser, 2),
+        *in_shards(tiny.folder / "text", "text-encoder", text, 3),
     ]
     assert (tiny.picture(*shards, files[2]) == tiny.expected()).all()
 
@@ -114,8 +115,8 @@ def assert_refused(tiny: Tiny, text: str, *parts: LocalFile) -> None:
 @pytest.mark.parametrize("left_out", [0, 1, 2])
 def test_shard_that_is_missing_is_asked_for(tiny: Tiny, files: tuple[LocalFile, ...], left_out: int) -> None:
     """A component of which a file is missing is refused, by how many there are or by what it lacks."""
-    text = tiny_models.prefixed(tiny.stock.text_encoder.state_dict(), "model.")
-    shards = tiny_models.in_shards(tiny.folder / "text", "text-encoder", text, 3)
+    text = prefixed(tiny.stock.text_encoder.state_dict(), "model.")
+    shards = in_shards(tiny.folder / "text", "text-encoder", text, 3)
     del shards[left_out]
     assert_refused(
         tiny, r"published in 3 files: register all|lacks \d+ tensors of its", files[0], *shards, files[2]
@@ -154,7 +155,7 @@ def test_shards_that_are_not_all_there_are_refused_with_the_cure(
     says how many there are and to register them all.
     """
     state = load_file(next(each for each in files if each.role == role).path)
-    shards = tiny_models.in_shards(tiny.folder / role, role, state, 3)
+    shards = in_shards(tiny.folder / role, role, state, 3)
     others = [each for each in files if each.role != role]
     assert_refused(
         tiny,
@@ -227,7 +228,7 @@ def test_rope_base_is_the_files(tiny: Tiny, files: tuple[LocalFile, ...]) -> Non
     file = write_gguf(
         tiny.folder / "2507.gguf",
         "text-encoder",
-        language_model(tiny),
+        language_model(tiny.stock.text_encoder),
         "qwen3",
         stated={"rope.freq_base": 5e6},
     )
@@ -244,7 +245,7 @@ def test_stretched_positions_are_refused(tiny: Tiny, files: tuple[LocalFile, ...
     file = write_gguf(
         tiny.folder / "yarn.gguf",
         "text-encoder",
-        language_model(tiny),
+        language_model(tiny.stock.text_encoder),
         "qwen3",
         stated={"rope.scaling.type": "yarn"},
     )
@@ -293,9 +294,9 @@ def test_quantised_weights_stay_quantised(tiny: Tiny, part: str) -> None:
 
 def test_nan_is_no_black_picture(tiny: Tiny, files: tuple[LocalFile, ...]) -> None:
     """Weights that are not numbers fail the job instead of delivering black."""
-    state = original_transformer(tiny.stock.transformer.state_dict())
+    state = layouts.z_image(tiny.stock.transformer.state_dict())
     state["final_layer.linear.bias"] = torch.full_like(state["final_layer.linear.bias"], float("nan"))
-    spoilt = tiny_models.write_safetensors(tiny.folder / "nan.safetensors", state, "diffusion-model")
+    spoilt = safetensors(tiny.folder / "nan.safetensors", "diffusion-model", state)
     with pytest.raises(JobError, match="not finite"):
         tiny.picture(spoilt, *files[1:])
 
@@ -358,7 +359,7 @@ def test_full_size_transformer_is_the_published_one() -> None:
     """The carried configuration builds what the 453 tensors of the published Z-Image-Turbo file fill."""
     with init_empty_weights():
         model = empty_model(Z_IMAGE.parts["transformer"])
-    published = original_transformer(model.state_dict())
+    published = layouts.z_image(model.state_dict())
     assert len(published) == 453
     assert {name: tuple(published[name].shape) for name in PUBLISHED} == PUBLISHED
     assert sum(tensor.numel() for tensor in published.values()) == 6_154_908_736
@@ -387,19 +388,17 @@ def test_published_files_are_known(tmp_path: Path) -> None:
     with init_empty_weights():
         transformer, text_encoder, vae = (empty_model(part).state_dict() for part in Z_IMAGE.parts.values())
     published = {
-        "z_image_turbo_bf16": ("diffusion-model", original_transformer(transformer)),
-        "qwen_3_4b": ("text-encoder", tiny_models.prefixed(text_encoder, "model.")),
-        "ae": ("vae", tiny_models.original_vae(vae, levels=4)),
+        "z_image_turbo_bf16": ("diffusion-model", layouts.z_image(transformer)),
+        "qwen_3_4b": ("text-encoder", prefixed(text_encoder, "model.")),
+        "ae": ("vae", compvis.vae(vae, levels=4)),
     }
     files = []
     for name, (role, state) in published.items():
         path = write_header(tmp_path / f"{name}.safetensors", {n: tuple(t.shape) for n, t in state.items()})
         files.append(LocalFile(role, path, name))  # type: ignore[arg-type]
     assert identify(files).family.name == "z-image"
-    prefixed = {
-        n: tuple(t.shape) for n, t in tiny_models.prefixed(published["z_image_turbo_bf16"][1], PREFIX).items()
-    }
-    files[0] = files[0]._replace(path=write_header(tmp_path / "prefixed.safetensors", prefixed))
+    with_prefix = {n: tuple(t.shape) for n, t in prefixed(published["z_image_turbo_bf16"][1], PREFIX).items()}
+    files[0] = files[0]._replace(path=write_header(tmp_path / "prefixed.safetensors", with_prefix))
     assert identify(files).family.name == "z-image"
 
 
@@ -419,15 +418,15 @@ def test_lora_works_on_quantised_weights(
         stem = layout + name.removesuffix(".weight")
         lora |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
         merged[name] = merged[name] + up @ down
-    style = tiny_models.write_safetensors(tiny.folder / f"lora-{layout}safetensors", lora, "lora")
-    base, role = original_transformer(tiny.stock.transformer.state_dict()), "diffusion-model"
+    style = safetensors(tiny.folder / f"lora-{layout}safetensors", "lora", lora)
+    base, role = layouts.z_image(tiny.stock.transformer.state_dict()), "diffusion-model"
     quantised = (
         write_eight_bit(tiny.folder / "base.safetensors", role, base)
         if form == "fp8"
         else write_gguf(tiny.folder / "base.gguf", role, base, "lumina2", Q8)
     )
-    merged = original_transformer(merged)
-    reference = tiny_models.write_safetensors(tiny.folder / "merged.safetensors", merged, role)
+    merged = layouts.z_image(merged)
+    reference = safetensors(tiny.folder / "merged.safetensors", role, merged)
     bound = 4 if form == "fp8" else 1
     engine = DiffusionEngine("cpu", families=(tiny.family,))
 

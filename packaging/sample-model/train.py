@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from ldm_layout import single_file_state
 from PIL import Image
 from safetensors.torch import save_file
 from sprites import BACKGROUNDS, COLOURS, OBJECTS, contact_sheet, draw, draw_background, draw_sprite
@@ -32,6 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from wording import MAX_TOKENS, build_tokenizer, random_prompt
+
+from studio_worker.gpu_check.tiny import compvis
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parents[1] / "studio_worker" / "sample_model"
@@ -418,7 +419,7 @@ def write_package(
     pipe.text_encoder.config.save_pretrained(config / "text_encoder")
     tokenizer.save_pretrained(config / "tokenizer")
     weights = target / "sample.safetensors"
-    state = single_file_state(
+    state = compvis.single_file(
         unet.state_dict(), vae.state_dict(), text_encoder.state_dict(), layers_per_block=1, vae_levels=3
     )
     save_file(state, weights, metadata={"format": "pt", "license": "MIT"})

@@ -1,0 +1,168 @@
+"""From diffusers' names to those of Stable Diffusion's published files: CompVis' latent-diffusion, open_clip.
+
+The inverse of diffusers' ``convert_ldm_unet_checkpoint`` and ``convert_ldm_vae_checkpoint``. Works for any
+number of levels, unlike the conversion scripts written for Stable Diffusion's four. The sample model's
+training writes with it, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from studio_worker.gpu_check.tiny.weights import State, Tensors, prefixed
+
+_UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def _unet_name(name: str, per_block: int, attends: Mapping[int, bool]) -> str:
+    """One UNet name; attends tells for each up block whether attention sits before its upsampler."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _UNET_ENDS:
+        return f"{_UNET_ENDS[stem]}.{kind}"
+    if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", name):
+        part, index, rest = match[1], int(match[2]), match[3]
+        place = f"middle_block.{2 * index if part == 'resnets' else 2 * index + 1}"
+    elif match := re.fullmatch(r"(down|up)_blocks\.(\d)\.(resnets|attentions)\.(\d)\.(.+)", name):
+        block, part, layer, rest = int(match[2]), match[3], int(match[4]), match[5]
+        number = block * (per_block + 1) + layer
+        place = f"input_blocks.{number + 1}" if match[1] == "down" else f"output_blocks.{number}"
+        place += ".0" if part == "resnets" else ".1"
+    elif match := re.fullmatch(r"down_blocks\.(\d)\.downsamplers\.0\.conv\.(.+)", name):
+        return f"input_blocks.{(int(match[1]) + 1) * (per_block + 1)}.0.op.{match[2]}"
+    elif match := re.fullmatch(r"up_blocks\.(\d)\.upsamplers\.0\.(conv\..+)", name):
+        block = int(match[1])
+        return f"output_blocks.{(block + 1) * (per_block + 1) - 1}.{2 if attends[block] else 1}.{match[2]}"
+    else:
+        raise KeyError(name)
+    if part == "resnets":
+        layer_name, _, tensor = rest.partition(".")
+        rest = f"{_UNET_RESNET[layer_name]}.{tensor}"
+    return f"{place}.{rest}"
+
+
+def _vae_name(name: str, levels: int) -> str:
+    match = re.fullmatch(r"(encoder|decoder)\.(.+)", name)
+    if match is None:
+        return name  # quant_conv, post_quant_conv
+    half, rest = match[1], match[2]
+    rest = rest.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    if inner := re.fullmatch(r"mid_block\.resnets\.(\d)\.(.+)", rest):
+        rest = f"mid.block_{int(inner[1]) + 1}.{inner[2]}"
+    elif inner := re.fullmatch(r"mid_block\.attentions\.0\.(.+)\.(weight|bias)", rest):
+        rest = f"mid.attn_1.{_VAE_ATTENTION[inner[1]]}.{inner[2]}"
+    elif inner := re.fullmatch(r"(down|up)_blocks\.(\d)\.(.+)", rest):
+        level = int(inner[2]) if inner[1] == "down" else levels - 1 - int(inner[2])
+        tail = inner[3].replace("resnets.", "block.")
+        tail = tail.replace("downsamplers.0.", "downsample.").replace("upsamplers.0.", "upsample.")
+        rest = f"{inner[1]}.{level}.{tail}"
+    return f"{half}.{rest}"
+
+
+def unet(state: State, per_block: int) -> Tensors:
+    """A UNet's tensors, those of Stability's SDXL included.
+
+    Args:
+        per_block: the configuration's ``layers_per_block``.
+    """
+    attends = {
+        block: any(name.startswith(f"up_blocks.{block}.attentions") for name in state) for block in range(9)
+    }
+    added = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+    renamed = {}
+    for name, tensor in state.items():
+        stem, _, kind = name.rpartition(".")
+        new = f"{added[stem]}.{kind}" if stem in added else _unet_name(name, per_block, attends)
+        renamed[new] = tensor
+    return renamed
+
+
+def vae(state: State, levels: int) -> Tensors:
+    """A VAE's tensors, as ``ae.safetensors`` has them too.
+
+    Args:
+        levels: how many resolutions it has.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        new = _vae_name(name, levels)
+        # The original's attention is made of 1x1 convolutions.
+        is_matrix = ".attn_1." in new and tensor.ndim == 2
+        renamed[new] = tensor[:, :, None, None] if is_matrix else tensor
+    return renamed
+
+
+_OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+_OPEN_CLIP_BLOCK = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def open_clip(state: State) -> Tensors:
+    """A CLIP text encoder's tensors under open_clip's names, as SD 2.x and SDXL checkpoints have them.
+
+    Source: open_clip's ``CLIP`` (``torch.nn.MultiheadAttention`` with its fused ``in_proj``), and the logit
+    scale that those files carry besides.
+    """
+    state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    renamed = {"logit_scale": torch.tensor(1.0)}
+    for name, tensor in state.items():
+        if name == "text_projection.weight":
+            renamed["text_projection"] = tensor.T
+        elif name in _OPEN_CLIP:
+            renamed[_OPEN_CLIP[name]] = tensor
+        elif name.startswith("encoder.layers."):
+            _, _, block, rest = name.split(".", 3)
+            stem, _, kind = rest.rpartition(".")
+            place = f"transformer.resblocks.{block}"
+            if stem in _OPEN_CLIP_BLOCK:
+                renamed[f"{place}.{_OPEN_CLIP_BLOCK[stem]}.{kind}"] = tensor
+            elif stem == "self_attn.q_proj":
+                parts = [state[f"encoder.layers.{block}.self_attn.{each}_proj.{kind}"] for each in "qkv"]
+                renamed[f"{place}.attn.in_proj_{kind}"] = torch.cat(parts)
+    return renamed
+
+
+def single_file(
+    unet_state: State, vae_state: State, text_encoder: State, *, layers_per_block: int, vae_levels: int
+) -> Tensors:
+    """All weights of a Stable Diffusion pipeline under their original names, in half precision.
+
+    Args:
+        unet_state, vae_state, text_encoder: diffusers' and transformers' state dicts.
+        layers_per_block: the UNet's.
+        vae_levels: how many resolutions the VAE has.
+    """
+    text = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in text_encoder.items()}
+    state = {
+        **prefixed(unet(unet_state, layers_per_block), "model.diffusion_model."),
+        **prefixed(vae(vae_state, vae_levels), "first_stage_model."),
+        **prefixed(text, "cond_stage_model.transformer."),
+    }
+    return {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in sorted(state.items())}
