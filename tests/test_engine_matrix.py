@@ -11,10 +11,11 @@ from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import FAMILIES
 from studio_worker.engine.samplers import FLOW_SAMPLERS, SAMPLERS
-from studio_worker.models import CliDefaults
+from studio_worker.gpu_check.tiny.families import tiny
+from studio_worker.gpu_check.tiny.model import Tiny
+from studio_worker.models import CliDefaults, LocalFile
 from tests.engine_lab import encoded, scene
 from tests.flow_models import make, pixels
-from tests.tiny_families import Twin, tiny_families, twin
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -25,14 +26,18 @@ SERVED = {family.name: family for family in FAMILIES if family.name != "sample"}
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Twin]:
-    folder = tmp_path_factory.mktemp("families")
-    return {name: twin(family, folder) for name, family in tiny_families(folder).items()}
+def tinies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tiny]:
+    return {name: tiny(name, tmp_path_factory.mktemp(name), width=32) for name in SERVED}
 
 
 @pytest.fixture(scope="module")
-def engines(twins: dict[str, Twin]) -> dict[str, DiffusionEngine]:
-    return {name: DiffusionEngine("cpu", families=(each.family,)) for name, each in twins.items()}
+def files(tinies: dict[str, Tiny]) -> dict[str, tuple[LocalFile, ...]]:
+    return {name: each.files() for name, each in tinies.items()}
+
+
+@pytest.fixture(scope="module")
+def engines(tinies: dict[str, Tiny]) -> dict[str, DiffusionEngine]:
+    return {name: DiffusionEngine("cpu", families=(each.family,)) for name, each in tinies.items()}
 
 
 def jobs(name: str) -> dict[str, tuple[Inputs, float | None]]:
@@ -55,7 +60,7 @@ def jobs(name: str) -> dict[str, tuple[Inputs, float | None]]:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", SERVED)
 def test_every_sampler_makes_every_kind_of_picture(
-    name: str, sampler: str, twins: dict[str, Twin], engines: dict[str, DiffusionEngine]
+    name: str, sampler: str, files: dict[str, tuple[LocalFile, ...]], engines: dict[str, DiffusionEngine]
 ) -> None:
     """Whatever family, sampler, kind of job and number of steps: a picture that shows something, and that
     keeps what a mask protects.
@@ -67,7 +72,7 @@ def test_every_sampler_makes_every_kind_of_picture(
             picture = pixels(
                 make(
                     engines[name],
-                    twins[name].files,
+                    files[name],
                     defaults=DEFAULTS,
                     inputs=inputs,
                     steps=steps,

@@ -1,4 +1,4 @@
-"""A tiny model of each family that is served, so wide that rows are whole blocks of every quantisation."""
+"""A tiny model of each family that is served."""
 
 from __future__ import annotations
 
@@ -19,39 +19,54 @@ from studio_worker.gpu_check.tiny.stable_diffusion import tiny_sd, tiny_sdxl
 from studio_worker.gpu_check.tiny.z_image import tiny_z_image
 
 WIDTH = 256
-"""Numbers in a block of a K-quantisation (ggml's ``QK_K``)."""
+"""Numbers in a block of a K-quantisation (ggml's ``QK_K``): so long a row is whole blocks of any kind."""
 
-_UNET, _VAE = (64, WIDTH), (8, 8, 16, 16)
+_VAE_WIDTHS = (8, 8, 16, 16)
 
-
-def _sd(like: stable_diffusion.StableDiffusion, channels: int = 4) -> Callable[[Path], Tiny]:
-    return lambda folder: tiny_sd(folder, like, channels=channels, widths=_UNET, vae_widths=_VAE)
+Make = Callable[[Path, int], Tiny]
 
 
-def _sdxl(like: sdxl.StableDiffusionXL, channels: int = 4) -> Callable[[Path], Tiny]:
-    return lambda folder: tiny_sdxl(folder, like, channels=channels, widths=_UNET, vae_widths=_VAE)
+def _sd(like: stable_diffusion.StableDiffusion, channels: int = 4) -> Make:
+    def make(folder: Path, width: int) -> Tiny:
+        widths = (width // 4, width)
+        return tiny_sd(folder, like, channels=channels, widths=widths, vae_widths=_VAE_WIDTHS)
+
+    return make
 
 
-def _flux(like: flux.Flux) -> Callable[[Path], Tiny]:
-    return lambda folder: tiny_flux(folder, like, WIDTH)
+def _sdxl(like: sdxl.StableDiffusionXL, channels: int = 4) -> Make:
+    def make(folder: Path, width: int) -> Tiny:
+        widths = (width // 4, width)
+        return tiny_sdxl(folder, like, channels=channels, widths=widths, vae_widths=_VAE_WIDTHS)
+
+    return make
 
 
-def _sd3(like: sd3.StableDiffusion3) -> Callable[[Path], Tiny]:
-    return lambda folder: tiny_sd3(folder, like, WIDTH)
+def _flux(like: flux.Flux) -> Make:
+    return lambda folder, width: tiny_flux(folder, like, width)
 
 
-def _qwen(like: qwen_image.QwenImage) -> Callable[[Path], Tiny]:
-    return lambda folder: tiny_qwen_image(folder, like, WIDTH, text_width=64)
+def _sd3(like: sd3.StableDiffusion3) -> Make:
+    return lambda folder, width: tiny_sd3(folder, like, width)
 
 
-def _sample(folder: Path) -> Tiny:
+def _qwen(like: qwen_image.QwenImage) -> Make:
+    # Its vocabulary is the real one: a table of so many rows is kept narrow.
+    return lambda folder, width: tiny_qwen_image(folder, like, width, text_width=min(64, width))
+
+
+def _z_image(folder: Path, width: int) -> Tiny:
+    return tiny_z_image(folder, (width // 8, width * 3 // 16, width * 3 // 16), text_width=width)
+
+
+def _sample(folder: Path, _width: int) -> Tiny:
     """The sample model as it is."""
     family = stable_diffusion.SAMPLE
     published = Published("sample", "model", load_file(sample_model.WEIGHTS))
     return Tiny(family, {"unet": empty_model(family.parts["unet"])}, {"model": published}, folder)
 
 
-TINY: Mapping[str, Callable[[Path], Tiny]] = {
+_MAKE: Mapping[str, Make] = {
     "sd1": _sd(stable_diffusion.SD1),
     "sd1-inpaint": _sd(stable_diffusion.SD1_INPAINT, 9),
     "sd2": _sd(stable_diffusion.SD2),
@@ -61,10 +76,18 @@ TINY: Mapping[str, Callable[[Path], Tiny]] = {
     "sdxl-v-zsnr": _sdxl(sdxl.SDXL_V_ZSNR),
     "sdxl-inpaint": _sdxl(sdxl.SDXL_INPAINT, 9),
     "sample": _sample,
-    Z_IMAGE.name: lambda folder: tiny_z_image(folder, (32, 48, 48), text_width=WIDTH),
+    Z_IMAGE.name: _z_image,
     **{like.name: _qwen(like) for like in qwen_image.QWEN_FAMILIES},
     **{like.name: _flux(like) for like in flux.FLUX_FAMILIES},
     **{like.name: _sd3(like) for like in sd3.SD3_FAMILIES},
-    chroma.CHROMA.name: lambda folder: tiny_chroma(folder, WIDTH),
+    chroma.CHROMA.name: tiny_chroma,
 }
-"""By the family's name; each makes the model for a folder of its files."""
+
+
+def tiny(name: str, folder: Path, width: int = WIDTH) -> Tiny:
+    """A tiny model of the family ``name``, its files to be written in ``folder``.
+
+    Args:
+        width: numbers that its denoiser has for each place.
+    """
+    return _MAKE[name](folder, width)

@@ -20,7 +20,7 @@ from studio_worker.models import FileRole, LocalFile
 
 Kind = gguf.GGMLQuantizationType
 
-SCALES: Mapping[Kind, tuple[int, int | None, float]] = {
+SCALES: Mapping[gguf.GGMLQuantizationType, tuple[int, int | None, float]] = {
     Kind.Q4_0: (0, None, 0),
     Kind.Q4_1: (0, 2, -7.5),
     Kind.Q5_0: (0, None, 0),
@@ -42,7 +42,7 @@ WRITTEN = {Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind
 """What gguf 0.19 can write."""
 
 
-def drawn_blocks(kind: Kind, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def drawn_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Bytes of blocks for a tensor of ``shape``, whose numbers are so large that activations keep their
     size.
     """
@@ -68,7 +68,7 @@ def write_gguf(
     role: FileRole,
     state: Mapping[str, torch.Tensor],
     architecture: str,
-    kind: Kind | Callable[[str], Kind] | None = None,
+    kind: gguf.GGMLQuantizationType | Callable[[str], gguf.GGMLQuantizationType] | None = None,
     *,
     drop_outer_ones: bool = False,
     stated: Mapping[str, float | str] = MappingProxyType({}),

@@ -49,7 +49,7 @@ def tiny_sd(
     _write(folder, parts)
     for name in ("tokenizer", "scheduler"):
         (folder / name).symlink_to(CONFIGS / "sd1" / name)
-    pad = {} if is_old else {"pad_token": "!"}
+    pad: dict[str, Any] = {} if is_old else {"pad_token": "!"}
     family = stable_diffusion(f"tiny-{like.name}", folder, type(like), pipelines=like.pipelines, **pad)
     whole = sd1_checkpoint(parts) if is_old else sd2_checkpoint(parts)
     return Tiny(family, parts, {"model": _whole(like.name, whole, "sd1")}, folder)
