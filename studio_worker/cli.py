@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from studio_worker import __version__, config, logs
+from studio_worker import __version__, config, logs, process
 from studio_worker.cli_control import pause, resume, status
 from studio_worker.cli_doctor import check_config, doctor
 from studio_worker.cli_generate import generate
@@ -57,6 +57,7 @@ def run(directory: ConfigDir = config.DEFAULT_DIR) -> None:
     """Run the service (what systemd starts)."""
     from studio_worker import service
 
+    process.prepare()
     raise typer.Exit(service.run(directory))
 
 

@@ -15,7 +15,7 @@ from typing import IO, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from studio_worker import config, logs, sample_model
+from studio_worker import config, logs, process, sample_model
 from studio_worker.cli_options import ConfigDir, Json
 from studio_worker.config_files import read_document
 from studio_worker.errors import ConfigError, DeviceError
@@ -82,6 +82,7 @@ def generate(
     from studio_worker.engine import Inputs, Request, default_router
     from studio_worker.jobs import Cancel, ImageTask
 
+    process.prepare()
     logs.configure("error" if sys.stderr.isatty() else "warning", "text")
     if str(output) != "-" and not os.access(output.parent, os.W_OK):
         raise ConfigError(f"folder {output.parent} is not there or not writable", cure="name another -o FILE")

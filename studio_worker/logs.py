@@ -37,9 +37,6 @@ _NOISY = ("urllib3", "websockets", "uvicorn", "asyncio", "httpx", "httpcore", "P
           "transformers", "huggingface_hub", "accelerate", "torch")  # fmt: skip
 """Libraries whose warnings would be noise or, in diffusers' and transformers' case, quote the prompt."""
 
-_VERBOSITY = ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY")
-"""These two set their loggers' level anew when they are imported, long after :func:`configure`."""
-
 _RESERVED = [*RESERVED_ATTRS, "color_message"]
 """Attributes of a record that are no facts; ``color_message`` is uvicorn's second copy of a message."""
 
@@ -259,7 +256,5 @@ def configure(
     root.setLevel(number)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    for variable in _VERBOSITY:
-        os.environ[variable] = "error"
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)

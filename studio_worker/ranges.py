@@ -17,10 +17,11 @@ from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.line import FileChanged, Line, RangesIgnored
 from studio_worker.pace import Pace, Work
 from studio_worker.policy import Policy
+from studio_worker.process import keep_freed_memory
 from studio_worker.request import Address
 from studio_worker.spans import Spans
 from studio_worker.staging import Progress, Staged
-from studio_worker.transport import Body, UnwantedStatus, keep_freed_memory
+from studio_worker.transport import Body, UnwantedStatus
 
 PARALLEL_BYTES = 16 * 1024 * 1024
 """What is smaller is fetched by one connection, as a plain stream."""

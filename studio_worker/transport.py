@@ -43,16 +43,6 @@ _QUEUED_CHUNKS = 8
 _LOOK_AGAIN_S = 0.1
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep what reads give back, for the next ones.
-
-    Else it returns them to the system again and again, and each read gets its memory page by page anew:
-    a tenth of all CPU time. It stops that when it has seen a larger block freed (mallopt(3),
-    M_MMAP_THRESHOLD: the dynamic adjustment). The block is never touched.
-    """
-    bytearray(4 * _LARGEST_READ)
-
-
 class UnwantedStatus(DownloadError):
     """The server answered with something else than the file.
 

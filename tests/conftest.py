@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-import studio_worker.engine  # noqa: F401  (before torch: it sets how torch's threads wait)
-from studio_worker import sample_model
+from studio_worker import process, sample_model
 from studio_worker.demo import write_configuration
 from studio_worker.local_studio import LocalStudio
+
+process.prepare()  # before a test module imports torch
 
 # Nothing is timed in tests: a machine that is busy with something else must not make one fail.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -39,14 +39,16 @@ UNAVOIDABLE = (
     PrivateName(
         "torch._dynamo",
         ("engine.compiling",),
-        "import torch._dynamo.config as c; c.suppress_errors, c.recompile_limit",
-        "torch documents suppress_errors and the loggers of what cannot be compiled under this name alone",
+        "import os; os.environ['TORCHDYNAMO_SUPPRESS_ERRORS'] = '1'\n"
+        "import torch._dynamo.config as c; assert c.suppress_errors",
+        "torch has the logger of what cannot be compiled under this name alone",
     ),
     PrivateName(
         "torch._inductor",
         ("engine.compiling",),
-        "import torch._inductor.config as c; c.compile_threads",
-        "compile_threads as an option of torch.compile comes too late: the processes are there by then",
+        "import os; os.environ['TORCHINDUCTOR_COMPILE_THREADS'] = '1'\n"
+        "import torch._inductor.config as c; assert c.compile_threads == 1",
+        "torch has the logger of what its compiler says under this name alone",
     ),
     PrivateName(
         "_keep_in_fp32_modules",

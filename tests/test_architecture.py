@@ -22,7 +22,7 @@ PACKAGE = ROOT / "studio_worker"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
-        "__init__ errors sample_model files journal",
+        "__init__ errors sample_model files journal process",
         "networks torch_build",
         "compatibility logs notify models urls lock config_files spans policy pace formats",
         "nodes jobs required settings finished outbox_clock staging request ledger leftovers copying",

@@ -66,7 +66,7 @@ def test_compiler_that_fails_later_costs_no_picture(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A compiler that is gone after the start: the picture is the uncompiled one, and one line says why."""
-    monkeypatch.setattr(compiling._WARNINGS, "has_failed", False)
+    monkeypatch.setattr(compiling._WARNINGS, "failure", "")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/bin/false",))
     caplog.set_level(logging.ERROR, logger="torch")  # as in the service
     torch.compiler.reset()

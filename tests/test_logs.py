@@ -46,8 +46,7 @@ for level in ("debug", "info", "warning", "error", "critical"):
 def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What configure() changes is put back: handlers, levels, warnings, environment and secrets."""
     monkeypatch.setattr(logs, "_secrets", ())
-    for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "JOURNAL_STREAM"):
-        monkeypatch.setenv(variable, "")
+    monkeypatch.setenv("JOURNAL_STREAM", "")
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield
@@ -409,7 +408,8 @@ def test_safe_url_keeps_what_is_harmless() -> None:
 def test_library_that_quotes_prompts_is_silent_though_imported_later(tmp_path: Path) -> None:
     """Warnings of transformers, which may quote a prompt, do not appear, also when it is loaded after us."""
     script = """
-from studio_worker import logs
+from studio_worker import logs, process
+process.prepare()
 logs.configure("debug", "json")
 from transformers.utils import logging
 log = logging.get_logger("transformers.tokenization_utils_base")
@@ -421,13 +421,6 @@ log.error("a real error")
     said = (tmp_path / "stderr").read_text()
     assert "a real error" in said
     assert "a secret prompt" not in said
-
-
-def test_diffusers_is_told_to_be_silent_before_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers, which quotes the words of a prompt that it cuts off, starts at errors only."""
-    monkeypatch.setenv("DIFFUSERS_VERBOSITY", "info")
-    logs.configure("debug", "json", io.StringIO())
-    assert os.environ["DIFFUSERS_VERBOSITY"] == "error"
 
 
 def test_python_warnings_do_not_reach_the_log(tmp_path: Path) -> None:

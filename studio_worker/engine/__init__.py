@@ -7,7 +7,6 @@ error, ``status`` and the way to READY never pay for it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -15,27 +14,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from studio_worker.errors import NotServed
 from studio_worker.jobs import Cancel, ImageTask, Picture
 from studio_worker.models import CliDefaults, LocalFile, ModelSource
-
-# No hub access at run time, ever: these are read when the libraries are imported, so they stand where every
-# module of this package comes by first. Loading from local folders alone needs none of them; they are the
-# second lock.
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    TRANSFORMERS_OFFLINE="1",
-    HF_HUB_DISABLE_TELEMETRY="1",
-    DO_NOT_TRACK="1",
-    # Prompts must never reach a log: diffusers warns with the very words that it cuts off a long one.
-    DIFFUSERS_VERBOSITY="error",
-    TRANSFORMERS_VERBOSITY="error",
-    # The engine runs in one thread of a process with others; tokenizers would warn about forks it never
-    # makes.
-    TOKENIZERS_PARALLELISM="false",
-)
-
-# On the CPU torch's threads meet hundreds of times a step, and by default wait for each other by spinning.
-# On a machine that has anything else to do, the waiting one then keeps the awaited one off its core: measured
-# on two busy cores, 41 s for a picture that takes 0.4 s when they sleep instead. Read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 Progress = Callable[[int, int], None]
 """Called after every denoising step with (steps done, steps in all); with (0, steps in all) before each

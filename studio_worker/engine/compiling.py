@@ -33,15 +33,15 @@ _COMPILED: WeakSet[torch.nn.Module] = WeakSet()
 class _Warnings(logging.Handler):
     """torch's pages of text about what it could not compile, as one line of ours each."""
 
-    has_failed = False
-    """Whether something could not be compiled. (That too many variants were asked for is another warning.)"""
+    failure = ""
+    """What could not be compiled, and why. (That too many variants were asked for is another warning.)"""
 
     def emit(self, record: logging.LogRecord) -> None:
         lines = record.getMessage().splitlines()
-        if "WON'T CONVERT" in lines[0]:
-            self.has_failed = True
         # A traceback's last lines begin with the error's name; what follows it may be the compiler's output.
         told = next((line for line in lines if re.match(r"[\w.]+(Error|Exception|Failed)\b", line)), lines[0])
+        if "WON'T CONVERT" in lines[0]:
+            self.failure = told
         _LOG.warning("a block runs uncompiled", extra={"op": "compile", "error": told[:300]})
 
 
@@ -69,7 +69,7 @@ def compiled(denoiser: torch.nn.Module | None, *, is_offloaded: bool) -> Iterato
     """Inside, the blocks of ``denoiser`` run compiled where they were and may be; gives whether so."""
     if denoiser not in _COMPILED:
         yield False
-    elif is_offloaded or _WARNINGS.has_failed or getattr(denoiser, "peft_config", None):
+    elif is_offloaded or _WARNINGS.failure or getattr(denoiser, "peft_config", None):
         with torch.compiler.set_stance("force_eager"):
             yield False
     else:
@@ -81,13 +81,15 @@ def try_out(device: torch.device) -> None:
     Raises:
         DeviceError: torch cannot compile for ``device`` on this machine; the text names the cure.
     """
-    _settle(hides_errors=False)
+    _settle()
     with tempfile.TemporaryDirectory() as folder:  # nothing that was compiled before must help
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         try:
             computed = torch.compile(lambda x: (x * 2 + 1).relu())(torch.ones(64, device=device))
             if float(computed.sum()) != 3 * 64.0:
                 raise RuntimeError("compiled code computes wrong numbers")
+            if _WARNINGS.failure:
+                raise RuntimeError(_WARNINGS.failure)
         except Exception as error:  # a compiler, Triton, dlopen: each has errors of its own
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise DeviceError(
@@ -96,13 +98,9 @@ def try_out(device: torch.device) -> None:
             ) from error
 
 
-def _settle(*, hides_errors: bool = True) -> None:
+def _settle() -> None:
     for name in ("torch._dynamo", "torch._inductor"):
         logger = logging.getLogger(name)
         logger.handlers[:] = [_WARNINGS]
         logger.setLevel(logging.WARNING)  # the service wants errors alone of torch
-    # Private names, but the only ones: torch documents these settings under them.
-    torch._dynamo.config.suppress_errors = hides_errors
-    torch._dynamo.config.recompile_limit = _KINDS
-    # Else processes that compile stay beside the service for as long as it runs, with torch in each.
-    torch._inductor.config.compile_threads = 1
+    torch.compiler.config.recompile_limit = _KINDS

@@ -7,14 +7,11 @@ which sampler, what stays loaded and how a picture is encoded are its neighbours
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import diffusers
-import transformers
 from PIL import Image
 
 from studio_worker.engine import Inputs, Progress, Request, Resident
@@ -23,6 +20,7 @@ from studio_worker.engine.families import FAMILIES
 from studio_worker.engine.families.family import Family
 from studio_worker.engine.faults import OutOfMemory, translated, usable_device
 from studio_worker.engine.images import decode_mask, decode_picture, decode_reference
+from studio_worker.engine.libraries import settle
 from studio_worker.engine.loader import Loader
 from studio_worker.engine.loading import computed_in
 from studio_worker.engine.loras import Adapters, asked_loras
@@ -35,12 +33,9 @@ from studio_worker.engine.sources import Sources
 from studio_worker.errors import JobError, JobImpossible
 from studio_worker.jobs import Cancel, ImageTask, Picture
 from studio_worker.models import CliDefaults, LocalFile
+from studio_worker.process import giving_memory_back
 
 _LOG = logging.getLogger(__name__)
-
-# The libraries have 400,000 objects, which stay. Else every collection would look at them all, taking 0.2 s,
-# each time that a model leaves the device or a job is cancelled.
-gc.freeze()
 
 
 @dataclass
@@ -75,7 +70,7 @@ class DiffusionEngine:
         *,
         compiles: bool = False,
     ) -> None:
-        _silence_libraries()
+        settle()
         self._device = usable_device(device)
         self._sources = Sources(families)
         self._adapters = Adapters()
@@ -83,6 +78,7 @@ class DiffusionEngine:
         self._residency = Residency(self._device, self._memory, budget_bytes)
         self._loader = Loader(self._device, self._memory, self._residency, compiles=compiles)
 
+    @giving_memory_back()  # between jobs, whatever else runs here may want it
     def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
         """See :meth:`studio_worker.engine.Engine.generate`."""
         prompts = (printable(request.task.prompt), printable(request.task.negative_prompt or ""))
@@ -230,14 +226,3 @@ def _starting(inputs: Inputs, parameters: Parameters) -> Starting:
     reference = None if inputs.ref_image is None else decode_reference(inputs.ref_image)
     mask = None if inputs.mask is None else decode_mask(inputs.mask, *size)
     return Starting(picture, mask, reference)
-
-
-def _silence_libraries() -> None:
-    """Keep prompts out of every log, and progress bars off standard error.
-
-    The package sets the same in the environment, which holds only for libraries imported after it. Neither
-    library says anything below ERROR that an operator could act on.
-    """
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()

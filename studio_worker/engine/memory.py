@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from typing import Protocol
 
 import torch
 
 from studio_worker.device import available_ram_bytes, total_ram_bytes
+from studio_worker.process import give_memory_back
 
 _KEPT_FREE_SHARE = 0.05
 """Of each memory: what fragmentation, libraries' workspaces and the rest of the machine need."""
@@ -81,7 +81,4 @@ def release_cached(device: torch.device) -> None:
     gc.collect()  # pipelines hold reference cycles
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    # glibc keeps what was freed below the top of its heap (mallopt(3), M_TRIM_THRESHOLD).
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    give_memory_back()

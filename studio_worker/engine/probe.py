@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from studio_worker.compatibility import show
 from studio_worker.driver import find_driver
 from studio_worker.errors import DeviceError
+from studio_worker.process import prepare
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +102,7 @@ def _look_at_memory(device: torch.device, facts: dict[str, Any]) -> None:
 
 
 def main() -> int:
+    prepare()
     words = sys.argv[1:]
     facts = probe(words[0] if words else "", compiles="--compile" in words)
     print(json.dumps(facts), flush=True)
