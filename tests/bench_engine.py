@@ -30,7 +30,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from studio_worker import sample_model
+from studio_worker import process, sample_model
 from studio_worker.engine import Request
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.family import Family
@@ -319,4 +319,5 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
+    process.prepare()
     main()

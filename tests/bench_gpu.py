@@ -20,6 +20,7 @@ import diffusers
 import torch
 from safetensors.torch import save_file
 
+from studio_worker import process
 from studio_worker.engine import Request
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.component import Part
@@ -212,4 +213,5 @@ def busy_shares(device: str) -> Iterator[list[int]]:
 
 
 if __name__ == "__main__":
+    process.prepare()
     main()

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from studio_worker import process
 from studio_worker.engine.diffusion import DiffusionEngine
 from tests.bench_engine import SAMPLE_MODEL, Model, device, made, random_model, show, written
 
@@ -112,4 +113,5 @@ def fresh(work: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
+    process.prepare()
     main(*map(int, sys.argv[1:]))

@@ -278,6 +278,24 @@ def test_tests_use_no_private_name_of_a_library_that_the_package_does_not() -> N
     assert wrong == []
 
 
+def test_importing_does_nothing() -> None:
+    """No module does anything when it is imported: environment, memory, collections and signals are settled
+    by whoever starts a process. Only the commands put themselves together then.
+    """
+    wrong = [
+        f"{name}:{statement.lineno}"
+        for name, tree in modules()
+        for statement in tree.body
+        if name not in {"cli", "__main__"}
+        and (
+            (isinstance(statement, ast.Expr) and not isinstance(statement.value, ast.Constant))
+            or isinstance(statement, ast.For | ast.While | ast.With | ast.Try | ast.Delete | ast.AugAssign)
+            or (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Subscript))
+        )
+    ]
+    assert wrong == []
+
+
 def test_every_module_says_what_it_owns() -> None:
     """Each module that holds anything opens with a docstring."""
     assert [name for name, tree in modules() if tree.body and not ast.get_docstring(tree)] == []
