@@ -28,7 +28,6 @@ from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.sdxl import SDXL
 from studio_worker.engine.families.z_image import Z_IMAGE
 from studio_worker.engine.loading import empty_model, load_scheduler, load_tokenizer, weights_dtype
-from studio_worker.engine.samplers import make_scheduler
 from studio_worker.jobs import Cancel, ImageTask
 from studio_worker.models import CliDefaults, LocalFile
 from tests.bench_engine import Row, png, seconds, show, spread, taking_turns, words
@@ -186,10 +185,8 @@ def plain_pipeline(engine: DiffusionEngine, case: Case) -> Any:
         for each in engine._residency._held.values()
     }
     parts = {name: held[part.cls] for name, part in family.parts.items()}
-    shipped = load_scheduler(family)
-    scheduler = make_scheduler(family.defaults.sampler, shipped, case.steps, flow=family.flow)
     tokenizers = {name: load_tokenizer(each) for name, each in family.tokenizers.items()}
-    components = family.assemble({**parts, **tokenizers, "scheduler": scheduler})
+    components = family.assemble({**parts, **tokenizers, "scheduler": load_scheduler(family)})
     pipeline = getattr(diffusers, str(family.pipelines.text))(**components, **family.fixed)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

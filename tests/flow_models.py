@@ -10,19 +10,21 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
+from studio_worker.engine.canvas import Starting
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.family import Family
 from studio_worker.engine.loading import load_part, load_tokenizer
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.placement import Mode, Plan
-from studio_worker.engine.rendering import LoadedModel, Starting
+from studio_worker.engine.rendering import LoadedModel
 from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.gpu_check.tiny.weights import Tensors
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, LocalFile
 from tests.engine_lab import decoded, request
 from tests.published import Shapes
+from tests.stock import alike, run
 
 PROMPT = "a red potion on grass"
 WIDTH, HEIGHT, STEPS, GUIDANCE, SEED = 64, 48, 3, 3.0, 7
@@ -63,18 +65,10 @@ def pipeline(tiny: Tiny, cls: Any, **other: Any) -> Any:
     return cls(**{**tiny.parts, **tokenizers, "scheduler": scheduler, **other})
 
 
-def stock(pipe: Any, **arguments: Any) -> Image.Image:
+def stock(pipe: Any, shift: float = 3.0, **arguments: Any) -> Image.Image:
     """What the library's own pipeline ``pipe`` makes of the same."""
-    pipe.set_progress_bar_config(disable=True)
-    asked = {
-        "prompt": PROMPT,
-        "width": WIDTH,
-        "height": HEIGHT,
-        "num_inference_steps": STEPS,
-        "generator": torch.Generator().manual_seed(SEED),
-    }
-    picture: Image.Image = pipe(**asked | arguments).images[0]
-    return picture
+    asked = {"prompt": PROMPT, "width": WIDTH, "height": HEIGHT, "steps": STEPS, "seed": SEED, "shift": shift}
+    return run(pipe, **asked | arguments)
 
 
 def pixels(picture: Picture | Image.Image) -> np.ndarray:
@@ -83,8 +77,8 @@ def pixels(picture: Picture | Image.Image) -> np.ndarray:
 
 
 def same(one: Picture | Image.Image, other: Picture | Image.Image) -> bool:
-    """Whether two pictures are alike pixel for pixel, and show anything at all."""
-    return bool((pixels(one) == pixels(other)).all()) and float(pixels(one).std()) > 5
+    """Whether two pictures are alike (:func:`tests.stock.alike`), and show anything at all."""
+    return alike(pixels(one), pixels(other)) and float(pixels(one).std()) > 5
 
 
 def difference(one: Picture | Image.Image, other: Picture | Image.Image) -> float:

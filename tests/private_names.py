@@ -59,18 +59,6 @@ UNAVOIDABLE = (
         "a class says only here which of its weights half precision spoils",
     ),
     PrivateName(
-        "_init_step_index",
-        ("engine.solvers", "engine.flow_solvers"),
-        "import diffusers; diffusers.FlowMatchEulerDiscreteScheduler()._init_step_index(1000.0)",
-        "a scheduler of our own must find its place as the one it is made from does",
-    ),
-    PrivateName(
-        "_step_index",
-        ("engine.solvers", "engine.flow_solvers"),
-        "import diffusers; diffusers.FlowMatchEulerDiscreteScheduler()._step_index",
-        "the public step_index can only be read, and a scheduler's step must move it on",
-    ),
-    PrivateName(
         "_get_field_parts",
         ("engine.gguf_files",),
         "import gguf; gguf.GGUFReader._get_field_parts",

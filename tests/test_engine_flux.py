@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
     FluxFillPipeline,
-    FluxImg2ImgPipeline,
-    FluxInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
 )
-from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 
 from studio_worker.engine import Inputs
@@ -35,6 +32,7 @@ from tests.flow_models import (
     DEFAULTS,
     GUIDANCE,
     HEIGHT,
+    SEED,
     WIDTH,
     difference,
     make,
@@ -47,17 +45,13 @@ from tests.flow_models import (
 )
 from tests.published import flux1
 from tests.quantising import DECODING, Q4, Q8, dequantised, widened
+from tests.stock import encoded as stock_encoded
+from tests.stock import packed
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 PUBLISHED = {"dev": FLUX_DEV, "schnell": FLUX_SCHNELL, "fill": FLUX_FILL}
-
-
-@pytest.fixture(autouse=True)
-def _small_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kontext reads reference pictures at a few thousand pixels, not a million: here and in the library."""
-    monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(80, 64), (64, 80)])
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +78,7 @@ def denoiser(tiny: Tiny) -> LocalFile:
     return tiny.file("transformer")
 
 
-DEV = {"guidance_scale": 3.5, "true_cfg_scale": GUIDANCE, "negative_prompt": ""}
+DEV = {"guidance_scale": 3.5, "true_cfg_scale": GUIDANCE, "negative_prompt": "", "shift": math.exp(1.15)}
 
 
 @pytest.mark.parametrize("name", ["dev", "schnell"])
@@ -95,7 +89,8 @@ def test_picture_is_the_librarys(
     tiny = tinies[name]
     tokens = {"max_sequence_length": tiny.family.prompt_tokens}
     picture = make(engine, [denoiser(tiny), *shared_files])
-    assert same(picture, stock(pipeline(tiny, FluxPipeline), **DEV, **tokens))
+    shift = {"shift": math.exp(tiny.family.flow_shift)}
+    assert same(picture, stock(pipeline(tiny, FluxPipeline), **DEV | shift, **tokens))
     assert picture.meta["family"] == f"tiny-flux1-{name}"
 
 
@@ -103,7 +98,7 @@ def test_picture_without_true_guidance_is_the_librarys(
     tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...]
 ) -> None:
     """At cfgScale 1, which is how FLUX.1 is meant, only the distilled guidance is used."""
-    expected = stock(pipeline(tinies["dev"], FluxPipeline), guidance_scale=3.5)
+    expected = stock(pipeline(tinies["dev"], FluxPipeline), guidance_scale=3.5, shift=DEV["shift"])
     assert same(make(engine, [denoiser(tinies["dev"]), *shared_files], cfg_scale=1.0), expected)
 
 
@@ -112,28 +107,38 @@ def test_picture_from_picture_is_the_librarys(
 ) -> None:
     """Image-to-image is the library's, pixel for pixel."""
     start = scene(WIDTH, HEIGHT)
-    expected = stock(pipeline(tinies["dev"], FluxImg2ImgPipeline), **DEV, image=start, strength=0.7)
+    expected = stock(pipeline(tinies["dev"], FluxPipeline), **DEV, picture=start, denoise=0.7)
     picture = make(
         engine, [denoiser(tinies["dev"]), *shared_files], inputs=Inputs(encoded(start)), denoise=0.7
     )
     assert same(picture, expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "cls", "guidance"),
-    [("dev", FluxInpaintPipeline, DEV), ("fill", FluxFillPipeline, {"guidance_scale": 30.0})],
-)
+def filling(tiny: Tiny, start: Image.Image, mask: Image.Image) -> Any:
+    """Fill's pipeline, given the masked picture's latents and the mask's pixels by cell."""
+    pipe = pipeline(tiny, FluxFillPipeline)
+    masked = stock_encoded(tiny.parts["vae"], start, SEED, draw=1, mask=mask)
+    high, wide = masked.shape[-2:]
+    by_cell = torch.from_numpy(np.asarray(mask, dtype=np.float32) / 255).view(1, high, 8, wide, 8)
+    by_cell = by_cell.permute(0, 2, 4, 1, 3).reshape(1, 64, high, wide)
+    both = packed(by_cell), packed(masked)
+    pipe.prepare_mask_latents = lambda *_: both
+    return pipe
+
+
+@pytest.mark.parametrize("name", ["dev", "fill"])
 def test_picture_within_mask_is_the_librarys(
-    tinies: dict[str, Tiny],
-    engine: DiffusionEngine,
-    shared_files: tuple[LocalFile, ...],
-    name: str,
-    cls: Any,
-    guidance: dict[str, Any],
+    tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...], name: str
 ) -> None:
     """Inpainting, by dev and by Fill, is the library's where the mask is white, and untouched elsewhere."""
     start, mask = scene(WIDTH, HEIGHT), right_half()
-    expected = stock(pipeline(tinies[name], cls), **guidance, image=start, mask_image=mask, strength=0.7)
+    asked = {"picture": start, "mask": mask, "denoise": 0.7}
+    if name == "fill":
+        asked |= {"image": start, "mask_image": mask, "strength": 1.0}
+        more = {"guidance_scale": 30.0, "shift": DEV["shift"], "is_grown": True}
+        expected = stock(filling(tinies[name], start, mask), **asked, **more)
+    else:
+        expected = stock(pipeline(tinies[name], FluxPipeline), **DEV, **asked)
     picture = make(
         engine,
         [denoiser(tinies[name]), *shared_files],
@@ -261,7 +266,10 @@ def test_edit_is_the_librarys_kontext(
     """
     reference = scene(80, 56)
     pipe = pipeline(tinies["dev"], FluxKontextPipeline)
-    expected = stock(pipe, **DEV, image=reference, max_area=WIDTH * HEIGHT)
+    # In as many pixels as the picture has, sides rounded to 16.
+    shown = reference.resize((64, 48), Image.Resampling.LANCZOS)
+    seen = stock_encoded(tinies["dev"].parts["vae"], shown, SEED)
+    expected = stock(pipe, **DEV, image=seen, max_area=WIDTH * HEIGHT)
     if masked:
         kept = reference.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
         expected = Image.composite(expected, kept, right_half())
@@ -281,14 +289,12 @@ def test_edit_by_schnell_is_refused(
 def test_fill_without_mask_is_refused(
     tinies: dict[str, Tiny], engine: DiffusionEngine, shared_files: tuple[LocalFile, ...]
 ) -> None:
-    """Fill paints within masks; anything else is refused, and so is guidance that it has not."""
+    """Fill paints within masks; anything else is refused."""
     files = [denoiser(tinies["fill"]), *shared_files]
     with pytest.raises(
         JobError, match="tiny-flux1-fill works only with initImageUrl with maskUrl, not with a prompt alone"
     ):
         make(engine, files, cfg_scale=1.0)
-    with pytest.raises(JobError, match="cfgScale must be 1"):
-        make(engine, files, inputs=Inputs(encoded(scene()), encoded(right_half())))
 
 
 @pytest.mark.parametrize("mode", [Mode.COMPONENT, Mode.LAYERS])
@@ -313,14 +319,10 @@ def test_flow_shift_is_stable_diffusion_cpps(
     (its flux_time_shift), and holds for every size of picture.
     """
     tiny = tinies["dev"]
-    pipe = pipeline(tiny, FluxPipeline)
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-        pipe.scheduler.config, shift=math.exp(1.15), use_dynamic_shifting=False
-    )
-    defaults = DEFAULTS.model_copy(update={"flow_shift": 1.15})
+    defaults = DEFAULTS.model_copy(update={"flow_shift": 0.5})
     picture = make(engine, [denoiser(tiny), *shared_files], defaults=defaults)
-    assert same(picture, stock(pipe, **DEV))
-    assert picture.meta["flowShift"] == 1.15
+    assert same(picture, stock(pipeline(tiny, FluxPipeline), **DEV | {"shift": math.exp(0.5)}))
+    assert picture.meta["flowShift"] == 0.5
 
 
 def test_flow_shift_that_is_no_logarithm_is_refused(
@@ -333,4 +335,4 @@ def test_flow_shift_that_is_no_logarithm_is_refused(
         defaults = DEFAULTS.model_copy(update={"flow_shift": shift})
         with pytest.raises(JobError, match=rf"flowShift {shift:g} .* logarithm, .* 4\.6 at most") as caught:
             make(engine, [denoiser(tinies["dev"]), *shared_files], defaults=defaults)
-        assert not caught.value.retryable
+        assert caught.value.is_jobs_fault

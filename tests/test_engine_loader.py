@@ -7,13 +7,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
 
+from studio_worker.engine.canvas import Starting
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.stable_diffusion import SAMPLE as SAMPLE_FAMILY
 from studio_worker.engine.loader import Loader
 from studio_worker.engine.loading import load_part, use_channels_last
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.placement import Mode, Plan
-from studio_worker.engine.rendering import LoadedModel, Starting
+from studio_worker.engine.rendering import LoadedModel
 from studio_worker.engine.residency import Residency
 from studio_worker.jobs import Cancel
 from tests.engine_lab import SAMPLE, request

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from studio_worker import sample_model
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.loras import asked_loras
-from studio_worker.engine.samplers import make_scheduler
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile
 from tests.engine_lab import PROMPT, SAMPLE, decoded, request, write_header
+from tests.stock import run
 from tests.tiny_z_image import Tiny, text_encoder_file, tiny_z_image, transformer_file, vae_file
 
 torch.set_num_threads(1)
@@ -101,7 +101,8 @@ def merge(pipeline: StableDiffusionPipeline, seed: int, weight: float = 1.0) -> 
 
 
 def make(engine: DiffusionEngine, *loras: LocalFile, prompt: str = PROMPT) -> Picture:
-    return engine.generate(request(files=(SAMPLE, *loras), prompt=prompt), lambda done, total: None, Cancel())
+    asked = request(files=(SAMPLE, *loras), prompt=prompt, sampling_method="euler")
+    return engine.generate(asked, lambda done, total: None, Cancel())
 
 
 def pixels(picture: Picture) -> np.ndarray:
@@ -109,15 +110,7 @@ def pixels(picture: Picture) -> np.ndarray:
 
 
 def expected(stock: StableDiffusionPipeline) -> np.ndarray:
-    stock.scheduler = make_scheduler("euler_a", stock.scheduler, 4)
-    image = stock(
-        PROMPT,
-        num_inference_steps=4,
-        guidance_scale=4.0,
-        width=64,
-        height=64,
-        generator=torch.Generator().manual_seed(7),
-    ).images[0]
+    image = run(stock, prompt=PROMPT, guidance_scale=4.0, width=64, height=64, steps=4, seed=7)
     return np.asarray(image, dtype=int)
 
 
@@ -245,22 +238,42 @@ def test_pickled_lora_is_refused(engine: DiffusionEngine, tmp_path: Path) -> Non
 def test_tag_is_read_as_stable_diffusion_cpp_writes_it(tmp_path: Path) -> None:
     """A tag sets the weight of a file by its name, wherever in the prompt it stands; without one it is 1."""
     files = [LocalFile("lora", tmp_path / f"{name}.safetensors", name) for name in ("a", "b")]
-    prompt, loras = asked_loras("one <lora:a:-0.5>, two", [SAMPLE, *files])
-    assert prompt == "one, two"
+    prompt, loras, _ = asked_loras("one <lora:a:-0.5>, two", [SAMPLE, *files])
+    assert prompt == "one , two"
     assert [(lora.name, lora.weight) for lora in loras] == [("a", -0.5), ("b", 1.0)]
-    assert asked_loras("red", [SAMPLE]) == ("red", ())
+    assert asked_loras("red", [SAMPLE]) == ("red", (), ())
+
+
+def test_tag_of_an_unknown_lora_is_left_out(
+    engine: DiffusionEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tag that names a LoRA that the source does not bring makes the picture that it makes without, as in
+    stable-diffusion.cpp; a warning and generationMeta say so.
+    """
+    picture = make(engine, prompt=f"{PROMPT}<lora:nosuch:0.8><lora:other:much>")
+    assert (pixels(picture) == pixels(make(engine))).all()
+    assert picture.meta["unknownLoras"] == ["nosuch", "other"]
+    (record,) = [each for each in caplog.records if "LoRAs" in each.message]
+    assert (record.levelname, record.count) == ("WARNING", 2)  # type: ignore[attr-defined]
+    assert "nosuch" not in record.getMessage()
+
+
+@pytest.mark.parametrize("part", [" ", "<lora:", "<lora:a", "<lora:a:", "<", "\n\t"])
+def test_tags_of_an_endless_prompt_are_read_at_once(part: str) -> None:
+    """A megabyte of blanks or of beginnings of tags is read without a second thought."""
+    assert asked_loras(part * (2**20 // len(part)), [SAMPLE]).loras == ()
 
 
 def test_loras_of_one_name_all_work(tmp_path: Path) -> None:
     """Two files that are called alike, in two folders, are both brought in, and a tag is for both."""
     files = [LocalFile("lora", tmp_path / folder / "style.safetensors", folder) for folder in "ab"]
-    assert [each.file for each in asked_loras("a", files)[1]] == files
-    assert [each.weight for each in asked_loras("a <lora:style:0.5>", files)[1]] == [0.5, 0.5]
+    assert [each.file for each in asked_loras("a", files).loras] == files
+    assert [each.weight for each in asked_loras("a <lora:style:0.5>", files).loras] == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("tag", ["<lora:nosuch:1>", "<lora:a:much>", "<lora:a:11>", "<lora:a:nan>"])
+@pytest.mark.parametrize("tag", ["<lora:a:much>", "<lora:a:11>", "<lora:a:nan>"])
 def test_impossible_tag_is_refused(tmp_path: Path, tag: str) -> None:
-    """A tag that names a file the source does not bring, or no sensible weight, is an error."""
+    """A tag that gives a LoRA no sensible weight is an error."""
     with pytest.raises(JobError, match="LoRA") as caught:
         asked_loras(f"red {tag}", [LocalFile("lora", tmp_path / "a.safetensors", "a")])
     assert caught.value.is_final_here

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 
 from studio_worker.device import Device
 from studio_worker.engine import Inputs, Router
+from studio_worker.engine.canvas import Starting
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.estimate import Estimates
 from studio_worker.engine.families import identify
@@ -26,7 +27,7 @@ from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory import MachineMemory
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.placement import Footprint, Mode, Plan, choose, footprint, leaner
-from studio_worker.engine.rendering import LoadedModel, Starting
+from studio_worker.engine.rendering import LoadedModel
 from studio_worker.engine.residency import Key, Place, Residency
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
     QwenImageEditPlusPipeline,
-    QwenImageImg2ImgPipeline,
-    QwenImageInpaintPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+from diffusers.pipelines.qwenimage import pipeline_qwenimage, pipeline_qwenimage_edit_plus
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from studio_worker.engine import Inputs
+from studio_worker.engine.canvas import Starting
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.qwen import QWEN_TOKENIZER
 from studio_worker.engine.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT_2511
-from studio_worker.engine.loading import load_scheduler, load_tokenizer
+from studio_worker.engine.loading import load_tokenizer
 from studio_worker.engine.placement import Mode, footprint
 from studio_worker.engine.qwen_vl import PictureProcessor
-from studio_worker.engine.rendering import Starting
 from studio_worker.errors import JobError
 from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.gpu_check.tiny.quantised import Kind, write_gguf
@@ -57,7 +55,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 @pytest.fixture(autouse=True)
 def _small_references(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference pictures are read at a few thousand pixels, not a million: by engine and library alike."""
-    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64)
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", WIDTH * HEIGHT)
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 112 * 112)
 
 
@@ -77,9 +75,20 @@ def engine(tiny: Tiny) -> DiffusionEngine:
     return DiffusionEngine("cpu", families=(tiny.family,))
 
 
-def guided(tiny: Tiny, cls: Any = QwenImagePipeline, **arguments: Any) -> Image.Image:
+@pytest.fixture(autouse=True)
+def _plain_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's pipelines for Qwen-Image give what they guided the length it had without, which neither
+    the engine nor stable-diffusion.cpp does: here all lengths are one.
+    """
+    even = SimpleNamespace(**{**vars(torch), "norm": lambda x, **_: torch.ones_like(x[..., :1])})
+    for each in (pipeline_qwenimage, pipeline_qwenimage_edit_plus):
+        monkeypatch.setattr(each, "torch", even)
+
+
+def guided(tiny: Tiny, **arguments: Any) -> Image.Image:
     """What the library's own pipeline makes, guided as the files' defaults say."""
-    return stock(pipeline(tiny, cls), **{"true_cfg_scale": GUIDANCE, "negative_prompt": ""} | arguments)
+    pipe = pipeline(tiny, QwenImagePipeline)
+    return stock(pipe, **{"true_cfg_scale": GUIDANCE, "negative_prompt": ""} | arguments)
 
 
 def test_picture_is_the_librarys(tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...]) -> None:
@@ -99,7 +108,7 @@ def test_picture_from_picture_is_the_librarys(
     tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...]
 ) -> None:
     """Image-to-image is the library's, pixel for pixel."""
-    expected = guided(tiny, QwenImageImg2ImgPipeline, image=scene(WIDTH, HEIGHT), strength=0.7)
+    expected = guided(tiny, picture=scene(WIDTH, HEIGHT), denoise=0.7)
     assert same(make(engine, files, inputs=Inputs(encoded(scene(WIDTH, HEIGHT))), denoise=0.7), expected)
 
 
@@ -108,7 +117,7 @@ def test_picture_within_mask_is_the_librarys(
 ) -> None:
     """Inpainting is the library's where the mask is white, and untouched elsewhere."""
     start, mask = scene(WIDTH, HEIGHT), right_half()
-    expected = guided(tiny, QwenImageInpaintPipeline, image=start, mask_image=mask, strength=0.7)
+    expected = guided(tiny, picture=start, mask=mask, denoise=0.7)
     picture = make(engine, files, inputs=Inputs(encoded(start), encoded(mask)), denoise=0.7)
     assert same(picture, Image.composite(expected, start, mask))
 
@@ -292,11 +301,7 @@ def test_flow_shift_is_stable_diffusion_cpps(
     tiny: Tiny, engine: DiffusionEngine, files: tuple[LocalFile, ...], flow_shift: float
 ) -> None:
     """cliDefaults.flowShift holds for every size of picture, as stable-diffusion.cpp's --flow-shift."""
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-        load_scheduler(tiny.family).config, shift=flow_shift, use_dynamic_shifting=False, shift_terminal=None
-    )
-    pipe = pipeline(tiny, QwenImagePipeline, scheduler=scheduler)
-    expected = stock(pipe, true_cfg_scale=GUIDANCE, negative_prompt="")
+    expected = guided(tiny, shift=flow_shift)
     defaults = DEFAULTS.model_copy(update={"flow_shift": flow_shift})
     assert same(make(engine, files, defaults=defaults), expected)
 

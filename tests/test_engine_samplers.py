@@ -1,4 +1,4 @@
-"""Samplers: the names of stable-diffusion.cpp, and that each solves what it says it solves.
+"""Samplers: the names of stable-diffusion.cpp, its noise levels and noise, and that each solves what it says.
 
 The model here is one whose answer is known: for data that is Gaussian with standard deviation S, the best
 denoiser of a noisy value is linear, and the way from noise to data has a closed form.
@@ -7,208 +7,308 @@ denoiser of a noisy value is linear, and the way from noise to data has a closed
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import EulerDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from studio_worker.engine.samplers import FLOW_SAMPLERS, SAMPLERS, make_scheduler, sampler
-from studio_worker.engine.solvers import IPNDM, IPNDMVariable
+from studio_worker.engine.denoising import asking, denoise, drawn, evaluations, noised
+from studio_worker.engine.levels import Diffusion, Flow, Scale, steps_from_picture
+from studio_worker.engine.noise import Noise, normal
+from studio_worker.engine.samplers import SAMPLERS, noise_levels, sampler
+from studio_worker.engine.solvers import Course
 from studio_worker.errors import JobError
 
 torch.set_num_threads(1)
 
-# diffusers meets numpy 2 in thousands of places that are not ours.
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+DATA = Path(__file__).parent / "data"
+"""What stable-diffusion.cpp (master-669-2d40a8b) printed: noise, and noise levels by model and sampler."""
 
 S = 0.5
-ANCESTRAL = {"euler_a", "dpm++2s_a", "lcm"}
-"""They draw noise as they go; tcd does so only with an eta that is never set here."""
-NOT_CONSISTENT = {"tcd", "dpm++2mv2"}
-"""tcd jumps, which only models distilled for it allow; dpm++2mv2 sharpens where log-noise steps are uneven.
+ANCESTRAL = ("euler_a", "dpm++2s_a", "er_sde")
+"""They draw noise as they go, and keep the distribution."""
+LOOSE = ("lcm", "tcd", "dpm++2mv2", "euler_a_cfg_pp")
+"""lcm and tcd jump, which only models distilled for it allow; dpm++2mv2 sharpens where log-level steps are
+uneven; euler_a_cfg_pp draws a flow's noise as other models' is drawn.
 """
+EXACT = tuple(sorted(set(SAMPLERS) - set(ANCESTRAL) - set(LOOSE)))
 
 
-def shipped(prediction_type: str = "epsilon") -> EulerAncestralDiscreteScheduler:
-    """Stable Diffusion's noise schedule, as a model's configuration would ship it."""
-    return EulerAncestralDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction_type,
-        timestep_spacing="linspace",
-    )
+def diffusion(*, predicts_v: bool = False) -> Diffusion:
+    """Stable Diffusion's noise schedule."""
+    schedule = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return Diffusion(tuple(schedule.alphas_cumprod.tolist()), predicts_v)
 
 
-def noise_levels() -> np.ndarray:
-    """Sigma of every training timestep."""
-    alphas = shipped().alphas_cumprod.double().numpy()
-    return np.asarray(np.sqrt((1 - alphas) / alphas))
+SCALES: dict[str, Scale] = {
+    "noise": diffusion(),
+    "v": diffusion(predicts_v=True),
+    "flow": Flow(3.0),
+}
 
 
-def model(z: torch.Tensor, timestep: torch.Tensor, prediction_type: str) -> torch.Tensor:
-    """The perfect model's output for its input ``z`` (which pipelines scale to unit variance)."""
-    sigma = float(np.interp(float(timestep), np.arange(1000), noise_levels()))
-    x = z * math.sqrt(1 + sigma**2)
-    x0 = x * S**2 / (S**2 + sigma**2)
-    noise = (x - x0) / sigma
-    return noise if prediction_type == "epsilon" else (noise - sigma * x0) / math.sqrt(1 + sigma**2)
+def model(scale: Scale, z: torch.Tensor, level: float) -> torch.Tensor:
+    """The perfect model's output for its input ``z`` at a noise level."""
+    kept, fresh = scale.weights(level)
+    x = z / scale.input_scale(level)
+    picture = x * kept * S**2 / ((kept * S) ** 2 + fresh**2)
+    of_x, of_output = scale.denoised_weights(level)
+    return (picture - x * of_x) / of_output
 
 
 def run(
-    scheduler: SchedulerMixin, start: torch.Tensor, steps: int, prediction_type: str = "epsilon"
+    name: str, scale: Scale, x: torch.Tensor, steps: int, denoise_: float | None = None, seed: int = 1
 ) -> torch.Tensor:
-    """What a pipeline does between noise and latents."""
-    generator = torch.Generator().manual_seed(1)
-    scheduler.set_timesteps(steps)
-    x = start * scheduler.init_noise_sigma
-    draws = "generator" in scheduler.step.__code__.co_varnames
-    for timestep in scheduler.timesteps:
-        output = model(scheduler.scale_model_input(x, timestep), timestep, prediction_type)
-        more = {"generator": generator} if draws else {}
-        if type(scheduler).__name__ == "TCDScheduler":
-            more["eta"] = 0.0  # as the pipelines pass it
-        x = scheduler.step(output, timestep, x, return_dict=False, **more)[0]
-    return x
+    """What a job does between noise and latents; ``x`` is noise of deviation 1, or the picture's own."""
+    levels = noise_levels(name, scale, steps, denoise_)
+    noise = Noise(seed)
+
+    def predict(z: torch.Tensor, timestep: float) -> list[torch.Tensor]:
+        level = timestep / 1000 if scale.is_flow else scale.level(timestep)
+        return [model(scale, z, level)]
+
+    course = Course(levels, scale.is_flow, lambda: drawn(noise, x))
+    begun = noised(scale, levels[0], torch.zeros_like(x), x)
+    return denoise(sampler(name).solver, course, begun, asking(scale, predict, 1.0), lambda *_: None)
 
 
 def start(count: int = 4096) -> torch.Tensor:
     return torch.randn(1, 1, 1, count, generator=torch.Generator().manual_seed(0))
 
 
-def test_every_name_of_the_protocol_is_known() -> None:
-    """Every sampler that the protocol lists can be asked for."""
+def exact(scale: Scale, x: torch.Tensor) -> torch.Tensor:
+    """Where the closed form ends that begins at noise ``x``."""
+    kept, fresh = scale.weights(scale.level(999))
+    return x * fresh * S / math.sqrt((kept * S) ** 2 + fresh**2)
+
+
+# --- names, noise and noise levels ---
+
+
+def test_every_name_of_stable_diffusion_cpp_is_known() -> None:
+    """Every sampler that the protocol lists, and every other of stable-diffusion.cpp's, can be asked for."""
     listed = "euler euler_a heun dpm2 dpm++2s_a dpm++2m dpm++2mv2 ipndm lcm ddim_trailing"
-    assert set(listed.split()) <= set(SAMPLERS)
+    further = "ipndm_v tcd res_multistep res_2s er_sde euler_cfg_pp euler_a_cfg_pp euler_ge"
+    assert set(SAMPLERS) == set(listed.split()) | set(further.split())
 
 
-@pytest.mark.parametrize("name", ["", "Euler a", "k_euler", "res_2s", "unipc"])
+@pytest.mark.parametrize("name", ["", "Euler a", "k_euler", "unipc"])
 def test_unknown_sampler_is_refused(name: str) -> None:
     """A sampler that is not here is an error that names those that are, and no other try will mend it."""
     with pytest.raises(JobError, match=r"known: euler, euler_a, .*tcd") as caught:
         sampler(name)
-    assert not caught.value.retryable
+    assert caught.value.is_jobs_fault
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - ANCESTRAL - NOT_CONSISTENT))
-def test_deterministic_sampler_finds_the_exact_answer(name: str, prediction_type: str) -> None:
-    """Without drawn noise, every sampler ends where the closed form does, for both kinds of prediction."""
-    scheduler = make_scheduler(name, shipped(prediction_type), 100)
-    sigma = float(noise_levels()[-1])
-    exact = start() * sigma * S / math.sqrt(S**2 + sigma**2)
-    found = run(scheduler, start(), 100, prediction_type)
-    assert float((found - exact).abs().max()) < 0.06 * float(exact.abs().max())
+def test_noise_is_stable_diffusion_cpps() -> None:
+    """Every seed and draw gives the numbers that stable-diffusion.cpp draws, wherever in it they stand."""
+    for case in json.loads((DATA / "sd-cpp-noise.json").read_text()):
+        numbers = normal(case["seed"], case["draw"], 256)
+        assert numbers[:8] == pytest.approx(np.array(case["first"]), abs=2e-6)
+        assert numbers[-2:] == pytest.approx(np.array(case["last_of_256"]), abs=2e-6)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", ["euler_a", "dpm++2s_a"])
-def test_ancestral_sampler_keeps_the_distribution(name: str, prediction_type: str) -> None:
+def test_noise_is_normal_whatever_its_size() -> None:
+    """A large draw is spread as normal numbers are, begins as a small one does, and every draw is another."""
+    noise = Noise(2**64 - 1)
+    first, second = noise.draw((16, 128, 129)), noise.draw((16, 128, 129))
+    assert (first.ravel()[:100] == normal(2**64 - 1, 0, 100)).all()
+    for each in (first, second):
+        assert np.isfinite(each).all()
+        assert float(each.mean()) == pytest.approx(0, abs=0.01)
+        assert float(each.std()) == pytest.approx(1, abs=0.01)
+    assert abs(float((first * second).mean())) < 0.01
+
+
+def test_noise_levels_are_stable_diffusion_cpps() -> None:
+    """Every kind of model goes through the noise levels that stable-diffusion.cpp prints."""
+    for case, printed in json.loads((DATA / "sd-cpp-levels.json").read_text()).items():
+        words = case.split()
+        kind, steps = words[0], int(words[-2])
+        scale: Scale = diffusion()
+        if kind != "sd1":
+            is_logarithm = kind.startswith(("flux", "chroma"))
+            scale = Flow(math.exp(printed["shift"]) if is_logarithm else printed["shift"])
+        name = words[1] if kind == "sd1" else "euler"
+        # Four digits were printed.
+        assert noise_levels(name, scale, steps) == pytest.approx(printed["levels"], rel=6e-4), case
+
+
+def test_distilled_levels_of_flows_are_stable_diffusion_cpps() -> None:
+    """lcm goes through the grid that such models were distilled on, on flows too."""
+    expected = [1.0, 0.904761905, 0.75, 0.513157895, 0.0]  # printed by a run of Z-Image
+    assert noise_levels("lcm", Flow(3.0), 4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_timestep_of_a_level_is_where_the_level_came_from(scale: Scale) -> None:
+    """What a denoiser is told for a noise level is the timestep that the level stands for."""
+    for timestep in (0.0, 0.4, 250.0, 499.5, 998.9, 999.0):
+        shown = scale.level(timestep) * 1000 if scale.is_flow else timestep
+        assert scale.timestep(scale.level(timestep)) == pytest.approx(shown, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "denoise_", "run_"), [(20, 0.75, 16), (8, 0.75, 7), (4, 0.5, 3), (4, 1.0, 4), (10, 0.999, 10)]
+)
+def test_steps_from_a_picture_are_stable_diffusion_cpps(steps: int, denoise_: float, run_: int) -> None:
+    """Of a job that starts from a picture, as many steps run as stable-diffusion.cpp runs."""
+    assert steps_from_picture(steps, denoise_) == run_
+    assert len(noise_levels("euler", Flow(3.0), steps, denoise_)) == run_ + 1
+
+
+@settings(deadline=None)
+@given(steps=st.integers(1, 150), denoise_=st.floats(0, 1, exclude_min=True))
+def test_denoise_always_leaves_a_step(steps: int, denoise_: float) -> None:
+    """However little denoise of however few steps is asked for, one step is made, and never more than all."""
+    assert 1 <= steps_from_picture(steps, denoise_) <= steps
+
+
+# --- solvers ---
+
+
+@pytest.mark.parametrize("kind", SCALES)
+@pytest.mark.parametrize("name", EXACT)
+def test_deterministic_sampler_finds_the_exact_answer(name: str, kind: str) -> None:
+    """Without drawn noise, every sampler ends where the closed form does, whatever its model predicts."""
+    scale = SCALES[kind]
+    expected = exact(scale, start())
+    found = run(name, scale, start(), 100)
+    assert float((found - expected).abs().max()) < 0.06 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm2", "res_2s", "ipndm"])
+def test_higher_order_sampler_is_nearer_than_euler(name: str) -> None:
+    """A sampler that asks more of the model, or looks back, ends nearer to the closed form than Euler's."""
+    scale = SCALES["flow"]
+    errors = {
+        each: float((run(each, scale, start(), 30) - exact(scale, start())).abs().max())
+        for each in ("euler", name)
+    }
+    assert errors[name] < errors["euler"]
+
+
+@pytest.mark.parametrize("kind", SCALES)
+@pytest.mark.parametrize("name", ANCESTRAL)
+def test_ancestral_sampler_keeps_the_distribution(name: str, kind: str) -> None:
     """With noise drawn at every step, what comes out is still spread as the data is."""
-    found = run(make_scheduler(name, shipped(prediction_type), 100), start(), 100, prediction_type)
+    found = run(name, SCALES[kind], start(), 300)
     assert float(found.std()) == pytest.approx(S, rel=0.06)
     assert float(found.mean()) == pytest.approx(0, abs=0.03)
 
 
+@pytest.mark.parametrize("kind", SCALES)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_few_and_many_steps_work(name: str) -> None:
-    """Every sampler works with a single step and with the most that a task may ask for."""
-    for steps in (1, 2, 3, 51, 150):
-        scheduler = make_scheduler(name, shipped(), steps)
-        assert torch.isfinite(run(scheduler, start(8), steps)).all()
+def test_few_and_many_steps_work(name: str, kind: str) -> None:
+    """Every sampler works with a single step and with the most that a task may ask for, whole or in part."""
+    for steps, part in itertools.product((1, 2, 3, 51, 150), (None, 0.01, 0.5)):
+        assert torch.isfinite(run(name, SCALES[kind], start(8), steps, part)).all()
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_sampler_keeps_the_models_noise_schedule(name: str) -> None:
-    """The noise schedule and prediction type are the model's own, whatever sampler is asked for."""
-    config = make_scheduler(name, shipped("v_prediction"), 20).config
-    assert (config.beta_start, config.beta_end, config.beta_schedule) == (0.00085, 0.012, "scaled_linear")
-    assert config.prediction_type == "v_prediction"
+@pytest.mark.parametrize("name", ["euler_a", "dpm++2s_a", "lcm", "er_sde", "euler_a_cfg_pp"])
+def test_noise_is_the_seeds(name: str) -> None:
+    """The same seed draws the same noise at every step, whatever was drawn before; another seed does not."""
+    first = run(name, SCALES["flow"], start(64), 8)
+    torch.rand(7)
+    assert torch.equal(run(name, SCALES["flow"], start(64), 8), first)
+    assert not torch.equal(run(name, SCALES["flow"], start(64), 8, seed=2), first)
 
 
-def test_flow_models_know_the_same_names() -> None:
-    """Every sampler that can be asked for with Stable Diffusion can be with flow models too."""
-    assert set(FLOW_SAMPLERS) == set(SAMPLERS)
+def test_evaluations_are_known_before_the_first() -> None:
+    """How often a sampler asks the model is known beforehand, for those that ask twice a step too."""
+
+    def count(name: str, scale: Scale = SCALES["noise"], steps: int = 4) -> int:
+        levels = noise_levels(name, scale, steps)
+        return evaluations(sampler(name).solver, Course(levels, scale.is_flow, lambda: 0.0))
+
+    assert {name: count(name) for name in ("euler", "lcm", "heun", "dpm2", "dpm++2s_a", "res_2s")} == {
+        "euler": 4,
+        "lcm": 4,
+        "heun": 7,
+        "dpm2": 7,
+        "dpm++2s_a": 7,
+        "res_2s": 7,
+    }
+    assert count("dpm++2s_a", SCALES["flow"]) == 6  # at full noise a flow has nothing to look at twice
 
 
-@pytest.mark.parametrize("name", FLOW_SAMPLERS)
-def test_flow_shift_takes_the_place_of_the_shipped_one(name: str) -> None:
-    """A given shift holds for every sampler, whatever the model ships and whatever the picture's size."""
-    shipped = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
-    scheduler = make_scheduler(name, shipped, 4, flow=True, shift=3.0, generator=torch.Generator())
-    scheduler.set_timesteps(4, sigmas=[1.0, 0.75, 0.5, 0.25], mu=0.5)
-    levels = [float(sigma) for sigma in scheduler.sigmas]
-    assert {round(3 * s / (1 + 2 * s), 5) for s in (1.0, 0.75, 0.5, 0.25)} <= {round(s, 5) for s in levels}
-    assert shipped.config.use_dynamic_shifting
-
-
-def kdiffusion_2s_ancestral(x: torch.Tensor, sigmas: list[float], generator: torch.Generator) -> torch.Tensor:
+def published_2s_ancestral(x: torch.Tensor, levels: list[float], noise: Noise) -> torch.Tensor:
     """DPM++ 2S a written out from the paper (Lu et al. 2022, algorithm 1, with ancestral noise)."""
 
-    def x0(x: torch.Tensor, sigma: float) -> torch.Tensor:
-        return x * S**2 / (S**2 + sigma**2)
+    def picture(x: torch.Tensor, level: float) -> torch.Tensor:
+        return x * S**2 / (S**2 + level**2)
 
-    for sigma, following in itertools.pairwise(sigmas):
-        up = math.sqrt(following**2 * (sigma**2 - following**2) / sigma**2)
+    for level, following in itertools.pairwise(levels):
+        up = math.sqrt(following**2 * (level**2 - following**2) / level**2)
         down = math.sqrt(following**2 - up**2)
         if down == 0:
-            return x0(x, sigma)
-        h = math.log(sigma) - math.log(down)
-        middle = math.exp(math.log(sigma) - h / 2)
-        half = (middle / sigma) * x - math.expm1(-h / 2) * x0(x, sigma)
-        x = (down / sigma) * x - math.expm1(-h) * x0(half, middle)
-        x = x + up * torch.randn(x.shape, generator=generator)
+            return picture(x, level)
+        h = math.log(level) - math.log(down)
+        middle = math.exp(math.log(level) - h / 2)
+        half = (middle / level) * x - math.expm1(-h / 2) * picture(x, level)
+        x = (down / level) * x - math.expm1(-h) * picture(half, middle)
+        x = x + up * drawn(noise, x)
     return x
 
 
 def test_dpm2s_ancestral_is_the_published_method() -> None:
     """dpm++2s_a takes the very steps of the published method, drawn noise included."""
-    steps = 12
-    scheduler = make_scheduler("dpm++2s_a", shipped(), steps)
-    found = run(scheduler, start(64), steps)
-    sigmas = [float(s) for s in np.interp(np.linspace(999, 0, steps), np.arange(1000), noise_levels())]
-    expected = kdiffusion_2s_ancestral(
-        start(64) * sigmas[0], [*sigmas, 0.0], torch.Generator().manual_seed(1)
-    )
-    # The model is asked at a timestep, so that the middle noise level is only as exact as the table of
-    # levels.
-    assert float((found - expected).abs().max()) < 2e-3
+    levels = noise_levels("dpm++2s_a", SCALES["noise"], 12)
+    expected = published_2s_ancestral(start(64) * levels[0], levels, Noise(1))
+    assert torch.allclose(run("dpm++2s_a", SCALES["noise"], start(64), 12), expected, atol=1e-4)
 
 
-def test_dpm2m_v2_is_what_stable_diffusion_cpp_computes() -> None:
-    """dpm++2mv2 takes the very steps that stable-diffusion.cpp's does."""
-    steps = 12
-    found = run(make_scheduler("dpm++2mv2", shipped(), steps), start(64), steps)
-    levels = [float(s) for s in np.interp(np.linspace(999, 0, steps), np.arange(1000), noise_levels())]
+def test_dpm2m_v2_is_the_published_method() -> None:
+    """dpm++2mv2 takes the very steps of its proposal: 2M's, over the mean of the last two log-level steps."""
+    levels = noise_levels("dpm++2mv2", SCALES["noise"], 12)
     x, earlier = start(64) * levels[0], None
-    for i, sigma in enumerate(levels[:-1]):
-        x0 = x * S**2 / (S**2 + sigma**2)
-        h = math.log(sigma / levels[i + 1])
+    for i, level in enumerate(levels[:-2]):
+        picture = x * S**2 / (S**2 + level**2)
+        h = math.log(level / levels[i + 1])
         if earlier is None:
-            change = -math.expm1(-h) * x0
+            change = -math.expm1(-h) * picture
         else:
-            last = math.log(levels[i - 1] / sigma)
+            last = math.log(levels[i - 1] / level)
             r = max(h, last) / min(h, last)
-            sharpened = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * earlier
+            sharpened = (1 + 1 / (2 * r)) * picture - 1 / (2 * r) * earlier
             change = -math.expm1(-(h + last) / 2) * sharpened
-        x, earlier = levels[i + 1] / sigma * x + change, x0
-    expected = x * S**2 / (S**2 + levels[-1] ** 2)
-    assert float((found - expected).abs().max()) < 1e-3
+        x, earlier = levels[i + 1] / level * x + change, picture
+    expected = x * S**2 / (S**2 + levels[-2] ** 2)
+    assert torch.allclose(run("dpm++2mv2", SCALES["noise"], start(64), 12), expected, atol=1e-4)
 
 
-def test_variable_weights_are_the_fixed_ones_for_even_steps() -> None:
-    """With even noise levels ipndm_v is ipndm, and its weights always add up to one."""
-    even, uneven = [4.0, 5.0, 6.0, 7.0], [4.0, 6.0, 9.0, 14.0]
-    for order in (1, 2, 3, 4):
-        assert IPNDMVariable().weights(even[:order], 3.0) == pytest.approx(IPNDM.WEIGHTS[order - 1])
-        assert sum(IPNDMVariable().weights(uneven[:order], 3.0)) == pytest.approx(1)
+def test_cfg_pp_puts_the_negative_prompts_noise_back() -> None:
+    """Each step of euler_cfg_pp ends at the guided picture, with the negative prompt's noise put back."""
+    levels = [2.0, 0.5, 0.0]
+    x = torch.tensor([3.0])
+
+    def predict(z: torch.Tensor, _: float) -> list[torch.Tensor]:
+        return [torch.full_like(z, 0.2), torch.full_like(z, 0.4)]  # noise for the prompt and the negative one
+
+    found = denoise(
+        sampler("euler_cfg_pp").solver,
+        Course(levels, is_flow=False, noise=lambda: 0.0),
+        x,
+        asking(SCALES["noise"], predict, 3.0),
+        lambda *_: None,
+    )
+    guided = 0.4 + 3.0 * (0.2 - 0.4)
+    first = (3.0 - 2.0 * guided) + 0.4 * 0.5
+    assert float(found) == pytest.approx(first - 0.5 * guided)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_single_step_is_the_first_one(name: str) -> None:
-    """A picture of one step, as turbo models make, starts at full noise and not at the last noise level."""
-    scheduler = make_scheduler(name, shipped(), 1)
-    scheduler.set_timesteps(1)
-    assert float(scheduler.timesteps[0]) == pytest.approx(999, abs=21)  # 980: where LCM's own grid begins
+def test_guidance_below_one_mixes_the_negative_prompt_in() -> None:
+    """A guidance between 0 and 1 gives what lies between both prompts' predictions."""
+
+    def predict(z: torch.Tensor, _: float) -> list[torch.Tensor]:
+        return [torch.full_like(z, 1.0), torch.full_like(z, 3.0)]
+
+    answer = asking(Flow(3.0), predict, 0.25)(torch.zeros(1), 1.0)
+    assert float(answer.picture) == pytest.approx(-(3.0 + 0.25 * (1.0 - 3.0)))
+    assert float(answer.negative) == pytest.approx(-3.0)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import (
-    StableDiffusion3Img2ImgPipeline,
-    StableDiffusion3InpaintPipeline,
-    StableDiffusion3Pipeline,
-)
+from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from PIL import Image
 from transformers import (
@@ -112,20 +108,15 @@ def test_picture_from_picture_is_the_librarys(
     tiny = tinies["medium-3.5"]
     start, mask = scene(WIDTH, HEIGHT), right_half()
     files = [checkpoint(tiny), *text_files]
-    expected = stock(pipeline(tiny, StableDiffusion3Img2ImgPipeline), **GUIDED, image=start, strength=0.7)
+    expected = stock(pipeline(tiny, StableDiffusion3Pipeline), **GUIDED, picture=start, denoise=0.7)
     assert same(make(engine, files, inputs=Inputs(encoded(start)), denoise=0.7), expected)
-    # diffusers' inpainting pipeline (0.42) forgets to shift the latents back, as all its others do.
-    vae = tiny.parts["vae"]
-    decode, shift = vae.decode, vae.config.shift_factor
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vae, "decode", lambda latents, **options: decode(latents + shift, **options))
-        pipe = pipeline(tiny, StableDiffusion3InpaintPipeline)
-        painted = stock(pipe, **GUIDED, image=start, mask_image=mask, strength=0.7)
+    asked = {"picture": start, "mask": mask, "denoise": 0.7}
+    painted = stock(pipeline(tiny, StableDiffusion3Pipeline), **GUIDED, **asked)
     picture = make(engine, files, inputs=Inputs(encoded(start), encoded(mask)), denoise=0.7)
     assert same(picture, Image.composite(painted, start, mask))
 
 
-@pytest.mark.parametrize(("kind", "bound"), [(None, 0.0), (Q8, 3.0)])
+@pytest.mark.parametrize(("kind", "bound"), [(None, 0.001), (Q8, 3.0)])
 def test_gguf_makes_the_librarys_picture(
     tinies: dict[str, Tiny],
     engine: DiffusionEngine,
@@ -170,3 +161,21 @@ def test_tensor_of_a_strange_name_is_refused(
     with pytest.raises(JobError, match=r"holds no whole .*: ValueError") as caught:
         make(engine, [strange, vae, *text_files])
     assert caught.value.is_final_here
+
+
+def test_picture_beyond_the_table_of_places_is_refused(
+    tinies: dict[str, Tiny],
+    engine: DiffusionEngine,
+    text_files: tuple[LocalFile, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A picture larger than the model has places for is refused with the limit, before anything is loaded."""
+    places = tinies["medium"].parts["transformer"].config.pos_embed_max_size
+    limit = places * 2 * 8  # of a patch of two cells, and a cell of eight pixels
+    assert SD3_MEDIUM.name == "sd3-medium"
+    files = [checkpoint(tinies["medium"]), *text_files]
+    assert make(engine, files, width=limit, height=64, steps=1).meta["width"] == limit
+    monkeypatch.setattr("studio_worker.engine.loader.load_part", pytest.fail)
+    with pytest.raises(JobError, match=rf"places for pictures of {limit}x{limit} px at most") as caught:
+        make(engine, files, width=limit + 8, height=64)
+    assert caught.value.is_jobs_fault

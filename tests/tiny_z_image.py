@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
 from studio_worker.engine.diffusion import DiffusionEngine
@@ -20,6 +19,7 @@ from studio_worker.gpu_check.tiny.weights import prefixed, safetensors
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
 from tests.engine_lab import decoded, request
+from tests.stock import run
 
 PREFIX = "model.diffusion_model."
 SIZE = CliDefaults(width=64, height=64, steps=3, cfg_scale=1.0)
@@ -40,19 +40,19 @@ class Tiny:
         )
         return np.asarray(decoded(made.data), dtype=int)
 
-    def expected(self, cls: Any = ZImagePipeline, guidance: float = 0.0, **arguments: Any) -> np.ndarray:
-        pipeline = cls(**self.stock.components)
-        pipeline.set_progress_bar_config(disable=True)
-        made = pipeline(
-            request().task.prompt,
+    def expected(self, guidance: float = 0.0, **arguments: Any) -> np.ndarray:
+        made = run(
+            ZImagePipeline(**self.stock.components),
+            prompt=request().task.prompt,
             height=64,
             width=64,
-            num_inference_steps=3,
+            steps=3,
+            seed=7,
+            shift=3.0,
             guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(7),
             **arguments,
         )
-        return np.asarray(made.images[0], dtype=int)
+        return np.asarray(made, dtype=int)
 
 
 def tiny_z_image(folder: Path, axes: Sequence[int] = (16, 16, 16), text_width: int = 64) -> Tiny:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from studio_worker.engine import Inputs, Progress, Request, Resident
+from studio_worker.engine.canvas import Starting
 from studio_worker.engine.encoding import check_ext, encode, generation_meta
 from studio_worker.engine.families import FAMILIES
 from studio_worker.engine.families.family import Family
@@ -27,7 +28,7 @@ from studio_worker.engine.loras import Adapters, asked_loras
 from studio_worker.engine.memory import MachineMemory, Memory, free_bytes, total_bytes
 from studio_worker.engine.parameters import Parameters, printable, resolve
 from studio_worker.engine.placement import Footprint, Plan
-from studio_worker.engine.rendering import LoadedModel, Rendered, Starting
+from studio_worker.engine.rendering import LoadedModel, Rendered
 from studio_worker.engine.residency import Residency
 from studio_worker.engine.sources import Sources
 from studio_worker.errors import JobError, JobImpossible
@@ -134,7 +135,7 @@ class DiffusionEngine:
         cancel.check()
         check_ext(request.task.ext)
         _check_inputs(request.task, request.inputs)
-        prompt, loras = asked_loras(request.task.prompt, request.files)
+        prompt, loras, unknown = asked_loras(request.task.prompt, request.files)
         task = request.task.model_copy(update={"prompt": prompt})
         blueprint = self._sources.identify([file for file in request.files if file.role != "lora"])
         family = blueprint.family
@@ -178,6 +179,7 @@ class DiffusionEngine:
             device=str(self._device),
             dtype=computed_in(family, self._device),
             **({"loras": {lora.name: lora.weight for lora in loras}} if loras else {}),
+            **({"unknownLoras": list(unknown)} if unknown else {}),
             **rendered.facts,
         )
         return Picture(data, parameters.ext, meta, timings_s)

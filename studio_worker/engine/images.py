@@ -7,6 +7,7 @@ imports no torch. Nothing here trusts a file name or a content type.
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 
@@ -52,7 +53,8 @@ MASK_THRESHOLD = 128
 def decode_picture(data: bytes, what: str, width: int, height: int) -> Image.Image:
     """The picture in ``data`` upright, without alpha, as RGB of ``width`` x ``height`` px.
 
-    Transparent parts become white: the background that game assets are drawn on.
+    Transparent parts become white: the background that game assets are drawn on. Of another shape, what is
+    beyond it is cut off on both sides.
 
     Args:
         what: what the picture is for, to name it in errors.
@@ -62,9 +64,7 @@ def decode_picture(data: bytes, what: str, width: int, height: int) -> Image.Ima
         JobError: a web page came in its place: another worker may get the picture.
     """
     picture = _flatten(_open(data, what), background="white")
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    return picture
+    return picture if picture.size == (width, height) else _box_filtered(picture, width, height)
 
 
 def decode_reference(data: bytes) -> Image.Image:
@@ -80,7 +80,8 @@ def decode_mask(data: bytes, width: int, height: int) -> Image.Image:
     """The mask in ``data`` as a picture of mode L, ``width`` x ``height`` px, of 0 (keep) and 255 (may
     change).
 
-    Transparent parts keep. A mask of another size is resized without inventing grey levels.
+    Transparent parts keep. A mask of another size is cut as its picture is; where it is made smaller, what
+    has any white in it is white, so that thin lines paint.
 
     Raises:
         JobError: as :func:`decode_picture`, or no pixel is white.
@@ -88,10 +89,55 @@ def decode_mask(data: bytes, width: int, height: int) -> Image.Image:
     grey = _flatten(_open(data, "mask"), background="black").convert("L")
     mask = grey.point([255 if level >= MASK_THRESHOLD else 0 for level in range(256)])
     if mask.size != (width, height):
-        mask = mask.resize((width, height), Image.Resampling.NEAREST)
+        box = _centre(mask.size, width, height)
+        resized = mask.resize((width, height), Image.Resampling.BOX, box=box)
+        mask = resized.point([255 if level else 0 for level in range(256)])
     if mask.getbbox() is None:
         raise JobImpossible("the mask is black everywhere: white marks what may change")
     return mask
+
+
+def cells(mask: Image.Image, width: int, height: int) -> np.ndarray:
+    """``mask`` by cell of latents: 1 where any of a cell's pixels is white, else 0 (height, width)."""
+    white = np.asarray(mask) > 0
+    by_cell = white.reshape(height, mask.height // height, width, mask.width // width).any(axis=(1, 3))
+    return np.asarray(by_cell, dtype=np.float32)
+
+
+def in_area(picture: Image.Image, pixels: int, multiple: int) -> Image.Image:
+    """``picture`` in its proportions in about ``pixels``, its sides rounded to ``multiple``."""
+    width = math.sqrt(pixels * picture.width / picture.height)
+    sides = width, width * picture.height / picture.width
+    size = [max(1, round(side / multiple)) * multiple for side in sides]
+    return picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+
+
+def _centre(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
+    """The box within a picture of ``size`` that has the shape of ``width`` x ``height``, in its middle."""
+    wide, high = size
+    if wide * height > width * high:
+        wide = max(1, high * width // height)
+    else:
+        high = max(1, wide * height // width)
+    left, top = (size[0] - wide) // 2, (size[1] - high) // 2
+    return left, top, left + wide, top + high
+
+
+def _box_filtered(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of ``picture`` as ``width`` x ``height`` px: the mean of what falls into each, as light.
+
+    stable-diffusion.cpp's way, so that the latents of a picture are the same here and there.
+    """
+    box = _centre(picture.size, width, height)
+    levels = np.arange(256) / 255
+    light = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4).astype(np.float32)
+    bands = []
+    for band in picture.crop(box).split():
+        linear = Image.fromarray(light[np.asarray(band)])
+        mixed = np.asarray(linear.resize((width, height), Image.Resampling.BOX)).clip(0, 1)
+        grey = np.where(mixed <= 0.0031308, mixed * 12.92, 1.055 * mixed ** (1 / 2.4) - 0.055)
+        bands.append(Image.fromarray((grey * 255).round().astype(np.uint8)))
+    return Image.merge("RGB", bands)
 
 
 def _open(data: bytes, what: str) -> Image.Image:

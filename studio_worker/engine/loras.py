@@ -8,6 +8,7 @@ that it has LoRAs for.
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 import weakref
@@ -24,8 +25,10 @@ from studio_worker.engine.checkpoint import read_checkpoint
 from studio_worker.errors import JobImpossible, NotServed
 from studio_worker.models import LocalFile
 
-_TAG = re.compile(r"\s*<lora:([^:<>]+)(?::([^<>]*))?>")
+_TAG = re.compile(r"<lora:([^:<>]+)(?::([^<>]*))?>")
 """stable-diffusion.cpp's and AUTOMATIC1111's way to name a LoRA and its weight in a prompt."""
+
+_LOG = logging.getLogger(__name__)
 
 MAX_WEIGHT = 10.0
 """Pictures fall apart long before."""
@@ -43,21 +46,34 @@ class Lora(NamedTuple):
         return self.file.path.stem
 
 
-def asked_loras(prompt: str, files: Sequence[LocalFile]) -> tuple[str, tuple[Lora, ...]]:
+class Asked(NamedTuple):
+    """A prompt without its tags, the LoRAs that it wants, and the names of those that nobody brings."""
+
+    prompt: str
+    loras: tuple[Lora, ...]
+    unknown: tuple[str, ...] = ()
+
+
+def asked_loras(prompt: str, files: Sequence[LocalFile]) -> Asked:
     """The prompt without ``<lora:NAME:WEIGHT>``, and every LoRA of ``files`` at the weight it gives, else 1.
 
+    A tag that names another is left out with a warning, as in stable-diffusion.cpp. What stands around a tag
+    stays as it is, blanks too: they are tokens to some text encoders.
+
     Raises:
-        JobImpossible: the prompt names a LoRA that the source does not bring, or an impossible weight.
+        JobImpossible: the prompt gives a LoRA an impossible weight.
     """
-    loras = [Lora(file, 1.0) for file in files if file.role == "lora"]
+    weights = {file.path.stem: 1.0 for file in files if file.role == "lora"}
+    unknown: dict[str, None] = {}
     for name, written in _TAG.findall(prompt):
-        if all(lora.name != name for lora in loras):
-            brought = ", ".join(lora.name for lora in loras) or "none"
-            raise JobImpossible(f"the prompt names LoRA {name!r}; the model source brings {brought}")
-        weight = _weight(name, written)
-        loras = [Lora(lora.file, weight) if lora.name == name else lora for lora in loras]
-    text = _TAG.sub("", prompt).strip() if loras else prompt
-    return text, tuple(lora for lora in loras if lora.weight)
+        if name in weights:
+            weights[name] = _weight(name, written)
+        else:
+            unknown[name] = None
+    if unknown:
+        _LOG.warning("prompt names LoRAs that the source does not bring", extra={"count": len(unknown)})
+    loras = [Lora(file, weights[file.path.stem]) for file in files if file.role == "lora"]
+    return Asked(_TAG.sub("", prompt), tuple(lora for lora in loras if lora.weight), tuple(unknown))
 
 
 def _weight(name: str, written: str) -> float:

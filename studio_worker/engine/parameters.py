@@ -25,6 +25,11 @@ MIN_SIDE_PX, MAX_SIDE_PX = 16, 4096
 MAX_PIXELS = 4096 * 2048
 """Above this the VAE alone wants more memory than the cards this worker is for have."""
 
+LATENT_PX, UNET_PX = 8, 64
+"""What sides are rounded up to: a cell of latents, and for UNets, which halve them three times, eight cells.
+stable-diffusion.cpp's; of transformers' pictures nothing but the cell is rounded.
+"""
+
 MAX_GUIDANCE = 50.0
 """Pictures burn out long before; what is higher is a mistake in units."""
 
@@ -43,7 +48,7 @@ class EngineDefaults:
     """What applies where neither the task nor the model says anything.
 
     The numbers are stable-diffusion.cpp's for Stable Diffusion, which the studio's tasks are written for.
-    ``size_multiple`` is in pixels: what width and height are rounded to.
+    ``size_multiple`` is in pixels: what width and height are rounded up to.
     """
 
     width: int = 512
@@ -51,7 +56,7 @@ class EngineDefaults:
     steps: int = STUDIO_STEPS
     guidance: float = 7.0
     sampler: str = "euler_a"
-    size_multiple: int = 8
+    size_multiple: int = LATENT_PX
 
 
 @dataclass(frozen=True)
@@ -114,15 +119,10 @@ def _size(width: int, height: int, engine: EngineDefaults) -> tuple[int, int]:
     for name, side in (("width", width), ("height", height)):
         if not MIN_SIDE_PX <= side <= MAX_SIDE_PX:
             raise _refused(f"{name} {side} px is outside {MIN_SIDE_PX} to {MAX_SIDE_PX} px")
-    width, height = (_nearest_multiple(side, engine.size_multiple) for side in (width, height))
+    width, height = (-(-side // engine.size_multiple) * engine.size_multiple for side in (width, height))
     if width * height > MAX_PIXELS:
         raise _refused(f"{width}x{height} px is more than {MAX_PIXELS} pixels in all")
     return width, height
-
-
-def _nearest_multiple(side: int, multiple: int) -> int:
-    """The multiple nearest to ``side``, a tie upwards, and never 0."""
-    return max(1, (side + multiple // 2) // multiple) * multiple
 
 
 def _steps(steps: int) -> int:

@@ -7,7 +7,7 @@ together for every job from components that residency keeps, which takes less th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,38 +16,24 @@ import torch
 from PIL import Image
 
 from studio_worker.engine import Progress
+from studio_worker.engine.canvas import Canvas, Starting, check_finite, wide_enough
 from studio_worker.engine.compiling import compiled
-from studio_worker.engine.families.family import Family, JobKind
+from studio_worker.engine.denoising import asking, denoise, drawn, noised
+from studio_worker.engine.families.family import Family
 from studio_worker.engine.loading import load_scheduler, load_tokenizer
+from studio_worker.engine.noise import Noise
 from studio_worker.engine.offloading import placed
 from studio_worker.engine.parameters import Parameters
 from studio_worker.engine.placement import Mode, Plan
 from studio_worker.engine.prompts import PromptCache
-from studio_worker.engine.samplers import make_scheduler
-from studio_worker.errors import JobError
+from studio_worker.engine.samplers import noise_levels, sampler
+from studio_worker.engine.solvers import Course
 from studio_worker.jobs import Cancel
 
+CONVENTIONS = "stable-diffusion.cpp master-669-2d40a8b"
+"""Whose noise, noise levels, starts and prompt weights make a picture: the same for the same seed."""
+
 _ALL_THERE = Plan(Mode.WHOLE, tiled=False, peak_bytes=0)
-
-
-@dataclass(frozen=True)
-class Starting:
-    """The pictures a job starts from: RGB and of its size, with a mask of mode L (255 = may change); or a
-    reference picture (RGB) of its own size for an edit by instruction.
-    """
-
-    picture: Image.Image | None = None
-    mask: Image.Image | None = None
-    reference: Image.Image | None = None
-
-    @property
-    def kind(self) -> JobKind:
-        """Which of a family's pipelines the job is for."""
-        if self.reference is not None:
-            return "edit"
-        if self.picture is None:
-            return "text"
-        return "image" if self.mask is None else "inpaint"
 
 
 @dataclass(frozen=True)
@@ -84,7 +70,8 @@ class LoadedModel:
         self._plan = plan
         self._device = device
         self._denoiser = parts[family.denoiser]
-        self._shipped = family.schedule(load_scheduler(family), parts)
+        self._parts = parts
+        self._shipped = load_scheduler(family)
         tokenizers = {name: load_tokenizer(each) for name, each in family.tokenizers.items()}
         self._components = family.assemble({**parts, **tokenizers, "scheduler": self._shipped})
 
@@ -100,64 +87,69 @@ class LoadedModel:
         """
         family = self._family
         pipeline = self.pipeline(starting)
-        # On the CPU whatever the device is: the same seed draws the same noise everywhere.
-        generator = torch.Generator("cpu").manual_seed(parameters.seed)
-        pipeline.scheduler = make_scheduler(
-            parameters.sampler,
-            self._shipped,
-            parameters.steps,
-            flow=family.flow,
-            shift=None if parameters.flow_shift is None else family.shift(parameters.flow_shift),
-            generator=generator,
-        )
+        scale = family.scale(self._shipped, self._parts, parameters.flow_shift)
+        levels = noise_levels(parameters.sampler, scale, parameters.steps, parameters.denoise)
 
-        def on_step_end(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            progress(step + 1, running.num_timesteps)
-            cancel.check()  # raising is the one way out of a diffusers pipeline that does not decode first
-            return tensors
+        def on_evaluation(done: int, total: int) -> None:
+            progress(done, total)
+            cancel.check()
 
-        pictures = self._pictures(pipeline, parameters, starting)
-        prepared = family.prepare(pipeline, parameters)
         with (
             placed(pipeline, self._plan, self._device),
             compiled(self._denoiser, is_offloaded=self._plan.mode is not Mode.WHOLE) as is_compiled,
         ):
-            latents = pipeline(
-                num_inference_steps=parameters.steps,
-                generator=generator,
-                output_type="latent",
-                callback_on_step_end=on_step_end,
-                **self._encoded(pipeline, parameters, starting),
-                **family.guidance(parameters),
-                **prepared,
-                **pictures,
-            ).images
-            picture = self._decode(pipeline, latents, parameters)
-        facts: dict[str, Any] = {"scheduler": type(pipeline.scheduler).__name__}
-        if family.flow and parameters.flow_shift is not None:
-            facts["flowShift"] = parameters.flow_shift
-        if starting.reference is not None and getattr(self._denoiser, "zero_cond_t", False):
-            facts["zeroCondT"] = True  # said by the source or by the file; without reference it does nothing
+            prompts = self._encoded(pipeline, parameters, starting)
+            canvas = Canvas(family, pipeline.vae, parameters, starting, self._device)
+            arguments = family.prepare(pipeline, parameters, canvas.seen, prompts, self._device)
+            noise = Noise(parameters.seed)
+            picture = canvas.picture
+            x = noised(scale, levels[0], picture, drawn(noise, picture))
+
+            def predict(model_input: torch.Tensor, timestep: float) -> Sequence[torch.Tensor]:
+                return family.predict(pipeline, model_input, timestep, arguments)
+
+            latents = denoise(
+                sampler(parameters.sampler).solver,
+                Course(levels, scale.is_flow, lambda: drawn(noise, x)),
+                x,
+                asking(scale, predict, parameters.guidance, canvas.kept),
+                on_evaluation,
+            )
+            made = self._decode(pipeline, latents)
+        facts = self._facts(pipeline, parameters, starting, len(levels) - 1)
         if is_compiled:
             facts["compiled"] = True
+        return Rendered(made, facts)
+
+    def _facts(
+        self, pipeline: Any, parameters: Parameters, starting: Starting, steps_run: int
+    ) -> dict[str, Any]:
+        """What ``generationMeta`` says of the making."""
+        family = self._family
+        facts: dict[str, Any] = {"conventions": CONVENTIONS, "stepsRun": steps_run}
+        if family.flow:
+            given = parameters.flow_shift
+            facts["flowShift"] = family.flow_shift if given is None else given
+        if starting.reference is not None and getattr(self._denoiser, "zero_cond_t", False):
+            facts["zeroCondT"] = True  # said by the source or by the file; without reference it does nothing
         if self._plan.mode is not Mode.WHOLE:
             facts["offload"] = self._plan.mode.value
         if self._plan.tiled:
             facts["tiledVae"] = True
-        read = [parameters.prompt, *([parameters.negative_prompt] if parameters.guidance > 1 else [])]
+        read = [parameters.prompt, *([parameters.negative_prompt] if parameters.guidance != 1 else [])]
         if any(family.is_truncated(pipeline, text) for text in read):
             facts["promptTruncated"] = True
-        return Rendered(picture, facts)
+        return facts
 
     def _encoded(self, pipeline: Any, parameters: Parameters, starting: Starting) -> dict[str, Any]:
         """The prompts as the family encodes them. An edit's depend on its picture, and are not kept."""
 
         def encode() -> dict[str, Any]:
-            return self._family.encode(pipeline, parameters)
+            return self._family.encode(pipeline, parameters, self._device, starting.reference)
 
         if starting.reference is not None:
             return encode()
-        words = (parameters.prompt, parameters.negative_prompt, parameters.guidance)
+        words = (parameters.prompt, parameters.negative_prompt, parameters.guidance != 1)
         return self._prompts.get((self._reads_by, words), self._device, encode)
 
     def lora_pipeline(self) -> Any:
@@ -182,41 +174,13 @@ class LoadedModel:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _pictures(self, pipeline: Any, parameters: Parameters, starting: Starting) -> dict[str, Any]:
-        """Sizes and pictures, as far as the pipeline takes them."""
-        known = inspect.signature(pipeline.__call__).parameters
-        arguments: dict[str, Any] = {"width": parameters.width, "height": parameters.height}
-        if starting.reference is not None:
-            arguments["image"] = starting.reference
-        elif starting.picture is not None:
-            arguments |= {"image": starting.picture, "strength": self._family.strength(parameters)}
-            if starting.mask is not None:
-                arguments["mask_image"] = starting.mask
-        return {name: value for name, value in arguments.items() if name in known}
-
-    def _decode(self, pipeline: Any, latents: torch.Tensor, parameters: Parameters) -> Image.Image:
-        """The picture of ``latents`` as the pipeline gave them."""
-        _check_finite(latents)
+    def _decode(self, pipeline: Any, latents: torch.Tensor) -> Image.Image:
+        """The picture of ``latents``."""
+        check_finite(latents)
         vae = pipeline.vae
-        held_as = vae.dtype
-        # Many published checkpoints overflow half precision in the VAE's decoder and come out black.
-        if held_as == torch.float16:
-            vae.to(torch.float32)
-        try:
-            decodable = self._family.latents(pipeline, latents.to(vae.dtype), parameters)
-            decoded = vae.decode(decodable, return_dict=False)[0]
-        finally:
-            if held_as == torch.float16:
-                vae.to(held_as)
+        with wide_enough(vae):
+            decoded = vae.decode(self._family.decodable(vae, latents).to(vae.dtype), return_dict=False)[0]
         decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded  # video VAEs: one frame
-        _check_finite(decoded)
+        check_finite(decoded)
         picture: Image.Image = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return picture
-
-
-def _check_finite(tensor: torch.Tensor) -> None:
-    if not torch.isfinite(tensor).all():
-        raise JobError(
-            "the model computed numbers that are not finite (NaN), which would be a black picture; "
-            "its weights are damaged or overflow this device's precision"
-        )

@@ -1,148 +1,69 @@
-"""Samplers: stable-diffusion.cpp's names, and the diffusers scheduler behind each.
+"""Samplers: stable-diffusion.cpp's names, and the solver and noise levels behind each.
 
-This module owns the names a task may use, for models that predict noise and for those that predict a flow.
-Every scheduler is made from the one the model's configuration ships, so that its noise schedule and
-prediction type hold for all of them.
+This module owns the names that a task may use. All of them serve every model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LCMScheduler,
-    SchedulerMixin,
-    TCDScheduler,
-)
-
-from studio_worker.engine.flow_solvers import (
-    FlowDPM2,
-    FlowDPMSolver2M,
-    FlowDPMSolver2Mv2,
-    FlowDPMSolver2SAncestral,
-    FlowEulerAncestral,
-    FlowHeun,
-    FlowIPNDM,
-    FlowIPNDMVariable,
-    FlowLCM,
-    FlowScheduler,
-)
-from studio_worker.engine.solvers import IPNDM, DPMSolver2Mv2, DPMSolver2SAncestral, IPNDMVariable
+from studio_worker.engine import levels, newer_solvers, solvers
 from studio_worker.errors import JobImpossible
-
-_DISTILLED_STEPS = 50
-"""Steps of the grid that LCM and TCD models were distilled on: both schedulers' own default."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """The scheduler behind one of stable-diffusion.cpp's names.
+    """What one of the names stands for.
 
-    Every one is the published method of that name. ``differs`` says where it is not, number for number, what
-    stable-diffusion.cpp computes; the noise itself differs in any case, since the random generators do.
+    Args:
+        solver: the published method of that name.
+        points: the timesteps that a number of steps goes through.
     """
 
-    scheduler: type[SchedulerMixin]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    differs: str = ""
+    solver: solvers.Solver
+    points: Callable[[int], list[float]] = levels.even
 
 
 SAMPLERS: Mapping[str, Sampler] = {
-    "euler": Sampler(EulerDiscreteScheduler),
-    "euler_a": Sampler(EulerAncestralDiscreteScheduler),
-    "heun": Sampler(HeunDiscreteScheduler),
-    "dpm2": Sampler(KDPM2DiscreteScheduler),
-    "dpm++2s_a": Sampler(
-        DPMSolver2SAncestral, differs="the middle evaluation is told its own noise level, not the next step's"
-    ),
-    "dpm++2m": Sampler(
-        DPMSolverMultistepScheduler,
-        {"algorithm_type": "dpmsolver++", "solver_order": 2},
-        differs="even steps over one more point, of which the last is left out",
-    ),
-    "dpm++2mv2": Sampler(DPMSolver2Mv2),
-    "ipndm": Sampler(IPNDM),
-    "ipndm_v": Sampler(IPNDMVariable, differs="weights follow uneven noise levels at orders 3 and 4 too"),
-    "lcm": Sampler(LCMScheduler, differs="the paper's timesteps and boundary scalings"),
-    "ddim_trailing": Sampler(
-        DDIMScheduler, {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False}
-    ),
-    "tcd": Sampler(TCDScheduler, differs="the paper's timesteps"),
-}
-
-FLOW_SAMPLERS: Mapping[str, Sampler] = {
-    "euler": Sampler(FlowMatchEulerDiscreteScheduler),
-    "euler_a": Sampler(FlowEulerAncestral),
-    "heun": Sampler(FlowHeun),
-    "dpm2": Sampler(FlowDPM2),
-    "dpm++2s_a": Sampler(FlowDPMSolver2SAncestral),
-    "dpm++2m": Sampler(FlowDPMSolver2M),
-    "dpm++2mv2": Sampler(FlowDPMSolver2Mv2),
-    "ipndm": Sampler(FlowIPNDM),
-    "ipndm_v": Sampler(FlowIPNDMVariable, differs="weights follow uneven noise levels at orders 3 and 4 too"),
-    "lcm": Sampler(FlowLCM),
-    "ddim_trailing": Sampler(
-        FlowMatchEulerDiscreteScheduler, differs="on a flow, DDIM's step without noise is Euler's"
-    ),
-    "tcd": Sampler(
-        FlowMatchEulerDiscreteScheduler, differs="on a flow, TCD's step with eta 0, the default, is Euler's"
-    ),
+    "euler": Sampler(solvers.euler),
+    "euler_a": Sampler(solvers.euler_ancestral),
+    "heun": Sampler(solvers.heun),
+    "dpm2": Sampler(solvers.dpm2),
+    "dpm++2s_a": Sampler(solvers.dpmpp_2s_ancestral),
+    "dpm++2m": Sampler(solvers.dpmpp_2m),
+    "dpm++2mv2": Sampler(solvers.dpmpp_2m_v2),
+    "ipndm": Sampler(solvers.ipndm),
+    "ipndm_v": Sampler(solvers.ipndm_v),
+    "lcm": Sampler(solvers.lcm, levels.distilled),
+    "ddim_trailing": Sampler(solvers.euler, levels.trailing),
+    "tcd": Sampler(newer_solvers.tcd, levels.distilled),
+    "res_multistep": Sampler(newer_solvers.res_multistep),
+    "res_2s": Sampler(newer_solvers.res_2s),
+    "er_sde": Sampler(newer_solvers.er_sde),
+    "euler_cfg_pp": Sampler(newer_solvers.euler_cfg_pp),
+    "euler_a_cfg_pp": Sampler(newer_solvers.euler_ancestral_cfg_pp),
+    "euler_ge": Sampler(newer_solvers.euler_ge),
 }
 
 
-def sampler(name: str, *, flow: bool = False) -> Sampler:
+def sampler(name: str) -> Sampler:
     """
-    Args:
-        flow: whether the model predicts a flow.
-
     Raises:
         JobImpossible: no sampler of that name.
     """
-    known = FLOW_SAMPLERS if flow else SAMPLERS
-    if name in known:
-        return known[name]
-    raise JobImpossible(f"unknown samplingMethod {name!r}; known: {', '.join(known)}")
+    if name in SAMPLERS:
+        return SAMPLERS[name]
+    raise JobImpossible(f"unknown samplingMethod {name!r}; known: {', '.join(SAMPLERS)}")
 
 
-def make_scheduler(
-    name: str,
-    shipped: SchedulerMixin,
-    steps: int,
-    *,
-    flow: bool = False,
-    shift: float | None = None,
-    generator: torch.Generator | None = None,
-) -> SchedulerMixin:
-    """The scheduler for ``steps`` steps of the sampler ``name``, on the noise schedule of ``shipped``.
+def noise_levels(name: str, scale: levels.Scale, steps: int, denoise: float | None = None) -> list[float]:
+    """The noise levels of a job from its first to the closing 0.
 
     Args:
-        flow: whether the model predicts a flow.
-        shift: for flows: how noise levels are shifted, in place of what ``shipped`` says.
-        generator: for flows: where noise is drawn from during the steps.
+        scale: what timesteps stand for in the model.
+        denoise: where a picture is given, how much of it may change.
     """
-    chosen = sampler(name, flow=flow)
-    options = dict(chosen.options)
-    if steps == 1 and not flow:
-        options["timestep_spacing"] = (
-            "trailing"  # evenly spaced, a single step would be the last, not the first
-        )
-    if chosen.scheduler in (LCMScheduler, TCDScheduler):
-        # More steps than the grid has points would be refused; the grid grows with them.
-        options["original_inference_steps"] = max(_DISTILLED_STEPS, steps)
-    if flow and shift is not None:
-        # One shift for all sizes of picture, as stable-diffusion.cpp's --flow-shift.
-        options |= {"shift": shift, "use_dynamic_shifting": False, "shift_terminal": None}
-    scheduler = chosen.scheduler.from_config(shipped.config, **options)
-    if isinstance(scheduler, FlowScheduler):
-        scheduler.generator = generator
-    return scheduler
+    found = [scale.level(point) for point in sampler(name).points(steps)]
+    skipped = 0 if denoise is None else steps - levels.steps_from_picture(steps, denoise)
+    return [*found[skipped:], 0.0]

@@ -1,205 +1,215 @@
-"""Solvers that stable-diffusion.cpp has and diffusers has not, as diffusers schedulers.
+"""Solvers: how a picture is got out of noise, by asking a model for the denoised picture again and again.
 
-This module owns four update rules and nothing else: noise levels, scaling and prediction types are
-inherited. All work on the variance-exploding form, where ``x = x0 + sigma * noise`` and ``dx/dsigma = (x -
-x0) / sigma``. Those called ``…Rule`` are written so that flow_solvers.py can use them too.
+This module owns the update rules and nothing else. Every solver is a generator: it yields where it wants the
+model to look (``x`` and its noise level), is sent what the model makes of it, and returns the last ``x``. All
+work on ``dx/dlevel = (x - denoised) / level``, which holds for models that predict noise and for flows alike;
+where noise is drawn anew the two differ. They use arithmetic alone: ``x`` may be a tensor or a number.
+
+Written from the papers that they cite; defaults (eta, gamma) are stable-diffusion.cpp's. Levels are at least
+one and the closing 0.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from diffusers import EulerDiscreteScheduler, KDPM2AncestralDiscreteScheduler
-from diffusers.utils.torch_utils import randn_tensor
-
-
-# diffusers has no types, so that mypy sees ``Any`` as the base of every scheduler below.
-class _NoiseScheduler(EulerDiscreteScheduler):  # type: ignore[misc]
-    """What the rules need of their scheduler."""
-
-    def denoised(self, output: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        return denoised(self.config.prediction_type, output, x, sigma)
+X = Any
+"""A picture with noise: a tensor, or a number in its place."""
 
 
-class MultistepRule:
-    """Mixed into a scheduler: one model evaluation a step, and a look back at earlier ones."""
+class Denoised(NamedTuple):
+    """The denoised picture that a model predicts, and what it predicts for the negative prompt alone."""
 
-    memory = 1
-    """How many earlier evaluations :meth:`advance` wants to see."""
-
-    past: list[tuple[float, torch.Tensor]]
-    """Noise level and what was remembered of it, newest first."""
-
-    # By what its signature names, the pipelines tell what a scheduler takes; ``mu`` and ``sigmas`` of flows.
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-        timesteps: Any = None,
-    ) -> None:
-        given = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
-        given = {name: value for name, value in given.items() if value is not None}
-        super().set_timesteps(num_inference_steps, device, **given)  # type: ignore[misc]
-        self.past = []
-        # A copy, since reading a number from a GPU's tensor at every step would make the CPU wait for it.
-        self.levels: list[float] = self.sigmas.tolist()  # type: ignore[attr-defined]
-
-    def step(
-        self: Any,
-        model_output: torch.Tensor,
-        timestep: torch.Tensor,
-        sample: torch.Tensor,
-        return_dict: bool = False,  # noqa: ARG002 (the pipelines pass False and want a tuple)
-    ) -> tuple[torch.Tensor]:
-        """One step from ``sample`` (batch, …) to the next lower noise level."""
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        sigma, following = self.levels[self.step_index : self.step_index + 2]
-        x = sample.float()  # half precision loses the small differences that the look back is made of
-        x0 = self.denoised(model_output.float(), x, sigma)
-        x = self.advance(x, x0, sigma, following)
-        self._step_index += 1
-        return (x.to(model_output.dtype),)
-
-    def advance(self, x: torch.Tensor, x0: torch.Tensor, sigma: float, following: float) -> torch.Tensor:
-        """``x`` at noise level ``following``, from ``x`` at ``sigma`` whose denoised picture is ``x0``."""
-        raise NotImplementedError
-
-    def remember(self, sigma: float, value: torch.Tensor) -> None:
-        self.past = [(sigma, value), *self.past][: self.memory]
+    picture: X
+    negative: X
 
 
-def denoised(prediction_type: str, output: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
-    """The denoised picture that the model's ``output`` for ``x`` at noise level ``sigma`` stands for."""
-    if prediction_type == "epsilon":
-        return x - sigma * output
-    if prediction_type == "v_prediction":  # Salimans & Ho 2022, appendix D, with alpha = 1 / sqrt(sigma² + 1)
-        return x / (sigma**2 + 1) - output * (sigma / math.sqrt(sigma**2 + 1))
-    raise ValueError(f"prediction type {prediction_type} is not one of epsilon, v_prediction")
+@dataclass(frozen=True)
+class Course:
+    """What a solver goes along.
 
-
-class DPMSolver2Mv2Rule(MultistepRule):
-    """DPM++ 2M v2: DPM-Solver++(2M) with the mean of the last two log-noise steps as its step.
-
-    The change to Lu et al. 2022 (https://arxiv.org/abs/2211.01095) that AUTOMATIC1111's discussion 8457
-    proposed and stable-diffusion.cpp has as ``dpm++2mv2``. With even log-noise steps it is the 2M solver
-    itself; with uneven ones it gives the denoised picture more weight than a consistent solver would, which
-    is the sharpening that it is asked for.
+    Args:
+        levels: from the highest noise level to 0.
+        is_flow: whether picture and noise share the weight 1 (rectified flow).
+        noise: draws noise as large as ``x``.
     """
 
-    def advance(self, x: torch.Tensor, x0: torch.Tensor, sigma: float, following: float) -> torch.Tensor:
-        past = self.past
-        self.remember(sigma, x0)
+    levels: Sequence[float]
+    is_flow: bool
+    noise: Callable[[], X]
+
+
+Steps = Generator[tuple[X, float], Denoised, X]
+Solver = Callable[[Course, X], Steps]
+
+
+def euler(course: Course, x: X) -> Steps:
+    """Euler's method (Karras et al. 2022, https://arxiv.org/abs/2206.00364); DDIM without noise is it too."""
+    for level, following in pairwise(course.levels):
+        found = yield x, level
+        x = towards(x, found.picture, level, following)
+    return x
+
+
+def euler_ancestral(course: Course, x: X) -> Steps:
+    """Euler's method, with part of the noise drawn anew at every step."""
+    for level, following in pairwise(course.levels):
+        found = yield x, level
+        down, _, _ = step = ancestral(course.is_flow, level, following)
+        x = renoised(course, towards(x, found.picture, level, down), step)
+    return x
+
+
+def heun(course: Course, x: X) -> Steps:
+    """Heun's method (Karras et al. 2022, algorithm 1): the mean of the slopes at both ends."""
+    for level, following in pairwise(course.levels):
+        found = yield x, level
         if following == 0:
-            return x0
-        step = math.log(sigma / following)
-        target, decay = x0, -math.expm1(-step)
-        if past:
-            before, earlier = past[0]
-            last = math.log(before / sigma)
-            longer, shorter = max(step, last), min(step, last)
-            slope = shorter / (2 * longer)
-            target, decay = x0 + slope * (x0 - earlier), -math.expm1(-(longer + shorter) / 2)
-        return (following / sigma) * x + decay * target
+            return found.picture
+        slope = (x - found.picture) / level
+        predicted = x + slope * (following - level)
+        found = yield predicted, following
+        x = x + (slope + (predicted - found.picture) / following) / 2 * (following - level)
+    return x
 
 
-class DPMSolver2Mv2(DPMSolver2Mv2Rule, _NoiseScheduler):
-    """:class:`DPMSolver2Mv2Rule` for models that predict noise."""
+def dpm2(course: Course, x: X) -> Steps:
+    """DPM-Solver-2 (Karras et al. 2022, algorithm 2 without churn): the slope in the middle of log levels."""
+    for level, following in pairwise(course.levels):
+        found = yield x, level
+        if following == 0:
+            return found.picture
+        middle = math.sqrt(level * following)
+        halfway = towards(x, found.picture, level, middle)
+        found = yield halfway, middle
+        x = x + (halfway - found.picture) / middle * (following - level)
+    return x
 
 
-class IPNDMRule(MultistepRule):
-    """iPNDM (Zhang & Chen 2022, https://arxiv.org/abs/2204.13902): Adams-Bashforth with fixed weights.
-
-    Order 4, rising from 1 as evaluations come in, with no warm-up evaluations.
+def dpmpp_2s_ancestral(course: Course, x: X) -> Steps:
+    """DPM-Solver++(2S) (Lu et al. 2022, https://arxiv.org/abs/2211.01095, algorithm 1), part of the noise
+    drawn anew at every step. The middle is that of the log of signal to noise: for flows, of the logit.
     """
-
-    memory = 3
-
-    WEIGHTS = (
-        (1.0,),
-        (3 / 2, -1 / 2),
-        (23 / 12, -16 / 12, 5 / 12),
-        (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-    )
-    """Adams-Bashforth weights of orders 1 to 4, newest evaluation first."""
-
-    def advance(self, x: torch.Tensor, x0: torch.Tensor, sigma: float, following: float) -> torch.Tensor:
-        slopes = [(sigma, (x - x0) / sigma), *self.past]
-        weights = self.weights([level for level, _ in slopes], following)
-        self.remember(*slopes[0])
-        change = sum(weight * slope for weight, (_, slope) in zip(weights, slopes, strict=True))
-        return x + (following - sigma) * change
-
-    def weights(self, levels: list[float], following: float) -> tuple[float, ...]:  # noqa: ARG002
-        """The weight of the slope at each of ``levels`` (newest first) in a step to ``following``."""
-        return self.WEIGHTS[len(levels) - 1]
+    for level, following in pairwise(course.levels):
+        found = yield x, level
+        down, _, _ = step = ancestral(course.is_flow, level, following)
+        # At full noise a flow has no signal, and the middle is the step's own start.
+        if down > 0 and not (course.is_flow and level >= 1 - 1e-6):
+            if course.is_flow:
+                signal = math.sqrt((1 - level) / level * (1 - down) / down)
+                middle = 1 / (signal + 1)
+            else:
+                middle = math.sqrt(level * down)
+            found = yield towards(x, found.picture, level, middle), middle
+        x = renoised(course, towards(x, found.picture, level, down), step)
+    return x
 
 
-class IPNDMVariableRule(IPNDMRule):
-    """iPNDM with the Adams-Bashforth weights that uneven noise levels ask for (``ipndm_v``)."""
-
-    def weights(self, levels: list[float], following: float) -> tuple[float, ...]:
-        # The polynomial through the slopes, integrated over the step: the moments of both sides agree.
-        # Measured from the step's start in units of its length, so that the small system below stays well
-        # conditioned.
-        length = following - levels[0]
-        places = [(level - levels[0]) / length for level in levels]
-        orders = np.arange(len(levels))
-        solution = np.linalg.solve(np.power.outer(places, orders).T, 1.0 / (orders + 1))
-        return tuple(float(weight) for weight in solution)
+def dpmpp_2m(course: Course, x: X) -> Steps:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) over log levels."""
+    return (yield from _dpmpp_multistep(course, x, sharpens=False))
 
 
-class IPNDM(IPNDMRule, _NoiseScheduler):
-    """:class:`IPNDMRule` for models that predict noise."""
+def dpmpp_2m_v2(course: Course, x: X) -> Steps:
+    """DPM-Solver++(2M) with the mean of the last two log-level steps as its step.
 
-
-class IPNDMVariable(IPNDMVariableRule, _NoiseScheduler):
-    """:class:`IPNDMVariableRule` for models that predict noise."""
-
-
-class DPMSolver2SAncestral(KDPM2AncestralDiscreteScheduler):  # type: ignore[misc]
-    """DPM++ 2S a: ancestral DPM-Solver++(2S) (Lu et al. 2022; k-diffusion's ``sample_dpmpp_2s_ancestral``).
-
-    Noise levels and the half step to the middle one are those of DPM2 a, since the exponential integrator's
-    first order step is Euler's. They differ in the second evaluation: there, its denoised picture carries
-    the whole step.
+    AUTOMATIC1111's discussion 8457. With even steps it is the solver itself; with uneven ones it gives the
+    denoised picture more weight than a consistent solver would, which is the sharpening that it is asked for.
     """
+    return (yield from _dpmpp_multistep(course, x, sharpens=True))
 
-    sample: torch.Tensor | None
-    """What the step started from, between its two evaluations."""
 
-    def step(
-        self,
-        model_output: torch.Tensor,
-        timestep: torch.Tensor,
-        sample: torch.Tensor,
-        generator: torch.Generator | None = None,
-        return_dict: bool = False,
-    ) -> tuple[torch.Tensor, ...]:
-        """One of the two evaluations of a step; ``sample`` is (batch, channels, height, width)."""
-        start = self.sample
-        if start is None:
-            halfway: tuple[torch.Tensor, ...] = super().step(
-                model_output, timestep, sample, generator=generator, return_dict=return_dict
-            )
-            return halfway
-        # Both evaluations of a step find their noise levels where DPM2 a keeps those of the second.
-        here = self.step_index - 1
-        sigma, middle, up, down = (
-            float(levels[here])
-            for levels in (self.sigmas, self.sigmas_interpol, self.sigmas_up, self.sigmas_down)
-        )
-        x0 = denoised(self.config.prediction_type, model_output.float(), sample.float(), middle)
-        kept = down / sigma
-        noise = randn_tensor(
-            model_output.shape, generator=generator, device=model_output.device, dtype=torch.float32
-        )
-        x = kept * start.float() + (1 - kept) * x0 + up * noise
-        self.sample = None
-        self._step_index += 1
-        return (x.to(model_output.dtype),)
+def _dpmpp_multistep(course: Course, x: X, *, sharpens: bool) -> Steps:
+    last: tuple[float, X] | None = None  # the last step's length and denoised picture
+    for level, following in pairwise(course.levels):
+        picture = (yield x, level).picture
+        if following == 0:
+            return picture
+        step = math.log(level / following)
+        target, decay = picture, -math.expm1(-step)
+        if last is not None:
+            before, earlier = last
+            ratio = before / step
+            if sharpens:
+                ratio = max(before, step) / min(before, step)
+                decay = -math.expm1(-(before + step) / 2)
+            target = picture + (picture - earlier) / (2 * ratio)
+        x = x * (following / level) + target * decay
+        last = step, picture
+    return x
+
+
+def lcm(course: Course, x: X) -> Steps:
+    """Latent consistency (Luo et al. 2023, https://arxiv.org/abs/2310.04378): all noise drawn anew."""
+    for level, following in pairwise(course.levels):
+        x = (yield x, level).picture
+        if following > 0:
+            kept = 1 - following if course.is_flow else 1.0
+            x = x * kept + course.noise() * following
+    return x
+
+
+_ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+"""Weights of orders 1 to 4, newest slope first."""
+
+
+def ipndm(course: Course, x: X) -> Steps:
+    """iPNDM (Zhang & Chen 2022, https://arxiv.org/abs/2204.13902): Adams-Bashforth, without warm-up."""
+    return (yield from _adams_bashforth(course, x, is_variable=False))
+
+
+def ipndm_v(course: Course, x: X) -> Steps:
+    """iPNDM whose second order has the weights that uneven levels ask for."""
+    return (yield from _adams_bashforth(course, x, is_variable=True))
+
+
+def _adams_bashforth(course: Course, x: X, *, is_variable: bool) -> Steps:
+    slopes: list[X] = []
+    before = 0.0
+    for level, following in pairwise(course.levels):
+        found = yield x, level
+        slopes = [(x - found.picture) / level, *slopes][:4]
+        weights = _ADAMS_BASHFORTH[len(slopes) - 1]
+        if is_variable and len(slopes) == 2:
+            ratio = (following - level) / (level - before)
+            weights = (1 + ratio / 2, -ratio / 2)
+        change = sum(slope * weight for slope, weight in zip(slopes, weights, strict=True))
+        x = x + change * (following - level)
+        before = level
+    return x
+
+
+def towards(x: X, picture: X, level: float, following: float) -> X:
+    """``x`` moved from ``level`` to ``following`` on the straight line to ``picture``."""
+    return x + (x - picture) / level * (following - level)
+
+
+def ancestral(is_flow: bool, level: float, following: float) -> tuple[float, float, float]:
+    """The level that an ancestral step goes down to, how much fresh noise brings it up to ``following``, and
+    what ``x`` is multiplied with before.
+
+    Of the variance at ``following``, a share as large as the step is fresh (eta = 1 in k-diffusion). A flow
+    is scaled so that picture and noise have their weights again.
+    """
+    if following == 0:
+        return 0.0, 0.0, 1.0
+    if not is_flow:
+        up = min(following, following * math.sqrt(max(level**2 - following**2, 0.0)) / level)
+        return math.sqrt(following**2 - up**2), up, 1.0
+    down = following * following / level
+    scale = (1 - following) / (1 - down)
+    return down, math.sqrt(max(following**2 - (scale * down) ** 2, 0.0)), scale
+
+
+def renoised(course: Course, x: X, step: tuple[float, float, float]) -> X:
+    _, up, scale = step
+    return x * scale + course.noise() * up if up > 0 else x

@@ -5,15 +5,18 @@ the prompt.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from studio_worker.engine.families.black_forest import from_black_forest
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, read_json
-from studio_worker.engine.families.family import Family, Pipelines, unpacked
+from studio_worker.engine.families.family import Family, Pipelines, Seen
+from studio_worker.engine.families.flux import predict_packed
+from studio_worker.engine.families.packing import places
 from studio_worker.engine.families.parts import kl_vae
-from studio_worker.engine.families.t5 import T5_TOKENIZER, t5
+from studio_worker.engine.families.t5 import T5_TOKENIZER, is_t5_truncated, t5, t5_states
 from studio_worker.engine.parameters import EngineDefaults, Parameters
 
 _PROMPT_TOKENS = 512
@@ -24,36 +27,57 @@ _PROMPT_TOKENS = 512
 class Chroma(Family):
     """T5's tokens, of whose padding all but one are masked out; packed latents."""
 
-    def encode(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
-        positive, _, mask, negative, _, negative_mask = pipeline.encode_prompt(
-            prompt=parameters.prompt,
-            negative_prompt=parameters.negative_prompt,
-            do_classifier_free_guidance=parameters.guidance > 1,
-            max_sequence_length=_PROMPT_TOKENS,
-        )
-        return {
-            "prompt_embeds": positive,
-            "prompt_attention_mask": mask,
-            "negative_prompt_embeds": negative,
-            "negative_prompt_attention_mask": negative_mask,
-        }
+    def read(
+        self,
+        pipeline: Any,
+        texts: Sequence[str],
+        device: Any,
+        reference: Any,  # noqa: ARG002
+    ) -> list[dict[str, Any]]:
+        read = []
+        for text in texts:
+            states, filled = t5_states(
+                pipeline.tokenizer, pipeline.text_encoder, text, _PROMPT_TOKENS, device, masked=True
+            )
+            read.append({"encoder_hidden_states": states, "filled": filled})
+        return read
 
-    def strength(self, parameters: Parameters) -> float:
-        return parameters.denoise or 1.0  # diffusers' flow pipelines round up to a whole step by themselves
+    def prepare(
+        self,
+        pipeline: Any,  # noqa: ARG002
+        parameters: Parameters,  # noqa: ARG002
+        seen: Seen,
+        prompts: Mapping[str, dict[str, Any]],
+        device: Any,
+    ) -> list[dict[str, Any]]:
+        import torch
+
+        img_ids = places(seen.height, seen.width, 0, device)
+        arguments = []
+        for each in prompts.values():
+            states, filled = each["encoder_hidden_states"], each["filled"]
+            attended = torch.ones(1, states.shape[1] + len(img_ids), dtype=states.dtype, device=device)
+            attended[:, filled + 1 : states.shape[1]] = 0  # one token of padding is seen
+            arguments.append(
+                {
+                    "encoder_hidden_states": states,
+                    "attention_mask": attended,
+                    "txt_ids": torch.zeros(states.shape[1], 3, device=device),
+                    "img_ids": img_ids,
+                }
+            )
+        return arguments
+
+    def predict(
+        self, pipeline: Any, x: Any, timestep: float, arguments: Sequence[dict[str, Any]]
+    ) -> list[Any]:
+        return predict_packed(pipeline.transformer, x, timestep, arguments)
 
     def shift(self, flow_shift: float) -> float:
         return math.exp(flow_shift)
 
-    def prepare(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:  # noqa: ARG002
-        # diffusers' inpainting pipeline (0.42) asks for a switch of FLUX.1's that Chroma's transformer lacks.
-        pipeline.transformer.register_to_config(guidance_embeds=False)
-        return {}
-
     def is_truncated(self, pipeline: Any, text: str) -> bool:
-        return len(pipeline.tokenizer(text, verbose=False).input_ids) > _PROMPT_TOKENS
-
-    def latents(self, pipeline: Any, latents: Any, parameters: Parameters) -> Any:
-        return super().latents(pipeline, unpacked(pipeline, latents, parameters), parameters)
+        return is_t5_truncated(pipeline.tokenizer, text, _PROMPT_TOKENS)
 
 
 def transformer(kind: str, config_dir: Path) -> Part:
@@ -100,15 +124,14 @@ def chroma(
             "vae": kl_vae("16-channel VAE (ae.safetensors)", vae),
         },
         tokenizers={"tokenizer": T5_TOKENIZER},
-        # FLUX.1 dev's: a shift of 0.5 to 1.15 by the picture's size. stable-diffusion.cpp has 1 for every
-        # size, which flowShift can say.
         scheduler=CONFIGS / "flux1" / "scheduler",
         pipelines=Pipelines(
             text="ChromaPipeline", image="ChromaImg2ImgPipeline", inpaint="ChromaInpaintPipeline"
         ),
         flow=True,
+        flow_shift=1.0,  # stable-diffusion.cpp's
         halves=("bfloat16", "float16"),
-        defaults=EngineDefaults(width=1024, height=1024, guidance=4.0, sampler="euler", size_multiple=16),
+        defaults=EngineDefaults(width=1024, height=1024, guidance=4.0, sampler="euler"),
     )
 
 

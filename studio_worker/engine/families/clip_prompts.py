@@ -2,8 +2,9 @@
 
 CLIP's window is 77 tokens, of which the first and the last mark beginning and end. A longer prompt goes
 through it in several windows, each marked and padded, and their embeddings stand one behind the other: the
-way of AUTOMATIC1111's web UI, ComfyUI and stable-diffusion.cpp, which the models' users know. The pooled
-embedding is the first window's, as in ComfyUI. A prompt that fits one window gives what diffusers gives.
+way of AUTOMATIC1111's web UI, ComfyUI and stable-diffusion.cpp, which the models' users know. ``BREAK``
+begins a new window. The pooled embedding is the first window's, as in ComfyUI. A prompt that fits one window
+gives what diffusers gives.
 """
 
 from __future__ import annotations
@@ -11,57 +12,83 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from studio_worker.engine.families.weighted import pieces, reader, scaled
+
 MAX_WINDOWS = 16
 """1200 tokens of Stable Diffusion's; every window adds to each step of the denoiser."""
 
+_Window = tuple[list[int], list[float]]
+"""Marked and padded tokens, and what each counts."""
+
 
 def embeddings(
-    encoders: Sequence[tuple[Any, Any]], texts: Sequence[str], *, layer: int | None = None
+    encoders: Sequence[tuple[Any, Any]],
+    texts: Sequence[str],
+    device: Any,
+    *,
+    layer: int | None = None,
+    max_windows: int = MAX_WINDOWS,
 ) -> list[tuple[Any, Any]]:
-    """Each text's embeddings and pooled embedding: (1, tokens, widths together) and (1, width) or ``None``.
+    """Each text's embeddings and pooled embedding: (1, tokens, widths together) and (1, width).
 
     All texts get as many tokens as the longest.
 
     Args:
         encoders: tokenizers with their text encoders, whose embeddings stand side by side.
+        device: where they compute.
         layer: which hidden state is taken; the encoder's output where it is ``None``.
+        max_windows: how many windows are read of a text.
     """
     import torch
 
-    count = max(len(_windows(tokenizer, text)) for tokenizer, _ in encoders for text in texts)
+    count = max(len(_windows(tokenizer, text, max_windows)) for tokenizer, _ in encoders for text in texts)
     found = []
     for text in texts:
-        states, pooled = [], None
+        states, pooled, weights = [], None, [1.0]
         for tokenizer, encoder in encoders:
-            windows = _windows(tokenizer, text)
+            windows = _windows(tokenizer, text, max_windows)
             windows += [_marked(tokenizer, [])] * (count - len(windows))
-            ids = torch.tensor(windows, device=encoder.device)
-            output = encoder(ids, output_hidden_states=layer is not None)
-            state = output[0] if layer is None else output.hidden_states[layer]
-            states.append(state.reshape(1, -1, state.shape[-1]))
-            if output[0].ndim == 2:  # an encoder with a projection
-                pooled = output[0][:1]
-        found.append((torch.cat(states, dim=-1), pooled))
+            output = encoder(
+                torch.tensor([ids for ids, _ in windows]).to(device), output_hidden_states=layer is not None
+            )
+            states.append(output[0] if layer is None else output.hidden_states[layer])
+            # An encoder with a projection gives that first.
+            pooled = (output[0] if output[0].ndim == 2 else output.pooler_output)[:1]
+            weights = [weight for _, each in windows for weight in each]
+        joined = torch.cat(states, dim=-1)
+        window = joined.shape[1]
+        read = [
+            scaled(state, weights[index * window : (index + 1) * window])
+            for index, state in enumerate(joined)
+        ]
+        found.append((torch.cat(read)[None], pooled))
     return found
 
 
-def is_truncated(tokenizer: Any, text: str) -> bool:
-    """Whether even :data:`MAX_WINDOWS` are too few for ``text``."""
-    room: int = tokenizer.model_max_length - 2
-    return len(_ids(tokenizer, text)) > MAX_WINDOWS * room
+def is_truncated(tokenizer: Any, text: str, max_windows: int = MAX_WINDOWS) -> bool:
+    """Whether even ``max_windows`` are too few for ``text``."""
+    return len(_chunks(tokenizer, text)) > max_windows
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return ids
+def _windows(tokenizer: Any, text: str, max_windows: int) -> list[_Window]:
+    return [_marked(tokenizer, chunk) for chunk in _chunks(tokenizer, text)[:max_windows]]
 
 
-def _windows(tokenizer: Any, text: str) -> list[list[int]]:
-    ids, room = _ids(tokenizer, text), tokenizer.model_max_length - 2
-    starts = range(0, max(1, len(ids)), room)[:MAX_WINDOWS]
-    return [_marked(tokenizer, ids[start : start + room]) for start in starts]
+def _chunks(tokenizer: Any, text: str) -> list[list[tuple[int, float]]]:
+    """The tokens of ``text`` with their weights, as many together as a window holds; one at least."""
+    room, read = tokenizer.model_max_length - 2, reader(tokenizer)
+    sections: list[list[tuple[int, float]]] = [[]]
+    for piece in pieces(text):
+        if piece.is_break:
+            sections.append([])
+        else:
+            sections[-1] += [(token, piece.weight) for token in read(piece.text)]
+    chunks = [section[start : start + room] for section in sections for start in range(0, len(section), room)]
+    return chunks or [[]]
 
 
-def _marked(tokenizer: Any, ids: list[int]) -> list[int]:
-    marked = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-    return marked + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(marked))
+def _marked(tokenizer: Any, chunk: Sequence[tuple[int, float]]) -> _Window:
+    ids = [tokenizer.bos_token_id, *(token for token, _ in chunk), tokenizer.eos_token_id]
+    weights = [1.0, *(weight for _, weight in chunk), 1.0]
+    missing = tokenizer.model_max_length - len(ids)
+    return ids + [tokenizer.pad_token_id] * missing, weights + [1.0] * missing

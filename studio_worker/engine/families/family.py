@@ -19,13 +19,15 @@ Nothing here imports torch: library classes are named as text, and what handles 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from studio_worker.engine.families.component import Part, Tokenizer
+from studio_worker.engine.levels import Diffusion, Flow, Scale
 from studio_worker.engine.parameters import MAX_FLOW_SHIFT, EngineDefaults, Parameters
+from studio_worker.engine.samplers import sampler
 from studio_worker.engine.sections import Section
 from studio_worker.errors import JobImpossible, NotServed
 
@@ -54,6 +56,26 @@ _GIVEN: Mapping[JobKind, str] = {
 }
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a denoiser sees besides prompts and noise.
+
+    Args:
+        height: of the latents, in cells; so is ``width``.
+        reference: a reference picture's latents.
+        masked: where the denoiser sees the mask: latents of the picture without what is masked.
+        cells: of the same, the mask by cell, 0 and 1 (1, 1, height, width).
+        pixels: of the same, the mask by pixel.
+    """
+
+    height: int
+    width: int
+    reference: Any = None
+    masked: Any = None
+    cells: Any = None
+    pixels: Any = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One architecture: how its models are told, what they are made of, and how they render.
@@ -67,8 +89,11 @@ class Family:
         pipelines: the library's classes.
         fixed: further arguments of every pipeline's constructor, by name; one a class does not know is left
             out.
-        flow: whether the denoiser predicts a flow (rectified flow), not noise; decides which samplers exist.
-        reference_pixels: in how many pixels the denoiser sees a reference picture, whatever size it has.
+        flow: whether the denoiser predicts a flow (rectified flow), not noise.
+        flow_shift: for flows: how their noise levels are shifted where the source says nothing, in the words
+            of ``flowShift``. stable-diffusion.cpp's, whatever the picture's size.
+        reference_pixels: in how many pixels at most the denoiser sees a reference picture.
+        reference_multiple: what the sides of that are rounded to.
         halves: torch's names of the types of half precision in which its values are sound, the best first.
         defaults: parameters where neither the task nor the model says anything, and the size multiple.
     """
@@ -81,7 +106,9 @@ class Family:
     pipelines: Pipelines
     fixed: Mapping[str, Any] = field(default_factory=dict)
     flow: bool = False
+    flow_shift: float = 3.0
     reference_pixels: int = 0
+    reference_multiple: int = 16
     halves: tuple[str, ...] = ("float16",)
     defaults: EngineDefaults = field(default_factory=EngineDefaults)
 
@@ -101,6 +128,13 @@ class Family:
             served = ", ".join(what for each, what in _GIVEN.items() if getattr(self.pipelines, each))
             raise refused(f"{self.name} works only with {served}, not with {_GIVEN[kind]}")
         return name
+
+    @property
+    def sees_mask(self) -> bool:
+        """Whether the denoiser itself sees the mask, and what it leaves of the picture: then it paints within
+        masks and nothing else.
+        """
+        return self.pipelines.text is None
 
     # --- what families override ---
 
@@ -123,9 +157,7 @@ class Family:
         Raises:
             JobImpossible: parameters that the family does not know; called before anything is loaded.
         """
-        from studio_worker.engine.samplers import sampler
-
-        sampler(parameters.sampler, flow=self.flow)
+        sampler(parameters.sampler)
         given = parameters.flow_shift
         if self.flow and given is not None and self.shift(given) > MAX_FLOW_SHIFT:
             raise JobImpossible(
@@ -137,60 +169,86 @@ class Family:
         """From parts, tokenizers and ``scheduler`` by name to what the pipelines' constructors take."""
         return components
 
-    def schedule(self, shipped: Any, parts: Mapping[str, Any]) -> Any:  # noqa: ARG002
-        """The scheduler for these loaded parts, from the one that the configuration ships."""
-        return shipped
+    def scale(self, shipped: Any, parts: Mapping[str, Any], flow_shift: float | None) -> Scale:  # noqa: ARG002
+        """What the timesteps of these loaded parts stand for.
 
-    def encode(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
-        """The prompts as arguments of the pipeline's call: embeddings, so that they can be kept."""
-        raise NotImplementedError
-
-    def guidance(self, parameters: Parameters) -> dict[str, Any]:
-        """The guidance, where 1 means none, as arguments of the pipeline's call."""
-        return {"guidance_scale": parameters.guidance}
-
-    def prepare(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:  # noqa: ARG002
-        """What else the pipeline needs for a job: done to it here, or returned as arguments of its call."""
-        return {}
-
-    def strength(self, parameters: Parameters) -> float:
-        """diffusers' word for ``denoise``; at least one step is made."""
-        return strength(parameters.steps, parameters.denoise or 1.0)
+        Args:
+            shipped: the scheduler that the configuration ships.
+            flow_shift: the source's, in place of the family's own.
+        """
+        if self.flow:
+            return Flow(self.shift(self.flow_shift if flow_shift is None else flow_shift))
+        config = shipped.config
+        return Diffusion(tuple(shipped.alphas_cumprod.tolist()), config.prediction_type == "v_prediction")
 
     def shift(self, flow_shift: float) -> float:
-        """diffusers' word for ``flowShift``: ``s`` in ``s * t / (1 + (s - 1) * t)``, which most mean by it.
+        """What ``flowShift`` stands for: ``s`` in ``s * t / (1 + (s - 1) * t)``, which most mean by it.
 
         FLUX.1's kin mean its logarithm (stable-diffusion.cpp's ``flux_time_shift``).
         """
         return flow_shift
 
+    def encode(
+        self, pipeline: Any, parameters: Parameters, device: Any, reference: Any = None
+    ) -> dict[str, dict[str, Any]]:
+        """The prompts as the denoiser reads them: ``positive``, and ``negative`` where it counts.
+
+        Args:
+            device: where the text encoders compute.
+            reference: the reference picture of an edit.
+        """
+        texts = [parameters.prompt, *([parameters.negative_prompt] if parameters.guidance != 1 else [])]
+        found = self.read(pipeline, texts, device, reference)
+        return dict(zip(("positive", "negative"), found, strict=False))
+
+    def read(self, pipeline: Any, texts: Sequence[str], device: Any, reference: Any) -> list[dict[str, Any]]:
+        """What the text encoders make of each of ``texts``, the prompt first."""
+        raise NotImplementedError
+
+    def prepare(
+        self,
+        pipeline: Any,
+        parameters: Parameters,
+        seen: Seen,
+        prompts: Mapping[str, dict[str, Any]],
+        device: Any,
+    ) -> list[dict[str, Any]]:
+        """The denoiser's arguments that stay for all steps of a job, for each of ``prompts``."""
+        raise NotImplementedError
+
+    def predict(
+        self, pipeline: Any, x: Any, timestep: float, arguments: Sequence[dict[str, Any]]
+    ) -> list[Any]:
+        """The denoiser's output for the latents ``x`` with each of ``arguments``.
+
+        Args:
+            timestep: 0 to 1000.
+        """
+        raise NotImplementedError
+
     def is_truncated(self, pipeline: Any, text: str) -> bool:
         """Whether the text encoder's window is too short for ``text``."""
-        tokenizer = pipeline.tokenizer
-        return bool(len(tokenizer(text, verbose=False).input_ids) > tokenizer.model_max_length)
+        raise NotImplementedError
 
-    def latents(self, pipeline: Any, latents: Any, parameters: Parameters) -> Any:  # noqa: ARG002
-        """What the pipeline gave with ``output_type="latent"`` as what the VAE's decoder takes."""
-        config = pipeline.vae.config
-        return latents / config.scaling_factor + (config.shift_factor or 0.0)
+    def encoded_picture(self, vae: Any, pixels: Any, draw: Callable[[Any], Any]) -> Any:
+        """A picture (1, 3, height, width) of -1 to 1 as latents.
 
+        Args:
+            draw: draws noise as large as its argument.
+        """
+        spread = vae.encode(pixels).latent_dist
+        mean = spread.mean.float()
+        latents = mean + spread.std.float() * draw(mean)
+        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
-def unpacked(pipeline: Any, latents: Any, parameters: Parameters) -> Any:
-    """The latents (batch, channels, height, width) of what FLUX.1 and those after it compute with: a row of
-    squares, two by two latents each (black-forest-labs/flux, ``unpack`` in src/flux/sampling.py).
-    """
-    side = 2 * pipeline.vae_scale_factor
-    squares = latents.unflatten(1, (parameters.height // side, parameters.width // side))
-    return squares.unflatten(3, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    def decodable(self, vae: Any, latents: Any) -> Any:
+        """Latents as the VAE's decoder takes them."""
+        return latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
 
-
-def strength(steps: int, denoise: float) -> float:
-    """What diffusers must be told so that ``denoise`` of ``steps`` steps run, but at least one.
-
-    diffusers runs ``int(steps * strength)`` steps and fails where that is none.
-    """
-    # One and a half steps, so that rounding cannot make it none again.
-    return denoise if int(steps * denoise) >= 1 else min(1.0, 1.5 / steps)
+    def latent_channels(self, vae: Any) -> int:
+        """How many numbers a cell of latents has."""
+        channels: int = vae.config.latent_channels
+        return channels
 
 
 @dataclass(frozen=True)

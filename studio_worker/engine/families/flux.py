@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from studio_worker.engine.families import clip_prompts
 from studio_worker.engine.families.black_forest import from_black_forest
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, read_json
-from studio_worker.engine.families.family import Family, Pipelines, unpacked
+from studio_worker.engine.families.family import Family, Pipelines, Seen
+from studio_worker.engine.families.packing import packed, places, unpacked
 from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae
-from studio_worker.engine.families.t5 import T5_TOKENIZER, t5
+from studio_worker.engine.families.t5 import T5_TOKENIZER, is_t5_truncated, t5, t5_states
+from studio_worker.engine.levels import TIMESTEPS
 from studio_worker.engine.parameters import EngineDefaults, Parameters
-from studio_worker.errors import JobImpossible
 
 DISTILLED_GUIDANCE = 3.5
 """What dev and Kontext are told their guidance is (their model cards, and stable-diffusion.cpp's default)."""
 
 FILL_GUIDANCE = 30.0
 """What Fill is told (its model card)."""
+
+DEV_SHIFT, SCHNELL_SHIFT = 1.15, 1.0
+"""stable-diffusion.cpp's flowShift for models that are told a guidance, and for those that are not."""
+
+REFERENCE_PIXELS = 1024 * 1024
+"""What Kontext sees of a reference picture at most; of a smaller picture's reference no more than that is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,61 +44,102 @@ class Flux(Family):
     """
 
     flow: bool = True
-    halves: tuple[str, ...] = ("bfloat16", "float16")
+    half: str = "bfloat16"
     distilled_guidance: float = DISTILLED_GUIDANCE
     prompt_tokens: int = 512
 
-    def encode(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
-        prompts = {"": parameters.prompt}
-        if parameters.guidance > 1:
-            prompts["negative_"] = parameters.negative_prompt
-        encoded: dict[str, Any] = {}
-        for prefix, text in prompts.items():
-            embeddings, pooled, _ = pipeline.encode_prompt(
-                prompt=text, prompt_2=None, max_sequence_length=self.prompt_tokens
+    def read(
+        self,
+        pipeline: Any,
+        texts: Sequence[str],
+        device: Any,
+        reference: Any,  # noqa: ARG002
+    ) -> list[dict[str, Any]]:
+        clips = [(pipeline.tokenizer, pipeline.text_encoder)]
+        pooled = [each for _, each in clip_prompts.embeddings(clips, texts, device, max_windows=1)]
+        read = []
+        for text, each in zip(texts, pooled, strict=True):
+            states, _ = t5_states(
+                pipeline.tokenizer_2, pipeline.text_encoder_2, text, self.prompt_tokens, device
             )
-            encoded |= {f"{prefix}prompt_embeds": embeddings, f"{prefix}pooled_prompt_embeds": pooled}
-        return encoded
+            read.append({"encoder_hidden_states": states, "pooled_projections": each})
+        return read
 
-    def guidance(self, parameters: Parameters) -> dict[str, Any]:
-        return {"guidance_scale": self.distilled_guidance, "true_cfg_scale": parameters.guidance}
+    def prepare(
+        self,
+        pipeline: Any,
+        parameters: Parameters,  # noqa: ARG002
+        seen: Seen,
+        prompts: Mapping[str, dict[str, Any]],
+        device: Any,
+    ) -> list[dict[str, Any]]:
+        import torch
+
+        common: dict[str, Any] = {"img_ids": places(seen.height, seen.width, 0, device)}
+        if pipeline.transformer.config.guidance_embeds:
+            common["guidance"] = torch.full((1,), self.distilled_guidance, device=device)
+        if seen.reference is not None:
+            common["reference"] = packed(seen.reference)
+            height, width = seen.reference.shape[-2:]
+            beside = places(height, width, 1, device)
+            common["img_ids"] = torch.cat([common["img_ids"], beside])
+        arguments = []
+        for index, each in enumerate(prompts.values()):
+            words = torch.zeros(each["encoder_hidden_states"].shape[1], 3, device=device)
+            more = {"txt_ids": words}
+            if seen.masked is not None:
+                # The negative prompt sees nothing of the picture, as in stable-diffusion.cpp.
+                masked = torch.zeros_like(seen.masked) if index else seen.masked
+                more["beside"] = torch.cat([packed(masked), packed(_by_cell(seen))], dim=-1)
+            arguments.append(each | common | more)
+        return arguments
+
+    def predict(
+        self, pipeline: Any, x: Any, timestep: float, arguments: Sequence[dict[str, Any]]
+    ) -> list[Any]:
+        return predict_packed(pipeline.transformer, x, timestep, arguments)
 
     def shift(self, flow_shift: float) -> float:
         return math.exp(flow_shift)
 
-    def prepare(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
-        if "Kontext" not in type(pipeline).__name__:
-            return {}
-        # Else it makes a picture of a million pixels whatever size is asked for.
-        return {"max_area": parameters.width * parameters.height}
-
-    def strength(self, parameters: Parameters) -> float:
-        return parameters.denoise or 1.0  # diffusers' flow pipelines round up to a whole step by themselves
-
     def is_truncated(self, pipeline: Any, text: str) -> bool:
-        return len(pipeline.tokenizer_2(text, verbose=False).input_ids) > self.prompt_tokens
-
-    def latents(self, pipeline: Any, latents: Any, parameters: Parameters) -> Any:
-        return super().latents(pipeline, unpacked(pipeline, latents, parameters), parameters)
+        return is_t5_truncated(pipeline.tokenizer_2, text, self.prompt_tokens)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fill(Flux):
-    """FLUX.1 Fill: paints within a mask and nothing else; it has no true classifier-free guidance."""
+def predict_packed(
+    transformer: Any, x: Any, timestep: float, arguments: Sequence[dict[str, Any]]
+) -> list[Any]:
+    """The outputs of a transformer that reads packed latents, for each of ``arguments``.
 
-    halves: tuple[str, ...] = ("bfloat16",)
-    distilled_guidance: float = FILL_GUIDANCE
+    Of these, ``reference`` are further tokens, and ``beside`` what stands in a row with each token.
+    """
+    import torch
 
-    def check(self, parameters: Parameters) -> None:
-        super().check(parameters)
-        if parameters.guidance != 1:
-            raise JobImpossible(
-                f"{self.name} has no classifier-free guidance but a built-in one, which is "
-                f"{self.distilled_guidance:g}: cfgScale must be 1, not {parameters.guidance:g}"
-            )
+    height, width = x.shape[-2:]
+    own = packed(x).to(arguments[0]["encoder_hidden_states"].dtype)
+    outputs = []
+    for each in arguments:
+        given = dict(each)
+        tokens = own
+        if "beside" in given:
+            tokens = torch.cat([tokens, given.pop("beside").to(own.dtype)], dim=-1)
+        if "reference" in given:
+            tokens = torch.cat([tokens, given.pop("reference").to(own.dtype)], dim=1)
+        output = transformer(
+            hidden_states=tokens,
+            timestep=torch.full((1,), timestep / TIMESTEPS, device=x.device),
+            return_dict=False,
+            **given,
+        )[0]
+        outputs.append(unpacked(output[:, : own.shape[1]], height, width))
+    return outputs
 
-    def guidance(self, parameters: Parameters) -> dict[str, Any]:  # noqa: ARG002
-        return {"guidance_scale": self.distilled_guidance}
+
+def _by_cell(seen: Seen) -> Any:
+    """The mask's pixels as latents: those of each cell are its channels."""
+    import torch
+
+    return torch.nn.functional.pixel_unshuffle(seen.pixels, seen.pixels.shape[-1] // seen.width)
 
 
 def transformer(kind: str, config_dir: Path) -> Part:
@@ -139,10 +188,10 @@ _PIPELINES = Pipelines(
     inpaint="FluxInpaintPipeline",
     edit="FluxKontextPipeline",
 )
-_DEFAULTS = EngineDefaults(width=1024, height=1024, guidance=1.0, sampler="euler", size_multiple=16)
+_DEFAULTS = EngineDefaults(width=1024, height=1024, guidance=1.0, sampler="euler")
 
 
-def flux(name: str, folders: Mapping[str, Path], cls: type[Flux] = Flux, **options: Any) -> Flux:
+def flux(name: str, folders: Mapping[str, Path], **options: Any) -> Flux:
     """A family of FLUX.1 models.
 
     Args:
@@ -150,7 +199,7 @@ def flux(name: str, folders: Mapping[str, Path], cls: type[Flux] = Flux, **optio
         folders: of the configurations of its parts, scheduler and tokenizers, by the pipelines' names.
         options: what of :class:`Flux` is not as dev's.
     """
-    return cls(
+    return Flux(
         **{
             "name": name,
             "parts": {
@@ -165,7 +214,8 @@ def flux(name: str, folders: Mapping[str, Path], cls: type[Flux] = Flux, **optio
             },
             "scheduler": folders["scheduler"],
             "pipelines": _PIPELINES,
-            "reference_pixels": 1024 * 1024,  # Kontext's PREFERRED_KONTEXT_RESOLUTIONS
+            "reference_pixels": REFERENCE_PIXELS,
+            "flow_shift": DEV_SHIFT,
             "defaults": _DEFAULTS,
             **options,
         }
@@ -192,11 +242,12 @@ FLUX_SCHNELL = flux(
     },
     pipelines=replace(_PIPELINES, edit=None),
     prompt_tokens=256,
+    flow_shift=SCHNELL_SHIFT,
 )
 FLUX_FILL = flux(
     "flux1-fill",
     {**FOLDERS, "transformer": CONFIGS / "flux1" / "fill"},
-    Fill,
+    distilled_guidance=FILL_GUIDANCE,
     pipelines=Pipelines(text=None, inpaint="FluxFillPipeline"),
 )
 FLUX_FAMILIES = (FLUX_DEV, FLUX_SCHNELL, FLUX_FILL)

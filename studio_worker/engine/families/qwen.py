@@ -4,17 +4,19 @@ Names as transformers has them (``model.layers.0.self_attn.q_proj``) and as llam
 (``blk.0.attn_q``; gguf's ``TensorNameMap`` is the source of the table below).
 
 Qwen3-4B's later weights (Instruct-2507) have its shapes and another rope base, five millions instead of one.
-GGUF files say theirs, and are read as they say; safetensors files cannot, and are taken for the first ones.
+GGUF files say theirs, safetensors files cannot. All are read with the first one, as stable-diffusion.cpp
+reads them: with another, the same file would make another picture here than in the rest of the fleet.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, Tokenizer, read_json
+from studio_worker.engine.families.weighted import reader, scaled, tokens
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +25,6 @@ QWEN_TOKENIZER = Tokenizer("Qwen2Tokenizer", CONFIGS / "qwen" / "tokenizer", 151
 """151,643 byte-pair tokens and 26 of control; the models' embeddings have more rows, which nothing uses."""
 
 _STATED = {
-    "rope.freq_base": ("rope_parameters", "rope_theta"),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
     "attention.head_count": ("num_attention_heads",),
     "attention.head_count_kv": ("num_key_value_heads",),
@@ -198,3 +199,23 @@ def _from_mmproj(tensors: Tensors) -> Tensors:
             pieces = joined(f"v.blk.{match[1]}.attn_{each}.{leaf}" for each in "qkv")
             renamed[f"blocks.{match[1]}.attn.qkv.{leaf}"] = torch.cat([*pieces])
     return renamed
+
+
+def framed(tokenizer: Any, before: str | list[int], text: str, after: str) -> tuple[list[int], list[float]]:
+    """The tokens of ``text`` between those of a template's parts, and what each counts."""
+    read = reader(tokenizer)
+    start, end = read(before) if isinstance(before, str) else before, read(after)
+    ids, weights = tokens(text, read)
+    return [*start, *ids, *end], [*[1.0] * len(start), *weights, *[1.0] * len(end)]
+
+
+def language_states(
+    encoder: Any, ids: Sequence[int], weights: Sequence[float], device: Any, layer: int, **pictures: Any
+) -> Any:
+    """A hidden state (1, tokens, width) of a language model that reads ``ids``, by their weights."""
+    import torch
+
+    found = encoder(
+        input_ids=torch.tensor([list(ids)]).to(device), output_hidden_states=True, **pictures
+    ).hidden_states[layer]
+    return scaled(found, weights)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, read_json
-from studio_worker.engine.families.family import Family, JobKind, Pipelines, refused, unpacked
-from studio_worker.engine.families.qwen import QWEN_TOKENIZER, qwen25_language, qwen25_vision
+from studio_worker.engine.families.family import Family, JobKind, Pipelines, Seen, refused
+from studio_worker.engine.families.flux import predict_packed
+from studio_worker.engine.families.packing import packed, tokens_a_side
+from studio_worker.engine.families.qwen import (
+    QWEN_TOKENIZER,
+    framed,
+    language_states,
+    qwen25_language,
+    qwen25_vision,
+)
+from studio_worker.engine.images import in_area
 from studio_worker.engine.parameters import EngineDefaults, Parameters
 
 ZERO_COND_T = "__index_timestep_zero__"
@@ -23,6 +32,9 @@ _LAYERED = "time_text_embed.addition_t_embedding.weight"
 
 _PROMPT_TOKENS = 1024
 """The pipelines' window, without the template around the prompt."""
+
+_REFERENCE_MULTIPLE = 32
+"""What the sides of a reference picture are rounded to, for both of its readers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,45 +64,82 @@ class QwenImage(Family):
             "processor": processor,
         }
 
-    def encode(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
-        guided = parameters.guidance > 1
-        if "Edit" in type(pipeline).__name__:
-            # The pipeline encodes the prompt itself, since it has the picture in the size that it wants.
-            negative = {"negative_prompt": parameters.negative_prompt} if guided else {}
-            return {"prompt": parameters.prompt, **negative}
-        encoded: dict[str, Any] = {}
-        prompts = {"": parameters.prompt} | ({"negative_": parameters.negative_prompt} if guided else {})
-        for prefix, text in prompts.items():
-            embeddings, mask = pipeline.encode_prompt(prompt=text, max_sequence_length=_PROMPT_TOKENS)
-            encoded |= {f"{prefix}prompt_embeds": embeddings, f"{prefix}prompt_embeds_mask": mask}
-        return encoded
+    def read(self, pipeline: Any, texts: Sequence[str], device: Any, reference: Any) -> list[dict[str, Any]]:
+        from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE
 
-    def guidance(self, parameters: Parameters) -> dict[str, Any]:
-        return {"true_cfg_scale": parameters.guidance}
+        from studio_worker.engine.qwen_vl import PICTURE_TOKEN
 
-    def prepare(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
+        tokenizer, drop = pipeline.tokenizer, pipeline.prompt_template_encode_start_idx
+        before, after = pipeline.prompt_template_encode.split("{}")
+        pictures = {}
+        if reference is not None:
+            shown = in_area(reference, CONDITION_IMAGE_SIZE, _REFERENCE_MULTIPLE)
+            before += f"Picture 1: <|vision_start|>{PICTURE_TOKEN}<|vision_end|>"
+            inputs = pipeline.processor(text=[before], images=[shown], padding=True, return_tensors="pt")
+            before = inputs["input_ids"][0].tolist()
+            pictures = {name: inputs[name].to(device) for name in ("pixel_values", "image_grid_thw")}
+        read = []
+        for text in texts:
+            # A picture's place in somebody's prompt would be one without a picture.
+            ids, weights = framed(tokenizer, before, text.replace(PICTURE_TOKEN, ""), after)
+            window = drop + _PROMPT_TOKENS if reference is None else len(ids)
+            states = language_states(
+                pipeline.text_encoder, ids[:window], weights[:window], device, layer=-1, **pictures
+            )
+            read.append({"encoder_hidden_states": states[:, drop:]})
+        return read
+
+    def prepare(
+        self,
+        pipeline: Any,
+        parameters: Parameters,
+        seen: Seen,
+        prompts: Mapping[str, dict[str, Any]],
+        device: Any,  # noqa: ARG002
+    ) -> list[dict[str, Any]]:
         denoiser = pipeline.transformer
         told = denoiser.config.zero_cond_t  # by the file
         zero = bool(told if parameters.zero_cond_t is None else parameters.zero_cond_t)
         for module in (denoiser, *denoiser.transformer_blocks):
             module.zero_cond_t = zero
-        return {}
+        sizes = [(seen.height, seen.width)]
+        common: dict[str, Any] = {}
+        if seen.reference is not None:
+            common["reference"] = packed(seen.reference)
+            sizes.append(seen.reference.shape[-2:])
+        common["img_shapes"] = [[(1, tokens_a_side(high), tokens_a_side(wide)) for high, wide in sizes]]
+        return [each | common for each in prompts.values()]
 
-    def strength(self, parameters: Parameters) -> float:
-        return parameters.denoise or 1.0  # diffusers' flow pipelines round up to a whole step by themselves
+    def predict(
+        self, pipeline: Any, x: Any, timestep: float, arguments: Sequence[dict[str, Any]]
+    ) -> list[Any]:
+        return predict_packed(pipeline.transformer, x, timestep, arguments)
 
     def is_truncated(self, pipeline: Any, text: str) -> bool:
-        return len(pipeline.tokenizer(text, verbose=False).input_ids) > _PROMPT_TOKENS
+        return len(framed(pipeline.tokenizer, "", text, "")[0]) > _PROMPT_TOKENS
 
-    def latents(self, pipeline: Any, latents: Any, parameters: Parameters) -> Any:
-        config = pipeline.vae.config
-        frame = unpacked(pipeline, latents, parameters).unsqueeze(2)  # the VAE is one for films
-        mean, deviation = (
-            frame.new_tensor(values).view(1, -1, 1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
+    def encoded_picture(self, vae: Any, pixels: Any, draw: Callable[[Any], Any]) -> Any:  # noqa: ARG002
+        mean, deviation = _spread(vae, pixels)
+        latents = vae.encode(pixels.unsqueeze(2)).latent_dist.mode()  # a film of one frame
+        return ((latents.float() - mean) / deviation)[:, :, 0]
+
+    def decodable(self, vae: Any, latents: Any) -> Any:
+        mean, deviation = _spread(vae, latents)
         # As the pipelines round it: by the reciprocal.
-        return frame / (1.0 / deviation) + mean
+        return latents.unsqueeze(2) / (1.0 / deviation) + mean
+
+    def latent_channels(self, vae: Any) -> int:
+        channels: int = vae.config.z_dim
+        return channels
+
+
+def _spread(vae: Any, like: Any) -> tuple[Any, Any]:
+    """Mean and deviation of the VAE's latents by channel."""
+    mean, deviation = (
+        like.new_tensor(values).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, deviation
 
 
 def transformer(kind: str, config_dir: Path) -> Part:
@@ -170,8 +219,9 @@ def qwen_image(name: str, folders: Mapping[str, Path]) -> QwenImage:
             # stable-diffusion.cpp does for all of them.
             edit="QwenImageEditPlusPipeline",
         ),
-        reference_pixels=1024 * 1024,  # the pipeline's VAE_IMAGE_SIZE
-        defaults=EngineDefaults(width=1024, height=1024, guidance=4.0, sampler="euler", size_multiple=16),
+        reference_pixels=1024 * 1024,  # the edit pipeline's VAE_IMAGE_SIZE
+        reference_multiple=_REFERENCE_MULTIPLE,
+        defaults=EngineDefaults(width=1024, height=1024, guidance=4.0, sampler="euler"),
     )
 
 

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from studio_worker.engine.families import clip_prompts
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, read_json
-from studio_worker.engine.families.family import Family, Pipelines
+from studio_worker.engine.families.family import Family, Pipelines, Seen
+from studio_worker.engine.families.packing import padded
 from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae
-from studio_worker.engine.families.t5 import T5_TOKENIZER, t5
+from studio_worker.engine.families.t5 import T5_TOKENIZER, is_t5_truncated, t5, t5_states
 from studio_worker.engine.parameters import EngineDefaults, Parameters
+from studio_worker.errors import JobImpossible
 
 _T5_TOKENS = 256
 """How many of T5's tokens the models were trained with (their model cards)."""
@@ -23,30 +27,79 @@ _T5_TOKENS = 256
 class StableDiffusion3(Family):
     """Two CLIPs side by side, then T5's tokens, or zeros in their place, as the models were trained too."""
 
-    def encode(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
-        names = (
-            "prompt_embeds",
-            "negative_prompt_embeds",
-            "pooled_prompt_embeds",
-            "negative_pooled_prompt_embeds",
-        )
-        encoded = pipeline.encode_prompt(
-            prompt=parameters.prompt,
-            prompt_2=None,
-            prompt_3=None,
-            negative_prompt=parameters.negative_prompt,
-            do_classifier_free_guidance=parameters.guidance > 1,
-            max_sequence_length=_T5_TOKENS,
-        )
-        return dict(zip(names, encoded, strict=True))
+    def check(self, parameters: Parameters) -> None:
+        super().check(parameters)
+        config = read_json(self.parts["transformer"].config / "config.json")
+        limit = config["pos_embed_max_size"] * config["patch_size"] * self.defaults.size_multiple
+        if max(parameters.width, parameters.height) > limit:
+            raise JobImpossible(
+                f"{self.name} has places for pictures of {limit}x{limit} px at most, not for "
+                f"{parameters.width}x{parameters.height} px"
+            )
 
-    def strength(self, parameters: Parameters) -> float:
-        return parameters.denoise or 1.0  # diffusers' flow pipelines round up to a whole step by themselves
+    def read(
+        self,
+        pipeline: Any,
+        texts: Sequence[str],
+        device: Any,
+        reference: Any,  # noqa: ARG002
+    ) -> list[dict[str, Any]]:
+        import torch
+
+        clips = [
+            clip_prompts.embeddings([encoder], texts, device, layer=-2, max_windows=1)
+            for encoder in (
+                (pipeline.tokenizer, pipeline.text_encoder),
+                (pipeline.tokenizer_2, pipeline.text_encoder_2),
+            )
+        ]
+        width = pipeline.transformer.config.joint_attention_dim
+        read = []
+        for text, (left, pooled_left), (right, pooled_right) in zip(texts, *clips, strict=True):
+            both = torch.cat([left, right], dim=-1)
+            both = torch.nn.functional.pad(both, (0, width - both.shape[-1]))
+            if pipeline.text_encoder_3 is None:
+                long = both.new_zeros(1, _T5_TOKENS, width)
+            else:
+                long, _ = t5_states(pipeline.tokenizer_3, pipeline.text_encoder_3, text, _T5_TOKENS, device)
+            read.append(
+                {
+                    "encoder_hidden_states": torch.cat([both, long.to(both.dtype)], dim=1),
+                    "pooled_projections": torch.cat([pooled_left, pooled_right], dim=-1),
+                }
+            )
+        return read
+
+    def prepare(
+        self,
+        pipeline: Any,  # noqa: ARG002
+        parameters: Parameters,  # noqa: ARG002
+        seen: Seen,  # noqa: ARG002
+        prompts: Mapping[str, dict[str, Any]],
+        device: Any,  # noqa: ARG002
+    ) -> list[dict[str, Any]]:
+        return list(prompts.values())
+
+    def predict(
+        self, pipeline: Any, x: Any, timestep: float, arguments: Sequence[dict[str, Any]]
+    ) -> list[Any]:
+        import torch
+
+        height, width = x.shape[-2:]
+        count = len(arguments)
+        both = {name: torch.cat([each[name] for each in arguments]) for name in arguments[0]}
+        outputs = pipeline.transformer(
+            hidden_states=padded(x).to(both["encoder_hidden_states"].dtype).repeat(count, 1, 1, 1),
+            timestep=torch.full((count,), timestep, device=x.device),
+            return_dict=False,
+            **both,
+        )[0]
+        return list(outputs[..., :height, :width].chunk(count))
 
     def is_truncated(self, pipeline: Any, text: str) -> bool:
         if pipeline.text_encoder_3 is not None:
-            return len(pipeline.tokenizer_3(text, verbose=False).input_ids) > _T5_TOKENS
-        return super().is_truncated(pipeline, text)
+            return is_t5_truncated(pipeline.tokenizer_3, text, _T5_TOKENS)
+        return clip_prompts.is_truncated(pipeline.tokenizer, text, max_windows=1)
 
 
 def transformer(kind: str, config_dir: Path) -> Part:
@@ -159,7 +212,7 @@ def sd3(name: str, folders: Folders) -> StableDiffusion3:
         ),
         flow=True,
         halves=("bfloat16", "float16"),
-        defaults=EngineDefaults(width=1024, height=1024, guidance=4.5, sampler="euler", size_multiple=16),
+        defaults=EngineDefaults(width=1024, height=1024, guidance=4.5, sampler="euler"),
     )
 
 

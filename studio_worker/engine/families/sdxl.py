@@ -6,16 +6,17 @@ noise (zero terminal SNR): trainers put them there for programs to see, ComfyUI 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from studio_worker.engine.families import clip_prompts
 from studio_worker.engine.families.component import CONFIGS, Tokenizer
-from studio_worker.engine.families.family import Family, Pipelines
+from studio_worker.engine.families.family import Pipelines, Seen
 from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae, unet
-from studio_worker.engine.parameters import EngineDefaults, Parameters
+from studio_worker.engine.families.unet import UNetFamily
+from studio_worker.engine.parameters import UNET_PX, EngineDefaults, Parameters
 from studio_worker.engine.sections import Section
 
 _PLAYGROUND = "edm_mean"
@@ -26,7 +27,7 @@ _LAST_BUT_ONE = -2
 
 
 @dataclass(frozen=True, kw_only=True)
-class StableDiffusionXL(Family):
+class StableDiffusionXL(UNetFamily):
     """Two text encoders side by side, the second's pooled embedding, and the picture's size as conditions.
 
     Args:
@@ -40,23 +41,44 @@ class StableDiffusionXL(Family):
         found = {name for section in sections for name in section.shapes}
         return self.markers <= found and _PLAYGROUND not in found and super().fits(sections)
 
-    def encode(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
+    def read(
+        self,
+        pipeline: Any,
+        texts: Sequence[str],
+        device: Any,
+        reference: Any,  # noqa: ARG002
+    ) -> list[dict[str, Any]]:
         encoders = [
             (pipeline.tokenizer, pipeline.text_encoder),
             (pipeline.tokenizer_2, pipeline.text_encoder_2),
         ]
-        texts = [parameters.prompt, parameters.negative_prompt][: 2 if parameters.guidance > 1 else 1]
-        found = clip_prompts.embeddings(encoders, texts, layer=_LAST_BUT_ONE)
-        arguments = {}
-        for prefix, (embeds, pooled) in zip(("", "negative_"), found, strict=False):
+        found = clip_prompts.embeddings(encoders, texts, device, layer=_LAST_BUT_ONE)
+        read = [{"prompt_embeds": embeds, "text_embeds": pooled} for embeds, pooled in found]
+        if len(texts) > 1 and not texts[1]:
             # No negative prompt is a condition of zeros, as in diffusers and stable-diffusion.cpp.
-            keep = 1.0 if parameters.negative_prompt or not prefix else 0.0
-            arguments[f"{prefix}prompt_embeds"] = embeds * keep
-            arguments[f"{prefix}pooled_prompt_embeds"] = pooled * keep
-        return arguments
+            read[1] = {name: tensor * 0.0 for name, tensor in read[1].items()}
+        return read
 
-    def is_truncated(self, pipeline: Any, text: str) -> bool:
-        return clip_prompts.is_truncated(pipeline.tokenizer, text)
+    def prepare(
+        self,
+        pipeline: Any,
+        parameters: Parameters,
+        seen: Seen,
+        prompts: Mapping[str, dict[str, Any]],
+        device: Any,
+    ) -> list[dict[str, Any]]:
+        import torch
+
+        size = [parameters.height, parameters.width]
+        # What was trained: a picture's size before it was cropped, where it was cropped, and its size then.
+        told = torch.tensor([[*size, 0, 0, *size]]).to(device)
+        arguments = super().prepare(pipeline, parameters, seen, prompts, device)
+        return [each | {"time_ids": told.to(each["text_embeds"].dtype)} for each in arguments]
+
+    def added(self, arguments: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        import torch
+
+        return {name: torch.cat([each[name] for each in arguments]) for name in ("text_embeds", "time_ids")}
 
 
 @dataclass(frozen=True)
@@ -95,7 +117,7 @@ def sdxl(
             inpaint="StableDiffusionXLInpaintPipeline",
         ),
         fixed={"add_watermarker": False, "force_zeros_for_empty_prompt": True},
-        defaults=EngineDefaults(width=1024, height=1024),
+        defaults=EngineDefaults(width=1024, height=1024, size_multiple=UNET_PX),
         markers=markers,
     )
 

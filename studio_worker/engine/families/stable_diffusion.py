@@ -6,7 +6,7 @@ Whether a 2.x model predicts noise or v (velocity) is in no name and no shape. I
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 from studio_worker import sample_model
 from studio_worker.engine.families import clip_prompts
 from studio_worker.engine.families.component import CONFIGS
-from studio_worker.engine.families.family import Family, Pipelines
+from studio_worker.engine.families.family import Pipelines
 from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae, unet
-from studio_worker.engine.parameters import Parameters
+from studio_worker.engine.families.unet import UNetFamily
+from studio_worker.engine.levels import Diffusion, Scale
+from studio_worker.engine.parameters import UNET_PX, EngineDefaults
 
 _PIPELINES = Pipelines(
     text="StableDiffusionPipeline",
@@ -29,32 +31,32 @@ _VELOCITY_SPREAD = 0.09
 
 
 @dataclass(frozen=True, kw_only=True)
-class StableDiffusion(Family):
+class StableDiffusion(UNetFamily):
     """One text encoder, a UNet that predicts noise, a VAE of four channels."""
 
-    def encode(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
-        texts = [parameters.prompt, parameters.negative_prompt][: 2 if parameters.guidance > 1 else 1]
-        found = clip_prompts.embeddings([(pipeline.tokenizer, pipeline.text_encoder)], texts)
-        names = ("prompt_embeds", "negative_prompt_embeds")
-        return {name: embeds for name, (embeds, _) in zip(names, found, strict=False)}
-
-    def is_truncated(self, pipeline: Any, text: str) -> bool:
-        return clip_prompts.is_truncated(pipeline.tokenizer, text)
+    def read(
+        self,
+        pipeline: Any,
+        texts: Sequence[str],
+        device: Any,
+        reference: Any,  # noqa: ARG002
+    ) -> list[dict[str, Any]]:
+        found = clip_prompts.embeddings([(pipeline.tokenizer, pipeline.text_encoder)], texts, device)
+        return [{"prompt_embeds": embeds} for embeds, _ in found]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StableDiffusion2(StableDiffusion):
     """The same of other sizes, predicting noise or v."""
 
-    def schedule(self, shipped: Any, parts: Mapping[str, Any]) -> Any:
+    def scale(self, shipped: Any, parts: Mapping[str, Any], flow_shift: float | None) -> Scale:  # noqa: ARG002
         biases = [
             parameter
             for name, parameter in parts["unet"].named_parameters()
             if name.startswith("up_blocks.") and name.endswith(".transformer_blocks.0.norm1.bias")
         ]
-        if float(biases[-1].float().std(unbiased=False)) <= _VELOCITY_SPREAD:
-            return shipped
-        return type(shipped).from_config(shipped.config, prediction_type="v_prediction")
+        spread = float(biases[-1].float().std(unbiased=False))
+        return Diffusion(tuple(shipped.alphas_cumprod.tolist()), spread > _VELOCITY_SPREAD)
 
 
 def stable_diffusion(
@@ -87,6 +89,7 @@ def stable_diffusion(
         tokenizers={"tokenizer": clip_tokenizer(base / "tokenizer", text_encoder, **tokenizer)},
         scheduler=base / "scheduler",
         pipelines=pipelines,
+        defaults=EngineDefaults(size_multiple=UNET_PX),
         fixed={
             "safety_checker": None,
             "feature_extractor": None,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, Tokenizer, read_json
+from studio_worker.engine.families.weighted import reader, scaled, tokens
 
 T5_TOKENIZER = Tokenizer("T5Tokenizer", CONFIGS / "t5" / "tokenizer", 32_100)
 """32,000 pieces and 100 sentinels; the model's embedding has more rows, which nothing uses."""
@@ -91,3 +92,28 @@ def _uncast(tensor: Any) -> Any:
     import torch
 
     return tensor.view(torch.int8) if hasattr(tensor, "quant_type") else tensor
+
+
+def t5_states(
+    tokenizer: Any, encoder: Any, text: str, window: int, device: Any, *, masked: bool = False
+) -> Any:
+    """The states of ``text`` for a window of so many tokens, and how many of them it fills: its end is one.
+
+    Args:
+        masked: whether the encoder leaves the padding out.
+    """
+    import torch
+
+    ids, weights = tokens(text, reader(tokenizer))
+    ids = [*ids[: window - 1], tokenizer.eos_token_id]
+    padding = window - len(ids)
+    filled = ids + [tokenizer.pad_token_id] * padding
+    mask = torch.tensor([[1] * len(ids) + [0] * padding]).to(device) if masked else None
+    states = encoder(torch.tensor([filled]).to(device), attention_mask=mask)[0]
+    counts = [*weights[: window - 1], *[1.0] * (padding + 1)]
+    return scaled(states, counts), len(ids)
+
+
+def is_t5_truncated(tokenizer: Any, text: str, window: int) -> bool:
+    """Whether ``text`` with its end has more tokens than ``window``."""
+    return len(tokens(text, reader(tokenizer))[0]) + 1 > window

@@ -10,48 +10,92 @@ What the transformer's tensors are called: ``all_x_embedder.2-1``, ``attention.t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, Tokenizer, read_json
-from studio_worker.engine.families.family import Family, Pipelines
+from studio_worker.engine.families.family import Family, Pipelines, Seen
+from studio_worker.engine.families.packing import padded
 from studio_worker.engine.families.parts import kl_vae
-from studio_worker.engine.families.qwen import QWEN_TOKENIZER, qwen3
+from studio_worker.engine.families.qwen import QWEN_TOKENIZER, framed, language_states, qwen3
+from studio_worker.engine.levels import TIMESTEPS
 from studio_worker.engine.parameters import EngineDefaults, Parameters
 
 _ADALN_WIDTH = 256
 """How wide the timestep's embedding is at most (diffusers' ADALN_EMBED_DIM)."""
 
-_MAX_TOKENS = 512
-"""The window of the prompt with its chat template: the pipeline's own default."""
+_BLOCK = 32
+"""How many tokens of text are filled up together (diffusers' SEQ_MULTI_OF)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZImage(Family):
     """One language model's last but one hidden state conditions the transformer."""
 
-    def encode(self, pipeline: Any, parameters: Parameters) -> dict[str, Any]:
-        positive, negative = pipeline.encode_prompt(
-            parameters.prompt,
-            do_classifier_free_guidance=parameters.guidance > 1,
-            negative_prompt=parameters.negative_prompt,
-            max_sequence_length=_MAX_TOKENS,
-        )
-        return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+    def read(
+        self,
+        pipeline: Any,
+        texts: Sequence[str],
+        device: Any,
+        reference: Any,  # noqa: ARG002
+    ) -> list[dict[str, Any]]:
+        read = []
+        for text in texts:
+            ids, weights = _in_template(pipeline.tokenizer, text)
+            window = _window(pipeline.transformer)
+            states = language_states(pipeline.text_encoder, ids[:window], weights[:window], device, layer=-2)
+            read.append({"cap_feats": states[0]})
+        return read
 
-    def guidance(self, parameters: Parameters) -> dict[str, Any]:
-        # diffusers computes pos + g * (pos - neg) here, where everybody else has neg + g * (pos - neg).
-        return {"guidance_scale": max(0.0, parameters.guidance - 1)}
+    def prepare(
+        self,
+        pipeline: Any,  # noqa: ARG002
+        parameters: Parameters,  # noqa: ARG002
+        seen: Seen,  # noqa: ARG002
+        prompts: Mapping[str, dict[str, Any]],
+        device: Any,  # noqa: ARG002
+    ) -> list[dict[str, Any]]:
+        return list(prompts.values())
 
-    def strength(self, parameters: Parameters) -> float:
-        return parameters.denoise or 1.0  # diffusers' flow pipelines round up to a whole step by themselves
+    def predict(
+        self, pipeline: Any, x: Any, timestep: float, arguments: Sequence[dict[str, Any]]
+    ) -> list[Any]:
+        import torch
+
+        height, width = x.shape[-2:]
+        count = len(arguments)
+        prompts = [each["cap_feats"] for each in arguments]
+        frame = padded(x).to(prompts[0].dtype)[0].unsqueeze(1)
+        # It counts time upwards, from noise to picture, and predicts the other direction.
+        time = torch.full((count,), 1 - timestep / TIMESTEPS, device=x.device)
+        outputs = pipeline.transformer([frame] * count, time, prompts, return_dict=False)[0]
+        return [-output[:, 0, :height, :width].unsqueeze(0) for output in outputs]
 
     def is_truncated(self, pipeline: Any, text: str) -> bool:
-        template = pipeline.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        return len(pipeline.tokenizer(template).input_ids) > _MAX_TOKENS
+        return len(_in_template(pipeline.tokenizer, text)[0]) > _window(pipeline.transformer)
+
+
+def _window(transformer: Any) -> int:
+    """How many tokens of text have places: whole blocks, after the first place and before the picture's."""
+    places: int = transformer.config.axes_lens[0]
+    return (places - 2) // _BLOCK * _BLOCK
+
+
+def _in_template(tokenizer: Any, text: str) -> tuple[list[int], list[float]]:
+    """The tokens of ``text`` within the model's chat template, and what they count."""
+    template = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _PLACE}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=True,
+    )
+    before, _, after = template.partition(_PLACE)
+    return framed(tokenizer, before, text, after)
+
+
+_PLACE = "PROMPT"
 
 
 def z_image(
@@ -76,9 +120,7 @@ def z_image(
         ),
         flow=True,
         halves=("bfloat16",),
-        defaults=EngineDefaults(
-            width=1024, height=1024, steps=8, guidance=1.0, sampler="euler", size_multiple=16
-        ),
+        defaults=EngineDefaults(width=1024, height=1024, steps=8, guidance=1.0, sampler="euler"),
     )
 
 
