@@ -43,10 +43,12 @@ def filters_are_last(module: torch.nn.Module) -> bool:
     return all(each.is_contiguous(memory_format=torch.channels_last) for each in filters)
 
 
-def test_vae_of_a_gpu_has_its_channels_last() -> None:
+def test_vae_of_a_gpu_has_its_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU a VAE's weights lie in the order that its convolutions compute in, and still do after it has
     left the device, come back, and computed in another precision; on a CPU they lie as in the library.
     """
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 9))
     vae = vae_for("cuda:0")
     assert filters_are_last(vae)
     assert filters_are_last(vae.to(torch.float32).to(torch.float16))
