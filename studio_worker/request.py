@@ -27,6 +27,8 @@ _MAX_REDIRECTS = 10
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _EXPIRED = frozenset({400, 401, 403, 404, 410})
 """How an address that was good for a while is refused later."""
+_CODINGS = frozenset({"br", "compress", "dcb", "dcz", "deflate", "gzip", "x-compress", "x-gzip", "zstd"})
+"""IANA's registry of content codings. Stores send other words too, of files that are what they are."""
 _REQUESTS_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
@@ -59,11 +61,16 @@ class _Bearer(requests.auth.AuthBase):
 
 
 class Address:
-    """What is asked for, by all connections of one download. ``name`` is ``url`` as it may be told."""
+    """What is asked for, by all connections of one download. ``name`` is ``url`` as it may be told.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        is_hash_known: whether what comes is judged by its hash, so that headers need not vouch for it.
+    """
+
+    def __init__(self, url: str, *, is_hash_known: bool = False) -> None:
         self.url = url
         self.name = safe_url(url)
+        self.is_hash_known = is_hash_known
         self.redirected: str | None = None
         """Where the last redirect from ``url`` led."""
 
@@ -78,22 +85,22 @@ def ask(
     """
     if (known := address.redirected) is not None:
         with contextlib.suppress(DownloadError):
-            response, _ = _follow(known, address.name, headers, policy, session)
+            response, _ = _follow(known, address, headers, policy, session)
             if response.status_code not in _EXPIRED:
                 return response
             response.close()
         address.redirected = None
-    response, last = _follow(address.url, address.name, headers, policy, session)
+    response, last = _follow(address.url, address, headers, policy, session)
     if last != address.url:
         address.redirected = last
     return response
 
 
 def _follow(
-    url: str, name: str, headers: Mapping[str, str], policy: Policy, session: requests.Session | None
+    url: str, address: Address, headers: Mapping[str, str], policy: Policy, session: requests.Session | None
 ) -> tuple[requests.Response, str]:
     """The answer, and the address that gave it."""
-    first, via = url, ""
+    name, first, via = address.name, url, ""
     for _ in range(_MAX_REDIRECTS + 1):
         url = _checked(url, name, via, policy)
         try:
@@ -114,7 +121,7 @@ def _follow(
             raise DownloadError("request error", f"GET {name}: {via}{cause(error)}") from None
         location = response.headers.get("Location")
         if response.status_code not in _REDIRECTS or location is None:
-            if (coding := response.headers.get("Content-Encoding", "identity").lower()) != "identity":
+            if coding := _coding(response, is_hash_known=address.is_hash_known):
                 response.close()
                 raise DownloadRefused(
                     "request error", f"GET {name}: {via}the server insists on coding {coding[:40]}"
@@ -127,6 +134,14 @@ def _follow(
             url = ""
         via = f"redirected to {safe_url(url)}, "
     raise DownloadRefused("request error", f"GET {name}: more than {_MAX_REDIRECTS} redirects")
+
+
+def _coding(response: requests.Response, *, is_hash_known: bool) -> str:
+    """What the body is coded in, as far as it matters; empty for the file's own bytes."""
+    named = [each.strip().lower() for each in response.headers.get("Content-Encoding", "").split(",")]
+    return ", ".join(
+        each for each in named if each not in {"", "identity"} and (each in _CODINGS or not is_hash_known)
+    )
 
 
 def _untrusted(name: str, via: str, error: requests.exceptions.SSLError) -> DownloadError:

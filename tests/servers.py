@@ -51,6 +51,7 @@ class ServedFile:
         hold_head: the connection is held before the answer's first byte.
         range_shift: ``Content-Range`` names a start that is so much off.
         bare_ranges: a 206 does not repeat the file's validators.
+        range_status: what a range is answered with.
         range_cap: a range is answered with at most so many bytes.
         flip_at: the byte at this offset is sent wrong.
         rate: every connection gets so many bytes a second.
@@ -76,6 +77,7 @@ class ServedFile:
     hold_head: bool = False
     range_shift: int = 0
     bare_ranges: bool = False
+    range_status: int = 206
     range_cap: int | None = None
     flip_at: int | None = None
     rate: float | None = None
@@ -262,7 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Transfer-Encoding"] = "chunked"
         elif not file.no_length:
             headers["Content-Length"] = str(last - first + file.declared_extra)
-        self._head(200 if start is None else 206, headers)
+        self._head(200 if start is None else file.range_status, headers)
         body = bytearray(content[first:last])
         if file.flip_at is not None and first <= file.flip_at < last:
             body[file.flip_at - first] ^= 0xFF
