@@ -22,8 +22,9 @@ from transformers import Qwen3Config, Qwen3Model
 from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.z_image import z_image
+from studio_worker.gpu_check.tiny.weights import config, safetensors
 from studio_worker.models import CliDefaults, LocalFile
-from tests.flow_models import config, make, pixels, safetensors
+from tests.flow_models import make, pixels
 
 torch.set_num_threads(1)
 

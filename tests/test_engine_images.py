@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from studio_worker.engine import images
-from studio_worker.engine.images import decode_mask, decode_picture
+from studio_worker.engine.images import cells, decode_mask, decode_picture
 from studio_worker.errors import JobError
 from tests.engine_lab import encoded, scene
 
@@ -161,6 +161,43 @@ def test_mask_of_another_size_stays_sharp() -> None:
     read = decode_mask(encoded(mask), 64, 48)
     assert read.size == (64, 48)
     assert set(np.unique(np.asarray(read))) == {0, 255}
+
+
+def test_thin_line_in_a_large_mask_still_paints() -> None:
+    """A line one pixel wide in a mask four times too large is white in the job's size; so are its cells."""
+    mask = Image.new("L", (256, 256), 0)
+    mask.paste(255, (101, 0, 102, 256))
+    read = decode_mask(encoded(mask), 64, 64)
+    assert read.getbbox() == (25, 0, 26, 64)
+    painted = cells(read, 8, 8)
+    assert painted.sum() == 8
+    assert painted[:, 3].all()
+
+
+def test_cell_of_latents_is_painted_if_any_of_its_pixels_is() -> None:
+    """One white pixel paints the cell that it is in, and no other."""
+    mask = Image.new("L", (64, 48), 0)
+    mask.putpixel((15, 8), 255)
+    assert [tuple(place) for place in np.argwhere(cells(mask, 8, 6))] == [(1, 1)]
+
+
+def test_picture_and_mask_of_another_shape_are_cut_to_their_middle() -> None:
+    """What a picture and its mask have beyond the job's shape is cut off on both sides, not squeezed in."""
+    wide = Image.new("RGB", (128, 32), "black")
+    wide.paste("white", (48, 0, 80, 32))
+    picture = decode_picture(encoded(wide), "initial picture", 64, 64)
+    assert np.asarray(picture).min() == 255
+    high = Image.new("L", (32, 128), 0)
+    high.paste(255, (0, 48, 32, 80))
+    assert np.asarray(decode_mask(encoded(high), 64, 64)).min() == 255
+
+
+def test_picture_is_made_smaller_as_light_mixes() -> None:
+    """Black and white mix to the grey that looks half as bright, as in stable-diffusion.cpp."""
+    stripes = np.zeros((128, 128, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    picture = decode_picture(encoded(Image.fromarray(stripes)), "initial picture", 64, 64)
+    assert np.abs(np.asarray(picture, dtype=int) - 188).max() <= 1  # sRGB's grey of half the light
 
 
 def test_transparent_mask_keeps() -> None:

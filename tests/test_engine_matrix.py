@@ -13,6 +13,7 @@ from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import FAMILIES
 from studio_worker.engine.families.stable_diffusion import StableDiffusion2
+from studio_worker.engine.families.unet import UNetFamily
 from studio_worker.engine.samplers import SAMPLERS
 from studio_worker.gpu_check.tiny.families import tiny
 from studio_worker.gpu_check.tiny.model import Tiny
@@ -116,3 +117,20 @@ def test_every_way_of_computing_is_tried_in_full() -> None:
     assert {type(SERVED[name]) for name in SPEAKING} | {StableDiffusion2} == set(map(type, SERVED.values()))
     seeing = {name for name, family in SERVED.items() if family.sees_mask}
     assert seeing & set(SPEAKING)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_picture_has_the_size_that_was_asked_for(
+    name: str, files: dict[str, tuple[LocalFile, ...]], engines: dict[str, DiffusionEngine]
+) -> None:
+    """Transformers make a picture of exactly the size asked for, in whole cells of 8 pixels; UNets one whose
+    sides are the next multiples of 64; both as stable-diffusion.cpp does.
+    """
+    inputs = jobs(name)["mask"][0] if SERVED[name].sees_mask else Inputs()
+    defaults = DEFAULTS.model_copy(update={"width": 72, "height": 33})
+    made = make(
+        engines[name], files[name], defaults=defaults, inputs=inputs, steps=1, sampling_method="euler"
+    )
+    is_unet = isinstance(SERVED[name], UNetFamily)
+    assert pixels(made).shape[:2] == ((64, 128) if is_unet else (40, 72))
+    assert (made.meta["askedWidth"], made.meta["askedHeight"]) == (72, 33)

@@ -106,6 +106,13 @@ class Flux(Family):
         return is_t5_truncated(pipeline.tokenizer_2, text, self.prompt_tokens)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fill(Flux):
+    """FLUX.1 Fill: paints within a mask and nothing else, with more guidance built in."""
+
+    distilled_guidance: float = FILL_GUIDANCE
+
+
 def predict_packed(
     transformer: Any, x: Any, timestep: float, arguments: Sequence[dict[str, Any]]
 ) -> list[Any]:
@@ -191,7 +198,7 @@ _PIPELINES = Pipelines(
 _DEFAULTS = EngineDefaults(width=1024, height=1024, guidance=1.0, sampler="euler")
 
 
-def flux(name: str, folders: Mapping[str, Path], **options: Any) -> Flux:
+def flux(name: str, folders: Mapping[str, Path], cls: type[Flux] = Flux, **options: Any) -> Flux:
     """A family of FLUX.1 models.
 
     Args:
@@ -199,7 +206,8 @@ def flux(name: str, folders: Mapping[str, Path], **options: Any) -> Flux:
         folders: of the configurations of its parts, scheduler and tokenizers, by the pipelines' names.
         options: what of :class:`Flux` is not as dev's.
     """
-    return Flux(
+    guided = read_json(folders["transformer"] / "config.json")["guidance_embeds"]
+    return cls(
         **{
             "name": name,
             "parts": {
@@ -215,7 +223,7 @@ def flux(name: str, folders: Mapping[str, Path], **options: Any) -> Flux:
             "scheduler": folders["scheduler"],
             "pipelines": _PIPELINES,
             "reference_pixels": REFERENCE_PIXELS,
-            "flow_shift": DEV_SHIFT,
+            "flow_shift": DEV_SHIFT if guided else SCHNELL_SHIFT,
             "defaults": _DEFAULTS,
             **options,
         }
@@ -242,12 +250,11 @@ FLUX_SCHNELL = flux(
     },
     pipelines=replace(_PIPELINES, edit=None),
     prompt_tokens=256,
-    flow_shift=SCHNELL_SHIFT,
 )
 FLUX_FILL = flux(
     "flux1-fill",
     {**FOLDERS, "transformer": CONFIGS / "flux1" / "fill"},
-    distilled_guidance=FILL_GUIDANCE,
+    Fill,
     pipelines=Pipelines(text=None, inpaint="FluxFillPipeline"),
 )
 FLUX_FAMILIES = (FLUX_DEV, FLUX_SCHNELL, FLUX_FILL)

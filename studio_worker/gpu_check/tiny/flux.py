@@ -58,7 +58,7 @@ def _config(cls: str, width: int) -> dict[str, Any]:
 
 
 def tiny_flux(folder: Path, like: Flux, width: int = 32) -> Tiny:
-    """Of the kind of ``like``: its guidance, its shift, its pipelines and how many tokens it reads."""
+    """Of the kind of ``like``, by its class, its scheduler, its pipelines and how many tokens it reads."""
     numbers = {
         "transformer": flux_config(like, width),
         "text_encoder": CLIP,
@@ -75,10 +75,9 @@ def tiny_flux(folder: Path, like: Flux, width: int = 32) -> Tiny:
     family = flux(
         f"tiny-{like.name}",
         {**families.FOLDERS, **folders, "scheduler": like.scheduler},
+        type(like),
         pipelines=like.pipelines,
         prompt_tokens=like.prompt_tokens,
-        distilled_guidance=like.distilled_guidance,
-        flow_shift=like.flow_shift,
     )
     denoiser = layouts.black_forest(state(parts["transformer"]))
     # As Black Forest Labs' and comfyanonymous' files, flux1-dev-fp8, and city96/FLUX.1-dev-gguf.
