@@ -70,7 +70,7 @@ def library_path(maps: str | None = None) -> Path | None:
     (proc_pid_maps(5)).
     """
     text = Path("/proc/self/maps").read_text() if maps is None else maps
-    match = re.search(r"(/\S*/libcuda\.so\S*)(?: \(deleted\))?$", text, re.MULTILINE)
+    match = re.search(r"(/.*/libcuda\.so[.\d]*)(?: \(deleted\))?$", text, re.MULTILINE)
     return Path(match[1]) if match else None
 
 

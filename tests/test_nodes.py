@@ -121,6 +121,8 @@ def test_version_of_the_library_is_that_of_its_file() -> None:
     """The loaded libcuda is known by the file behind its name; without one there is no version."""
     line = "7f00-7f01 r-xp 00000000 08:01 123    /usr/lib/nvidia/current/libcuda.so.550.163.01"
     assert library_version(f"{line}\nother\n") == "550.163.01"
+    assert library_version(f"{line} (deleted)\n") == "550.163.01"  # replaced since
+    assert library_version(f"{line.replace('current', 'a folder')}\n") == "550.163.01"
     assert library_version("7f00-7f01 r-xp 00000000 08:01 123    /lib/libc.so.6\n") is None
 
 
