@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := packaging/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: docs help demo test test-deb lint bench soak chaos check venv clean deb lock
+.PHONY: docs help demo test test-deb cuda-build lint bench soak chaos check venv clean deb lock
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(STAMP) ## Make a dozen pictures with torch: studio, service and all (KEEP=1 leaves them running)
 	$(BIN)/studio-worker demo $(if $(KEEP),--keep)
@@ -53,6 +53,9 @@ deb: ## Build the Debian packages into build/packages (torch's CPU build; see de
 
 test-deb: $(STAMP) ## Build the packages and check them in a booted Debian 12 (as root; minutes)
 	packaging/test-deb
+
+cuda-build: $(STAMP) ## Install torch's CUDA build (5 GB, once) and check all that needs no GPU (minutes)
+	packaging/test-cuda
 
 lock: $(STAMP) ## Renew packaging/lock: versions and hashes of what goes into the packages
 	$(BIN)/python packaging/lock/lock.py

@@ -139,4 +139,4 @@ def _load(name: str) -> ctypes.CDLL:
             return ctypes.CDLL(str(path))
         except OSError:
             continue
-    raise NvmlError(f"{name} is not installed")
+    raise NvmlError(f"{name} is not installed (Debian's package libnvidia-ml1)")

@@ -156,7 +156,9 @@ class Service:
         logging.getLogger().addHandler(shipping)
         self._engines = default_router(self._device.name, compiles=settings.worker.compile)
         self._store = open_store(loaded, policy)
-        self._preparation = Preparation(self._store, self._device, notifier, self._stop)
+        self._preparation = Preparation(
+            self._store, self._device, notifier, self._stop, on_usable=lambda: self._gpu.start()
+        )
         self._later = LaterProvision(self._store, partial(self._line.note, "provision"))
         self._in_hand = JobInHand(settings.state.dir / "spool")
         failures = Failures(settings.state.dir / "spool")
@@ -206,7 +208,7 @@ class Service:
         self._gpu = GpuWatch(
             self._device,
             is_idle=lambda: self._desk.current_job_id is None,
-            say=partial(self._line.note, "device"),
+            say=self._say_of_gpu,
             end=self._end_with,
         )
         self._reporting = Reporting(
@@ -249,13 +251,13 @@ class Service:
         if (interval_s := watchdog_interval_s()) is not None:
             _thread("watchdog", lambda: self._feed_watchdog(interval_s))
         self._studio.start()
-        self._gpu.start()
         try:
             if self._settings.worker.preload:
                 self._worker.preload(
                     self._reloader.config.required,
                     go_on=lambda: (
                         not self._stop.is_set()
+                        and self._fatal is None
                         and not self._desk.is_paused
                         and self._desk.current_job_id is None
                     ),
@@ -321,8 +323,9 @@ class Service:
         self._worker.hand_back("the worker is stopping")
 
     def _end_with(self, error: StudioWorkerError) -> None:
-        """The session is over for good, so that a job in hand cannot be delivered to anybody; or the GPU."""
+        """Session or GPU are gone for good: the job in hand cannot be delivered to anybody, or be made."""
         self._fatal = error
+        self._preparation.give_up(error)
         self._desk.close()
         self._worker.hand_back(str(error))
 
@@ -337,6 +340,12 @@ class Service:
                 self._notifier.watchdog()
 
     # --- what is noted of all that ---
+
+    def _say_of_gpu(self, problem: str) -> None:
+        if self._activity.snapshot().phase == "ready":
+            self._line.note("device", problem)
+        elif problem:
+            self._notifier.status(problem)
 
     def _note_pause(self) -> None:
         self._studio.session.beat()

@@ -9,7 +9,7 @@ import logging
 import queue
 import signal
 import threading
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import Any
 
 from studio_worker.device import Device, probe, wait_for_device
@@ -43,13 +43,22 @@ class Preparation:
 
     Args:
         stop: ends it.
+        on_usable: called once the device has been tried out.
     """
 
-    def __init__(self, store: Store, device: Device, notifier: Notifier, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        store: Store,
+        device: Device,
+        notifier: Notifier,
+        stop: threading.Event,
+        on_usable: Callable[[], None],
+    ) -> None:
         self._store = store
         self._device = device
         self._notifier = notifier
         self._stop = stop
+        self._on_usable = on_usable
         self._ends: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def run(self, required: tuple[RequiredModel, ...], *, compiles: bool) -> bool:
@@ -68,6 +77,7 @@ class Preparation:
         def work() -> None:
             try:
                 self._try_device(compiles=compiles)
+                self._on_usable()
                 provision(self._store, required, progress, self._stop)
                 self._ends.put(None)
             except Exception as error:  # whatever it is, the main thread waits for it
@@ -81,9 +91,11 @@ class Preparation:
             raise error
         return True
 
-    def give_up(self) -> None:
-        """``stop`` is set: let :meth:`run` return at once. Safe from any thread, also where it is over."""
-        self._ends.put(None)
+    def give_up(self, error: Exception | None = None) -> None:
+        """Let :meth:`run` return at once, ``stop`` being set, or raise ``error``. Safe from any thread, also
+        where it is over.
+        """
+        self._ends.put(error)
 
     def _try_device(self, *, compiles: bool) -> None:
         if not self._device.is_gpu and not compiles:

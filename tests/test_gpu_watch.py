@@ -31,9 +31,9 @@ from studio_worker.service_process import ServiceProcess
 from studio_worker.snapshot import GpuFacts, Snapshot
 from tests.fake_driver import build_driver
 from tests.fake_nvml import build_nvml, tell
-from tests.servers import refused_url
+from tests.servers import FileServer, refused_url
 from tests.test_metrics import samples
-from tests.test_service import READY_S, await_status, override, queue_synthetic
+from tests.test_service import READY_S, await_status, override, queue_synthetic, require
 
 PLACE = "0000:41:00.0"
 CARD = Device("cuda:0", f"Fake GPU A at {PLACE}", 24.0, (8, 9), PLACE)
@@ -275,9 +275,7 @@ class GpuBox:
 @pytest.fixture
 def gpu_box(site: Path, tmp_path: Path, library: Path, told: Path) -> GpuBox:
     """A GPU by a fake driver, and a torch that the probe finds able to compute on it; jobs need no torch."""
-    folder = build_driver(tmp_path / "driver")
-    (folder / "libcuda.so.1").rename(folder / f"libcuda.so.{MODULE}")
-    (folder / "libcuda.so.1").symlink_to(f"libcuda.so.{MODULE}")
+    folder = build_driver(tmp_path / "driver", MODULE)
     (folder / library.name).symlink_to(library)
     torch = tmp_path / "python" / "torch"
     torch.mkdir(parents=True)
@@ -316,6 +314,25 @@ def test_gpu_lost_by_an_idle_service_ends_it(
         await_status(studio, queue_synthetic(studio), "done")
         tell(gpu_box.told, ask=15)
         assert_ended(running, "the GPU is lost: GPU is lost .NVML error 15.; look for Xid errors")
+
+
+def test_gpu_lost_while_models_are_downloaded_is_never_ready(
+    site: Path, tmp_path: Path, gpu_box: GpuBox
+) -> None:
+    """READY is not said of a GPU that was lost after it was tried out: STATUS says so, exit status 69."""
+    override(site, '[worker]\ndevice = "cuda"\n')
+    with FileServer() as server:
+        held = server.serve("/held.safetensors", b"held" * 1000, hold_after=100)
+        require(site, "large", held)
+        with ServiceProcess(site, tmp_path / "log", gpu_box.environment) as running:
+            assert held.held.wait(READY_S)
+            await_gpu(tmp_path)
+            tell(gpu_box.told, find=999)
+            running.await_message("STATUS=the GPU is lost: Unknown Error", READY_S)
+            assert running.wait() == 69
+            held.release()
+    assert not any(line.startswith("READY") for line in running.messages)
+    assert "the GPU is lost: Unknown Error" in running.log_lines()[-1]["error"]
 
 
 @pytest.mark.welcoming_studio
