@@ -21,7 +21,7 @@ from tests.acceptance.machine import Machine
 from tests.fake_driver import build_driver
 
 ROOT = Path(__file__).parents[2]
-LAYER = Path(os.environ.get("STUDIO_WORKER_CUDA", ROOT / "build" / "cuda")) / "layer"
+LAYER = Path(os.environ.get("CUDA_BUILD", ROOT / "build" / "cuda")) / "layer"
 LIBRARIES = "/usr/lib/x86_64-linux-gnu"
 CONTAINER_LIBRARIES = "/usr/local/nvidia/lib64"
 
