@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from weakref import WeakSet
 
 import torch
-from diffusers.quantizers.gguf.utils import GGUFParameter
 
+from studio_worker.engine.packed import is_in_blocks
 from studio_worker.errors import DeviceError
 
 _LOG = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ _WARNINGS = _Warnings(logging.WARNING)
 
 def compile_blocks(denoiser: torch.nn.Module) -> None:
     """Have the repeated blocks of ``denoiser`` compiled when they are first used, if they can be."""
-    if any(isinstance(each, GGUFParameter) for each in denoiser.parameters()):
+    if is_in_blocks(denoiser):
         return _leave(denoiser, "quantised")
     _settle()
     try:
@@ -67,9 +67,11 @@ def _leave(denoiser: torch.nn.Module, reason: str) -> None:
 @contextmanager
 def compiled(denoiser: torch.nn.Module | None, *, is_offloaded: bool) -> Iterator[bool]:
     """Inside, the blocks of ``denoiser`` run compiled where they were and may be; gives whether so."""
-    if denoiser not in _COMPILED:
+    if denoiser is None or denoiser not in _COMPILED:
         yield False
-    elif is_offloaded or _WARNINGS.failure or getattr(denoiser, "peft_config", None):
+    elif (
+        is_offloaded or _WARNINGS.failure or getattr(denoiser, "peft_config", None) or is_in_blocks(denoiser)
+    ):
         with torch.compiler.set_stance("force_eager"):
             yield False
     else:

@@ -1,8 +1,8 @@
 """Matrices of 8-bit floats, which stay so on the device and are widened layer by layer as they are used.
 
 As published for ComfyUI: ``float8_e4m3fn`` or ``float8_e5m2``, as they are or with a scale for each matrix.
-This module owns the tensor that carries the scale through a layout's renaming, and the layer that computes
-with it. What it computes is what the matrix widened at loading would.
+This module owns the tensor that carries the scale through a layout's renaming; what computes with it is
+packed.py's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 _MOVES = {
     *("__getitem__", "chunk", "split", "narrow", "roll", "reshape", "view", "contiguous", "clone", "detach"),
@@ -95,36 +94,3 @@ def widened(data: torch.Tensor, stored_as: torch.dtype, scale: float, dtype: tor
     """``data``, bytes of 8-bit floats, as numbers of ``dtype`` times ``scale``, rounded once."""
     numbers = data.view(stored_as).to(dtype)
     return numbers if scale == 1 else numbers.mul_(scale)
-
-
-class EightBitLinear(nn.Linear):
-    """A linear layer whose matrix is an :class:`EightBitMatrix`. ``weight`` is its bytes."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        self._stored_as, self._scale = torch.float8_e4m3fn, 1.0
-
-    def hold(self, matrix: EightBitMatrix, device: torch.device) -> None:
-        """Compute with ``matrix`` from now on."""
-        self._stored_as, self._scale = matrix.stored_as, matrix.scale
-        # On the CPU they are a mapped file's.
-        data = matrix.data_bytes().to(device, copy=device.type == "cpu")
-        self.weight = nn.Parameter(data, requires_grad=False)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """See torch."""
-        weight = widened(self.weight, self._stored_as, self._scale, input.dtype)
-        return nn.functional.linear(input, weight, self.bias)
-
-
-def use_eight_bit_linears(model: nn.Module, tensors: Mapping[str, Any], keep: Callable[[str], bool]) -> None:
-    """Let the linear layers of ``model`` whose matrices are 8-bit in ``tensors`` compute with them as such.
-
-    Args:
-        keep: whether a parameter must have single precision.
-    """
-    for name, layer in list(model.named_modules()):
-        matrix = f"{name}.weight"
-        if type(layer) is nn.Linear and isinstance(tensors.get(matrix), EightBitMatrix) and not keep(matrix):
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, EightBitLinear(layer))

@@ -16,12 +16,12 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
-from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+from diffusers.quantizers.gguf.utils import GGUFParameter
 
-from studio_worker.engine.eight_bit import EightBitLinear, use_eight_bit_linears
 from studio_worker.engine.families.component import Part, Tensors, Tokenizer, read_json
 from studio_worker.engine.families.family import Family, refused
 from studio_worker.engine.faults import is_device_lost, is_exhausted
+from studio_worker.engine.packed import BlockLinear, EightBitLinear, use_packed_linears
 from studio_worker.engine.precision import numbers
 from studio_worker.engine.sections import Section
 from studio_worker.engine.weights import dequantised, read_tensors
@@ -144,17 +144,12 @@ def _fill(
     wanted = {**dict(model.named_parameters()), **buffers}
     _check_names_and_shapes(wanted, tensors, section, part)
     keep = _kept_in_single_precision(model, dtype)
-    _use_gguf_linears(model, tensors, dtype)
-    use_eight_bit_linears(model, tensors, keep)
+    use_packed_linears(model, tensors, dtype, keep)
     for name in wanted:
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         tensor = tensors.pop(name)
-        is_matrix = isinstance(module, GGUFLinear) and attribute == "weight"
-        if isinstance(tensor, GGUFParameter) and is_matrix:
-            module.register_parameter(attribute, tensor)
-            continue
-        if isinstance(module, EightBitLinear) and attribute == "weight":
+        if isinstance(module, BlockLinear | EightBitLinear) and attribute == "weight":
             module.hold(tensor, device)
             continue
         tensor = dequantised(tensor, torch.float32 if keep(name) else dtype).reshape(wanted[name].shape)
@@ -169,16 +164,6 @@ def _fill(
             "tensors without a place",
             extra={"file": section.file.path.name, "count": len(tensors), "first": next(iter(tensors))},
         )
-
-
-def _use_gguf_linears(model: torch.nn.Module, tensors: Tensors, dtype: torch.dtype) -> None:
-    """Let the linear layers of ``model`` whose matrices are quantised in ``tensors`` compute with them."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, torch.nn.Linear) and isinstance(tensors.get(f"{name}.weight"), GGUFParameter):
-            with init_empty_weights():
-                quantised = GGUFLinear(layer.in_features, layer.out_features, layer.bias is not None, dtype)
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, quantised)
 
 
 def _check_names_and_shapes(

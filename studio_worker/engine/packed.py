@@ -1,0 +1,164 @@
+"""Linear layers whose matrix is packed, in GGUF's blocks or 8-bit floats, or has been unpacked.
+
+Packed, a matrix is written out as plain numbers each time that it is used, which takes a few bytes a weight
+for a moment, and time at every step. Unpacked it is written out once: the same numbers in the same type, so
+that what is computed is the same to the bit. This module owns the layers and the way from one to the other;
+for which of them there is room, placement.py and residency.py say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+from torch import nn
+
+from studio_worker.engine.eight_bit import EightBitMatrix, widened
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose ``weight`` is bytes, until it is unpacked.
+
+    Args:
+        layer: the one it takes the place of.
+        dtype: what the layer computes in; libraries ask for it as ``compute_dtype``.
+    """
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.compute_dtype = dtype
+        self._in_ram: torch.Tensor | None = None
+        """The bytes while the layer is unpacked, where they were kept."""
+
+    @property
+    def is_packed(self) -> bool:
+        return not self.weight.is_floating_point()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """See torch."""
+        # Wider than what the layer computes in where a VAE decodes in single precision.
+        dtype = torch.promote_types(input.dtype, self.compute_dtype)
+        weight = self._numbers(dtype) if self.is_packed else self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(input.to(dtype), weight, bias)
+
+    def unpack(self, *, keeps: bool) -> None:
+        """Write the matrix out; with ``keeps`` its bytes stay in RAM."""
+        numbers = self._numbers(self.compute_dtype)
+        self._in_ram = self._bytes().cpu() if keeps else None
+        self.weight = nn.Parameter(numbers, requires_grad=False)
+
+    def pack(self, device: torch.device) -> None:
+        """Compute with the bytes that were kept, on ``device``."""
+        assert self._in_ram is not None
+        self._hold(self._in_ram.to(device))
+        self._in_ram = None
+
+    def _numbers(self, dtype: torch.dtype) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _bytes(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _hold(self, data: torch.Tensor) -> None:
+        raise NotImplementedError
+
+
+class BlockLinear(PackedLinear):
+    """Of blocks as GGUF files have them. ``weight`` is a ``GGUFParameter``, by which diffusers knows them."""
+
+    _kind: Any = None
+
+    def hold(self, matrix: GGUFParameter, device: torch.device) -> None:
+        """Compute with ``matrix`` from now on."""
+        self._kind = matrix.quant_type
+        self._hold(_own(matrix.as_tensor(), device))
+
+    def _hold(self, data: torch.Tensor) -> None:
+        self.weight = GGUFParameter(data, quant_type=self._kind)
+
+    def _bytes(self) -> torch.Tensor:
+        return self.weight.as_tensor()  # type: ignore[attr-defined, no-any-return]
+
+    def _numbers(self, dtype: torch.dtype) -> torch.Tensor:
+        numbers: torch.Tensor = dequantize_gguf_tensor(self.weight)
+        return numbers.to(dtype)
+
+
+class EightBitLinear(PackedLinear):
+    """Of 8-bit floats, with a scale or without."""
+
+    _stored_as = torch.float8_e4m3fn
+    _scale = 1.0
+
+    def hold(self, matrix: EightBitMatrix, device: torch.device) -> None:
+        """Compute with ``matrix`` from now on."""
+        self._stored_as, self._scale = matrix.stored_as, matrix.scale
+        self._hold(_own(matrix.data_bytes(), device))
+
+    def _hold(self, data: torch.Tensor) -> None:
+        self.weight = nn.Parameter(data, requires_grad=False)
+
+    def _bytes(self) -> torch.Tensor:
+        return self.weight.data
+
+    def _numbers(self, dtype: torch.dtype) -> torch.Tensor:
+        return widened(self.weight, self._stored_as, self._scale, dtype)
+
+
+def _own(data: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # On the CPU they are a mapped file's.
+    return data.to(device, copy=device.type == "cpu")
+
+
+def use_packed_linears(
+    model: nn.Module, tensors: Mapping[str, Any], dtype: torch.dtype, keep: Callable[[str], bool]
+) -> None:
+    """Let the linear layers of ``model`` whose matrices are packed in ``tensors`` compute with them as such.
+
+    Args:
+        dtype: what they compute in.
+        keep: whether a parameter must have single precision. 8-bit floats are then written out at once.
+    """
+    for name, layer in list(model.named_modules()):
+        matrix = tensors.get(f"{name}.weight")
+        is_wide = keep(f"{name}.weight")
+        if isinstance(layer, nn.Linear) and isinstance(matrix, GGUFParameter):
+            packed: PackedLinear = BlockLinear(layer, torch.float32 if is_wide else dtype)
+        elif type(layer) is nn.Linear and isinstance(matrix, EightBitMatrix) and not is_wide:
+            packed = EightBitLinear(layer, dtype)
+        else:
+            continue
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, packed)
+
+
+def packed_linears(module: nn.Module) -> Iterator[PackedLinear]:
+    """Those of ``module`` that are packed, or were before they were unpacked."""
+    return (layer for layer in module.modules() if isinstance(layer, PackedLinear))
+
+
+def is_in_blocks(module: nn.Module) -> bool:
+    """Whether some matrix is GGUF's blocks now."""
+    return any(isinstance(layer, BlockLinear) and layer.is_packed for layer in module.modules())
+
+
+def packed_bytes(module: nn.Module) -> int:
+    """What the packed matrices of ``module`` take now."""
+    return sum(layer.weight.nbytes for layer in packed_linears(module) if layer.is_packed)
+
+
+def unpack(module: nn.Module, *, keeps: bool) -> None:
+    """Write every packed matrix out, where it is; with ``keeps`` the packed ones stay in RAM."""
+    for layer in packed_linears(module):
+        if layer.is_packed:
+            layer.unpack(keeps=keeps)
+
+
+def pack(module: nn.Module, device: torch.device) -> None:
+    """Have every matrix packed again, on ``device``; those that are packed stay where they are."""
+    for layer in packed_linears(module):
+        if not layer.is_packed:
+            layer.pack(device)
