@@ -5,14 +5,16 @@ from __future__ import annotations
 import getpass
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from studio_worker import __version__
+from studio_worker.breaker import Refusal
 from studio_worker.device import Device, available_ram_bytes
 from studio_worker.engine import Router
 from studio_worker.engine.estimate import Estimates
+from studio_worker.health import Health
 from studio_worker.jobs import ImageTask
-from studio_worker.models import LocalFile, ModelSource
+from studio_worker.models import LocalFile, ModelFile, ModelSource
 from studio_worker.outbox import Outbox
 from studio_worker.settings import Settings
 from studio_worker.spool import Failures, JobInHand
@@ -41,6 +43,7 @@ class Abilities:
         in_hand: JobInHand,
         failures: Failures,
         outbox: Outbox,
+        health: Health,
     ) -> None:
         self._settings = settings
         self._device = device
@@ -51,6 +54,7 @@ class Abilities:
         self._in_hand = in_hand
         self._failures = failures
         self._outbox = outbox
+        self._health = health
 
     def capabilities(self) -> Capabilities:
         """What registration and heartbeats say of this box."""
@@ -83,10 +87,11 @@ class Abilities:
             outbox_problem=self._outbox.fullness,
             is_poisoned=self._in_hand.is_poisoned,
             failed_for_good=self._failures.final,
-            is_on_box=lambda files: all(self._store.is_verified(file) for file in files),
+            is_on_box=self._is_on_box,
             shortfall_bytes=self._store.shortfall_bytes,
             memory_gb=self._memory_gb(),
             needed_gb=self._needed_gb,
+            held_back=self._held_back,
         )
 
     def _threshold_gb(self) -> float:
@@ -102,9 +107,17 @@ class Abilities:
             found = available_ram_bytes()
         return self._device.memory_gb if found is None else min(self._device.memory_gb, found / 1e9)
 
+    def _is_on_box(self, files: Sequence[ModelFile]) -> bool:
+        return all(self._store.is_verified(file) for file in files)
+
+    def _held_back(self, model: str, source: ModelSource, task: ImageTask) -> Refusal | None:
+        inputs = (task.init_image_url, task.mask_url, task.ref_image_url)
+        fetches = any(url is not None for url in inputs) or not self._is_on_box(source.files)
+        return self._health.refusal(model, source, task, fetches=fetches)
+
     def _needed_gb(self, source: ModelSource, task: ImageTask) -> float | None:
         """What a job needs of the device's memory at least; ``None`` where its files are not here to tell."""
-        if not source.files or not all(self._store.is_verified(file) for file in source.files):
+        if not source.files or not self._is_on_box(source.files):
             return None
         files = [
             LocalFile(file.role, self._store.path(file), file.sha256 or file.url) for file in source.files

@@ -5,9 +5,9 @@ to be refused. Only failures that are this box's, or that may be, are told here.
 
 * of one model, in a row: at :data:`FAILURES` jobs of that model are held back. It may be the model's host, or
   its weights, so other models go on.
-* of the box, in a row, whatever the model: at as many, of more than one model, all jobs are held back. Where
-  all of them failed while something was fetched, only jobs for which something has to be fetched.
+* of the box, in a row, whatever the model: at as many, of more than one model, all jobs are held back.
 
+Where all of them failed while something was fetched, only jobs are held back for which something has to be.
 What is held back is so for a pause, which doubles each time from :data:`FIRST_PAUSE_S` to
 :data:`LONGEST_PAUSE_S`, and until the device has passed a try. Then a job is let through as every other, and
 its end decides: a picture ends it all, a failure is followed by the next pause.
@@ -158,7 +158,7 @@ class Breaker:
         if box.is_held and (fetches or not box.only_fetching):
             return Refusal(f"the last {box.failures} jobs failed here: {box.reason}", is_for_now=True)
         run = self._models.get(model)
-        if run is None or not run.is_held:
+        if run is None or not run.is_held or (run.only_fetching and not fetches):
             return None
         # Where this box works and that model does not, other workers, and jobs of other models that wait
         # behind this one, are better served by a plain no.

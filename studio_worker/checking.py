@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,17 +42,21 @@ def check_file(
     progress: Progress | None,
     on_damage: OnDamage,
     fetch_again: Callable[[], None] | None,
+    cancel: threading.Event | None = None,
 ) -> Checked:
     """Read the file ``name`` below ``root``.
 
     Args:
         fetch_again: brings it back, or raises DownloadError; ``None`` where nobody says from where.
+
+    Raises:
+        DownloadCancelled: ``cancel`` was set.
     """
     path = root / name
     state = "missing"
     if path.is_file():
         try:
-            is_right = hash_file(path, progress=progress) == entry.sha256
+            is_right = hash_file(path, progress=progress, cancel=cancel) == entry.sha256
         except OSError:  # the disk cannot read it back
             is_right = False
         if is_right:

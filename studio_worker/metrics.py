@@ -176,6 +176,15 @@ def _session(now: Snapshot) -> Iterator[Metric]:
 def _jobs(now: Snapshot) -> Iterator[Metric]:
     yield _counter("jobs", "Jobs that have ended, by outcome.", now.jobs, "outcome")
     yield _gauge("job_in_hand", "Whether a job is being made.", now.job is not None)
+    yield _gauge(
+        "failures_in_a_row", "Failed jobs since the last picture, this box's faults.", now.health.failures
+    )
+    held = now.health.held
+    scopes = {
+        "box": sum(each.model is None for each in held),
+        "model": sum(each.model is not None for each in held),
+    }
+    yield _gauge("held_back", "What no jobs are taken of for a while: everything, models.", scopes, "scope")
     offers = {
         "accepted": now.offers.accepted,
         "again": now.offers.again,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol
 
 from studio_worker.engine import Engine
@@ -19,7 +20,8 @@ class JobSource(Protocol):
         """The next job; waits for one. ``None`` ends the loop.
 
         Args:
-            rest: called here, once at each pause, when no job is in hand any more.
+            rest: called here, when no job is in hand, once at each pause and whenever somebody else needs the
+                device.
         """
         ...
 
@@ -46,6 +48,12 @@ class Files(Protocol):
         """Every one of ``files`` on disk; they stay there until the context ends."""
         ...
 
+    def is_as_registered(
+        self, path: Path, progress: Callable[[int, int | None], None], cancel: threading.Event
+    ) -> bool:
+        """Whether a file that an engine could not make sense of is the one that the studio registered."""
+        ...
+
 
 class Engines(Protocol):
     """Which engine reads a source."""
@@ -59,6 +67,15 @@ class InHand(Protocol):
 
     def begin(self, job: Job) -> None: ...
     def end(self) -> None: ...
+
+
+class Health(Protocol):
+    """Who judges from the ends of jobs whether more should come."""
+
+    def made(self, job: Job) -> None: ...
+    def failed(self, job: Job, error: Exception) -> None:
+        """It could not be done here; whose fault that is, ``error`` says. Not for jobs handed back."""
+        ...
 
 
 class Results(Protocol):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 from studio_worker.config import Config
 from studio_worker.download import Policy, Progress
@@ -253,6 +254,10 @@ class SeenFiles:
                 if lines:
                     self._on_end()
             yield local
+
+    def is_as_registered(self, path: Path, progress: Progress, cancel: threading.Event) -> bool:
+        """As :meth:`Store.is_as_registered`."""
+        return self._store.is_as_registered(path, progress, cancel)
 
 
 def show_bytes(count: float) -> str:

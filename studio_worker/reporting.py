@@ -19,8 +19,8 @@ from studio_worker.notify import ReadyLine
 from studio_worker.outbox import Outbox
 from studio_worker.snapshot import (
     DeviceFacts,
-    EndedJob,
     GpuFacts,
+    HealthFacts,
     OutboxFacts,
     ProcessFacts,
     ResidentModel,
@@ -30,8 +30,6 @@ from studio_worker.starts import Starts
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.offers import AlreadyOurs, Impossible, Judgement, Refuse, Take
 
-_STREAK = 3
-"""So many jobs in a row that this box could not make, and another might, are no accident."""
 _STARTED_AT, _STARTED = time.time(), time.monotonic()
 """When this module came in, right after the process began."""
 
@@ -51,6 +49,7 @@ class Reporting:
 
     Args:
         gpu: what is known of a GPU's temperature and use.
+        health: what the last jobs say of this box.
         studio: its address, as it may be shown.
         uploading: the job whose upload is under way, if any.
         on_pause: called when pause has changed.
@@ -66,6 +65,7 @@ class Reporting:
         device: Device,
         gpu: Callable[[], GpuFacts | None],
         engines: Router,
+        health: Callable[[], HealthFacts],
         studio: str,
         uploading: Callable[[], str | None],
         on_pause: Callable[[], None],
@@ -77,6 +77,7 @@ class Reporting:
         self._device = device
         self._gpu = gpu
         self._engines = engines
+        self._health = health
         self._studio = studio
         self._uploading = uploading
         self._on_pause = on_pause
@@ -97,6 +98,7 @@ class Reporting:
                 "version": __version__,
                 "studio": self._studio,
                 "process": _process(self._starts),
+                "health": self._health(),
                 "outbox": OutboxFacts(
                     count=waiting.count,
                     size_bytes=waiting.size_bytes,
@@ -126,23 +128,6 @@ class Reporting:
         self._on_pause()
         now = self._activity.snapshot()
         return {"paused": paused, "phase": now.phase, "job_id": self._desk.current_job_id}
-
-
-def note_failures(activity: Activity, line: ReadyLine) -> None:
-    """From now on the status line says when job after job fails, until one is delivered."""
-    failed = 0
-
-    def ended(job: EndedJob) -> None:
-        nonlocal failed
-        if job.outcome == "done":
-            failed = 0
-            line.note("jobs", "")
-        elif job.outcome == "failed" and job.retryable:  # what no worker can do says nothing of this one
-            failed += 1
-            if failed >= _STREAK:
-                line.note("jobs", f"the last {failed} jobs failed: {job.reason}")
-
-    activity.on_job_end(ended)
 
 
 def note_answer(activity: Activity, line: ReadyLine, judgement: Judgement, model: str) -> None:

@@ -25,6 +25,7 @@ from studio_worker.device import find_device
 from studio_worker.engine import default_router
 from studio_worker.errors import StudioWorkerError
 from studio_worker.gpu_watch import GpuWatch
+from studio_worker.health import Health
 from studio_worker.inputs import input_fetcher
 from studio_worker.lock import state_lock
 from studio_worker.metrics import Exporter, Metrics
@@ -39,10 +40,10 @@ from studio_worker.provision import (
 )
 from studio_worker.reach import policy_from
 from studio_worker.reload import REQUIRED_MODELS, Reloaded, Reloader
-from studio_worker.reporting import Reporting, early_handlers, note_answer, note_failures
+from studio_worker.reporting import Reporting, early_handlers, note_answer
 from studio_worker.settings import Settings, listen_address
 from studio_worker.spool import Failures, JobInHand
-from studio_worker.starting import Preparation, await_nodes
+from studio_worker.starting import Preparation, await_nodes, try_again
 from studio_worker.starts import Starts
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.desk import Desk
@@ -134,7 +135,6 @@ class Service:
         self._activity = activity
         self._notifier = notifier
         self._line = ReadyLine(notifier)
-        note_failures(activity, self._line)
         self._stop = threading.Event()
         self._ended = threading.Event()
         self._fatal: StudioWorkerError | None = None
@@ -168,6 +168,12 @@ class Service:
             max_age_s=settings.state.outbox_max_days * 86_400,
         )
         self._desk = Desk()
+        self._health = Health(
+            partial(self._line.note, "jobs"),
+            try_device=lambda: try_again(self._device, self._desk.rest, self._stop),
+            end=self._end_with,
+            stop=self._stop,
+        )
         abilities = Abilities(
             lambda: self._settings,
             device=self._device,
@@ -177,6 +183,7 @@ class Service:
             in_hand=self._in_hand,
             failures=failures,
             outbox=outbox,
+            health=self._health,
         )
         api = StudioApi(settings.studio.api_base_url)
         self._studio = StudioLink(
@@ -202,6 +209,7 @@ class Service:
             in_hand=self._in_hand,
             results=outbox,
             reports=self._activity,
+            health=self._health,
             fetch=lambda url, cancel: input_fetcher(self._reloader.policy, api.root)(url, cancel),
             step_timeout_s=settings.worker.step_timeout_s,
         )
@@ -219,6 +227,7 @@ class Service:
             device=self._device,
             gpu=lambda: self._gpu.facts,
             engines=self._engines,
+            health=self._health.facts,
             studio=logs.safe_url(settings.studio.api_base_url),
             uploading=lambda: self._studio.courier.uploading,
             on_pause=self._note_pause,
@@ -289,6 +298,7 @@ class Service:
                 "the last process ended with this job in hand",
                 extra={"op": "job", "job_id": job_id, "refused_from_now": self._in_hand.is_poisoned(job_id)},
             )
+            self._health.crashed(self._in_hand.crashes_in_a_row)
 
     # --- a reload ---
 

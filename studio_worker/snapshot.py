@@ -137,6 +137,28 @@ class DeviceFacts(_Facts):
     gpu: GpuFacts | None = None
 
 
+class HeldFacts(_Facts):
+    """Jobs that are not taken until ``until_at``, since others failed: of ``model``, or (without) of any;
+    ``only_fetching``: only those for which something has to be downloaded.
+    """
+
+    model: str | None = None
+    failures: int = 0
+    reason: str = ""
+    until_at: float = 0.0
+    only_fetching: bool = False
+
+
+class HealthFacts(_Facts):
+    """Failures that are this box's own: ``failures`` in a row so far, ``failed_tries`` of the device in a row
+    after that, and what is held back.
+    """
+
+    failures: int = 0
+    failed_tries: int = 0
+    held: tuple[HeldFacts, ...] = ()
+
+
 class ProcessFacts(_Facts):
     """This process, and how often there was one: ``starts`` and ``crashes`` outlive it.
 
@@ -166,6 +188,7 @@ class Snapshot(_Facts):
     process: ProcessFacts = ProcessFacts()
     registration: RegistrationFacts = RegistrationFacts()
     session: SessionFacts = SessionFacts()
+    health: HealthFacts = HealthFacts()
     job: JobFacts | None = None
     last_jobs: tuple[EndedJob, ...] = ()
     """Newest first."""

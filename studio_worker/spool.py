@@ -10,6 +10,7 @@ Only the service writes here (folder 0700). What cannot be read back never stops
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -40,8 +41,11 @@ class JobInHand:
         make_private(folder)
         self._note = folder / "job-in-hand.json"
         self._crashes_path = folder / "crashes.json"
+        self._streak_path = folder / "crashes-in-a-row.json"
         crashes = _read_json(self._crashes_path) or {}
         self._crashes = {job_id: notes for job_id, notes in crashes.items() if _are_names(notes)}
+        self.crashes_in_a_row = _count((_read_json(self._streak_path) or {}).get("count"))
+        """How many processes, up to the last one, died in a job without having ended another one."""
 
     def recover(self) -> str | None:
         """The job that was in hand when the last process died, counted as one crash; ``None`` if none was."""
@@ -54,8 +58,10 @@ class JobInHand:
         notes = [*self._crashes.pop(job_id, []), str(note.get("note_id", ""))]
         self._crashes[job_id] = list(dict.fromkeys(notes))[-POISON_CRASHES:]  # the latest stands last
         self._crashes = dict(list(self._crashes.items())[-_REMEMBERED:])
+        self.crashes_in_a_row += 1
         try:
             write_atomic(self._crashes_path, json.dumps(self._crashes).encode())
+            write_atomic(self._streak_path, json.dumps({"count": self.crashes_in_a_row}).encode())
         except OSError as error:  # a full disk must not keep the service from delivering what lies on it
             log.error("crash cannot be noted", extra=_facts(self._crashes_path, error=error.strerror))
         self._clear()
@@ -77,6 +83,10 @@ class JobInHand:
     def end(self) -> None:
         """The job in hand has ended: its result is in the outbox, or its failure is known."""
         self._clear()
+        if self.crashes_in_a_row:
+            self.crashes_in_a_row = 0
+            with contextlib.suppress(OSError):  # a disk that takes nothing: some crashes too many are counted
+                self._streak_path.unlink(missing_ok=True)
 
     def _clear(self) -> None:
         try:
@@ -116,6 +126,10 @@ class Failures:
         if isinstance(failure, dict) and failure.get("retryable") is False:
             return str(failure.get("error"))
         return None
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and 0 <= value < 1_000_000 else 0
 
 
 def _are_names(value: Any) -> bool:

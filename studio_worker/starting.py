@@ -21,6 +21,8 @@ from studio_worker.store import Store
 
 log = logging.getLogger(__name__)
 
+_LOOK_AGAIN_S = 0.5
+
 
 def await_nodes(setting: str, notifier: Notifier, stop_signals: Set[signal.Signals]) -> bool:
     """Wait for the device's nodes, for a bounded time; ``False`` where the service was told to stop.
@@ -36,6 +38,22 @@ def await_nodes(setting: str, notifier: Notifier, stop_signals: Set[signal.Signa
     return wait_for_device(
         setting, on_wait=tell, wait=lambda limit_s: signal.sigtimedwait(stop_signals, limit_s) is not None
     )
+
+
+def try_again(device: Device, rest: Callable[[], threading.Event], stop: threading.Event) -> str:
+    """What is wrong with ``device`` after jobs failed on it; empty = it computes.
+
+    Args:
+        rest: lets our own models leave it, which the trial would lack the room of; sets the event then.
+        stop: ends it.
+    """
+    if not device.is_gpu:
+        return ""
+    rested = rest()
+    while not rested.wait(_LOOK_AGAIN_S):
+        if stop.is_set():
+            return ""
+    return str(probe(device.name, stop=stop)["error"])
 
 
 class Preparation:

@@ -18,12 +18,14 @@ from studio_worker.errors import (
     DeviceError,
     DownloadCancelled,
     DownloadError,
+    FileDamaged,
     JobCancelled,
     JobError,
+    JobImpossible,
 )
 from studio_worker.jobs import Cancel, Job, Picture
 from studio_worker.models import RequiredModel
-from studio_worker.ports import Engines, Files, InHand, JobSource, Reports, Results
+from studio_worker.ports import Engines, Files, Health, InHand, JobSource, Reports, Results
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Worker:
         in_hand: InHand,
         results: Results,
         reports: Reports,
+        health: Health,
         fetch: Callable[[str, threading.Event], bytes],
         step_timeout_s: float,
     ) -> None:
@@ -55,6 +58,7 @@ class Worker:
         self._in_hand = in_hand
         self._results = results
         self._reports = reports
+        self._health = health
         self._fetch = fetch
         self.step_timeout_s = step_timeout_s
         self._guard = threading.Lock()
@@ -162,12 +166,17 @@ class Worker:
             self._keep(job, picture, timings_s)
             log.debug("picture made", extra={"op": "job", "job_id": job.job_id, "model": job.model})
             self._reports.job_made()
+            self._health.made(job)
         except JobCancelled as error:
             self._report(job, str(error), retryable=True, handed_back=True)
+            if self._ending is None:  # a step that took too long
+                self._health.failed(job, error)
         except DownloadCancelled:
             self._report(job, self._cancel.reason, retryable=True, handed_back=True)
         except (JobError, DownloadError) as error:
-            self._report(job, str(error), retryable=error.retryable)
+            judged = self._judged(error)
+            self._report(job, str(error), retryable=judged.retryable)
+            self._health.failed(job, judged)
         except DeviceError as error:
             # What the engine was at work on when the device was lost may have been what killed it: the note
             # stays, and the next start counts a crash of this job.
@@ -188,6 +197,7 @@ class Worker:
                 },
             )
             self._report(job, f"internal error: {type(error).__name__}", retryable=True)
+            self._health.failed(job, error)
         finally:
             self._stepped_at = None
             self._is_making = False
@@ -197,6 +207,17 @@ class Worker:
             # Delivery starts only now: the studio answers it with the next offer, and a desk that is not
             # clear yet would have to refuse that one as busy.
             self._results.wake()
+
+    def _judged(self, error: JobError | DownloadError) -> JobError | DownloadError:
+        """A file that is what the studio registered, and makes no sense, is the job's fault."""
+        try:
+            if isinstance(error, FileDamaged) and self._files.is_as_registered(
+                error.path, self._moved, self._cancel_download
+            ):
+                return JobImpossible(str(error))
+        except DownloadError as problem:  # stopped, or a disk that fails: nobody knows
+            log.warning("file could not be read anew", extra={"op": "job", "error": str(problem)})
+        return error
 
     def _note(self, job: Job) -> None:
         try:

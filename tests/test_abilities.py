@@ -20,6 +20,7 @@ from studio_worker.store import Store
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.delivery import Courier
 from studio_worker.studio.desk import Desk
+from tests.played import untouched_health
 from tests.test_worker import KeepingEngine
 
 
@@ -65,6 +66,7 @@ def memory_gb(tmp_path: Path) -> Callable[[str, FullEngine | None], float]:
             in_hand=JobInHand(tmp_path / "spool"),
             failures=Failures(tmp_path / "spool"),
             outbox=outbox,
+            health=untouched_health(),
         )
         return abilities.situation(idle_courier(outbox)).memory_gb
 

@@ -9,8 +9,6 @@ import pytest
 
 from studio_worker.activity import Activity
 from studio_worker.errors import DeviceError
-from studio_worker.notify import Notifier, ReadyLine
-from studio_worker.reporting import note_failures
 from studio_worker.snapshot import EndedJob, Snapshot
 from studio_worker.starts import Starts
 
@@ -180,22 +178,3 @@ def test_starts_survives_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "starts.json").write_bytes(b"\xff{")
     with Starts(tmp_path) as starts:
         assert (starts.count, starts.crashes) == (1, 0)
-
-
-def test_box_that_fails_job_after_job_says_so(activity: Activity) -> None:
-    """Three in a row that another worker might have made are in the status line, until one is delivered."""
-    said: list[str] = []
-    note_failures(activity, ReadyLine(Notifier(said.append)))
-
-    def fail(reason: str, *, retryable: bool = True, handed_back: bool = False) -> None:
-        activity.job_failed("j", "m", reason, retryable=retryable, handed_back=handed_back)
-
-    fail("out of memory")
-    fail("no such sampler", retryable=False)
-    fail("the worker is stopping", handed_back=True)
-    fail("out of memory")
-    assert said == []
-    fail("out of memory")
-    activity.upload_delivered("j", "m", {}, 1)
-    fail("out of memory")
-    assert said == ["ready; the last 3 jobs failed: out of memory", "ready"]

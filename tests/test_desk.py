@@ -38,3 +38,17 @@ def test_closed_desk_ends_the_wait_of_a_paused_worker() -> None:
     desk.close()
     assert desk.take(lambda: rests.append(1)) is None
     assert rests == [1]
+
+
+def test_rest_comes_after_the_job_in_hand_and_is_told() -> None:
+    """Whoever needs the device waits for the job that was put before, and knows when the models have left."""
+    desk = Desk()
+    rests: list[str] = []
+    desk.put(job("a"))
+    rested = desk.rest()
+    assert desk.take(lambda: rests.append("before a")) == job("a")
+    assert not rested.is_set()
+    desk.put(job("b"))
+    assert desk.take(lambda: rests.append("before b")) == job("b")
+    assert rested.is_set()
+    assert rests == ["before b"]

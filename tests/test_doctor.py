@@ -41,7 +41,7 @@ from studio_worker.doctor.worker import (
 from studio_worker.local_studio import LocalStudio
 from studio_worker.sample_model import WEIGHTS
 from studio_worker.service_process import ServiceProcess
-from studio_worker.snapshot import EndedJob, ProcessFacts, SessionFacts, Snapshot
+from studio_worker.snapshot import EndedJob, HealthFacts, HeldFacts, ProcessFacts, SessionFacts, Snapshot
 from studio_worker.starts import Starts
 from studio_worker.studio.identity import Identity, IdentityFile
 from tests.fake_driver import build_driver
@@ -388,7 +388,8 @@ def test_registration_is_told(tmp_path: Path, identity: Identity | None, level: 
         (Snapshot(status="ready; restart to apply: worker.device"), "warning", "systemctl restart"),
         (Snapshot(status="ready; configuration not reloaded: x"), "warning", "systemctl reload"),
         (Snapshot(status="ready; the last offer was refused: x"), "warning", "the reason tells"),
-        (Snapshot(status="ready; the last 3 jobs failed: x"), "warning", "OUTCOME=failed"),
+        (Snapshot(health=HealthFacts(failures=3)), "warning", "OUTCOME=failed"),
+        (Snapshot(health=HealthFacts(held=(HeldFacts(model="m"),))), "warning", "goes on by itself"),
         (Snapshot(status="ready, connected", process=ProcessFacts(uptime_s=90)), "ok", "1 min 30 s"),
     ],
 )

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from studio_worker.activity import Activity
+from studio_worker.breaker import Refusal
 from studio_worker.notify import Notifier, ReadyLine
 from studio_worker.reporting import note_answer
 from studio_worker.studio.offers import (
@@ -147,6 +148,14 @@ def test_offer_that_another_worker_could_do_is_refused_without_code(
     assert isinstance(judgement, Refuse)
     assert judgement.code is None
     assert reason in judgement.reason
+
+
+@pytest.mark.parametrize(("is_for_now", "code"), [(True, "busy"), (False, None)])
+def test_offer_of_what_failed_here_is_refused(is_for_now: bool, code: str | None) -> None:
+    """Jobs that are held back come again; what this box cannot serve is left to another worker."""
+    held = replace(IDLE, held_back=lambda model, source, task: Refusal(f"{model} failed", is_for_now))
+    assert judge(CLAIM, held) == Refuse("j1", "m failed", code, is_routine=True)
+    assert isinstance(judge(claim(task={"kind": "image"}), held), Impossible)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from studio_worker.reload import LIVE, read_again
 from studio_worker.service_process import ServiceProcess
 from studio_worker.settings import Settings
 from studio_worker.store import Store
+from tests.certificates import certificate
 from tests.servers import FileServer
 from tests.test_service import READY_S, await_status, override, queue_synthetic, require
 
@@ -252,6 +253,11 @@ class Notes:
         with self.changed:
             assert self.changed.wait_for(lambda: wanted in (self.lines or [""])[-1], READY_S), self.lines
 
+    def wait_for_nothing(self) -> None:
+        """Until the last line is taken away."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.lines[-1:] == [""], READY_S), self.lines
+
 
 def test_model_that_comes_later_is_tried_again_until_it_is_there(tmp_path: Path) -> None:
     """A mirror that is down at the reload is asked again, and the note goes when the model is there."""
@@ -262,11 +268,26 @@ def test_model_that_comes_later_is_tried_again_until_it_is_there(tmp_path: Path)
         later = LaterProvision(store, notes, delays_s=(0.01,))
         later.begin((model,))
         notes.wait_for("required models missing: ")
-        deadline = time.monotonic() + READY_S
-        while notes.lines[-1] != "":
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        notes.wait_for_nothing()
     assert store.is_verified(model.files[0])
+
+
+def test_model_that_comes_later_outlasts_this_boxs_own_troubles(tmp_path: Path) -> None:
+    """A certificate that is not believed ends no waiting: once its authority is known, the model comes."""
+    notes = Notes()
+    made = certificate(tmp_path, "20200101000000Z", "20990101000000Z")
+    with FileServer() as server:
+        server.use_tls(made.shown, made.key)
+        model = required(server, "/late", b"late" * 100)
+        store = Store(tmp_path / "models", Policy(delays_s=()))
+        later = LaterProvision(store, notes, delays_s=(0.01,))
+        later.begin((model,))
+        notes.wait_for("SSLCertVerificationError")
+        store.change(
+            policy=Policy(delays_s=(), ca_bundle=made.authority), required=model.files, budget_bytes=None
+        )
+        notes.wait_for_nothing()
+        assert store.is_verified(model.files[0])
 
 
 def test_model_that_comes_later_with_a_wrong_hash_is_not_fetched_again(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from studio_worker.studio.identity import Credentials, IdentityFile
 from studio_worker.studio.link import StudioLink
 from studio_worker.studio.registration import Registration
 from studio_worker.worker import Worker
-from tests.played import GatedEngine, NoFiles, situation
+from tests.played import GatedEngine, NoFiles, situation, untouched_health
 from tests.scripted import LIMIT_S
 from tests.test_wire import CAPABILITIES
 
@@ -94,6 +94,7 @@ class Box:
             in_hand=in_hand,
             results=self.outbox,
             reports=Activity(),
+            health=untouched_health(),
             fetch=lambda url, cancel: b"",
             step_timeout_s=60.0,
         )

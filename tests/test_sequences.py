@@ -40,7 +40,7 @@ from studio_worker.studio.identity import Credentials
 from studio_worker.studio.session import StudioSession
 from studio_worker.studio.wire import Body
 from studio_worker.worker import Worker
-from tests.played import GatedEngine, NoFiles, situation
+from tests.played import GatedEngine, NoFiles, situation, untouched_health
 from tests.scripted import LIMIT_S
 from tests.test_offers import CLAIM
 from tests.test_wire import CAPABILITIES
@@ -162,6 +162,7 @@ class Box:
             in_hand=self.in_hand,
             results=self.outbox,
             reports=Activity(),
+            health=untouched_health(),
             fetch=lambda url, cancel: b"",
             step_timeout_s=60.0,
         )

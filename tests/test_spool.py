@@ -48,6 +48,18 @@ def test_job_is_poisoned_after_two_crashes(folder: Path) -> None:
     assert not second.is_poisoned("job-2")
 
 
+def test_processes_that_died_in_jobs_are_counted_in_a_row(folder: Path) -> None:
+    """How many processes in a row died in the middle of a job outlives them, until one ends a job."""
+    for number in range(1, 4):
+        in_hand = crashed_with(folder, f"job-{number}")
+        in_hand.recover()
+        assert in_hand.crashes_in_a_row == number
+        assert JobInHand(folder).crashes_in_a_row == number
+    in_hand.begin(job())
+    in_hand.end()
+    assert in_hand.crashes_in_a_row == JobInHand(folder).crashes_in_a_row == 0
+
+
 def test_job_that_ended_is_no_crash(folder: Path) -> None:
     """A process that dies after its job has ended blames nothing on it."""
     in_hand = JobInHand(folder)

@@ -23,12 +23,13 @@ from studio_worker.errors import (
     JobImpossible,
     StoreError,
 )
+from studio_worker.health import Health
 from studio_worker.jobs import Cancel, ImageTask, Job, Picture
 from studio_worker.models import LocalFile, ModelSource, RequiredModel
 from studio_worker.outbox import Outbox
 from studio_worker.spool import JobInHand
 from studio_worker.worker import Worker
-from tests.played import NoFiles
+from tests.played import NoFiles, untouched_health
 
 
 def job(job_id: str, **task: Any) -> Job:
@@ -79,6 +80,7 @@ def make(
     files: NoFiles | None = None,
     fetch: Callable[[str, threading.Event], bytes] = lambda url, cancel: b"input",
     step_timeout_s: float = 60.0,
+    health: Health | None = None,
 ) -> tuple[Worker, Outbox, JobInHand]:
     """A worker with a real spool and a scripted engine."""
     in_hand, outbox = JobInHand(tmp_path / "spool"), Outbox(tmp_path / "outbox")
@@ -93,6 +95,7 @@ def make(
         in_hand=in_hand,
         results=outbox,
         reports=Activity(),
+        health=health or untouched_health(),
         fetch=fetch,
         step_timeout_s=step_timeout_s,
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from studio_worker.breaker import FAILURES
 from studio_worker.control import ask, runtime_dir
 from studio_worker.doctor import Box, Result, failure, ok, warning
 from studio_worker.errors import ControlDenied, ServiceNotRunning
@@ -84,8 +85,8 @@ def check_service(box: Box) -> Result:
         return warning(
             text, "the reason tells what to change; the studio may have other workers for such jobs"
         )
-    if "jobs failed" in snapshot.status:
-        return warning(text, "journalctl -u studio-worker OUTCOME=failed")
+    if snapshot.health.held or snapshot.health.failures >= FAILURES:
+        return warning(text, "journalctl -u studio-worker OUTCOME=failed; mended, it goes on by itself")
     oldest = snapshot.outbox.oldest_at
     if oldest is not None and time.time() - oldest > _OUTBOX_OLD_S:
         age = show_duration(time.time() - oldest)

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable
-from enum import Enum
 
 from studio_worker.jobs import Job
-
-
-class _Word(Enum):
-    """What is put on the desk beside jobs."""
-
-    PAUSED = "paused"
 
 
 class Desk:
@@ -22,9 +16,10 @@ class Desk:
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Job | _Word | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | threading.Event | None] = queue.SimpleQueue()
         self._current: str | None = None
         self._paused = self._closed = False
+        self._pause: threading.Event | None = None
 
     @property
     def is_paused(self) -> bool:
@@ -44,18 +39,25 @@ class Desk:
         """The next job; waits for one. ``None`` = there will be no more.
 
         Args:
-            rest: called once at each pause that still lasts.
+            rest: called for each :meth:`rest`, at a pause as long as it lasts.
         """
-        while isinstance(found := self._jobs.get(), _Word):
-            if self._paused:
+        while isinstance(found := self._jobs.get(), threading.Event):
+            if found is not self._pause or self._paused:
                 rest()
+            found.set()
         return found
+
+    def rest(self) -> threading.Event:
+        """Let whoever takes jobs rest, after the job in hand; the event is set when that is done."""
+        rested = threading.Event()
+        self._jobs.put(rested)
+        return rested
 
     def pause(self) -> None:
         """No offer is taken until :meth:`resume`; the job in hand goes on."""
         if not self._paused:
             self._paused = True
-            self._jobs.put(_Word.PAUSED)
+            self._pause = self.rest()
 
     def resume(self) -> None:
         """Offers are taken again, unless the desk is closed."""

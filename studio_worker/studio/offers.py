@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from studio_worker.breaker import Refusal
 from studio_worker.jobs import ImageTask, Job
 from studio_worker.models import ModelFile, ModelSource
 from studio_worker.studio.wire import Claim, RejectCode, describe
@@ -75,7 +76,8 @@ class Situation:
 
     ``failed_for_good`` says why a job cannot be done, where that could not be reported when it was found out;
     ``outbox_problem`` why no further result has room. ``memory_gb`` is what the device has for a job,
-    ``needed_gb`` the least that a job needs of it by its files, where they are here to tell.
+    ``needed_gb`` the least that a job needs of it by its files, where they are here to tell. ``held_back``
+    says why jobs of a model, or with such a source, are not taken after others failed.
     """
 
     now: float
@@ -95,6 +97,7 @@ class Situation:
     shortfall_bytes: Callable[[Sequence[ModelFile]], int]
     memory_gb: float = float("inf")
     needed_gb: Callable[[ModelSource, ImageTask], float | None] = lambda source, task: None  # noqa: ARG005
+    held_back: Callable[[str, ModelSource, ImageTask], Refusal | None] = lambda model, source, task: None  # noqa: ARG005
 
 
 def judge(claim: dict[str, Any], situation: Situation) -> Judgement:
@@ -157,6 +160,8 @@ def _judge_content(claim: Claim, situation: Situation) -> Judgement:
             f"the job needs {claim.vram_gb_estimate:g} GB and this worker takes up to "
             f"{situation.threshold_gb:g} GB",
         )
+    if held := situation.held_back(claim.model, source, task):
+        return Refuse(job_id, held.reason, "busy" if held.is_for_now else None, is_routine=True)
     needed_gb = situation.needed_gb(source, task)
     if needed_gb is not None and needed_gb > situation.memory_gb:
         return Refuse(
