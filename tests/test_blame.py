@@ -289,10 +289,6 @@ def unknown_sampler(scene: Scene) -> Job:
     return scene.job(samplingMethod="guess")
 
 
-def lora_that_the_source_does_not_bring(scene: Scene) -> Job:
-    return scene.job(prompt="a castle <lora:snow:1>")
-
-
 def half_a_picture(scene: Scene) -> Job:
     return scene.job(initImageUrl=scene.input(PICTURE.getvalue()[:100]))
 
@@ -326,7 +322,6 @@ JOB = [
     model_that_is_gone,
     too_many_steps,
     unknown_sampler,
-    lora_that_the_source_does_not_bring,
     half_a_picture,
     drawing_in_a_pictures_place,
     mask_without_a_picture,
