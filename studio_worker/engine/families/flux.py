@@ -44,7 +44,7 @@ class Flux(Family):
     """
 
     flow: bool = True
-    half: str = "bfloat16"
+    halves: tuple[str, ...] = ("bfloat16", "float16")
     distilled_guidance: float = DISTILLED_GUIDANCE
     prompt_tokens: int = 512
 
@@ -110,6 +110,7 @@ class Flux(Family):
 class Fill(Flux):
     """FLUX.1 Fill: paints within a mask and nothing else, with more guidance built in."""
 
+    halves: tuple[str, ...] = ("bfloat16",)
     distilled_guidance: float = FILL_GUIDANCE
 
 
