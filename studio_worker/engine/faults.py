@@ -167,6 +167,7 @@ def usable_device(name: str) -> torch.device:
         if index >= count:
             raise DeviceError(f"there is no {name}: this machine has {count} CUDA device(s), cuda:0 and up")
         _check_code(index)
+        torch.cuda.set_device(index)  # else what names no device touches GPU 0: a context there, streams
         torch.ones(1, device=f"cuda:{index}").add_(1).cpu()
     except RuntimeError as error:
         raise DeviceError(

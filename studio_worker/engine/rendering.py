@@ -22,7 +22,7 @@ from studio_worker.engine.denoising import asking, denoise, drawn, noised
 from studio_worker.engine.families.family import Family
 from studio_worker.engine.loading import load_scheduler, load_tokenizer
 from studio_worker.engine.noise import Noise
-from studio_worker.engine.offloading import placed
+from studio_worker.engine.offloading import Bring, placed
 from studio_worker.engine.parameters import Parameters
 from studio_worker.engine.placement import Mode, Plan
 from studio_worker.engine.prompts import PromptCache
@@ -95,10 +95,12 @@ class LoadedModel:
             cancel.check()
 
         with (
-            placed(pipeline, self._plan, self._device),
+            placed(pipeline, self._plan, self._device) as bring,
             compiled(self._denoiser, is_offloaded=self._plan.mode is not Mode.WHOLE) as is_compiled,
         ):
             prompts = self._encoded(pipeline, parameters, starting)
+            if starting.kind != "text":
+                bring(pipeline.vae)
             canvas = Canvas(family, pipeline.vae, parameters, starting, self._device)
             arguments = family.prepare(pipeline, parameters, canvas.seen, prompts, self._device)
             noise = Noise(parameters.seed)
@@ -115,7 +117,7 @@ class LoadedModel:
                 asking(scale, predict, parameters.guidance, canvas.kept),
                 on_evaluation,
             )
-            made = self._decode(pipeline, latents)
+            made = self._decode(pipeline, latents, bring)
         facts = self._facts(pipeline, parameters, starting, len(levels) - 1)
         if is_compiled:
             facts["compiled"] = True
@@ -174,10 +176,11 @@ class LoadedModel:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _decode(self, pipeline: Any, latents: torch.Tensor) -> Image.Image:
+    def _decode(self, pipeline: Any, latents: torch.Tensor, bring: Bring) -> Image.Image:
         """The picture of ``latents``."""
         check_finite(latents)
         vae = pipeline.vae
+        bring(vae)
         with wide_enough(vae):
             decoded = vae.decode(self._family.decodable(vae, latents).to(vae.dtype), return_dict=False)[0]
         decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded  # video VAEs: one frame
