@@ -1,4 +1,4 @@
-"""A GPU that the CPU plays, for tests of what lies where: torch believes in ``cuda:N``, and the numbers are real.
+"""A GPU that the CPU plays, for tests of what lies where: torch believes in ``cuda:N``, numbers are real.
 
 Whatever torch is asked to put on the played device lies in RAM and is known to be "there". An operation that
 would meet tensors of both places fails as CUDA's do; every copy between them, every stream and every pinned
@@ -8,7 +8,7 @@ copies are done when they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -59,6 +58,7 @@ class PlayedGpu:
         self.pinned: dict[int, int] = {}
         self.peak_bytes = 0
         self._there: dict[int, tuple[Any, int]] = {}
+        self._counted = 0
 
     def has(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is on the device."""
@@ -68,8 +68,8 @@ class PlayedGpu:
     def used_bytes(self) -> int:
         """Bytes of the tensors that are there now."""
         for key in [key for key, (storage, _) in self._there.items() if storage.expired()]:
-            del self._there[key]
-        return sum(size for _, size in self._there.values())
+            self._counted -= self._there.pop(key)[1]
+        return self._counted
 
     def put(self, tensor: torch.Tensor) -> None:
         """``tensor`` is there from now on.
@@ -83,11 +83,14 @@ class PlayedGpu:
             storage = tensor.untyped_storage()
             if storage._cdata in self._there:
                 return
-            used = self.used_bytes()
-            if used + storage.nbytes() > self.memory_bytes:
-                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {storage.nbytes()} bytes.")
-            self._there[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, used + storage.nbytes())
+            size = storage.nbytes()
+            # What is gone is looked for only where it matters, since that takes long.
+            if self._counted + size > min(self.peak_bytes, self.memory_bytes):
+                self.peak_bytes = max(self.peak_bytes, self.used_bytes() + size)
+            if self._counted + size > self.memory_bytes:
+                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
+            self._there[storage._cdata] = StorageWeakRef(storage), size
+            self._counted += size
 
     def start_counting(self) -> None:
         """Forget copies and the peak so far."""
@@ -113,7 +116,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         gpu = self._gpu
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        given = [*_tensors(args), *_tensors((kwargs or {}).values())]
         there = [gpu.has(each) for each in given]
         made = func(*args, **(kwargs or {}))
         if not any(there):
@@ -125,11 +128,20 @@ class _Operations(TorchDispatchMode):
         astray = [each for each, is_there in zip(given, there, strict=True) if not is_there and each.ndim]
         if astray and not (func in _INDEX and there[0]):
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, {gpu.device} "
-                f"and cpu! ({func}, {[tuple(each.shape) for each in astray]})"
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"{gpu.device} and cpu! ({func}, {[tuple(each.shape) for each in astray]})"
             )
-        tree_map_only(torch.Tensor, gpu.put, made)
+        for each in _tensors((made,)):
+            gpu.put(each)
         return made
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 class _Calls(TorchFunctionMode):
@@ -151,6 +163,14 @@ class _Calls(TorchFunctionMode):
             return self._moved(args[0], args[1:], kwargs)
         if name == "record_stream":
             return None
+        if name == "pad_sequence":  # made of a tensor that is filled, which says nothing of its place
+            with _disable_current_modes():
+                made = func(*args, **kwargs)
+            if gpu.has(args[0][0]):
+                gpu.put(made)
+            return made
+        if name == "new_tensor" and gpu.has(args[0]):
+            kwargs.setdefault("device", gpu.device)
         if name in {"numpy", "__array__"} and gpu.has(args[0]):
             raise TypeError(f"can't convert {gpu.device} device type tensor to numpy")
         if name in {"cuda", "pin_memory", "is_pinned"} or kwargs.get("device") is None:
@@ -160,7 +180,8 @@ class _Calls(TorchFunctionMode):
         if name == "as_tensor" and isinstance(args[0], torch.Tensor):
             return args[0].to(**kwargs)
         made = func(*args, **{**kwargs, "device": CPU})
-        tree_map_only(torch.Tensor, gpu.put, made)
+        for each in _tensors((made,)):
+            gpu.put(each)
         return made
 
     def _attribute(self, func: Any, args: Any) -> Any:
@@ -177,7 +198,10 @@ class _Calls(TorchFunctionMode):
         copies = kwargs.pop("copy", False)
         if "other" in kwargs or (args and isinstance(args[0], torch.Tensor)):
             other = kwargs.pop("other", args[0] if args else None)
-            args, kwargs = (), {"dtype": other.dtype, "device": gpu.device if gpu.has(other) else other.device}
+            args, kwargs = (
+                (),
+                {"dtype": other.dtype, "device": gpu.device if gpu.has(other) else other.device},
+            )
         device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         layout = {} if memory_format is None else {"memory_format": memory_format}
         made: torch.Tensor = tensor.to(dtype or tensor.dtype, copy=copies, **layout)
@@ -261,6 +285,7 @@ def played(name: str = "cuda:0", *, count: int = 2, memory_bytes: int = GIB) -> 
         "current_device": lambda: gpu.current,
         "set_device": set_device,
         "get_device_properties": of_device(lambda: properties),
+        "get_device_name": of_device(lambda: properties.name),
         "get_device_capability": of_device(lambda: (8, 9)),
         "get_arch_list": lambda: ["sm_89"],
         "mem_get_info": of_device(free),

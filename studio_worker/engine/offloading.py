@@ -79,7 +79,6 @@ def _one_by_one(pipeline: Any, mode: Mode, device: torch.device) -> Iterator[Bri
         yield bring
 
 
-
 def _arriving(module: torch.nn.Module, bring: Bring, device: torch.device) -> Callable[..., Any]:
     def before(_: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         bring(module)
@@ -133,13 +132,13 @@ class _Whole:
 class _Layers:
     """A component's layers one by one; while one computes, those that came next the last time are copied.
 
-    A layer is any module with weights of its own. As much is copied ahead as the largest layer has, so that the
-    copies go on while a layer between two large ones, a norm say, computes nearly nothing.
+    A layer is any module with weights of its own. As much is copied ahead as the largest layer has, so that
+    the copies go on while a layer between two large ones, a norm say, computes nearly nothing.
     """
 
     def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
         layers = [each for each in module.modules() if any(True for _ in weights(each, recurse=False))]
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._device = device
         # Modules that share their weights, as embeddings do, are one layer.
         found: dict[tuple[int, ...], _Layer] = {}

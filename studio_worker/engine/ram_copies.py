@@ -1,4 +1,4 @@
-"""Weights between RAM and the device: those that come from RAM stay there too, so that leaving copies nothing.
+"""Weights between RAM and the device: what comes from RAM stays there too, so that leaving copies nothing.
 
 While a component is on the device, its tensors are the device's; what they were in RAM is kept, and is what
 they are again when it leaves. Weights are never changed in place: numbers that compute in another type for a
