@@ -8,6 +8,7 @@ copies are done when they are asked for.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -15,21 +16,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 GIB = 2**30
 
 _ATEN = torch.ops.aten
 _COPY = _ATEN.copy_.default
-_INDEX = {
-    _ATEN.index.Tensor,
-    _ATEN.index_put.default,
-    _ATEN.index_put_.default,
-    _ATEN._index_put_impl_.default,
-}
+_INDEX = {_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default}
 """Operations whose indices CUDA takes from RAM as well."""
 
 
@@ -43,7 +38,8 @@ class PlayedGpu:
         current: torch's current device.
         pinned: bytes of RAM that are pinned now, by address.
         pinnable_bytes: how many the driver pins at most.
-        peak_bytes: of tensors that were there at once.
+        used_bytes: of tensors that are there now.
+        peak_bytes: of those that were there at once.
     """
 
     def __init__(self, device: torch.device, count: int, memory_bytes: int) -> None:
@@ -57,19 +53,17 @@ class PlayedGpu:
         self.streams = 0
         self.pinned: dict[int, int] = {}
         self.peak_bytes = 0
-        self._there: dict[int, tuple[Any, int]] = {}
-        self._counted = 0
+        self.used_bytes = 0
+        self.is_aside = False
+        self._there: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def has(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is on the device."""
-        with torch._C.DisableTorchFunction():
-            return tensor.device == CPU and tensor.untyped_storage()._cdata in self._there
-
-    def used_bytes(self) -> int:
-        """Bytes of the tensors that are there now."""
-        for key in [key for key, (storage, _) in self._there.items() if storage.expired()]:
-            self._counted -= self._there.pop(key)[1]
-        return self._counted
+        before, self.is_aside = self.is_aside, True
+        try:
+            return tensor.device == CPU and tensor.untyped_storage() in self._there
+        finally:
+            self.is_aside = before
 
     def put(self, tensor: torch.Tensor) -> None:
         """``tensor`` is there from now on.
@@ -77,25 +71,33 @@ class PlayedGpu:
         Raises:
             torch.OutOfMemoryError: as CUDA's allocator does.
         """
-        with torch._C.DisableTorchFunction():
-            if tensor.device != CPU:
+        with self.aside():
+            if tensor.device != CPU or tensor.untyped_storage() in self._there:
                 return
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._there:
-                return
-            size = storage.nbytes()
-            # What is gone is looked for only where it matters, since that takes long.
-            if self._counted + size > min(self.peak_bytes, self.memory_bytes):
-                self.peak_bytes = max(self.peak_bytes, self.used_bytes() + size)
-            if self._counted + size > self.memory_bytes:
+            storage, size = tensor.untyped_storage(), tensor.untyped_storage().nbytes()
+            if self.used_bytes + size > self.memory_bytes:
                 raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
-            self._there[storage._cdata] = StorageWeakRef(storage), size
-            self._counted += size
+            self._there.add(storage)
+            self.used_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+            weakref.finalize(storage, self._free, size)
+
+    def _free(self, size_bytes: int) -> None:
+        self.used_bytes -= size_bytes
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, torch is what it is."""
+        before, self.is_aside = self.is_aside, True
+        try:
+            yield
+        finally:
+            self.is_aside = before
 
     def start_counting(self) -> None:
         """Forget copies and the peak so far."""
         self.to_device, self.to_ram = [], []
-        self.peak_bytes = self.used_bytes()
+        self.peak_bytes = self.used_bytes
 
     def named(self, name: Any = None) -> torch.device:
         """The device that a call names, or means where it names none."""
@@ -116,6 +118,8 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         gpu = self._gpu
+        if gpu.is_aside:
+            return func(*args, **(kwargs or {}))
         given = [*_tensors(args), *_tensors((kwargs or {}).values())]
         there = [gpu.has(each) for each in given]
         made = func(*args, **(kwargs or {}))
@@ -154,6 +158,8 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, gpu = dict(kwargs or {}), self._gpu
         name = getattr(func, "__name__", "")
+        if gpu.is_aside:
+            return func(*args, **kwargs)
         kwargs.pop("pin_memory", None)
         if name == "__get__":
             return self._attribute(func, args)
@@ -164,7 +170,7 @@ class _Calls(TorchFunctionMode):
         if name == "record_stream":
             return None
         if name == "pad_sequence":  # made of a tensor that is filled, which says nothing of its place
-            with _disable_current_modes():
+            with gpu.aside():
                 made = func(*args, **kwargs)
             if gpu.has(args[0][0]):
                 gpu.put(made)
@@ -173,7 +179,9 @@ class _Calls(TorchFunctionMode):
             kwargs.setdefault("device", gpu.device)
         if name in {"numpy", "__array__"} and gpu.has(args[0]):
             raise TypeError(f"can't convert {gpu.device} device type tensor to numpy")
-        if name in {"cuda", "pin_memory", "is_pinned"} or kwargs.get("device") is None:
+        if name == "pin_memory":
+            return args[0]
+        if name in {"cuda", "is_pinned"} or kwargs.get("device") is None:
             return func(*args, **kwargs)
         if gpu.named(kwargs["device"]) != gpu.device:
             return func(*args, **kwargs)
@@ -198,21 +206,20 @@ class _Calls(TorchFunctionMode):
         copies = kwargs.pop("copy", False)
         if "other" in kwargs or (args and isinstance(args[0], torch.Tensor)):
             other = kwargs.pop("other", args[0] if args else None)
-            args, kwargs = (
-                (),
-                {"dtype": other.dtype, "device": gpu.device if gpu.has(other) else other.device},
-            )
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-        layout = {} if memory_format is None else {"memory_format": memory_format}
+            args, kwargs = (other.dtype, gpu.device if gpu.has(other) else other.device), {}
+        dtype = kwargs.get("dtype") or next((each for each in args if isinstance(each, torch.dtype)), None)
+        places = [each for each in args if isinstance(each, str | torch.device)]
+        device = torch.device(places[0]) if places else kwargs.get("device")
+        layout = {"memory_format": kwargs["memory_format"]} if kwargs.get("memory_format") else {}
         made: torch.Tensor = tensor.to(dtype or tensor.dtype, copy=copies, **layout)
         if device is None:
             return made
-        if device.type not in {"cuda", "cpu"}:
+        if torch.device(device).type not in {"cuda", "cpu"}:
             return made.to(device)
         is_there = gpu.named(device) == gpu.device
         if is_there == was_there:
             return made
-        with _disable_current_modes():
+        with gpu.aside():
             made = made.clone()
         if is_there:
             gpu.put(made)
@@ -276,7 +283,7 @@ def played(name: str = "cuda:0", *, count: int = 2, memory_bytes: int = GIB) -> 
         gpu.current = torch.device(device).index if not isinstance(device, int) else device
 
     def free() -> tuple[int, int]:
-        return memory_bytes - gpu.used_bytes(), memory_bytes
+        return memory_bytes - gpu.used_bytes, memory_bytes
 
     stand_ins = {
         "init": lambda: None,
@@ -289,8 +296,8 @@ def played(name: str = "cuda:0", *, count: int = 2, memory_bytes: int = GIB) -> 
         "get_device_capability": of_device(lambda: (8, 9)),
         "get_arch_list": lambda: ["sm_89"],
         "mem_get_info": of_device(free),
-        "memory_allocated": of_device(gpu.used_bytes),
-        "memory_reserved": of_device(gpu.used_bytes),
+        "memory_allocated": of_device(lambda: gpu.used_bytes),
+        "memory_reserved": of_device(lambda: gpu.used_bytes),
         "max_memory_allocated": of_device(lambda: gpu.peak_bytes),
         "reset_peak_memory_stats": of_device(lambda: None),
         "empty_cache": lambda: None,

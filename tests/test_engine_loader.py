@@ -1,4 +1,4 @@
-"""Components on their way to a GPU: in which order their weights lie. The GPU is faked by its name alone."""
+"""Components on their way to a GPU: in which order their weights lie. The GPU is played."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from studio_worker.engine.rendering import LoadedModel
 from studio_worker.engine.residency import Residency
 from studio_worker.jobs import Cancel
 from tests.engine_lab import SAMPLE, request
+from tests.played_gpu import played
 from tests.test_engine_memory import GIB, Fake
 
 torch.set_num_threads(1)
@@ -43,16 +44,16 @@ def filters_are_last(module: torch.nn.Module) -> bool:
     return all(each.is_contiguous(memory_format=torch.channels_last) for each in filters)
 
 
-def test_vae_of_a_gpu_has_its_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vae_of_a_gpu_has_its_channels_last() -> None:
     """On a GPU a VAE's weights lie in the order that its convolutions compute in, and still do after it has
     left the device, come back, and computed in another precision; on a CPU they lie as in the library.
     """
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA L4")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 9))
-    vae = vae_for("cuda:0")
-    assert filters_are_last(vae)
-    assert filters_are_last(vae.to(torch.float32).to(torch.float16))
-    assert filters_are_last(vae.to("meta"))
+    with played("cuda:0"):
+        vae = vae_for("cuda:0")
+        assert filters_are_last(vae)
+        assert filters_are_last(vae.to("cuda:0"))
+        assert filters_are_last(vae.to(torch.float32).to(torch.float16))
+        assert filters_are_last(vae.to("cpu"))
     assert not filters_are_last(vae_for("cpu"))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,22 +14,23 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 
 from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
-from studio_worker.engine.families import FAMILIES, identify
+from studio_worker.engine.families import identify
+from studio_worker.engine.families.family import Family
 from studio_worker.engine.placement import Mode, footprint
+from studio_worker.engine.probe import probe
 from studio_worker.errors import JobCancelled, JobError
+from studio_worker.gpu_check.tiny.families import tiny as tiny_model
 from studio_worker.jobs import Cancel
-from studio_worker.models import CliDefaults
+from studio_worker.models import CliDefaults, LocalFile
 from tests.engine_lab import PROMPT, encoded, request, scene
 from tests.played_gpu import PlayedGpu, played
 from tests.test_engine_memory import RAM, Fake
-from tests.tiny_families import Twin, tiny_families, twin
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 SIDE = 64
 DEFAULTS = CliDefaults(width=SIDE, height=SIDE, steps=2, cfg_scale=2.0)
-SERVED = {family.name: family for family in FAMILIES if family.name != "sample"}
 DISTINCT = [
     "sd1",
     "sdxl-inpaint",
@@ -47,10 +48,19 @@ TABLES_BYTES = {"z-image": 1 << 20, "qwen-image": 2 << 20}
 """What denoisers keep of their tables of positions where they computed last. Any of their weights is more."""
 
 
+@dataclass(frozen=True)
+class Model:
+    """A tiny model's family, its files, and a LoRA for it."""
+
+    family: Family
+    files: tuple[LocalFile, ...]
+    lora: LocalFile
+
+
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Twin]:
-    folder = tmp_path_factory.mktemp("families")
-    return {name: twin(family, folder) for name, family in tiny_families(folder).items()}
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    tinies = {name: tiny_model(name, tmp_path_factory.mktemp(name), width=32) for name in DISTINCT}
+    return {name: Model(tiny.family, tiny.files(), tiny.lora()) for name, tiny in tinies.items()}
 
 
 @pytest.fixture
@@ -63,10 +73,10 @@ def gpu() -> Iterator[PlayedGpu]:
 def left_on(gpu: PlayedGpu) -> int:
     """Bytes on the device that anybody still holds."""
     gc.collect()
-    return gpu.used_bytes()
+    return gpu.used_bytes
 
 
-def room_for(tiny: Twin, mode: Mode, *, is_edit: bool = False) -> Fake:
+def room_for(tiny: Model, mode: Mode, *, is_edit: bool = False) -> Fake:
     """A GPU that has room for ``mode`` alone."""
     needed = footprint(identify(tiny.files, (tiny.family,)), "float16", SIDE * SIDE, is_edit=is_edit)
     peaks = {plan.mode: plan.peak_bytes for plan in reversed(needed.plans())}
@@ -74,18 +84,18 @@ def room_for(tiny: Twin, mode: Mode, *, is_edit: bool = False) -> Fake:
     return Fake(peaks[mode] if mode is Mode.LAYERS else RAM, host=RAM)
 
 
-def engine_for(tiny: Twin, mode: Mode) -> DiffusionEngine:
+def engine_for(tiny: Model, mode: Mode) -> DiffusionEngine:
     return DiffusionEngine("cuda:1", families=(tiny.family,), memory=room_for(tiny, mode))
 
 
-def picture(engine: DiffusionEngine, tiny: Twin, mode: Mode, **task: Any) -> bytes:
+def picture(engine: DiffusionEngine, tiny: Model, mode: Mode, **task: Any) -> bytes:
     """What the engine makes in ``mode``: from the prompt alone, or where the family cannot, within a mask."""
     given = encoded(scene(SIDE, SIDE))
     asked: dict[str, Any] = {
         "files": tiny.files,
         "defaults": DEFAULTS.model_copy(update={"offload_to_cpu": mode is not Mode.WHOLE}),
-        "inputs": Inputs() if SERVED[tiny.family.name].pipelines.text else Inputs(given, given),
-        "cfg_scale": 1.0 if tiny.family.name == "flux1-fill" else 2.0,
+        "inputs": Inputs() if tiny.family.pipelines.text else Inputs(given, given),
+        "cfg_scale": 1.0 if "fill" in tiny.family.name else 2.0,
         "prompt": PROMPT,
     }
     progress = task.pop("progress", lambda _done, _total: None)
@@ -95,11 +105,11 @@ def picture(engine: DiffusionEngine, tiny: Twin, mode: Mode, **task: Any) -> byt
 
 
 @pytest.mark.parametrize("name", DISTINCT)
-def test_offloaded_picture_of_every_family(name: str, twins: dict[str, Twin], gpu: PlayedGpu) -> None:
+def test_offloaded_picture_of_every_family(name: str, models: dict[str, Model], gpu: PlayedGpu) -> None:
     """Component by component and layer by layer, every family makes the picture of the whole model, also
     when the prompt was read before; afterwards none of its weights is on the device.
     """
-    tiny = twins[name]
+    tiny = models[name]
     whole = picture(engine_for(tiny, Mode.WHOLE), tiny, Mode.WHOLE)
     for mode in (Mode.COMPONENT, Mode.LAYERS):
         engine = engine_for(tiny, mode)
@@ -123,12 +133,12 @@ def fail_first(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mode", [Mode.COMPONENT, Mode.LAYERS])
 @pytest.mark.parametrize("name", ["sd1", "flux1-dev", "qwen-image"])
 def test_offload_goes_on_whatever_became_of_a_job(
-    name: str, mode: Mode, twins: dict[str, Twin], gpu: PlayedGpu, monkeypatch: pytest.MonkeyPatch
+    name: str, mode: Mode, models: dict[str, Model], gpu: PlayedGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a job that was cancelled at its first step, one that failed inside its first layer, one with a
     prompt that was read before and one with another prompt, pictures are what they were.
     """
-    tiny = twins[name]
+    tiny = models[name]
     engine = engine_for(tiny, mode)
     first = picture(engine, tiny, mode)
     cancel = Cancel()
@@ -160,13 +170,13 @@ def test_offload_goes_on_whatever_became_of_a_job(
 
 @pytest.mark.parametrize("name", ["qwen-image", "flux1-dev"])
 def test_edit_and_text_take_turns_layer_by_layer(
-    name: str, twins: dict[str, Twin], gpu: PlayedGpu, monkeypatch: pytest.MonkeyPatch
+    name: str, models: dict[str, Model], gpu: PlayedGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What reads a reference picture, and does not run in the jobs between, is no obstacle to them."""
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64)
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 112 * 112)
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(80, 64), (64, 80)])
-    tiny = twins[name]
+    tiny = models[name]
     tiny = replace(tiny, family=replace(tiny.family, reference_pixels=SIDE * SIDE))
     reference = Inputs(ref_image=encoded(scene(80, 64)))
     expected = {
@@ -178,3 +188,11 @@ def test_edit_and_text_take_turns_layer_by_layer(
     for inputs in (reference, Inputs(), reference, Inputs()):
         memory.device = room_for(tiny, Mode.LAYERS, is_edit=inputs is reference).device
         assert picture(engine, tiny, Mode.LAYERS, inputs=inputs) == expected[inputs]
+
+
+@pytest.mark.parametrize("begins", [DiffusionEngine, probe])
+def test_only_the_gpu_that_is_asked_for_is_touched(begins: Callable[[str], Any], gpu: PlayedGpu) -> None:
+    """What is started for the second GPU makes it torch's current one, before anything is put anywhere."""
+    begins("cuda:1")
+    assert gpu.current == 1
+    assert gpu.peak_bytes > 0

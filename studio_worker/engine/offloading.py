@@ -48,24 +48,15 @@ def _one_by_one(pipeline: Any, mode: Mode, device: torch.device) -> Iterator[Bri
         module: _Layers(module, device) if mode is Mode.LAYERS and name != "vae" else _Whole(module, device)
         for name, module in modules.items()
     }
-    readers = {module for name, module in modules.items() if name.startswith("text_encoder")}
-    room = max((visitor.size_bytes for visitor in visitors.values()), default=0)
     here: list[torch.nn.Module] = []
 
     def bring(module: torch.nn.Module) -> None:
-        if module in here:
-            return
-        # Text encoders read one prompt after the other in turns: those that are together no larger than the
-        # largest component, which has to have room in any case, need not come for each anew.
-        stays = readers.intersection(here) if module in readers else set()
-        needed = visitors[module].size_bytes
-        if needed + sum(visitors[each].size_bytes for each in stays) > room:
-            stays = set()
-        for each in [each for each in here if each not in stays]:
-            here.remove(each)
-            visitors[each].leave()
-        visitors[module].come()
-        here.append(module)
+        if module not in here:
+            for each in here:
+                visitors[each].leave()
+            here.clear()
+            visitors[module].come()
+            here.append(module)
 
     with ExitStack() as afterwards:
         for module, visitor in visitors.items():
@@ -97,9 +88,7 @@ def _on(device: torch.device, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 class _Visitor(Protocol):
-    """A component that comes and leaves. ``size_bytes``: what of it is on the device at a time, about."""
-
-    size_bytes: int
+    """A component that comes and leaves."""
 
     def come(self) -> None: ...
 
@@ -116,7 +105,6 @@ class _Whole:
     def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
         self._module, self._device = module, device
         self._copy: RamCopy | None = None
-        self.size_bytes = sum(tensor.nbytes for tensor in weights(module))
 
     def come(self) -> None:
         self._copy = to_device(self._module, self._device)
@@ -152,7 +140,6 @@ class _Layers:
         self._last: torch.nn.Module | None = None
         self._ahead: deque[torch.nn.Module] = deque()
         self._ahead_bytes = max((layer.size_bytes for layer in self._layers.values()), default=0)
-        self.size_bytes = 2 * self._ahead_bytes
         self._handles = [
             handle
             for each in layers

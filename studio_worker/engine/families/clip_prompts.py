@@ -42,26 +42,30 @@ def embeddings(
     import torch
 
     count = max(len(_windows(tokenizer, text, max_windows)) for tokenizer, _ in encoders for text in texts)
+
+    def read(tokenizer: Any, encoder: Any, text: str) -> tuple[Any, Any, list[float]]:
+        windows = _windows(tokenizer, text, max_windows)
+        windows += [_marked(tokenizer, [])] * (count - len(windows))
+        output = encoder(
+            torch.tensor([ids for ids, _ in windows]).to(device), output_hidden_states=layer is not None
+        )
+        state = output[0] if layer is None else output.hidden_states[layer]
+        # An encoder with a projection gives that first.
+        pooled = (output[0] if output[0].ndim == 2 else output.pooler_output)[:1]
+        return state, pooled, [weight for _, each in windows for weight in each]
+
+    # One encoder after the other, since each may have to come to the device.
+    by_encoder = [[read(*encoder, text) for text in texts] for encoder in encoders]
     found = []
-    for text in texts:
-        states, pooled, weights = [], None, [1.0]
-        for tokenizer, encoder in encoders:
-            windows = _windows(tokenizer, text, max_windows)
-            windows += [_marked(tokenizer, [])] * (count - len(windows))
-            output = encoder(
-                torch.tensor([ids for ids, _ in windows]).to(device), output_hidden_states=layer is not None
-            )
-            states.append(output[0] if layer is None else output.hidden_states[layer])
-            # An encoder with a projection gives that first.
-            pooled = (output[0] if output[0].ndim == 2 else output.pooler_output)[:1]
-            weights = [weight for _, each in windows for weight in each]
-        joined = torch.cat(states, dim=-1)
+    for parts in zip(*by_encoder, strict=True):
+        joined = torch.cat([state for state, _, _ in parts], dim=-1)
+        _, pooled, weights = parts[-1]
         window = joined.shape[1]
-        read = [
+        scaled_states = [
             scaled(state, weights[index * window : (index + 1) * window])
             for index, state in enumerate(joined)
         ]
-        found.append((torch.cat(read)[None], pooled))
+        found.append((torch.cat(scaled_states)[None], pooled))
     return found
 
 
