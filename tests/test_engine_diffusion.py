@@ -534,10 +534,10 @@ def sample_tensors() -> list[torch.Tensor]:
 
 def test_models_default_sampler_wins_over_the_engines(engine: DiffusionEngine) -> None:
     """What a source's cliDefaults say holds where the task is silent."""
-    defaults = CliDefaults(width=48, height=80, steps=2, cfg_scale=3.0, sampling_method="dpm++2m")
+    defaults = CliDefaults(width=64, height=128, steps=2, cfg_scale=3.0, sampling_method="dpm++2m")
     meta = make(engine, defaults=defaults, steps=20).meta
     decided = [meta[name] for name in ("width", "height", "steps", "guidance", "sampler")]
-    assert decided == [48, 80, 2, 3.0, "dpm++2m"]
+    assert decided == [64, 128, 2, 3.0, "dpm++2m"]
 
 
 def test_flow_shift_means_nothing_to_models_of_noise(engine: DiffusionEngine) -> None:
