@@ -115,7 +115,9 @@ class DeviceError(StudioWorkerError):
     exit_status: ClassVar[int] = 69  # EX_UNAVAILABLE
 
 
-_PASSING_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+_PASSING_STATUSES = frozenset({408, 425, 429})
+_LASTING_STATUSES = frozenset({501, 505, 506, 508, 510, 511})
+"""Of the server's errors those that say how it is set up; RFC 9110, and 511 is a portal to sign in at."""
 _GONE_STATUSES = frozenset({404, 410})
 _MISMATCHES = frozenset({"sha256 mismatch", "size mismatch"})
 
@@ -141,7 +143,9 @@ class DownloadError(StudioWorkerError):
     def is_final_here(self) -> bool:
         """Whether asking again would bring the same: the one place that decides."""
         if self.status is not None:
-            return self.status not in _PASSING_STATUSES
+            # A 5xx that nobody knows counts as a 500 (RFC 9110, 15): a CDN has its own from 520 on.
+            is_passing = self.status in _PASSING_STATUSES or self.status >= 500
+            return not is_passing or self.status in _LASTING_STATUSES
         return self.reason in _MISMATCHES
 
     @property

@@ -58,7 +58,8 @@ class Line:
         """Whether the answer goes on behind the piece."""
         self.received = 0
         self.moved_at = time.monotonic()
-        """When the last byte came, or the request went out."""
+        """When the last byte came, or the answer's head, or the request went out."""
+        self.is_answered = False
         self.busy_s = 0.0
         """CPU seconds so far."""
         self.reads = self.late_reads = 0
@@ -69,6 +70,17 @@ class Line:
         self.mark = (self.moved_at, 0)
         self._staged = staged
         self._pieces = pieces
+
+    @property
+    def patience_s(self) -> float:
+        """How long it may be silent as things stand: connecting, and waiting for an answer, is no silence."""
+        policy = self.policy
+        return policy.stall_s if self.is_answered else policy.connect_s + policy.first_byte_s
+
+    def rate(self, now: float) -> float:
+        """Bytes a second since the last mark."""
+        since, before = self.mark
+        return (self.received - before) / max(now - since, 0.001)
 
     def start(self, body: Body | None = None) -> None:
         """Begin, with the answer that is there already where there is one."""
@@ -82,6 +94,7 @@ class Line:
 
     def _work(self, body: Body | None) -> None:
         connection = Connection(self.policy)
+        self.is_answered = body is not None
         error: Exception | None = None
         try:
             while body or self.at < self.end or (not self.left.is_set() and self._pieces.take(self)):
@@ -118,6 +131,7 @@ class Line:
                 )
 
     def _ask(self, connection: Connection) -> Body:
+        self.is_answered = False
         self.moved_at = asked_at = time.monotonic()
         end = "" if self.is_open or self.end >= self._pieces.total else str(self.end - 1)
         headers = {"Range": f"bytes={self.at}-{end}"}
@@ -129,7 +143,9 @@ class Line:
         except BaseException:
             body.close()
             raise
-        self.first_byte_s = time.monotonic() - asked_at
+        self.moved_at = time.monotonic()
+        self.is_answered = True
+        self.first_byte_s = self.moved_at - asked_at
         return body
 
     def _check(self, body: Body) -> None:

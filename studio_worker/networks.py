@@ -8,17 +8,8 @@ in between (DNS rebinding) gains nothing.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
-import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import requests
-import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
 from studio_worker.errors import DownloadRefused
 
@@ -65,9 +56,10 @@ class Networks:
         except ValueError:
             return None
 
-    def adapter(self) -> requests.adapters.HTTPAdapter:
-        """What a :class:`requests.Session` connects with. A proxy's own address is not looked at."""
-        return _Adapter(self)
+    def check(self, host: str, address: str) -> None:
+        """Raises DownloadRefused where :meth:`problem` finds something."""
+        if problem := self.problem(host, ipaddress.ip_address(address)):
+            raise DownloadRefused("request error", f"GET {problem}")
 
 
 def network_kind(address: Address) -> str:
@@ -92,58 +84,3 @@ def _embedded(address: Address) -> Address:
     if address in _NAT64:
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address.ipv4_mapped or address.sixtofour or address
-
-
-class _Checked:
-    """Mixed into a connection of urllib3: connects to checked addresses alone."""
-
-    networks: Networks
-
-    def _new_conn(self: Any) -> socket.socket:
-        name = self._dns_host
-        try:
-            found = socket.getaddrinfo(name, self.port, type=socket.SOCK_STREAM)
-        except (socket.gaierror, UnicodeError) as error:
-            raise NameResolutionError(self.host, self, socket.gaierror(str(error))) from error
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-        for address in addresses:
-            if problem := self.networks.problem(self.host, ipaddress.ip_address(address)):
-                raise DownloadRefused("request error", f"GET {problem}")
-        for address in addresses[:-1]:
-            with _connecting_to(self, address), contextlib.suppress(NewConnectionError, ConnectTimeoutError):
-                return super()._new_conn()  # type: ignore[misc,no-any-return]
-        with _connecting_to(self, addresses[-1]):
-            return super()._new_conn()  # type: ignore[misc,no-any-return]
-
-
-@contextlib.contextmanager
-def _connecting_to(connection: Any, address: str) -> Iterator[None]:
-    """Only while the socket is opened: certificate and Host header keep the name."""
-    name = connection._dns_host
-    connection._dns_host = address
-    try:
-        yield
-    finally:
-        connection._dns_host = name
-
-
-class _Adapter(requests.adapters.HTTPAdapter):
-    def __init__(self, networks: Networks) -> None:
-        self._networks = networks
-        super().__init__()
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        rules = {"networks": self._networks}
-        self.poolmanager.pool_classes_by_scheme = {
-            "http": type(
-                "_HTTPPool",
-                (urllib3.HTTPConnectionPool,),
-                {"ConnectionCls": type("_HTTP", (_Checked, HTTPConnection), rules)},
-            ),
-            "https": type(
-                "_HTTPSPool",
-                (urllib3.HTTPSConnectionPool,),
-                {"ConnectionCls": type("_HTTPS", (_Checked, HTTPSConnection), rules)},
-            ),
-        }

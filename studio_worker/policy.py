@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from studio_worker.connecting import Reached
 from studio_worker.networks import Networks
 
 _BURST_S = 0.1
@@ -69,7 +70,9 @@ class Policy:
     mirror which drops every connection is outlasted as long as it gives something each time. ``wait``
     waits for that long and says whether the event was set meanwhile; tests put their own there.
 
-    ``stall_s``: a connection without a byte for so long is replaced. ``slow_s``: so often is one compared
+    ``connect_s``: for a connection, all addresses of the host together. ``first_byte_s``: for the answer's
+    head, which a cache in between may first have to fetch the file for. ``stall_s``: a connection without a
+    byte of the body for so long is replaced. ``slow_s``: so often is one compared
     with the others, and replaced where it is much slower. There is no limit to the whole. ``sync_s``: so
     often is what has come made to outlast a power cut.
 
@@ -82,6 +85,7 @@ class Policy:
     """
 
     connect_s: float = 15.0
+    first_byte_s: float = 60.0
     stall_s: float = 15.0
     slow_s: float = 3.0
     sync_s: float = 30.0
@@ -97,6 +101,12 @@ class Policy:
     proxy: str | None = field(default=None, repr=False)  # may hold a password
     on_end: Callable[[bool, int], None] = field(default=lambda _succeeded, _size_bytes: None, repr=False)
     networks: Networks | None = None
+    reached: Reached = field(default_factory=Reached, repr=False)
+
+    @property
+    def silence_s(self) -> float:
+        """So long may nothing at all come, whatever is tried."""
+        return self.connect_s + self.first_byte_s + self.stall_s
 
     def ways(self, url: str) -> tuple[str, ...]:
         """The addresses to try for ``url``, in order; the last is ``url`` itself."""

@@ -76,6 +76,7 @@ class Ranges:
         """What is missing and nobody fetches."""
         self._lines: list[Line] = []
         self._errors: list[Exception] = []
+        self._moved = (time.monotonic(), -1)  # when there were more bytes than before, and how many
         self._changed = threading.Event()
         self._stop = threading.Event()
         self._hashing_s = 0.0
@@ -177,7 +178,7 @@ class Ranges:
         slowest: Line | None = None
         longest_s = 0.1
         for line in self._lines:
-            rate = _rate(line, now)
+            rate = line.rate(now)
             left_s = (line.end - line.at) / rate if rate else float("inf")
             if line is not helper and line.end - line.at >= 2 * _SMALLEST_SHARE and left_s > longest_s:
                 slowest, longest_s = line, left_s
@@ -207,6 +208,7 @@ class Ranges:
         """See to the connections: those that ended, are slow, are too many, or are to be added."""
         self._note_errors(now)
         self._replace_slow(now)
+        self._see_that_it_moves(now)
         share = self._policy.connections.share
         self._pace.allow(now, share)
         self._drop(list(self._lines)[share:])
@@ -252,13 +254,21 @@ class Ranges:
         usual = statistics.median(rate for _, rate in rates) if rates else 0.0
         is_limited = self._policy.limit is not None
         slow = {line for line, rate in rates if rate < _SLOW_SHARE * usual and not is_limited}
-        silent = {line for line in lines if now - line.moved_at > self._policy.stall_s and not is_limited}
+        silent = {line for line in lines if now - line.moved_at > line.patience_s and not is_limited}
         self._drop(slow | silent)
         if lines and silent == set(lines):
-            raise DownloadError(
-                "streaming body",
-                f"GET {self._address.name}: streaming body: no byte for {self._policy.stall_s:g} s",
-            )
+            raise self._no_byte(max(line.patience_s for line in silent))
+
+    def _see_that_it_moves(self, now: float) -> None:
+        """Connections that are replaced for ever, each before its own limit, bring nothing either."""
+        if (kept := self._staged.kept) != self._moved[1]:
+            self._moved = (now, kept)
+        if now - self._moved[0] > self._policy.silence_s and self._policy.limit is None:
+            raise self._no_byte(self._policy.silence_s)
+
+    def _no_byte(self, seconds: float) -> DownloadError:
+        what = f"streaming body: no byte for {seconds:g} s"
+        return DownloadError("streaming body", f"GET {self._address.name}: {what}")
 
     def _drop(self, lines: Iterable[Line]) -> None:
         for line in lines:
@@ -289,8 +299,3 @@ def _sum(work: Work, *lines: Line) -> Work:
     for line in lines:
         work = Work(work.busy_s + line.busy_s, work.reads + line.reads, work.late_reads + line.late_reads)
     return work
-
-
-def _rate(line: Line, now: float) -> float:
-    since, before = line.mark
-    return (line.received - before) / max(now - since, 0.001)

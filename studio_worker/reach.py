@@ -39,6 +39,9 @@ def policy_from(settings: Settings) -> Policy:
     return Policy(
         allow_insecure=models.allow_insecure_urls,
         connections=Connections(models.max_connections),
+        connect_s=models.connect_timeout_s,
+        first_byte_s=models.first_byte_timeout_s,
+        stall_s=models.stall_timeout_s,
         limit=Limit(models.download_limit_mb_s * 1e6) if models.download_limit_mb_s else None,
         mirrors=tuple(models.mirrors.items()),
         tokens=tokens,

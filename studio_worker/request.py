@@ -17,9 +17,10 @@ from urllib.parse import urljoin, urlsplit
 import requests
 import urllib3
 
+from studio_worker import __version__
+from studio_worker.connecting import Adapter
 from studio_worker.errors import DownloadError, DownloadRefused
 from studio_worker.logs import safe_url
-from studio_worker.networks import Networks
 from studio_worker.policy import Policy
 from studio_worker.urls import is_loopback, url_problem
 
@@ -33,17 +34,15 @@ _REQUESTS_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 class Session(requests.Session):
-    """Follows no redirect, and does not read a redirect's body, which may be endless, into memory.
+    """Follows no redirect, and does not read a redirect's body, which may be endless, into memory."""
 
-    Args:
-        networks: where connections may go; ``None`` = anywhere.
-    """
-
-    def __init__(self, networks: Networks | None = None) -> None:
+    def __init__(self, policy: Policy) -> None:
         super().__init__()
-        if networks is not None:
-            for scheme in ("http://", "https://"):
-                self.mount(scheme, networks.adapter())
+        self.headers["User-Agent"] = f"studio-worker/{__version__}"
+        check = policy.networks.check if policy.networks else None
+        adapter = Adapter(stall_s=policy.stall_s, reached=policy.reached, check=check)
+        for scheme in ("http://", "https://"):
+            self.mount(scheme, adapter)
 
     def get_redirect_target(self, resp: requests.Response) -> None:  # noqa: ARG002  (requests' signature)
         return None
@@ -76,45 +75,45 @@ class Address:
 
 
 def ask(
-    address: Address, headers: Mapping[str, str], policy: Policy, session: requests.Session | None = None
+    address: Address, headers: Mapping[str, str], policy: Policy, session: Session | None = None
 ) -> requests.Response:
     """Send the request, and on to where it is redirected; no address is asked before it is checked.
 
     Raises:
         DownloadError: there is no answer, or none that may be used.
     """
-    if (known := address.redirected) is not None:
-        with contextlib.suppress(DownloadError):
-            response, _ = _follow(known, address, headers, policy, session)
-            if response.status_code not in _EXPIRED:
-                return response
-            response.close()
-        address.redirected = None
-    response, last = _follow(address.url, address, headers, policy, session)
-    if last != address.url:
-        address.redirected = last
-    return response
+    with contextlib.nullcontext(session) if session else Session(policy) as used:
+        if (known := address.redirected) is not None:
+            with contextlib.suppress(DownloadError):
+                response, _ = _follow(known, address, headers, policy, used)
+                if response.status_code not in _EXPIRED:
+                    return response
+                response.close()
+            address.redirected = None
+        response, last = _follow(address.url, address, headers, policy, used)
+        if last != address.url:
+            address.redirected = last
+        return response
 
 
 def _follow(
-    url: str, address: Address, headers: Mapping[str, str], policy: Policy, session: requests.Session | None
+    url: str, address: Address, headers: Mapping[str, str], policy: Policy, session: Session
 ) -> tuple[requests.Response, str]:
     """The answer, and the address that gave it."""
     name, first, via = address.name, url, ""
     for _ in range(_MAX_REDIRECTS + 1):
         url = _checked(url, name, via, policy)
         try:
-            with contextlib.nullcontext(session) if session else Session(policy.networks) as used:
-                response = used.get(
-                    url,
-                    headers={"Accept-Encoding": "identity", **headers},
-                    stream=True,
-                    timeout=(policy.connect_s, policy.stall_s),
-                    allow_redirects=False,
-                    auth=_auth(url, policy),
-                    proxies=_proxies(url, policy),
-                    verify=_verify(policy),
-                )
+            response = session.get(
+                url,
+                headers={"Accept-Encoding": "identity", **headers},
+                stream=True,
+                timeout=(policy.connect_s, policy.first_byte_s),
+                allow_redirects=False,
+                auth=_auth(url, policy),
+                proxies=_proxies(url, policy),
+                verify=_verify(policy),
+            )
         except requests.exceptions.SSLError as error:
             raise _untrusted(name, via, error) from None
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError, OSError) as error:

@@ -86,6 +86,9 @@ class ModelsSection(_Section):
     allow_insecure_urls: bool = False
     max_connections: int = Field(default=32, ge=1, le=32)
     download_limit_mb_s: float | None = Field(default=None, gt=0)
+    connect_timeout_s: float = Field(default=15.0, gt=0, le=300)
+    first_byte_timeout_s: float = Field(default=60.0, gt=0, le=3600)
+    stall_timeout_s: float = Field(default=15.0, gt=0, le=3600)
     mirrors: Annotated[dict[str, str], AfterValidator(_mirrors)] = {}
     token_dir: Path | None = None
     ca_bundle: Path | None = None

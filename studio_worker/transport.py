@@ -165,7 +165,7 @@ class Connection:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._session = Session(policy.networks)
+        self._session = Session(policy)
 
     def ask(self, address: Address, headers: Mapping[str, str]) -> Body:
         """The answer to one GET. Raises DownloadError."""

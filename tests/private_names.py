@@ -66,13 +66,13 @@ UNAVOIDABLE = (
     ),
     PrivateName(
         "_new_conn",
-        ("networks",),
+        ("connecting",),
         "from urllib3.connection import HTTPConnection; HTTPConnection('h')._new_conn",
         "an address can be checked before it is connected to nowhere else",
     ),
     PrivateName(
         "_dns_host",
-        ("networks",),
+        ("connecting",),
         "from urllib3.connection import HTTPConnection; assert HTTPConnection('h')._dns_host == 'h'",
         "the address to connect to, apart from the name that the certificate is for",
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import hashlib
+import ipaddress
 import socket
 import ssl
 import threading
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
+
+import pytest
 
 _PIECE = 16 * 1024
 
@@ -343,3 +346,31 @@ def raw_server(answer: bytes) -> Iterator[str]:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
         thread.join()
+
+
+@contextlib.contextmanager
+def black_hole(address: str, port: int) -> Iterator[None]:
+    """``address`` takes no connection and refuses none: whoever connects to it waits."""
+    with contextlib.ExitStack() as held:
+        listener = held.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(0)
+        for _ in range(4):  # the queue is full then: what comes after is dropped without an answer
+            filling = held.enter_context(socket.socket())
+            filling.setblocking(False)
+            filling.connect_ex((address, port))
+        yield
+
+
+def resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    """Every name has these addresses; an address is itself."""
+
+    def resolved(host: str, port: int | str, *_: Any, **__: Any) -> list[Any]:
+        try:
+            found = [str(ipaddress.ip_address(host))]
+        except ValueError:
+            found = list(addresses)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, int(port))) for address in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)

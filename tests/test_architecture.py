@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
         "__init__ errors sample_model files journal process",
-        "networks torch_build",
+        "networks connecting torch_build",
         "compatibility logs notify models urls lock config_files spans policy pace formats",
         "nodes jobs required settings finished outbox_clock staging request ledger leftovers copying",
         "snapshot starts control holding owner driver nvml breaker",
@@ -81,7 +81,7 @@ LIBRARIES = {
     "gguf": {"engine", "gpu_check"},
     "websockets": {"studio.connection", "studio.session", "studio.endings"},  # the last only names exceptions
     "sdnotify": {"notify"},
-    "requests": {"transport", "request", "networks", "studio.api", "studio.route", "doctor"},
+    "requests": {"transport", "request", "connecting", "studio.api", "studio.route", "doctor"},
     "starlette": {"local_studio"},
     "uvicorn": {"local_studio"},
     "typer": {"cli", "cli_models", "cli_control", "cli_doctor", "cli_generate", "cli_options"},

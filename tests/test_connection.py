@@ -30,6 +30,7 @@ from studio_worker.studio.endings import explain
 from studio_worker.studio.protocol import SessionProtocol
 from studio_worker.studio.route import route_to
 from tests.scripted import LIMIT_S, ScriptedHttp, ScriptedStudio
+from tests.servers import black_hole, resolve_to
 from tests.test_api import delivery
 from tests.test_offers import CLAIM
 from tests.test_session import FAST, Running
@@ -74,6 +75,20 @@ def test_connection_that_is_never_answered_is_given_up() -> None:
     """A studio that takes the connection and says nothing is given up after the time limit."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         error = fail_to_connect(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=0.2)
+    assert "did not answer in time" in str(error)
+
+
+def test_connection_reaches_a_studio_one_of_whose_addresses_swallows_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Broken IPv6 before a good IPv4 address does not keep the session from opening."""
+    resolve_to(monkeypatch, "127.0.0.2", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with black_hole("127.0.0.2", port):
+            error = fail_to_connect(f"http://studio.example:{port}", timeout_s=1.0)
+            listener.settimeout(0)
+            listener.accept()[0].close()  # it has come through
     assert "did not answer in time" in str(error)
 
 

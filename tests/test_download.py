@@ -725,7 +725,7 @@ class Waits:
         return cancel.is_set()
 
 
-@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 507, 520, 522, 524, 527, 530])
 def test_download_tries_again_after_a_passing_status(server: FileServer, tmp_path: Path, status: int) -> None:
     """An overloaded server is asked again, after the waits of the policy."""
     waits = Waits()
@@ -750,7 +750,7 @@ def test_download_waits_as_long_as_the_server_asks(server: FileServer, tmp_path:
     assert waits.seconds == [7, 120, 3, 120, 5]
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 501])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 501, 505])
 def test_download_asks_once_where_the_answer_is_final(
     server: FileServer, tmp_path: Path, status: int
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefus
 from studio_worker.inputs import input_fetcher
 from studio_worker.networks import Networks, network_kind
 from studio_worker.policy import Policy
-from tests.servers import FileServer
+from tests.servers import FileServer, resolve_to
 
 BODY = b"a tiny pretend picture"
 STUDIO = "https://studio.example/graphics/api"
@@ -31,19 +30,6 @@ def server() -> Iterator[FileServer]:
 
 def fetch(url: str, studio: str = STUDIO, **policy: Any) -> bytes:
     return input_fetcher(dataclasses.replace(QUICK, **policy), studio)(url, threading.Event())
-
-
-def resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
-    """Every name has these addresses; an address is itself."""
-
-    def resolved(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
-        try:
-            found = [str(ipaddress.ip_address(host))]
-        except ValueError:
-            found = list(addresses)
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in found]
-
-    monkeypatch.setattr(socket, "getaddrinfo", resolved)
 
 
 @pytest.mark.parametrize(

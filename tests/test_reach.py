@@ -234,6 +234,9 @@ def test_policy_holds_what_the_configuration_says(tmp_path: Path) -> None:
             allow_insecure_urls=True,
             max_connections=4,
             download_limit_mb_s=2.5,
+            connect_timeout_s=1,
+            first_byte_timeout_s=2,
+            stall_timeout_s=3,
             mirrors={"https://a.example/": "https://b.example/a/"},
             ca_bundle=bundle,
             proxy="http://proxy.example:3128",
@@ -244,6 +247,7 @@ def test_policy_holds_what_the_configuration_says(tmp_path: Path) -> None:
     assert policy.connections.most == 4
     assert policy.limit is not None
     assert policy.limit.bytes_per_s == 2_500_000
+    assert (policy.connect_s, policy.first_byte_s, policy.stall_s) == (1, 2, 3)
     assert policy.ways("https://a.example/m") == ("https://b.example/a/m", "https://a.example/m")
     assert (policy.ca_bundle, policy.proxy) == (bundle, "http://proxy.example:3128")
 

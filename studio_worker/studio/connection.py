@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
+from studio_worker.connecting import ATTEMPT_DELAY_S
 from studio_worker.errors import ProtocolError
 from studio_worker.studio.api import USER_AGENT
 from studio_worker.studio.exchange import Exchange
@@ -64,6 +65,7 @@ async def opened(url: str, route: Route, auth_token: str, timeout_s: float) -> C
         max_size=MAX_FRAME_BYTES,
         proxy=route.proxy,
         ssl=route.ssl_context() if url.startswith("wss:") else None,
+        happy_eyeballs_delay=ATTEMPT_DELAY_S,
     )
 
 
