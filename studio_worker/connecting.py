@@ -136,7 +136,12 @@ class Adapter(requests.adapters.HTTPAdapter):
 
 
 def _pools(adapter: Adapter, check: Callable[[str, str], None] | None) -> dict[str, Any]:
-    ways = {"adapter": adapter, "check": staticmethod(check) if check else None}
+    ways = {
+        "adapter": adapter,
+        "check": staticmethod(check) if check else None,
+        # Raises where the library calls it otherwise: else no address would be checked, unnoticed.
+        HTTPConnection._new_conn.__name__: _Connection.connected,
+    }
     return {
         scheme: type("Pool", (pool,), {"ConnectionCls": type("Connection", (_Connection, kind), ways)})
         for scheme, pool, kind in (
@@ -166,7 +171,8 @@ class _Connection:
     check: Callable[[str, str], None] | None
     response_class = _Response
 
-    def _new_conn(self: Any) -> socket.socket:
+    def connected(self: Any) -> socket.socket:
+        """A socket that an address of the host has taken."""
         try:
             found = socket.getaddrinfo(self._dns_host, self.port, type=socket.SOCK_STREAM)
         except (socket.gaierror, UnicodeError) as error:

@@ -65,7 +65,7 @@ UNAVOIDABLE = (
         "the reader makes arrays of 300,000 words there, and offers no way to leave them out",
     ),
     PrivateName(
-        "_new_conn",
+        "HTTPConnection._new_conn",
         ("connecting",),
         "from urllib3.connection import HTTPConnection; HTTPConnection('h')._new_conn",
         "an address can be checked before it is connected to nowhere else",
