@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 
 from studio_worker import __version__
 from studio_worker.breaker import Refusal
-from studio_worker.device import Device, available_ram_bytes
+from studio_worker.device import Device
 from studio_worker.engine import Router
 from studio_worker.engine.estimate import Estimates
 from studio_worker.health import Health
 from studio_worker.jobs import ImageTask
 from studio_worker.models import LocalFile, ModelFile, ModelSource
 from studio_worker.outbox import Outbox
+from studio_worker.ram import available_ram_bytes
 from studio_worker.settings import Settings
 from studio_worker.spool import Failures, JobInHand
 from studio_worker.store import Store

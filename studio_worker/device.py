@@ -23,6 +23,7 @@ from typing import Any
 from studio_worker.driver import find_driver, require_driver
 from studio_worker.errors import DeviceError
 from studio_worker.nodes import has_nvidia_gpu, no_gpu, wait_for_nodes
+from studio_worker.ram import total_ram_bytes
 
 PROBE_TIMEOUT_S = 180.0
 """Importing torch from a cold, slow disk takes a minute; a GPU that hangs takes for ever."""
@@ -79,19 +80,6 @@ def wait_for_device(
     if setting == "cpu" or find_driver() is None:
         return True
     return wait_for_nodes(on_wait=on_wait, wait=wait)
-
-
-def available_ram_bytes() -> int:
-    """What Linux could give without swapping; the free pages that sysconf counts leave out the page cache."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable")  # every kernel since 3.14 has it
-
-
-def total_ram_bytes() -> int:
-    """What this machine has, used or not."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def probe(

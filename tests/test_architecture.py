@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "__init__ errors sample_model files journal process",
         "networks connecting torch_build",
         "compatibility logs notify models urls lock config_files spans policy pace formats",
-        "nodes jobs required settings finished outbox_clock staging request ledger leftovers copying",
+        "nodes jobs required settings finished outbox_clock staging request ledger leftovers copying ram",
         "snapshot starts control holding owner driver nvml breaker",
         "transport health",
         "line",

@@ -25,8 +25,9 @@ from studio_worker.engine.estimate import Estimates
 from studio_worker.engine.families import identify
 from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory import MachineMemory
+from studio_worker.engine.needs import footprint
 from studio_worker.engine.parameters import resolve
-from studio_worker.engine.placement import Footprint, Mode, Plan, choose, footprint, leaner
+from studio_worker.engine.placement import Footprint, Mode, Plan, choose, leaner
 from studio_worker.engine.rendering import LoadedModel
 from studio_worker.engine.residency import Key, Place, Residency
 from studio_worker.errors import JobError
@@ -431,7 +432,7 @@ def test_out_of_memory_is_tried_once_more_in_a_leaner_way(monkeypatch: pytest.Mo
     expected = made(DiffusionEngine("cpu"))
     fail_to_decode(monkeypatch, 1)
     picture = made(DiffusionEngine("cpu", memory=Fake(GIB)))
-    assert picture.meta["offload"] == "layers"
+    assert picture.meta["offload"] == "component"
     assert picture.data == expected.data
 
 
@@ -578,7 +579,7 @@ assert "torch" not in sys.modules
     )
     small, large, impossible = done.stdout.split()
     assert 15 * MIB < int(small) < 64 * MIB
-    assert 2 * GIB < int(large) < 8 * GIB
+    assert GIB < int(large) < 2 * GIB
     assert impossible == "None"  # the job itself says what is wrong with it
 
 

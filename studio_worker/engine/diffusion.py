@@ -146,7 +146,11 @@ class DiffusionEngine:
         family.check_job(starting.kind, blueprint.sections)
 
         attempt.needed = self._loader.footprint(
-            blueprint, parameters.width * parameters.height, is_edit=starting.kind == "edit"
+            blueprint,
+            parameters.width * parameters.height,
+            kind=starting.kind,
+            guided=parameters.guidance != 1,
+            loras=loras,
         )
         attempt.plan = attempt.plan or self._loader.plan(attempt.needed, request.defaults)
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
-from studio_worker.device import Device, total_ram_bytes
+from studio_worker.device import Device
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.precision import numbers
 from studio_worker.errors import JobError
 from studio_worker.jobs import ImageTask
 from studio_worker.models import CliDefaults, LocalFile
+from studio_worker.ram import total_ram_bytes
 
 
 class Estimates:
@@ -40,16 +41,26 @@ class Estimates:
 
         ``None`` where it cannot be told: the job's own run says what is wrong with it.
         """
-        from studio_worker.engine.placement import Mode, footprint
+        from studio_worker.engine.needs import footprint
+        from studio_worker.engine.placement import Mode
 
+        kind: Literal["text", "image", "edit"] = (
+            "edit" if task.ref_image_url else "image" if task.init_image_url else "text"
+        )
         try:
             blueprint = self._sources.identify([file for file in files if file.role != "lora"])
             family = blueprint.family
-            parameters = resolve(task, defaults, family.defaults, from_image=False)
+            parameters = resolve(task, defaults, family.defaults, from_image=kind == "image")
+            needed = footprint(
+                blueprint,
+                numbers(family.halves, self._device.capability, self._device.description),
+                parameters.width * parameters.height,
+                kind=kind,
+                guided=parameters.guidance != 1,
+                loras=[file for file in files if file.role == "lora"],
+            )
         except JobError:
             return None
-        computed_in = numbers(family.halves, self._device.capability, self._device.description)
-        needed = footprint(blueprint, computed_in, parameters.width * parameters.height)
         can_wait = self._device.is_gpu and needed.weight_bytes <= total_ram_bytes()
         mode = Mode.COMPONENT if can_wait else Mode.WHOLE
         return min(plan.peak_bytes for plan in needed.plans() if plan.mode is mode)

@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 
 from studio_worker.engine.compiling import compile_blocks
-from studio_worker.engine.families.family import Blueprint
+from studio_worker.engine.families.family import Blueprint, JobKind
 from studio_worker.engine.loading import computed_in, load_part, use_channels_last, weights_dtype
 from studio_worker.engine.loras import Lora
 from studio_worker.engine.memory import Memory
-from studio_worker.engine.placement import Footprint, Mode, Plan, choose, footprint, leaner
+from studio_worker.engine.needs import footprint
+from studio_worker.engine.placement import Footprint, Mode, Plan, choose, leaner
 from studio_worker.engine.prompts import PromptCache
 from studio_worker.engine.rendering import LoadedModel
 from studio_worker.engine.residency import Key, Place, Residency
@@ -38,9 +39,19 @@ class Loader:
         self._prompts = PromptCache()
         self._compiles = compiles
 
-    def footprint(self, blueprint: Blueprint, pixels: int, *, is_edit: bool = False) -> Footprint:
-        """What a picture of so many pixels needs, from the files' headers."""
-        return footprint(blueprint, computed_in(blueprint.family, self._device), pixels, is_edit=is_edit)
+    def footprint(
+        self,
+        blueprint: Blueprint,
+        pixels: int,
+        *,
+        kind: JobKind = "text",
+        guided: bool = True,
+        loras: tuple[Lora, ...] = (),
+    ) -> Footprint:
+        """What a picture needs here; arguments as of :func:`studio_worker.engine.needs.footprint`."""
+        files = [lora.file for lora in loras]
+        numbers = computed_in(blueprint.family, self._device)
+        return footprint(blueprint, numbers, pixels, kind=kind, guided=guided, loras=files)
 
     def plan(self, needed: Footprint, defaults: CliDefaults) -> Plan:
         """How the picture is made.

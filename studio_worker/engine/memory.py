@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from studio_worker.device import available_ram_bytes, total_ram_bytes
 from studio_worker.process import give_memory_back
+from studio_worker.ram import available_ram_bytes, total_ram_bytes
 
 _KEPT_FREE_SHARE = 0.05
 """Of each memory: what fragmentation, libraries' workspaces and the rest of the machine need."""

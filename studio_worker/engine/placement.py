@@ -1,6 +1,6 @@
 """Where a model's components are while a picture is made: what a job needs, against what there is.
 
-Rules without torch, from the headers of the files alone, so that they can be asked before a job is accepted.
+Rules without torch, so that they can be asked before a job is accepted; the figures come from needs.py.
 """
 
 from __future__ import annotations
@@ -9,24 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from studio_worker.engine.families.component import read_json
-from studio_worker.engine.families.family import Blueprint
-from studio_worker.engine.precision import SIZE_BYTES
 from studio_worker.errors import JobError
-
-_DENOISER_BYTES_PER_PIXEL = 600
-"""What a denoiser in half precision has in memory beside its weights, with guidance. Measured on the meta
-device (every tensor alive at the peak, attention fused): 520 for Stable Diffusion 1.x, 316 for SDXL."""
-
-_VAE_FULL_MAPS = 3
-"""Feature maps of the last but one width, at the picture's full size, that are alive at once at the peak of a
-VAE's decoder: exactly that many for AutoencoderKL at 512, 1024 and 2048 pixels, measured likewise."""
-
-_VAE_WIDTH = 256
-"""That width, where a VAE's configuration does not say it."""
-
-_TEXT_BYTES = 64 << 20
-"""What a text encoder has in memory beside its weights: a few hundred tokens."""
 
 _LAYERS_SHARE = 0.1
 """How much of a denoiser is on the device at a time when its layers come one by one: generously, since the
@@ -64,8 +47,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a picture needs. Bytes; ``weights`` by component, as they are once loaded; ``unpacked`` likewise,
-    where quantised matrices are written out, for the components that have any.
+    """What a picture needs. Bytes.
+
+    Attributes:
+        weights: by component, as they are once loaded.
+        denoising, decoding: what lives beside the weights while the denoiser works, and the VAE.
+        tile: the latter where it decodes in tiles.
+        reading: likewise by text encoder.
+        unpacking: by component, what one of its quantised matrices takes for a moment when it is used.
+        unpacked: weights with quantised matrices written out, for the components that have any.
+        loras: weights of LoRAs, beside the denoiser's.
     """
 
     weights: Mapping[str, int]
@@ -74,7 +65,10 @@ class Footprint:
     denoising: int
     decoding: int
     tile: int
+    reading: Mapping[str, int] = field(default_factory=dict)
+    unpacking: Mapping[str, int] = field(default_factory=dict)
     unpacked: Mapping[str, int] = field(default_factory=dict)
+    loras: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -95,45 +89,26 @@ class Footprint:
         return list(dict.fromkeys(each for each in (every, frozenset(alone)) if each))
 
     def _plan(self, mode: Mode, tiled: bool, unpacked: frozenset[str] = frozenset()) -> Plan:
-        decoding = self.tile if tiled else self.decoding
-        weights, denoiser = self.weights, self.weights[self.denoiser]
-        vae = weights.get(self.vae, 0)
+        weights, texts = self.weights, self.reading.keys() & self.weights.keys()
+        vae, decoding = weights.get(self.vae, 0), self.tile if tiled else self.decoding
+
+        def moment(name: str) -> int:
+            return 0 if name in unpacked else self.unpacking.get(name, 0)
+
+        denoising = self.loras + self.denoising + moment(self.denoiser)
+        reading = max((self.reading[name] + moment(name) for name in texts), default=0)
         if mode is Mode.WHOLE:
             here = sum((self.unpacked if name in unpacked else weights)[name] for name in weights)
-            working = max(self.denoising, decoding)
+            working = max(denoising, self.loras + max(decoding, reading))
             return Plan(mode, tiled, here + working, working, unpacked)
         if mode is Mode.COMPONENT:
-            texts = [size + _TEXT_BYTES for size in weights.values()]
-            return Plan(mode, tiled, max(denoiser + self.denoising, vae + decoding, *texts))
+            # Text encoders stay together as far as the largest component's room goes (offloading.py).
+            together = min(sum(weights[name] for name in texts), max(weights.values()))
+            return Plan(
+                mode, tiled, max(weights[self.denoiser] + denoising, vae + decoding, together + reading)
+            )
         layers = int(max(weights.values()) * _LAYERS_SHARE)
-        return Plan(mode, tiled, vae + max(layers + self.denoising, decoding))
-
-
-def footprint(blueprint: Blueprint, numbers: str, pixels: int, *, is_edit: bool = False) -> Footprint:
-    """What a picture of ``pixels`` of this model needs, computed in ``numbers`` (precision.py)."""
-    family, itemsize = blueprint.family, SIZE_BYTES[numbers]
-    weights = {name: section.size_bytes(itemsize) for name, section in blueprint.sections.items()}
-    config = read_json(family.parts["vae"].config / "config.json") if "vae" in family.parts else {}
-    widths = config.get("block_out_channels") or [_VAE_WIDTH]
-    # VAEs in float16 decode in single precision.
-    precise = 4 if numbers == "float16" else itemsize
-    per_pixel = _VAE_FULL_MAPS * widths[min(1, len(widths) - 1)] * precise
-    copy = weights.get("vae", 0) * (precise // itemsize - 1)
-    tile_pixels = min(pixels, int(config.get("sample_size") or 512) ** 2)
-    seen = pixels + (family.reference_pixels if is_edit else 0)
-    picture = 3 * 4 * pixels * 2  # the tiles, and the picture that they are put together to
-    plain = {
-        name: section.size_bytes(itemsize, unpacked=True) for name, section in blueprint.sections.items()
-    }
-    return Footprint(
-        weights=weights,
-        denoiser=family.denoiser,
-        vae="vae",
-        denoising=_DENOISER_BYTES_PER_PIXEL * seen * itemsize // 2,
-        decoding=per_pixel * pixels + copy,
-        tile=per_pixel * tile_pixels + picture + copy,
-        unpacked={name: size for name, size in plain.items() if size > weights[name]},
-    )
+        return Plan(mode, tiled, vae + max(layers + max(denoising, reading), decoding))
 
 
 def choose(

@@ -69,18 +69,28 @@ class Section:
             return sum(prod(shape) * itemsize for shape in self.shapes.values())
         return sum(self._loaded_bytes(name, itemsize) for name in self.shapes)
 
+    def packed(self) -> Iterator[tuple[int, str]]:
+        """The number of weights and the type of each matrix that stays quantised, or in 8-bit floats."""
+        for name, shape in self.shapes.items():
+            if self.stays_eight_bit(name) or self._stays_in_blocks(name):
+                yield prod(shape), self.checkpoint.types[self.prefix + name]
+
     def _loaded_bytes(self, name: str, itemsize: int) -> int:
-        shape, elements = self.shapes[name], prod(self.shapes[name])
+        elements = prod(self.shapes[name])
         if self.stays_eight_bit(name):
             return elements
-        type_ = self.checkpoint.types.get(self.prefix + name, "")
-        # Tables that are looked up in, and filters, do not compute with blocks: loading writes them out.
-        is_matrix = len(shape) == 2 and not _TABLE.search(name)
-        if is_matrix and self.checkpoint.format == "gguf" and type_ not in PLAIN_TYPES:
-            block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]]
-            if shape[-1] % block == 0:  # else blocks go over the ends of rows, and are written out too
-                return int(elements // block * block_bytes)
+        if self._stays_in_blocks(name):
+            block, block_bytes = _block(self.checkpoint.types[self.prefix + name])
+            return elements // block * block_bytes
         return elements * itemsize
+
+    def _stays_in_blocks(self, name: str) -> bool:
+        shape, type_ = self.shapes[name], self.checkpoint.types.get(self.prefix + name, "")
+        # Tables that are looked up in, and filters, do not compute with blocks: loading writes them out. So
+        # it does with blocks that go over the ends of rows.
+        is_matrix = len(shape) == 2 and not _TABLE.search(name)
+        is_quantised = self.checkpoint.format == "gguf" and type_ not in PLAIN_TYPES
+        return is_matrix and is_quantised and shape[-1] % _block(type_)[0] == 0
 
     def scale_of(self, name: str) -> str | None:
         """The name of the scale that 8-bit files have beside the weight ``name``, in either of ComfyUI's
@@ -101,6 +111,12 @@ class Section:
 
     def __str__(self) -> str:
         return f"{', '.join(file.path.name for file in self.files)} ({self.role})"
+
+
+def _block(type_: str) -> tuple[int, int]:
+    """How many weights a block of GGUF's type ``type_`` has, and how many bytes."""
+    weights, size_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]]
+    return int(weights), int(size_bytes)
 
 
 def joined(shards: Sequence[Section]) -> Section:

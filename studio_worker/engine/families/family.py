@@ -9,7 +9,8 @@
    names become the library's. Take the shapes from the configuration, so that tests can make the same family
    tiny. Parts that several families use stand in ``parts.py``; a file that two models share is loaded once.
 3. What its pipeline wants differently from the defaults, by overriding :class:`Family`'s methods.
-4. The family into ``FAMILIES`` (``families/__init__.py``), its row out of ``recognised.py``.
+4. The family into ``FAMILIES`` (``families/__init__.py``), its row out of ``recognised.py``; what its
+   denoiser has in memory into ``needs.py``: the tests measure it.
 5. Tests: a tiny random model in the published file layout, pixel for pixel like the library's own pipeline;
    the full size on the meta device against published names and shapes.
 
