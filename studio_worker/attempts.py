@@ -6,6 +6,8 @@ the final hash covers them, or the server says that they are still those of its 
 
 from __future__ import annotations
 
+import http
+import logging
 import threading
 from pathlib import Path
 
@@ -17,6 +19,10 @@ from studio_worker.request import Address
 from studio_worker.staging import Origin, Progress, Staged
 from studio_worker.transport import Answer, Policy, UnwantedStatus
 
+log = logging.getLogger(__name__)
+
+_LIMITED_FACTOR = 20
+"""Times the usual waits: 10 s, 20 s, 40 s, …"""
 _FRESH_STARTS = 2
 """So often in one call may a download that starts from nothing again count its bytes as new ones."""
 
@@ -99,9 +105,25 @@ class Attempts:
                 delay = next(delays, None)
                 if delay is None:
                     raise worst from None
-                asked_s = error.retry_after_s if isinstance(error, UnwantedStatus) else None
-                if self.policy.wait(self.cancel, min(asked_s or delay, self.policy.retry_after_cap_s)):
-                    raise DownloadCancelled(self.name) from None
+                self._wait(error, delay)
+
+    def _wait(self, error: DownloadError, delay_s: float) -> None:
+        """Before another try; no such wait goes unsaid."""
+        asked_s = None
+        if error.status == http.HTTPStatus.TOO_MANY_REQUESTS:
+            # It limits how often it is asked; whoever starts this process again and again must not undo that.
+            delay_s *= _LIMITED_FACTOR
+        if isinstance(error, UnwantedStatus):
+            asked_s = error.retry_after_s
+        wait_s = min(asked_s or delay_s, self.policy.retry_after_cap_s)
+        why = str(error) if asked_s is None else f"{error}, asks to wait {asked_s:.0f} s"
+        facts = {"op": "download", "url": self.name, "error": why, "retry_in_s": wait_s}
+        # What somebody asks of us is for the operator to know; a connection that broke is nothing unusual.
+        is_limited = asked_s is not None or error.status == http.HTTPStatus.TOO_MANY_REQUESTS
+        log.log(logging.WARNING if is_limited else logging.INFO, "download has to wait", extra=facts)
+        self.policy.on_wait(why, wait_s)
+        if self.policy.wait(self.cancel, wait_s):
+            raise DownloadCancelled(self.name)
 
     def _try_once(self, staged: Staged) -> int:
         """One request; returns the length of the verified, renamed file."""

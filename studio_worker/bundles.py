@@ -23,6 +23,7 @@ from studio_worker.copying import HashingReader, bring, copy, is_ours, temporary
 from studio_worker.errors import StoreError
 from studio_worker.files import fsync_directory, open_plain, write_atomic
 from studio_worker.ledger import file_name, is_file_name
+from studio_worker.logs import safe_url
 from studio_worker.models import FileName, ModelFile, RequiredModel, Sha256
 from studio_worker.owner import written_by_caller
 from studio_worker.store import Store, store_errors
@@ -179,8 +180,15 @@ def _chosen(store: Store, required: Sequence[RequiredModel], models: Sequence[st
             )
         )
     chosen = [by_id[model] for model in (models or by_id) if model in by_id]
-    sources = tuple(model.model_dump(mode="json", by_alias=True, exclude_none=True) for model in chosen)
-    return Manifest(models=sources, files=tuple(files))
+    return Manifest(models=tuple(_public(model) for model in chosen), files=tuple(files))
+
+
+def _public(model: RequiredModel) -> dict[str, Any]:
+    """As models.d has it, but for what its addresses hold for this box alone: a token, a user, a query."""
+    source = model.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for file in source["files"]:
+        file["url"] = safe_url(file["url"])
+    return source
 
 
 def _text(manifest: Manifest) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import logging
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from studio_worker.attempts import Attempts
-from studio_worker.errors import DownloadCancelled, DownloadError
+from studio_worker.errors import DownloadCancelled, DownloadError, StoreError
 from studio_worker.files import DISK_FULL
 from studio_worker.holding import hold, staging_key
 from studio_worker.logs import safe_url
@@ -33,6 +34,13 @@ log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 0.2
 _READ_BYTES = 1024 * 1024
+_LOCAL_CURES = {
+    errno.EFBIG: "the file system, or a limit of this process, takes no file of this size: set [models] root "
+    "to a folder on ext4 or xfs, or raise LimitFSIZE",
+    errno.EMFILE: "raise the limit of files that this process may open (LimitNOFILE), or lower [models] "
+    "max_connections",
+    errno.ENFILE: "raise the limit of files that this machine may have open (fs.file-max)",
+}
 
 
 class RemoteFile(Protocol):
@@ -153,6 +161,8 @@ def _run_held(ways: Sequence[Attempts], staging: Path) -> tuple[int, Attempts]:
                     staged.drop()
                 raise
     except OSError as error:
+        if error.errno in _LOCAL_CURES:
+            raise StoreError(f"{staging}: {error.strerror}; {_LOCAL_CURES[error.errno]}") from error
         what = (
             f"no space left on the disk of {staging}: {error.strerror}"
             if error.errno in DISK_FULL

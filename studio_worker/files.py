@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import uuid
 from pathlib import Path
@@ -13,6 +14,9 @@ DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Error numbers of a disk, or of a user's share of it, that takes no more."""
 DISK_TROUBLES = DISK_FULL | {errno.EIO}
 """Those, and that of a disk that fails: no fault of the program's."""
+
+
+_COPY_BYTES = 1024 * 1024
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o600, sync_folder: bool = True) -> None:
@@ -37,6 +41,20 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o600, sync_folder: 
         raise
     if sync_folder:
         fsync_directory(path.parent)
+
+
+def copy_atomic(source: Path, dest: Path) -> None:
+    """The content of ``source`` under the name ``dest``, whole or not at all; from anywhere."""
+    temporary = dest.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with source.open("rb") as reading, temporary.open("xb") as writing:
+            shutil.copyfileobj(reading, writing, _COPY_BYTES)
+            writing.flush()
+            os.fsync(writing.fileno())
+        temporary.replace(dest)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def fsync_directory(path: Path) -> None:

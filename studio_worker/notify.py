@@ -40,9 +40,9 @@ class Notifier:
         if not self._is_stopping:
             self._send(self._status(text), wait_s=0.0)
 
-    def extend_timeout(self) -> None:
-        """Ask for more time to start; to be sent only while bytes advance."""
-        self._send(f"EXTEND_TIMEOUT_USEC={EXTEND_S * 1_000_000}")
+    def extend_timeout(self, within_s: float = 0.0) -> None:
+        """Ask for more time to start; to be sent only while bytes advance, or before a wait that ends."""
+        self._send(f"EXTEND_TIMEOUT_USEC={round((EXTEND_S + within_s) * 1_000_000)}")
 
     def reloading(self) -> None:
         """The configuration is being read again; :meth:`ready` ends it. Only after the first READY."""

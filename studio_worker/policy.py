@@ -79,6 +79,7 @@ class Policy:
     ``mirrors`` are pairs of URL prefixes: what begins with the first is asked with the second in its place,
     before it is asked as it is. ``tokens`` are bearer tokens by host name, each sent to its host alone.
     ``on_end`` is told of each download's end: whether it succeeded, and how many bytes came for it.
+    ``on_wait`` is told of each wait before another try: why it is needed, and its seconds.
     ``ca_bundle`` and ``proxy`` come before what the usual variables of the environment say.
 
     ``networks``: where connections may go; ``None`` = anywhere.
@@ -100,6 +101,7 @@ class Policy:
     ca_bundle: Path | None = None
     proxy: str | None = field(default=None, repr=False)  # may hold a password
     on_end: Callable[[bool, int], None] = field(default=lambda _succeeded, _size_bytes: None, repr=False)
+    on_wait: Callable[[str, float], None] = field(default=lambda _why, _seconds: None, repr=False)
     networks: Networks | None = None
     reached: Reached = field(default_factory=Reached, repr=False)
 

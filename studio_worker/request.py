@@ -10,7 +10,11 @@ the library's own, whose texts do.
 from __future__ import annotations
 
 import contextlib
+import http
 import os
+import re
+import ssl
+import time
 from collections.abc import Mapping
 from urllib.parse import urljoin, urlsplit
 
@@ -30,6 +34,14 @@ _EXPIRED = frozenset({400, 401, 403, 404, 410})
 """How an address that was good for a while is refused later."""
 _CODINGS = frozenset({"br", "compress", "dcb", "dcz", "deflate", "gzip", "x-compress", "x-gzip", "zstd"})
 """IANA's registry of content codings. Stores send other words too, of files that are what they are."""
+_AUTHORITY_CURE = "see the machine's clock; a certificate authority of your own goes into [models] ca_bundle"
+_CERTIFICATE_CURES = {
+    9: "the clock of this machine says {now}: set it where it is wrong, else the certificate begins later",
+    10: "the clock of this machine says {now}: set it where it is wrong, else renew the certificate",
+}
+"""By OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""
+_TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d{3})\b")
+"""As http.client has it."""
 _REQUESTS_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
@@ -103,6 +115,13 @@ def _follow(
     name, first, via = address.name, url, ""
     for _ in range(_MAX_REDIRECTS + 1):
         url = _checked(url, name, via, policy)
+        proxies = _proxies(url, policy)
+        if kind := _unusable_proxy(url, proxies):
+            raise DownloadRefused(
+                "request error",
+                f"GET {name}: {via}a proxy of kind {kind} cannot be used; name an http proxy in https_proxy "
+                "or [models] proxy, or the host in no_proxy",
+            )
         try:
             response = session.get(
                 url,
@@ -111,13 +130,14 @@ def _follow(
                 timeout=(policy.connect_s, policy.first_byte_s),
                 allow_redirects=False,
                 auth=_auth(url, policy),
-                proxies=_proxies(url, policy),
+                proxies=proxies,
                 verify=_verify(policy),
             )
-        except requests.exceptions.SSLError as error:
-            raise _untrusted(name, via, error) from None
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError, OSError) as error:
-            raise DownloadError("request error", f"GET {name}: {via}{cause(error)}") from None
+            raise _failed(name, via, error) from None
+        if response.status_code == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+            response.close()
+            raise _proxy_error(name, via, response.status_code)
         location = response.headers.get("Location")
         if response.status_code not in _REDIRECTS or location is None:
             if coding := _coding(response, is_hash_known=address.is_hash_known):
@@ -143,16 +163,27 @@ def _coding(response: requests.Response, *, is_hash_known: bool) -> str:
     )
 
 
-def _untrusted(name: str, via: str, error: requests.exceptions.SSLError) -> DownloadError:
-    """A certificate that is not believed stays so for now; other troubles of TLS may pass."""
-    innermost = cause(error)
-    if not innermost.startswith("SSLCertVerificationError"):
-        return DownloadError("request error", f"GET {name}: {via}{innermost}")
-    return DownloadRefused(
-        "request error",
-        f"GET {name}: {via}{innermost}; see the machine's clock; a certificate authority of your own goes "
-        "into [models] ca_bundle",
-    )
+def _failed(name: str, via: str, error: BaseException) -> DownloadError:
+    """What a request without an answer ended with, and its cure where there is one."""
+    innermost = _innermost(error)
+    if isinstance(innermost, ssl.SSLCertVerificationError):  # it stays so for now
+        words = _CERTIFICATE_CURES.get(innermost.verify_code, _AUTHORITY_CURE)
+        now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        return DownloadRefused("request error", f"GET {name}: {via}{cause(error)}; {words.format(now=now)}")
+    if found := _TUNNEL_REFUSED.match(str(innermost)):
+        return _proxy_error(name, via, int(found[1]))
+    return DownloadError("request error", f"GET {name}: {via}{cause(error)}")
+
+
+def _proxy_error(name: str, via: str, status: int) -> DownloadError:
+    """The proxy gave an answer of its own."""
+    if status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+        return DownloadRefused(
+            "request error",
+            f"GET {name}: {via}the proxy asks for a name and a password, or for others (407 Proxy "
+            "Authentication Required); they stand in its address: http://NAME:PASSWORD@HOST:PORT",
+        )
+    return DownloadError("request error", f"GET {name}: {via}the proxy answered {status}")
 
 
 def _checked(url: str, name: str, via: str, policy: Policy) -> str:
@@ -194,6 +225,13 @@ def _proxies(url: str, policy: Policy) -> dict[str, str] | None:
     return {"http": policy.proxy, "https": policy.proxy}
 
 
+def _unusable_proxy(url: str, proxies: dict[str, str] | None) -> str:
+    """The kind of the proxy that ``url`` would go through, where it is none of HTTP's."""
+    chosen = proxies or requests.utils.get_environ_proxies(url)
+    kind, separator, _ = (requests.utils.select_proxy(url, chosen) or "").partition("://")
+    return kind if separator and kind.lower() not in {"http", "https"} else ""
+
+
 def _verify(policy: Policy) -> str | None:
     """The CA bundle: the policy's, else OpenSSL's variable, which requests does not know; its own follow."""
     if policy.ca_bundle is not None:
@@ -209,9 +247,14 @@ def cause(error: BaseException) -> str:
 
     Their texts quote whole URLs, query strings and all; the innermost one's ``strerror`` does not.
     """
+    error = _innermost(error)
+    text = getattr(error, "strerror", None)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _innermost(error: BaseException) -> BaseException:
     while (inner := getattr(error, "reason", None) or error.__cause__ or error.__context__) is not None:
         if not isinstance(inner, BaseException):
             break
         error = inner
-    text = getattr(error, "strerror", None)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return error

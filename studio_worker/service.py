@@ -150,7 +150,9 @@ class Service:
                 "memory_gb": round(self._device.memory_gb, 1),
             },
         )
-        policy = dataclasses.replace(policy_from(settings), on_end=self._activity.download_ended)
+        policy = dataclasses.replace(
+            policy_from(settings), on_end=self._activity.download_ended, on_wait=self._note_wait
+        )
         self._reloader = Reloader(directory, loaded, policy, self._notifier, self._line, self._adopt)
         shipping = logs.ShippingBuffer()
         logging.getLogger().addHandler(shipping)
@@ -350,6 +352,12 @@ class Service:
                 self._notifier.watchdog()
 
     # --- what is noted of all that ---
+
+    def _note_wait(self, why: str, seconds: float) -> None:
+        """A download waits before it asks again: nothing advances, and the start has to outlast it."""
+        if self._activity.snapshot().phase == "provisioning":
+            self._notifier.status(f"waiting {seconds:.0f} s: {why}")
+            self._notifier.extend_timeout(seconds)
 
     def _say_of_gpu(self, problem: str) -> None:
         if self._activity.snapshot().phase == "ready":

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from studio_worker.files import fsync_directory, read_plain
+from studio_worker.files import copy_atomic, fsync_directory, read_plain
 from studio_worker.spans import BLOCK_BYTES, BlockMap, Spans
 
 Progress = Callable[[int, int | None], None]
@@ -212,7 +212,13 @@ class Staged:
     def commit(self, dest: Path) -> None:
         """Give the bytes their final name, for good."""
         os.fsync(self._file.fileno())
-        self._part.replace(dest)
+        try:
+            self._part.replace(dest)
+        except OSError as error:
+            if error.errno != errno.EXDEV:  # else the staging folder is on another file system
+                raise
+            copy_atomic(self._part, dest)
+            self._part.unlink()
         fsync_directory(dest.parent)
         self._forget()
 

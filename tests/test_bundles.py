@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -356,3 +357,22 @@ def test_box_without_network_reaches_ready_from_a_bundle(
     with ServiceProcess(config, tmp_path / "log") as running:
         running.await_message("READY=1", 60)
         assert running.stop() == 0
+
+
+@SUFFIXES
+def test_bundle_holds_no_secret_of_an_address(server: FileServer, tmp_path: Path, suffix: str) -> None:
+    """A bundle goes to other people: what an address holds for this box alone stays here."""
+    file = server.serve("/a.gguf", b"a" * 500)
+    plain = model(file).files[0]
+    secret = RequiredModel(
+        id="sample",
+        engine="sd-cpp",
+        files=(replace(plain, url=f"{file.url}?token=TOPSECRET"),),
+    )
+    store = Store(tmp_path / "full", QUICK, required=secret.files)
+    store.ensure(secret.files, model=secret.id)
+
+    bundle = exported(store, secret, tmp_path / f"bundle{suffix}")
+
+    files = [bundle] if bundle.is_file() else [path for path in bundle.rglob("*") if path.is_file()]
+    assert not any(b"TOPSECRET" in path.read_bytes() for path in files)

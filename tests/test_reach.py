@@ -16,7 +16,7 @@ from studio_worker.logs import facts
 from studio_worker.policy import Limit
 from studio_worker.reach import policy_from
 from studio_worker.settings import ModelsSection, Settings
-from tests.servers import FileServer, refused_url
+from tests.servers import FileServer, raw_server, refused_url
 
 BODY = b"a tiny pretend model" * 1000
 TOKEN = "hunter2hunter2"
@@ -70,7 +70,9 @@ def test_origin_is_asked_where_the_mirror_fails(
     download_file(file.url, tmp_path / "m.bin", sha256=sha256, size=size, policy=policy)
 
     assert (tmp_path / "m.bin").read_bytes() == BODY
-    assert [r.getMessage() for r in caplog.records] == ["download starting", "mirror failed", "download done"]
+    messages = [record.getMessage() for record in caplog.records]
+    said = [each for each in messages if each != "download has to wait"]  # before the mirror's other try
+    assert said == ["download starting", "mirror failed", "download done"]
     assert facts(caplog.records[-1])["url"] == file.url
 
 
@@ -134,6 +136,39 @@ def test_proxy_is_asked_for_other_machines(server: FileServer, tmp_path: Path) -
     assert proxied.requests[0].headers["host"] == "models.example"
 
 
+def test_proxy_that_wants_a_password_is_named(tmp_path: Path) -> None:
+    """A proxy's 407 is told at once and as what it is, for a tunnel and for plain http."""
+    answer = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
+    with raw_server(answer) as proxy:
+        for scheme in ("https", "http"):
+            policy = quick(proxy=proxy.replace("//", "//me:secret@"), allow_insecure=True)
+            with pytest.raises(DownloadRefused, match=r"407 .*NAME:PASSWORD@HOST") as failure:
+                download_file(f"{scheme}://models.example/m.bin", tmp_path / "m", policy=policy)
+            assert "secret" not in str(failure.value)
+
+
+def test_proxy_that_reaches_nobody_is_told_with_its_answer(tmp_path: Path) -> None:
+    """Another answer of the proxy is told with its number, and may pass."""
+    with raw_server(b"HTTP/1.1 504 Gateway Timeout\r\n\r\n") as proxy:
+        with pytest.raises(DownloadError, match="the proxy answered 504") as failure:
+            download_file("https://models.example/m.bin", tmp_path / "m", policy=quick(proxy=proxy))
+        assert not failure.value.is_final_here
+
+
+def test_proxy_of_another_kind_is_named_with_its_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SOCKS is not spoken here, and that is said at once."""
+    for variable in ("all_proxy", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("ALL_PROXY", "socks5h://me:secret@127.0.0.1:9")
+
+    with pytest.raises(DownloadRefused, match=r"kind socks5h .*https_proxy") as failure:
+        download_file("https://models.example/m.bin", tmp_path / "m", policy=quick())
+
+    assert "secret" not in str(failure.value)
+
+
 def test_missing_ca_bundle_is_an_error_of_the_download(tmp_path: Path) -> None:
     """A certificate file that is not there is told as the reason, not as a crash."""
     url = refused_url().replace("http://", "https://")
@@ -152,6 +187,37 @@ def use_own_certificate(server: FileServer, folder: Path) -> Path:
     subprocess.run(make, check=True, capture_output=True)
     server.use_tls(pem, Path(f"{pem}.key"))
     return pem
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "words"),
+    [("20900101", "20910101", "is not yet valid"), ("20100101", "20110101", "has expired")],
+)
+def test_certificate_of_another_time_is_told_with_the_clock(
+    server: FileServer, tmp_path: Path, start: str, end: str, words: str
+) -> None:
+    """A certificate that has ended or not begun is told with this machine's clock, not with an authority."""
+    pem = tmp_path / "server.pem"
+    (tmp_path / "index").touch()
+    (tmp_path / "ca.cnf").write_text(
+        "[ca]\ndefault_ca=own\n[own]\ndatabase=index\nrand_serial=yes\nnew_certs_dir=.\ndefault_md=sha256\n"
+        "policy=any\n[any]\ncommonName=supplied\n"
+    )
+    (tmp_path / "names").write_text("subjectAltName=IP:127.0.0.1\n")
+    ask = "req -newkey rsa:2048 -nodes -subj /CN=x -keyout server.pem.key -out server.csr"
+    sign = "ca -batch -config ca.cnf -selfsign -keyfile server.pem.key -in server.csr -out server.pem -notext"
+    times = f"-startdate {start}000000Z -enddate {end}000000Z -extfile names"
+    for command in (ask, f"{sign} {times}"):
+        subprocess.run(["openssl", *command.split()], cwd=tmp_path, check=True, capture_output=True)
+    server.use_tls(pem, Path(f"{pem}.key"))
+    file = server.serve("/m.bin", BODY)
+
+    with pytest.raises(
+        DownloadRefused, match=f"certificate {words}.*clock of this machine says 2"
+    ) as failure:
+        download_file(file.url, tmp_path / "m", policy=quick(ca_bundle=pem))
+
+    assert "ca_bundle" not in str(failure.value)
 
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])

@@ -17,6 +17,7 @@ import pytest
 
 from studio_worker.demo import MODEL_ID, sample_source, write_configuration
 from studio_worker.local_studio import LocalStudio
+from studio_worker.notify import EXTEND_S
 from studio_worker.sample_model import prompt
 from studio_worker.service_process import ServiceProcess
 from studio_worker.studio.api import StudioApi
@@ -125,6 +126,19 @@ def test_service_shows_systemd_what_it_downloads(site: Path, tmp_path: Path) -> 
             held.release()
             running.await_message("READY=1", READY_S)
             assert running.stop() == 0
+
+
+def test_service_says_that_a_host_has_it_wait(site: Path, tmp_path: Path) -> None:
+    """A start that a host puts off for an hour says so, and asks systemd for the time that it waits."""
+    with FileServer() as server:
+        file = server.serve("/m.safetensors", b"m", answers=[(429, {"Retry-After": "3600"})])
+        require(site, "m", file)
+        with ServiceProcess(site, tmp_path / "log") as running:
+            running.await_message("STATUS=waiting 120 s: ", READY_S)
+            assert any("asks to wait 3600 s" in line for line in running.messages)
+            running.await_message(f"EXTEND_TIMEOUT_USEC={(120 + EXTEND_S) * 1_000_000}", READY_S)
+            assert running.stop() == 0
+        assert len(file.requests) == 1
 
 
 def test_service_with_a_wrong_hash_is_never_ready(site: Path, tmp_path: Path) -> None:
