@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -248,9 +250,9 @@ def _opened(source: Path, file: IO[bytes] | None) -> Iterator[tarfile.TarFile | 
         yield None
         return
     try:
-        with tarfile.open(source, "r:", fileobj=file) as tar:
+        with tarfile.open(source, "r:*", fileobj=file) as tar:  # packed again by hand, it may be compressed
             yield tar
-    except tarfile.TarError as error:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise StoreError(f"{source}: is no bundle, or a damaged one: {error}") from error
 
 
@@ -277,10 +279,12 @@ def _read_manifest(source: Path, bundle: tarfile.TarFile | None) -> Manifest:
 
 
 def _header_of(source: Path, bundle: tarfile.TarFile, name: str) -> tarfile.TarInfo:
-    try:
-        header = bundle.getmember(name)
-    except KeyError:
-        raise StoreError(f"{source}: {name} is missing") from None
+    header = None
+    for spelling in (name, f"./{name}"):  # the second as `tar -C folder .` has it
+        with contextlib.suppress(KeyError):
+            header = header or bundle.getmember(spelling)
+    if header is None:
+        raise StoreError(f"{source}: {name} is missing")
     if not header.isreg():
         raise StoreError(f"{source}: {name} is not a plain file")
     return header

@@ -123,6 +123,8 @@ class Adapter(requests.adapters.HTTPAdapter):
         self.stall_s = stall_s
         self.reached = reached
         self.check = check
+        self.target = ""
+        """What the next request asks a host for, byte for byte; empty = as the libraries spell it."""
         super().__init__()
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -192,6 +194,12 @@ class _Connection:
         for option in self.socket_options or ():
             connected.setsockopt(*option)
         return connected
+
+    def putrequest(self: Any, method: str, url: str, *args: Any, **kwargs: Any) -> None:
+        # The libraries spell escapes anew (%7e becomes ~, %2f becomes %2F), which breaks a signature. A proxy
+        # that forwards is given the whole address, as they have it.
+        target = self.adapter.target if url.startswith("/") else ""
+        super().putrequest(method, target or url, *args, **kwargs)  # type: ignore[misc]
 
     def getresponse(self: Any) -> Any:
         connected = self.sock

@@ -10,6 +10,7 @@ import time
 from typing import Protocol
 
 from studio_worker.errors import DownloadError
+from studio_worker.pace import Work
 from studio_worker.policy import Policy
 from studio_worker.request import Address
 from studio_worker.staging import Staged
@@ -199,3 +200,10 @@ class Line:
                         return
         finally:
             body.close()
+
+
+def total_work(work: Work, *lines: Line) -> Work:
+    """``work``, and what ``lines`` took besides."""
+    for line in lines:
+        work = Work(work.busy_s + line.busy_s, work.reads + line.reads, work.late_reads + line.late_reads)
+    return work

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 
 from studio_worker.errors import DownloadCancelled, DownloadError
-from studio_worker.line import FileChanged, Line, RangesIgnored
+from studio_worker.line import FileChanged, Line, RangesIgnored, total_work
 from studio_worker.pace import Pace, Work
 from studio_worker.policy import Policy
 from studio_worker.process import keep_freed_memory
@@ -156,7 +156,7 @@ class Ranges:
         with self._lock:
             if line in self._lines:
                 self._lines.remove(line)
-                self._ended = _sum(self._ended, line)
+                self._ended = total_work(self._ended, line)
                 self._free.add(line.at, line.end)
                 if error is not None:
                     self._errors.append(error)
@@ -213,7 +213,7 @@ class Ranges:
         self._pace.allow(now, share)
         self._drop(list(self._lines)[share:])
         delivering = sum(line.is_delivering for line in list(self._lines))
-        work = _sum(self._ended, *list(self._lines))
+        work = total_work(self._ended, *list(self._lines))
         work = work._replace(busy_s=work.busy_s + self._hashing_s)
         self._pace.note(now, self._staged.kept, delivering, work)
         while len(self._lines) < self._pace.target:
@@ -224,7 +224,12 @@ class Ranges:
                     self._lines.remove(line)
                     return
                 self.largest = max(self.largest, len(self._lines))
-            line.start()
+            try:
+                line.start()
+            except RuntimeError:  # no threads left: those that run bring it, too
+                self.ended(line, None)
+                self._pace.refused(now, delivering)
+                return
 
     def _note_errors(self, now: float) -> None:
         with self._lock:
@@ -293,9 +298,3 @@ class Ranges:
         except Exception as error:
             self._disk_error = error
             self._changed.set()
-
-
-def _sum(work: Work, *lines: Line) -> Work:
-    for line in lines:
-        work = Work(work.busy_s + line.busy_s, work.reads + line.reads, work.late_reads + line.late_reads)
-    return work

@@ -40,6 +40,8 @@ _CERTIFICATE_CURES = {
     10: "the clock of this machine says {now}: set it where it is wrong, else renew the certificate",
 }
 """By OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""
+_SENDABLE = re.compile(r"/[A-Za-z0-9\-._~:/?\[\]@!$&'()*+,;=%]*")
+"""RFC 3986, 2: what needs no escape, and escapes."""
 _TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d{3})\b")
 """As http.client has it."""
 _REQUESTS_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
@@ -52,9 +54,9 @@ class Session(requests.Session):
         super().__init__()
         self.headers["User-Agent"] = f"studio-worker/{__version__}"
         check = policy.networks.check if policy.networks else None
-        adapter = Adapter(stall_s=policy.stall_s, reached=policy.reached, check=check)
+        self.adapter = Adapter(stall_s=policy.stall_s, reached=policy.reached, check=check)
         for scheme in ("http://", "https://"):
-            self.mount(scheme, adapter)
+            self.mount(scheme, self.adapter)
 
     def get_redirect_target(self, resp: requests.Response) -> None:  # noqa: ARG002  (requests' signature)
         return None
@@ -114,6 +116,7 @@ def _follow(
     """The answer, and the address that gave it."""
     name, first, via = address.name, url, ""
     for _ in range(_MAX_REDIRECTS + 1):
+        session.adapter.target = _target(url)
         url = _checked(url, name, via, policy)
         proxies = _proxies(url, policy)
         if kind := _unusable_proxy(url, proxies):
@@ -204,6 +207,16 @@ def _checked(url: str, name: str, via: str, policy: Policy) -> str:
     if policy.networks is not None and (problem := policy.networks.literal_problem(host)):
         raise DownloadRefused("request error", f"GET {name}: {via}{problem}", is_jobs_fault=not via)
     return used
+
+
+def _target(url: str) -> str:
+    """Path and query of ``url`` as they stand there; empty where they cannot be sent so."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return target if _SENDABLE.fullmatch(target) else ""
 
 
 def _auth(url: str, policy: Policy) -> _Bearer | None:

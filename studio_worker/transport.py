@@ -38,9 +38,9 @@ _LARGEST_READ = 1536 * 1024
 """and this at most. Measured: a sixth faster where nothing limits a connection; TLS would gain by more."""
 _RECORD_BYTES = 16 * 1024
 _JUDGED_AFTER_S = 0.05
-
 _QUEUED_CHUNKS = 8
 _LOOK_AGAIN_S = 0.1
+_NO_THREAD = "this process may start no more threads: raise their limit (TasksMax, ulimit -u)"
 
 
 class UnwantedStatus(DownloadError):
@@ -196,12 +196,15 @@ class Answer(Head):
         self._items: queue.Queue[requests.Response | bytes | DownloadError | None] = queue.Queue(
             _QUEUED_CHUNKS
         )
-        self._left = threading.Event()
-        self._decided = threading.Event()
+        self._left, self._decided = threading.Event(), threading.Event()
         self._is_detached = False
         self._limit = policy.limit
-        arguments = (address, headers, policy)
-        threading.Thread(target=self._read, args=arguments, name="download", daemon=True).start()
+        reading = threading.Thread(target=self._read, args=(address, headers, policy), name="download")
+        reading.daemon = True
+        try:
+            reading.start()
+        except RuntimeError as error:
+            raise DownloadError("request error", f"GET {self.name}: {_NO_THREAD}") from error
         try:
             head = self._take()
         except BaseException:

@@ -376,3 +376,19 @@ def test_bundle_holds_no_secret_of_an_address(server: FileServer, tmp_path: Path
 
     files = [bundle] if bundle.is_file() else [path for path in bundle.rglob("*") if path.is_file()]
     assert not any(b"TOPSECRET" in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+def test_bundle_that_was_packed_again_is_taken(
+    full: Store, required: RequiredModel, tmp_path: Path, mode: str
+) -> None:
+    """Who packs a bundle's folder with tar, compressed or with its names from ``./`` on, has a bundle."""
+    folder = exported(full, required, tmp_path / "bundle")
+    packed = tmp_path / "bundle.tar"
+    with tarfile.open(packed, mode) as tar:  # type: ignore[call-overload]
+        tar.add(folder, ".")
+    box = Store(tmp_path / "box", QUICK, required=required.files)
+
+    import_bundle(box, packed)
+
+    assert all(box.is_verified(file) for file in required.files)

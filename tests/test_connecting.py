@@ -153,6 +153,16 @@ def test_downloads_say_who_asks(server: FileServer, tmp_path: Path) -> None:
     assert file.requests[0].headers["user-agent"] == f"studio-worker/{__version__}"
 
 
+@pytest.mark.parametrize("query", ["k=%7e%2fA+b&s=a~b*(c)!%20", "sig=%E2%82%ac;x=[1]", "%"])
+def test_signed_address_is_sent_byte_for_byte(server: FileServer, tmp_path: Path, query: str) -> None:
+    """What a signature was made of arrives as it was given, on redirects too."""
+    file = server.serve("/m", BODY, answers=[(302, {"Location": f"/m?two&{query}"})])
+
+    download_file(f"{file.url}?{query}", tmp_path / "m")
+
+    assert [asked.path for asked in file.requests] == [f"/m?{query}", f"/m?two&{query}"]
+
+
 def test_cookie_of_a_redirect_goes_along_it(server: FileServer, tmp_path: Path) -> None:
     """A host that wants its cookie back gets it."""
     wall = (302, {"Location": "/m", "Set-Cookie": "gate=1; Path=/"})
@@ -161,3 +171,38 @@ def test_cookie_of_a_redirect_goes_along_it(server: FileServer, tmp_path: Path) 
     download_file(file.url, tmp_path / "m", sha256=hashlib.sha256(BODY).hexdigest())
 
     assert [asked.headers.get("cookie") for asked in file.requests] == [None, "gate=1"]
+
+
+def test_process_without_threads_left_says_so(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no thread can be started the reason is told with its cure."""
+    file = server.serve("/m", BODY)
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(DownloadError, match="TasksMax"):
+        download_file(file.url, tmp_path / "m", policy=Policy(delays_s=()))
+
+
+def test_download_does_with_the_threads_that_there_are(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that gets no thread leaves its piece to the others."""
+    file = server.serve("/m", LARGE, rate=20_000_000)
+    start = threading.Thread.start
+    ranges: list[threading.Thread] = []
+
+    def once(thread: threading.Thread) -> None:
+        if thread.name == "download-range":
+            ranges.append(thread)
+            if len(ranges) > 1:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", once)
+    download_file(file.url, tmp_path / "m", sha256=file.sha256, policy=Policy(delays_s=()))
+
+    assert (tmp_path / "m").read_bytes() == LARGE
