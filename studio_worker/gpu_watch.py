@@ -2,7 +2,8 @@
 
 A GPU that falls off the bus, and a driver that is replaced under the running process, would otherwise show
 only in the next job, which then fails. It looks and never computes, so it costs a job nothing. What is wrong
-is said at once, and ends the service when no job is in hand: a job finds out by itself, and says more.
+is said at once, and ends the service when no job is in hand: a job finds out by itself, and says more. Where
+NVML is missing there are no figures, and bus and files tell what they can.
 """
 
 from __future__ import annotations
@@ -62,13 +63,13 @@ class Judge:
         if look is None:
             return _lost("its driver does not answer") if self._has_answered else None
         first = self._first = self._first or look
-        if first.is_on_bus and not look.is_on_bus:
-            return _lost("it has left the PCI bus")
         if problem := _replaced(first, look):
             return problem
         if isinstance(look.answer, Reading):
             self._has_answered, self._doubts = True, 0
             return None
+        if first.is_on_bus and not look.is_on_bus:
+            return _lost("it has left the PCI bus")
         self._doubts += 1
         is_certain = look.answer.status in {GPU_IS_LOST, RESET_REQUIRED}
         is_worse = self._has_answered and self._doubts >= _DOUBTS
@@ -154,7 +155,10 @@ class GpuWatch:
             if problem != said:
                 said = problem
                 self._say(problem)
-                log.error("what is wrong with the GPU", extra={"op": "device", "error": problem or "nothing"})
+                if problem:
+                    log.error("the GPU cannot be used any more", extra={"op": "device", "error": problem})
+                else:
+                    log.info("the GPU can be used again", extra={"op": "device"})
             if problem and self._is_idle():
                 self._end(DeviceError(f"{self._device.name}, {self._device.description}: {problem}"))
                 return

@@ -69,9 +69,9 @@ def library_path(maps: str | None = None) -> Path | None:
     """The file of the ``libcuda`` that this process has loaded, also where another has replaced it since
     (proc_pid_maps(5)).
     """
-    text = Path("/proc/self/maps").read_text() if maps is None else maps
-    match = re.search(r"(/.*/libcuda\.so[.\d]*)(?: \(deleted\))?$", text, re.MULTILINE)
-    return Path(match[1]) if match else None
+    text = Path("/proc/self/maps").read_text(errors="replace") if maps is None else maps
+    found = next((line for line in text.splitlines() if "/libcuda.so" in line), None)
+    return None if found is None else Path(found[found.index("/") :].removesuffix(" (deleted)"))
 
 
 def library_version(maps: str | None = None) -> str | None:
