@@ -49,7 +49,7 @@ class Abilities:
         self._settings = settings
         self._device = device
         self._engines = engines
-        self._estimates = Estimates(device)
+        self._estimates = Estimates(device, engines.peaks)
         self._store = store
         self._desk = desk
         self._in_hand = in_hand

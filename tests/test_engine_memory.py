@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -27,7 +27,8 @@ from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory import MachineMemory
 from studio_worker.engine.needs import footprint
 from studio_worker.engine.parameters import resolve
-from studio_worker.engine.placement import Footprint, Mode, Plan, choose, leaner
+from studio_worker.engine.peaks import Peaks
+from studio_worker.engine.placement import Footprint, Mode, Plan, choose
 from studio_worker.engine.rendering import LoadedModel
 from studio_worker.engine.residency import Key, Place, Residency
 from studio_worker.errors import JobError
@@ -52,12 +53,19 @@ class Fake:
 
     def __init__(self, device: int, host: int = GIB) -> None:
         self.device, self.host = device, host
+        self.most: int | None = None
 
     def on_device(self, ours: int) -> int:
         return self.device
 
     def on_host(self, ours: int) -> int:
         return self.host
+
+    def start_counting(self) -> None:
+        """Nobody counts, but where a test says what was the most."""
+
+    def peak(self) -> int | None:
+        return self.most
 
 
 def sample_footprint(pixels: int = 64 * 64) -> Footprint:
@@ -126,20 +134,6 @@ def test_weights_that_ram_cannot_hold_do_not_wait_there() -> None:
     with pytest.raises(JobError, match=r"needs 16\.0 GiB and cuda:0 has 12\.0 GiB .* 15\.0 GiB .* 14\.0 GiB"):
         choose(needs(), 12 * GIB, host=14 * GIB, offload=False, device="cuda:0")
     assert choose(needs(), 12 * GIB, host=15 * GIB, offload=False, device="d").mode is Mode.COMPONENT
-    assert leaner(needs(), needs().plans()[1], host=14 * GIB) is None
-
-
-def test_leaner_way_needs_clearly_less() -> None:
-    """Each way that is tried after one that failed needs less than it; in the end there is none."""
-    needed = needs()
-    plan: Plan | None = needed.plans()[0]
-    seen = []
-    while plan is not None:
-        seen.append(plan)
-        plan = leaner(needed, plan, host=RAM)
-    assert [each.peak_bytes for each in seen] == sorted({each.peak_bytes for each in seen}, reverse=True)
-    assert seen[-1].mode is Mode.LAYERS
-    assert leaner(needed, needed.plans()[1], host=0) is None
 
 
 QUANTISED = {"transformer": 20 * GIB, "text_encoder": 8 * GIB}
@@ -168,9 +162,7 @@ def test_free_memory_is_spent_on_unpacked_weights(spare_gib: float, unpacked: se
 
 
 def test_unpacked_weights_are_given_up_before_anything_else() -> None:
-    """Packed weights come before tiles, which show, and before components that leave the device; also once
-    memory ran out.
-    """
+    """Packed weights come before tiles, which show, and before components that leave the device."""
     plans = needs(unpacked=QUANTISED).plans()
     assert [(plan.mode, plan.tiled, len(plan.unpacked)) for plan in plans[:5]] == [
         (Mode.WHOLE, False, 2),
@@ -179,7 +171,6 @@ def test_unpacked_weights_are_given_up_before_anything_else() -> None:
         (Mode.WHOLE, True, 0),
         (Mode.COMPONENT, False, 0),
     ]
-    assert leaner(needs(unpacked=QUANTISED), plans[0], host=0) == plans[2]
     assert all(not plan.unpacked for plan in plans[2:])
 
 
@@ -415,16 +406,18 @@ def test_model_waits_in_ram_for_its_next_job(tmp_path: Path) -> None:
 # --- out of memory ---
 
 
-def fail_to_decode(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """Decoding fails as on a full GPU, so many times."""
-    decode, left = AutoencoderKL.decode, iter(range(times))
+def fail_to_decode(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+    """Decoding fails as on a full GPU, so many times; the tries so far."""
+    decode, tries, left = AutoencoderKL.decode, list[int](), iter(range(times))
 
     def attempt(self: AutoencoderKL, *args: Any, **kwargs: Any) -> Any:
+        tries.append(1)
         if next(left, None) is not None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return decode(self, *args, **kwargs)
 
     monkeypatch.setattr(AutoencoderKL, "decode", attempt)
+    return tries
 
 
 def test_out_of_memory_is_tried_once_more_in_a_leaner_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,13 +429,98 @@ def test_out_of_memory_is_tried_once_more_in_a_leaner_way(monkeypatch: pytest.Mo
     assert picture.data == expected.data
 
 
-def test_out_of_memory_twice_fails_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the leaner way does not suffice either, the job fails so that another worker may try."""
+def test_memory_that_ran_out_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next picture of that model and size, or a larger one, is made in the leaner way at once; a smaller
+    one as before.
+    """
     engine = DiffusionEngine("cpu", memory=Fake(GIB))
-    fail_to_decode(monkeypatch, 2)
+    tries = fail_to_decode(monkeypatch, 1)
+    assert made(engine, width=128, height=128).meta["tiledVae"]
+    tries.clear()
+    assert made(engine, width=128, height=128).meta["tiledVae"]
+    assert made(engine, width=128, height=192).meta["tiledVae"]
+    assert "tiledVae" not in made(engine).meta
+    assert len(tries) == 3
+
+
+def test_memory_that_pictures_took_is_remembered() -> None:
+    """A picture that took more than was estimated, but had it, is planned with that where there is less."""
+    memory = Fake(GIB)
+    engine = DiffusionEngine("cpu", memory=memory)
+    memory.most = 800 * MIB
+    assert "offload" not in made(engine).meta
+    memory.device = 700 * MIB
+    assert made(engine).meta["offload"] == "component"
+
+
+def test_offer_is_judged_by_what_was_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a picture could not be made with is not counted on for the next offer of that model and size."""
+    peaks, device = Peaks(), Device("cpu", "", 8.0)
+    memory = Fake(GIB)
+    memory.has_host = False
+    engine = DiffusionEngine("cpu", memory=memory, peaks=peaks)
+
+    def needed(**size: int) -> int:
+        found = Estimates(device, peaks).needed_bytes([SAMPLE], request(**size).task, SMALL)
+        assert found is not None
+        return found
+
+    before = needed()
+    fail_to_decode(monkeypatch, 9)
+    with pytest.raises(JobError):
+        made(engine, width=128, height=128)
+    assert before < 64 * MIB
+    assert needed(width=128, height=128) > GIB
+    assert needed() == before
+
+
+def test_one_that_ran_out_leaves_other_models_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Memory that runs out for one model's picture unloads no other, as long as a leaner way suffices."""
+    other = changed_sample(tmp_path / "other.safetensors", lambda tensors: None)
+    engine = DiffusionEngine("cpu", memory=Fake(GIB))
+    assert preloaded(engine, other)
+    fail_to_decode(monkeypatch, 1)
+    made(engine)
+    assert {name: found.place for name, found in engine.resident().items()} == {
+        "other": "device",
+        "sample-model": "ram",
+    }
+
+
+def test_others_leave_the_device_before_a_picture_is_made_in_a_leaner_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where a picture has more without the other models, it is tried so; they wait in RAM meanwhile."""
+    other = changed_sample(tmp_path / "other.safetensors", lambda tensors: None)
+    device = int(2.8 * sample_footprint().weight_bytes)
+    engine = DiffusionEngine("cpu", memory=Fake(device))
+    assert preloaded(engine, other)
+    fail_to_decode(monkeypatch, 1)
+    assert "offload" not in made(engine).meta
+    places = {name: found.place for name, found in engine.resident().items()}
+    assert places["sample-model"] == "device"
+    assert places["other"].endswith("ram")
+
+
+def test_everything_leaves_before_a_job_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the leanest way does not suffice, it is tried once more without any other model anywhere."""
+    other = changed_sample(tmp_path / "other.safetensors", lambda tensors: None)
+    engine = DiffusionEngine("cpu", memory=Fake(plan_of(Mode.LAYERS, tiled=False).peak_bytes))
+    assert preloaded(engine, other)
+    tries = fail_to_decode(monkeypatch, 1)
+    assert made(engine).meta["offload"] == "layers"
+    assert engine.resident().keys() == {"sample-model"}
+    assert len(tries) == 2
+
+
+def test_out_of_memory_in_every_way_fails_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing helps, the job fails so that another worker may try; a smaller one is made."""
+    engine = DiffusionEngine("cpu", memory=Fake(GIB))
+    tries = fail_to_decode(monkeypatch, 3)
     with pytest.raises(JobError, match=r"out of memory on cpu: [\d.]+ of [\d.]+ GiB free") as caught:
-        made(engine)
+        made(engine, width=128, height=128)
     assert caught.value.retryable
+    assert len(tries) == 3
     assert engine.resident() == {}
     assert made(engine).data
 
@@ -534,6 +612,24 @@ def test_preloading_pushes_nothing_out(tmp_path: Path) -> None:
     engine = DiffusionEngine("cpu", memory=Fake(plan_of(Mode.WHOLE, tiled=False).peak_bytes))
     assert preloaded(engine, SAMPLE)
     assert not preloaded(engine, changed_sample(tmp_path / "other.safetensors", lambda tensors: None))
+    assert engine.resident().keys() == {"sample"}
+
+
+def test_preloading_that_runs_out_of_memory_leaves_others_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A model for which there is less memory than it seemed takes none of those with it that were preloaded
+    before.
+    """
+    engine = DiffusionEngine("cpu", memory=Fake(GIB))
+    assert preloaded(engine, SAMPLE)
+
+    def full(*_: Any) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("studio_worker.engine.loader.load_part", full)
+    with pytest.raises(JobError, match="out of memory"):
+        preloaded(engine, changed_sample(tmp_path / "other.safetensors", lambda tensors: None))
     assert engine.resident().keys() == {"sample"}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from studio_worker.engine.peaks import Peaks
 from studio_worker.errors import NotServed
 from studio_worker.jobs import Cancel, ImageTask, Picture
 from studio_worker.models import CliDefaults, LocalFile, ModelSource
@@ -109,9 +110,14 @@ class KeepsModels(Protocol):
 
 
 class Router:
-    """Engines by the name a source gives (``sd-cpp``, ``synthetic``), each made when first needed."""
+    """Engines by the name a source gives (``sd-cpp``, ``synthetic``), each made when first needed.
 
-    def __init__(self, factories: Mapping[str, Callable[[], Engine]]) -> None:
+    Args:
+        peaks: what they learn of the memory that pictures take.
+    """
+
+    def __init__(self, factories: Mapping[str, Callable[[], Engine]], peaks: Peaks | None = None) -> None:
+        self.peaks = peaks or Peaks()
         self._factories = dict(factories)
         self._engines: dict[str, Engine] = {}
 
@@ -166,14 +172,16 @@ def default_router(device: str, *, compiles: bool = False) -> Router:
     :class:`DiffusionEngine`.
     """
 
+    peaks = Peaks()
+
     def diffusion() -> Engine:
         from studio_worker.engine.diffusion import DiffusionEngine
 
-        return DiffusionEngine(device, compiles=compiles)
+        return DiffusionEngine(device, compiles=compiles, peaks=peaks)
 
     def synthetic() -> Engine:
         from studio_worker.engine.synthetic import SyntheticEngine
 
         return SyntheticEngine()
 
-    return Router({"sd-cpp": diffusion, "synthetic": synthetic})
+    return Router({"sd-cpp": diffusion, "synthetic": synthetic}, peaks)

@@ -10,41 +10,37 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from PIL import Image
 
-from studio_worker.engine import Inputs, Progress, Request, Resident
+from studio_worker.engine import Progress, Request, Resident
 from studio_worker.engine.canvas import Starting
-from studio_worker.engine.encoding import check_ext, encode, generation_meta
+from studio_worker.engine.encoding import encode, generation_meta
 from studio_worker.engine.families import FAMILIES
 from studio_worker.engine.families.family import Family
 from studio_worker.engine.faults import OutOfMemory, translated, usable_device
-from studio_worker.engine.images import decode_mask, decode_picture, decode_reference
 from studio_worker.engine.libraries import settle
 from studio_worker.engine.loader import Loader
 from studio_worker.engine.loading import computed_in
-from studio_worker.engine.loras import Adapters, asked_loras
+from studio_worker.engine.loras import Adapters
 from studio_worker.engine.memory import MachineMemory, Memory, free_bytes, total_bytes
-from studio_worker.engine.parameters import Parameters, printable, resolve
+from studio_worker.engine.parameters import Parameters, printable
+from studio_worker.engine.peaks import Peaks
 from studio_worker.engine.placement import Footprint, Plan
 from studio_worker.engine.rendering import LoadedModel, Rendered
 from studio_worker.engine.residency import Residency
 from studio_worker.engine.sources import Sources
-from studio_worker.errors import JobError, JobImpossible
-from studio_worker.jobs import Cancel, ImageTask, Picture
+from studio_worker.engine.understood import Understood, understand
+from studio_worker.errors import JobError
+from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, LocalFile
 from studio_worker.process import giving_memory_back
 
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass
-class Attempt:
-    """One try at a picture: what it needed and how it was made, as far as it came; ``plan`` may be given."""
-
-    needed: Footprint | None = None
-    plan: Plan | None = None
+_TRIES = 3
+"""At one picture, as long as memory runs out: each takes as long as the picture does."""
 
 
 class DiffusionEngine:
@@ -57,6 +53,7 @@ class DiffusionEngine:
         families: the model families that it serves.
         memory: what there is to decide with; by default this machine's.
         compiles: whether denoisers are compiled (compiling.py).
+        peaks: what is known of the memory that pictures take.
 
     Raises:
         DeviceError: torch cannot use ``device``.
@@ -70,12 +67,14 @@ class DiffusionEngine:
         memory: Memory | None = None,
         *,
         compiles: bool = False,
+        peaks: Peaks | None = None,
     ) -> None:
         settle()
         self._device = usable_device(device)
         self._sources = Sources(families)
         self._adapters = Adapters()
         self._memory = memory or MachineMemory(self._device)
+        self._peaks = peaks or Peaks()
         self._residency = Residency(self._device, self._memory, budget_bytes)
         self._loader = Loader(self._device, self._memory, self._residency, compiles=compiles)
 
@@ -83,35 +82,50 @@ class DiffusionEngine:
     def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
         """See :meth:`studio_worker.engine.Engine.generate`."""
         prompts = (printable(request.task.prompt), printable(request.task.negative_prompt or ""))
-        attempt = Attempt()
-        try:
-            with translated(self._device, prompts, on_exhausted=self._residency.clear):
-                return self._generate(request, progress, cancel, attempt)
-        except OutOfMemory as error:
-            if attempt.needed is None or attempt.plan is None:
-                raise
-            leaner = self._loader.leaner_plan(attempt.needed, attempt.plan)
-            if leaner is None:
-                raise
-            cancel.check()
-            _LOG.warning("out of memory, trying a leaner way", extra={"error": str(error)})
-        with translated(self._device, prompts, on_exhausted=self._residency.clear):
-            return self._generate(request, progress, cancel, Attempt(plan=leaner))
+        cancel.check()
+        with translated(self._device, prompts):
+            job = understand(request, self._sources)
+            needed = self._needed(job)
+            plan = self._plan(needed, request.defaults)
+        tries = _TRIES
+        while True:
+            available = self._available()
+            try:
+                with translated(self._device, prompts):
+                    return self._make(request, job, needed, plan, progress, cancel)
+            except OutOfMemory as error:
+                tries -= 1
+                others = self._loader.others_bytes(job.blueprint)
+                if not error.in_ram:
+                    self._peaks.ran_out(needed, plan, min(available, self._available()) - others)
+                other = self._other_plan(request, job, needed, plan) if tries else None
+                if other is None:
+                    self._residency.clear()
+                    raise
+                cancel.check()
+                plan = other
+                _LOG.warning(
+                    "out of memory, trying another way", extra={"error": str(error), "mode": plan.mode.value}
+                )
 
     def preload(
         self, model: str, files: Sequence[LocalFile], defaults: CliDefaults, go_on: Callable[[], bool]
     ) -> bool:
         """See :meth:`studio_worker.engine.KeepsModels.preload`."""
-        with translated(self._device, (), on_exhausted=self._residency.clear):
+        with translated(self._device, ()):
             blueprint = self._sources.identify([file for file in files if file.role != "lora"])
             own = blueprint.family.defaults
             pixels = (defaults.width or own.width) * (defaults.height or own.height)
-            return self._loader.preload(model, blueprint, pixels, defaults, go_on)
+            needed = self._peaks.corrected(self._loader.footprint(blueprint, pixels))
+            return self._loader.preload(model, blueprint, needed, defaults, go_on)
 
     def release(self) -> None:
         """See :meth:`studio_worker.engine.KeepsModels.release`."""
-        with translated(self._device, (), on_exhausted=self._residency.clear):
-            self._residency.release()
+        try:
+            with translated(self._device, ()):
+                self._residency.release()
+        except JobError:  # RAM has no room for them after all
+            self._residency.clear()
 
     def resident(self) -> Mapping[str, Resident]:
         """See :meth:`studio_worker.engine.KeepsModels.resident`."""
@@ -127,45 +141,63 @@ class DiffusionEngine:
     def available_bytes(self) -> int | None:
         """See :meth:`studio_worker.engine.KeepsModels.available_bytes`."""
         try:
-            return self._memory.on_device(self._residency.size_bytes())
+            return self._available()
         except RuntimeError:
             return None
 
-    def _generate(self, request: Request, progress: Progress, cancel: Cancel, attempt: Attempt) -> Picture:
-        cancel.check()
-        check_ext(request.task.ext)
-        _check_inputs(request.task, request.inputs)
-        prompt, loras, unknown = asked_loras(request.task.prompt, request.files)
-        task = request.task.model_copy(update={"prompt": prompt})
-        blueprint = self._sources.identify([file for file in request.files if file.role != "lora"])
-        family = blueprint.family
-        from_image = request.inputs.init_image is not None
-        parameters = resolve(task, request.defaults, family.defaults, from_image=from_image)
-        family.check(parameters)
-        starting = _starting(request.inputs, parameters)
-        family.check_job(starting.kind, blueprint.sections)
+    def _available(self) -> int:
+        return self._memory.on_device(self._residency.size_bytes())
 
-        attempt.needed = self._loader.footprint(
-            blueprint,
-            parameters.width * parameters.height,
-            kind=starting.kind,
-            guided=parameters.guidance != 1,
-            loras=loras,
-        )
-        attempt.plan = attempt.plan or self._loader.plan(attempt.needed, request.defaults)
+    def _needed(self, job: Understood) -> Footprint:
+        kind, loras = job.starting.kind, job.loras
+        return self._loader.footprint(job.blueprint, job.pixels, kind=kind, guided=job.is_guided, loras=loras)
+
+    def _plan(self, needed: Footprint, defaults: CliDefaults) -> Plan:
+        return self._loader.plan(self._peaks.corrected(needed), defaults)
+
+    def _other_plan(self, request: Request, job: Understood, needed: Footprint, failed: Plan) -> Plan | None:
+        """What to try after a way for which memory ran out: the same once others have left the device, or a
+        leaner one; else the leanest, once everything has left. ``None`` where that has failed, too.
+        """
+        try:
+            plan = self._plan(needed, request.defaults)
+        except JobError:
+            plan = failed
+        if plan.way != failed.way or plan.peak_bytes > failed.peak_bytes:
+            return plan
+        leanest = self._loader.leanest(needed)
+        if leanest.way == failed.way and self._loader.is_alone(job.blueprint):
+            return None
+        self._residency.clear()
+        return leanest
+
+    def _make(
+        self,
+        request: Request,
+        job: Understood,
+        needed: Footprint,
+        plan: Plan,
+        progress: Progress,
+        cancel: Cancel,
+    ) -> Picture:
+        family, parameters, loras = job.blueprint.family, job.parameters, job.loras
 
         def goes_on() -> bool:
             progress(0, parameters.steps)
             return not cancel.is_set
 
-        model, load_s = self._loader.load(request.model, blueprint, attempt.plan, loras, goes_on)
+        model, load_s = self._loader.load(request.model, job.blueprint, plan, loras, goes_on)
         started = time.perf_counter()
         self._adapters.set(model.lora_pipeline(), loras)
         if loras:
             load_s += time.perf_counter() - started
         cancel.check()
         started = time.perf_counter()
-        rendered = _render(model, parameters, starting, progress, cancel)
+        self._memory.start_counting()
+        rendered = _render(model, parameters, job.starting, progress, cancel)
+        peak = self._memory.peak()
+        if peak is not None and rendered.facts:  # else nothing was computed
+            self._peaks.took(needed, plan, peak - self._loader.others_bytes(job.blueprint))
         generated = time.perf_counter()
         cancel.check()
         data = encode(rendered.picture, parameters, request.model)
@@ -183,7 +215,7 @@ class DiffusionEngine:
             device=str(self._device),
             dtype=computed_in(family, self._device),
             **({"loras": {lora.name: lora.weight for lora in loras}} if loras else {}),
-            **({"unknownLoras": list(unknown)} if unknown else {}),
+            **({"unknownLoras": list(job.unknown)} if job.unknown else {}),
             **rendered.facts,
         )
         return Picture(data, parameters.ext, meta, timings_s)
@@ -203,32 +235,3 @@ def _render(
     # here it stays exactly.
     kept = given.resize(rendered.picture.size, Image.Resampling.LANCZOS)  # a reference has its own size
     return Rendered(Image.composite(rendered.picture, kept, starting.mask), rendered.facts)
-
-
-def _check_inputs(task: ImageTask, inputs: Inputs) -> None:
-    """Whether the pictures fit the task and each other, before anything is decoded."""
-    for name, url, data in (
-        ("initImageUrl", task.init_image_url, inputs.init_image),
-        ("refImageUrl", task.ref_image_url, inputs.ref_image),
-        ("maskUrl", task.mask_url, inputs.mask),
-    ):
-        if (url is None) != (data is None):
-            # Without this a picture that was never fetched would silently become text-to-image.
-            raise JobError(f"{name} and the fetched inputs do not agree")
-    if inputs.init_image is not None and inputs.ref_image is not None:
-        raise JobImpossible(
-            "initImageUrl and refImageUrl in one task: a picture is either changed (image-to-image) or read "
-            "(edit by reference)"
-        )
-    if inputs.mask is not None and inputs.init_image is None and inputs.ref_image is None:
-        raise JobImpossible("maskUrl without initImageUrl or refImageUrl: there is no picture to change")
-
-
-def _starting(inputs: Inputs, parameters: Parameters) -> Starting:
-    size = (parameters.width, parameters.height)
-    picture = (
-        None if inputs.init_image is None else decode_picture(inputs.init_image, "initial picture", *size)
-    )
-    reference = None if inputs.ref_image is None else decode_reference(inputs.ref_image)
-    mask = None if inputs.mask is None else decode_mask(inputs.mask, *size)
-    return Starting(picture, mask, reference)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from studio_worker.device import Device
 from studio_worker.engine.parameters import resolve
+from studio_worker.engine.peaks import Peaks
 from studio_worker.engine.precision import numbers
 from studio_worker.errors import JobError
 from studio_worker.jobs import ImageTask
@@ -24,10 +25,12 @@ class Estimates:
 
     Args:
         device: where the jobs are made.
+        peaks: what the engine has learnt of them.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, peaks: Peaks | None = None) -> None:
         self._device = device
+        self._peaks = peaks or Peaks()
 
     @cached_property
     def _sources(self) -> Any:
@@ -44,13 +47,15 @@ class Estimates:
         from studio_worker.engine.needs import footprint
         from studio_worker.engine.placement import Mode
 
-        kind: Literal["text", "image", "edit"] = (
-            "edit" if task.ref_image_url else "image" if task.init_image_url else "text"
-        )
+        kind: Literal["text", "image", "inpaint", "edit"] = "text"
+        if task.ref_image_url:
+            kind = "edit"
+        elif task.init_image_url:
+            kind = "inpaint" if task.mask_url else "image"
         try:
             blueprint = self._sources.identify([file for file in files if file.role != "lora"])
             family = blueprint.family
-            parameters = resolve(task, defaults, family.defaults, from_image=kind == "image")
+            parameters = resolve(task, defaults, family.defaults, from_image=kind in {"image", "inpaint"})
             needed = footprint(
                 blueprint,
                 numbers(family.halves, self._device.capability, self._device.description),
@@ -63,4 +68,5 @@ class Estimates:
             return None
         can_wait = self._device.is_gpu and needed.weight_bytes <= total_ram_bytes()
         mode = Mode.COMPONENT if can_wait else Mode.WHOLE
-        return min(plan.peak_bytes for plan in needed.plans() if plan.mode is mode)
+        plans = self._peaks.corrected(needed).plans()
+        return min(plan.peak_bytes for plan in plans if plan.mode is mode and not plan.unpacked)

@@ -7,7 +7,7 @@ text leaves it, in a message or in a traceback.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,17 +19,19 @@ from studio_worker.errors import DeviceError, JobCancelled, JobError, StudioWork
 
 
 class OutOfMemory(JobError):
-    """Memory ran out while the picture was made. Everything that could be freed has been."""
+    """Memory ran out while the picture was made. What it had itself has been freed, but for its weights.
+
+    Args:
+        in_ram: whether it was the machine's, while pictures are made elsewhere.
+    """
+
+    def __init__(self, message: str, *, in_ram: bool = False) -> None:
+        super().__init__(message)
+        self.in_ram = in_ram
 
 
-_MEMORY_SIGNS = (
-    "DefaultCPUAllocator",
-    "not enough memory",
-    "Cannot allocate memory",
-    "out of memory",
-    "ALLOC_FAILED",
-    "ALLOCATION_FAILED",
-)
+_RAM_SIGNS = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+_MEMORY_SIGNS = (*_RAM_SIGNS, "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 """How a failed allocation is worded where it is a plain RuntimeError: in RAM, or inside a CUDA library
 (``cublasStatus_t``, ``cudnnStatus_t``, ``cufftResult``)."""
 
@@ -38,15 +40,12 @@ _PRIVATE_CHARS = 8
 
 
 @contextmanager
-def translated(
-    device: torch.device, private: tuple[str, ...], on_exhausted: Callable[[], None]
-) -> Iterator[None]:
+def translated(device: torch.device, private: tuple[str, ...]) -> Iterator[None]:
     """Let only :exc:`StudioWorkerError` out of the block.
 
     Args:
         device: where the block computes.
         private: texts that must not appear in what is raised, i.e. the prompts.
-        on_exhausted: frees what can be freed, called when memory ran out.
 
     Raises:
         DeviceError: the device is lost; the process must end, since CUDA keeps failing after such an error.
@@ -63,16 +62,14 @@ def translated(
     except StudioWorkerError:
         raise
     except Exception as error:
-        translation = _translate(error, device, on_exhausted)
+        translation = _translate(error, device)
         # The cause is logged with its traceback; a library that quotes its input would put the prompt there.
         quoted = any(len(text) >= _PRIVATE_CHARS and text in str(error) for text in private)
         cause = None if quoted else error
         raise translation from cause
 
 
-def _translate(
-    error: Exception, device: torch.device, on_exhausted: Callable[[], None]
-) -> DeviceError | JobError:
+def _translate(error: Exception, device: torch.device) -> DeviceError | JobError:
     exhausted = is_exhausted(error)
     if exhausted:
         # They hold the very tensors that did not fit.
@@ -83,11 +80,14 @@ def _translate(
             "If it happens again: look for Xid errors in the kernel log, reload the driver or reboot"
         )
     if exhausted:
-        on_exhausted()
-        free_gb, total_gb = free_bytes(device) / 2**30, total_bytes(device) / 2**30
+        release_cached(device)
+        in_ram = device.type != "cpu" and _is_of_ram(error)
+        place = torch.device("cpu") if in_ram else device
+        free_gb, total_gb = free_bytes(place) / 2**30, total_bytes(place) / 2**30
         return OutOfMemory(
-            f"out of memory on {device}: {free_gb:.1f} of {total_gb:.1f} GiB free with all models unloaded; "
-            "a smaller picture or a device with more memory is needed"
+            f"out of memory on {place}: {free_gb:.1f} of {total_gb:.1f} GiB free without this picture; "
+            "a smaller picture or a machine with more memory is needed",
+            in_ram=in_ram,
         )
     return JobError(f"the picture could not be made: {type(error).__name__}")
 
@@ -109,6 +109,10 @@ def is_exhausted(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _MEMORY_SIGNS)
+
+
+def _is_of_ram(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _RAM_SIGNS)
 
 
 def _first_line(error: Exception) -> str:

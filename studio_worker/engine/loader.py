@@ -17,7 +17,7 @@ from studio_worker.engine.loading import computed_in, load_part, use_channels_la
 from studio_worker.engine.loras import Lora
 from studio_worker.engine.memory import Memory
 from studio_worker.engine.needs import footprint
-from studio_worker.engine.placement import Footprint, Mode, Plan, choose, leaner
+from studio_worker.engine.placement import Footprint, Mode, Plan, choose, leanest
 from studio_worker.engine.prompts import PromptCache
 from studio_worker.engine.rendering import LoadedModel
 from studio_worker.engine.residency import Key, Place, Residency
@@ -67,9 +67,19 @@ class Loader:
             device=str(self._device),
         )
 
-    def leaner_plan(self, needed: Footprint, failed: Plan) -> Plan | None:
-        """Another way than ``failed``, for which memory did not suffice; ``None`` where there is none."""
-        return leaner(needed, failed, host=self._host_bytes())
+    def leanest(self, needed: Footprint) -> Plan:
+        """The way that takes least, whether there is so much or not."""
+        return leanest(needed, host=self._host_bytes())
+
+    def others_bytes(self, blueprint: Blueprint) -> int:
+        """Of the components on the device, those that are not this model's."""
+        own = self._keys(blueprint).values()
+        return self._residency.size_bytes() - self._residency.size_bytes_of(own, Place.DEVICE)
+
+    def is_alone(self, blueprint: Blueprint) -> bool:
+        """Whether no component of another model is loaded anywhere."""
+        own = self._keys(blueprint).values()
+        return all(self._residency.size_bytes(p) == self._residency.size_bytes_of(own, p) for p in Place)
 
     def _host_bytes(self) -> int:
         """What RAM has for components that wait, once all others have left it."""
@@ -143,14 +153,13 @@ class Loader:
         self,
         name: str,
         blueprint: Blueprint,
-        pixels: int,
+        needed: Footprint,
         defaults: CliDefaults,
         go_on: Callable[[], bool],
     ) -> bool:
         """Load a model unless others would have to leave for it; whether it is wholly loaded."""
         residency, memory = self._residency, self._memory
         own = self._keys(blueprint).values()
-        needed = self.footprint(blueprint, pixels)
         plan = self.plan(needed, defaults)
         on_device, in_ram = (
             residency.size_bytes(place) - residency.size_bytes_of(own, place) for place in Place

@@ -31,6 +31,14 @@ class Memory(Protocol):
         """What is there in RAM for components that wait."""
         ...
 
+    def start_counting(self) -> None:
+        """Forget what was the most until now."""
+        ...
+
+    def peak(self) -> int | None:
+        """The most that this process has had on the device at a time since; ``None`` where nobody counts."""
+        ...
+
 
 class MachineMemory:
     """The memory of this machine and of ``device``, as it is at each moment.
@@ -51,6 +59,13 @@ class MachineMemory:
     def on_host(self, ours: int) -> int:
         cpu = torch.device("cpu")
         return _without_reserve(free_bytes(cpu) + ours, total_bytes(cpu))
+
+    def start_counting(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak(self) -> int | None:
+        return int(torch.cuda.max_memory_allocated(self._device)) if self._device.type == "cuda" else None
 
 
 def _without_reserve(free: int, total: int) -> int:

@@ -133,6 +133,12 @@ def footprint(
         unpacking={name: _unpacking(section, itemsize) for name, section in sections.items()},
         unpacked={name: size for name, size in plain.items() if size > weights[name]},
         loras=sum(_lora_bytes(lora, itemsize) for lora in loras),
+        model=(
+            tuple(section.content for section in sections.values()),
+            tuple(lora.content for lora in loras),
+            (computed_in, kind, guided),
+        ),
+        pixels=pixels,
     )
 
 

@@ -5,9 +5,10 @@ Rules without torch, so that they can be asked before a job is accepted; the fig
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import NamedTuple
 
 from studio_worker.errors import JobError
 
@@ -24,6 +25,14 @@ class Mode(Enum):
     """One component after the other, from RAM."""
     LAYERS = "layers"
     """One layer after the other, from RAM; slow."""
+
+
+class Way(NamedTuple):
+    """What of a plan is no figure."""
+
+    mode: Mode
+    tiled: bool
+    unpacked: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,10 @@ class Plan:
     working_bytes: int = 0
     unpacked: frozenset[str] = frozenset()
 
+    @property
+    def way(self) -> Way:
+        return Way(self.mode, self.tiled, self.unpacked)
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -57,6 +70,8 @@ class Footprint:
         unpacking: by component, what one of its quantised matrices takes for a moment when it is used.
         unpacked: weights with quantised matrices written out, for the components that have any.
         loras: weights of LoRAs, beside the denoiser's.
+        model, pixels: what of, for what was learnt of it.
+        took: by way, what such pictures are known to take at least.
     """
 
     weights: Mapping[str, int]
@@ -69,6 +84,9 @@ class Footprint:
     unpacking: Mapping[str, int] = field(default_factory=dict)
     unpacked: Mapping[str, int] = field(default_factory=dict)
     loras: int = 0
+    model: Hashable = None
+    pixels: int = 0
+    took: Mapping[Way, int] = field(default_factory=dict)
 
     @property
     def weight_bytes(self) -> int:
@@ -81,7 +99,13 @@ class Footprint:
         """
         whole = [self._plan(Mode.WHOLE, tiled=False, unpacked=names) for names in self._unpackings()]
         others = [self._plan(mode, tiled) for mode in Mode for tiled in (False, True)]
-        return (*whole, *others)
+        return tuple(self._corrected(plan) for plan in (*whole, *others))
+
+    def _corrected(self, plan: Plan) -> Plan:
+        more = self.took.get(plan.way, 0) - plan.peak_bytes
+        if more <= 0:
+            return plan
+        return replace(plan, peak_bytes=plan.peak_bytes + more, working_bytes=plan.working_bytes + more)
 
     def _unpackings(self) -> list[frozenset[str]]:
         """Which components to unpack, the most first. The denoiser before all: it runs at every step."""
@@ -146,13 +170,10 @@ def choose(
     )
 
 
-def leaner(needed: Footprint, failed: Plan, *, host: int) -> Plan | None:
-    """The next way that needs clearly less than one for which memory did not suffice; ``host`` as above."""
-    for plan in needed.plans():
-        is_leaner = plan.peak_bytes < 0.9 * failed.peak_bytes and not plan.unpacked
-        if is_leaner and _can_wait(needed, plan, host):
-            return plan
-    return None
+def leanest(needed: Footprint, *, host: int) -> Plan:
+    """The way that needs least of the device; ``host`` as above."""
+    plans = (plan for plan in needed.plans() if _can_wait(needed, plan, host))
+    return min(plans, key=lambda plan: plan.peak_bytes)
 
 
 def _can_wait(needed: Footprint, plan: Plan, host: int) -> bool:

@@ -1,0 +1,84 @@
+"""What a request asks for, understood and checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from studio_worker.engine import Inputs, Request
+from studio_worker.engine.canvas import Starting
+from studio_worker.engine.encoding import check_ext
+from studio_worker.engine.families.family import Blueprint
+from studio_worker.engine.images import decode_mask, decode_picture, decode_reference
+from studio_worker.engine.loras import Lora, asked_loras
+from studio_worker.engine.parameters import Parameters, resolve
+from studio_worker.engine.sources import Sources
+from studio_worker.errors import JobError, JobImpossible
+from studio_worker.jobs import ImageTask
+
+
+@dataclass(frozen=True)
+class Understood:
+    """A job: what makes it, how, and from what. ``unknown`` are LoRAs that the prompt names in vain."""
+
+    blueprint: Blueprint
+    parameters: Parameters
+    starting: Starting
+    loras: tuple[Lora, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def pixels(self) -> int:
+        return self.parameters.width * self.parameters.height
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a negative prompt counts."""
+        return self.parameters.guidance != 1
+
+
+def understand(request: Request, sources: Sources) -> Understood:
+    """
+    Raises:
+        JobError: what is asked cannot be done, or a file or picture of it is not whole.
+    """
+    check_ext(request.task.ext)
+    _check_inputs(request.task, request.inputs)
+    prompt, loras, unknown = asked_loras(request.task.prompt, request.files)
+    task = request.task.model_copy(update={"prompt": prompt})
+    blueprint = sources.identify([file for file in request.files if file.role != "lora"])
+    family = blueprint.family
+    from_image = request.inputs.init_image is not None
+    parameters = resolve(task, request.defaults, family.defaults, from_image=from_image)
+    family.check(parameters)
+    starting = _starting(request.inputs, parameters)
+    family.check_job(starting.kind, blueprint.sections)
+    return Understood(blueprint, parameters, starting, loras, unknown)
+
+
+def _check_inputs(task: ImageTask, inputs: Inputs) -> None:
+    """Whether the pictures fit the task and each other, before anything is decoded."""
+    for name, url, data in (
+        ("initImageUrl", task.init_image_url, inputs.init_image),
+        ("refImageUrl", task.ref_image_url, inputs.ref_image),
+        ("maskUrl", task.mask_url, inputs.mask),
+    ):
+        if (url is None) != (data is None):
+            # Without this a picture that was never fetched would silently become text-to-image.
+            raise JobError(f"{name} and the fetched inputs do not agree")
+    if inputs.init_image is not None and inputs.ref_image is not None:
+        raise JobImpossible(
+            "initImageUrl and refImageUrl in one task: a picture is either changed (image-to-image) or read "
+            "(edit by reference)"
+        )
+    if inputs.mask is not None and inputs.init_image is None and inputs.ref_image is None:
+        raise JobImpossible("maskUrl without initImageUrl or refImageUrl: there is no picture to change")
+
+
+def _starting(inputs: Inputs, parameters: Parameters) -> Starting:
+    size = (parameters.width, parameters.height)
+    picture = (
+        None if inputs.init_image is None else decode_picture(inputs.init_image, "initial picture", *size)
+    )
+    reference = None if inputs.ref_image is None else decode_reference(inputs.ref_image)
+    mask = None if inputs.mask is None else decode_mask(inputs.mask, *size)
+    return Starting(picture, mask, reference)
