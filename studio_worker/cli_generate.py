@@ -287,4 +287,6 @@ class _Progress:
         self._bar.update(self._task, description="loading the model", completed=0, total=None)
 
     def stepped(self, step: int, steps: int) -> None:
+        if step == 0:  # a sign of life
+            return
         self._bar.update(self._task, description="steps", completed=step, total=steps)

@@ -143,9 +143,21 @@ def _run_held(ways: Sequence[Attempts], staging: Path) -> tuple[int, Attempts]:
     """
     attempts = ways[-1]
 
-    def wait_for_other(length: int) -> None:
-        attempts.progress(length, attempts.size)
-        attempts.cancel.wait(_LOOK_AGAIN_S)
+    last: os.stat_result | None = None
+    waited_s = 0.0
+
+    def wait_for_other(found: os.stat_result) -> None:
+        """As long as it brings something: a process that hangs must not be waited for as if it worked."""
+        nonlocal last, waited_s
+        if last is None or (found.st_size, found.st_mtime_ns) != (last.st_size, last.st_mtime_ns):
+            last, waited_s = found, 0.0
+        if waited_s >= attempts.policy.other_s:
+            raise attempts.broken(
+                f"another process has this download, and brought nothing for {attempts.policy.other_s:g} s"
+            )
+        attempts.progress(found.st_size, attempts.size)
+        attempts.policy.wait(attempts.cancel, _LOOK_AGAIN_S)
+        waited_s += _LOOK_AGAIN_S
 
     key = staging_key(attempts.url, attempts.sha256)
     try:

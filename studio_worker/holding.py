@@ -19,11 +19,13 @@ from studio_worker.staging import Staged
 
 
 @contextlib.contextmanager
-def hold(folder: Path, key: str, dest: Path, waiting: Callable[[int], None]) -> Iterator[Staged | None]:
+def hold(
+    folder: Path, key: str, dest: Path, waiting: Callable[[os.stat_result], None]
+) -> Iterator[Staged | None]:
     """The kept bytes of ``key``, for this process alone; ``None`` = another one has just made them ``dest``.
 
     Args:
-        waiting: called with the length so far, again and again, while another process holds them; it does
+        waiting: called with the state of the file, again and again, while another process holds it; it does
             the waiting, and may raise to end it.
     """
     part = folder / f"{key}.part"
@@ -35,7 +37,7 @@ def hold(folder: Path, key: str, dest: Path, waiting: Callable[[int], None]) -> 
             continue  # another process has removed the empty folder between the two steps
         with os.fdopen(descriptor, "r+b", buffering=0) as file:
             while not _lock(file):
-                waiting(os.fstat(file.fileno()).st_size)
+                waiting(os.fstat(file.fileno()))
             if _names(part, file):
                 with contextlib.closing(Staged(part, file)) as staged:
                     yield staged

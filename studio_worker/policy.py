@@ -74,7 +74,8 @@ class Policy:
     head, which a cache in between may first have to fetch the file for. ``stall_s``: a connection without a
     byte of the body for so long is replaced. ``slow_s``: so often is one compared
     with the others, and replaced where it is much slower. There is no limit to the whole. ``sync_s``: so
-    often is what has come made to outlast a power cut.
+    often is what has come made to outlast a power cut. ``other_s``: so long is another process waited for
+    that has the same download and brings nothing; it may be reading back what it has, which takes minutes.
 
     ``mirrors`` are pairs of URL prefixes: what begins with the first is asked with the second in its place,
     before it is asked as it is. ``tokens`` are bearer tokens by host name, each sent to its host alone.
@@ -90,6 +91,7 @@ class Policy:
     stall_s: float = 15.0
     slow_s: float = 3.0
     sync_s: float = 30.0
+    other_s: float = 600.0
     delays_s: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
     retry_after_cap_s: float = 120.0
     allow_insecure: bool = False

@@ -178,8 +178,7 @@ class Worker:
             self._report(job, str(error), retryable=judged.retryable)
             self._health.failed(job, judged)
         except DeviceError as error:
-            # What the engine was at work on when the device was lost may have been what killed it: the note
-            # stays, and the next start counts a crash of this job.
+            # What the engine was at work on may have killed it: the note stays, for the next start to count.
             has_crashed = self._is_making
             self._report(job, str(error), retryable=True)
             raise

@@ -929,6 +929,33 @@ def test_a_killed_download_does_not_hold_up_the_next(server: FileServer, tmp_pat
     assert [asked.range for asked in file.requests] == [None, "bytes=500000-"]
 
 
+def test_process_that_hangs_with_a_download_is_not_waited_for_for_ever(
+    server: FileServer, tmp_path: Path
+) -> None:
+    """Another process that has the file and brings nothing of it is given up after ten minutes; what it
+    brings meanwhile begins them anew.
+    """
+    file = server.serve("/model.bin", BIG, hold_after=500_000)
+    dest = tmp_path / "model.bin"
+    child = start_child(file, dest, sha256=file.sha256)
+    await_bytes(child, 500_000)
+    (part,) = (tmp_path / ".staging").glob("*.part")
+    waits: list[float] = []
+
+    def wait(event: threading.Event, seconds: float) -> bool:
+        waits.append(seconds)
+        if len(waits) == 2900:
+            part.touch()  # as when a little more has come
+        return event.is_set()
+
+    with pytest.raises(DownloadError, match=r"another process has this download, .* nothing") as caught:
+        download_file(file.url, dest, sha256=file.sha256, policy=Policy(wait=wait))
+
+    assert sum(waits) == pytest.approx(2900 * 0.2 + 600, abs=1)
+    assert not caught.value.is_final_here
+    kill(child)
+
+
 def test_download_can_be_cancelled_while_another_process_has_the_file(
     server: FileServer, tmp_path: Path
 ) -> None:

@@ -234,7 +234,7 @@ def test_progress_counts_every_evaluation(engine: DiffusionEngine, sampler: str,
     engine.generate(
         request(sampling_method=sampler), lambda done, total: seen.append((done, total)), Cancel()
     )
-    assert seen == [(done, calls) for done in range(1, calls + 1)]
+    assert [each for each in seen if each[0]] == [(done, calls) for done in range(1, calls + 1)]
 
 
 @settings(max_examples=6, deadline=None)
@@ -253,7 +253,7 @@ def test_cancellation_stops_at_that_step(engine: DiffusionEngine, step: int) -> 
         cancel.set("enough")
     with pytest.raises(JobCancelled, match="enough"):
         engine.generate(request(), progress, cancel)
-    assert seen == list(range(1, step + 1))
+    assert [done for done in seen if done] == list(range(1, step + 1))
     assert make(engine).data == make(engine).data
 
 

@@ -17,8 +17,9 @@ from studio_worker.jobs import Cancel, ImageTask, Picture
 from studio_worker.models import CliDefaults, LocalFile, ModelSource
 
 Progress = Callable[[int, int], None]
-"""Called after every denoising step with (steps done, steps in all); with (0, steps in all) before each
-component that is loaded, so that a slow disk does not look like a hung device."""
+"""Called after every denoising step with (steps done, steps in all), and with (0, steps in all) as a sign of
+life whenever something else is done: a tensor read, a layer of a text encoder or of the VAE passed. Between
+two calls lies no more than one of these, so that a slow disk or machine does not look like a hung device."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class KeepsModels(Protocol):
         engine's own thread.
 
         Args:
-            go_on: asked before each component; the rest stays where it is when it says no.
+            go_on: asked before each component; the rest stays where it is when it says no. Called after each
+                tensor too, as a sign of life.
 
         Returns whether the model is wholly loaded.
 

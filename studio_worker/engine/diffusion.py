@@ -184,9 +184,11 @@ class DiffusionEngine:
 
         def goes_on() -> bool:
             progress(0, parameters.steps)
-            return not cancel.is_set
+            cancel.check()
+            return True
 
         model, load_s = self._loader.load(request.model, job.blueprint, plan, loras, goes_on)
+        goes_on()
         started = time.perf_counter()
         self._adapters.set(model.lora_pipeline(), loras)
         if loras:

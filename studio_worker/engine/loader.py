@@ -97,7 +97,8 @@ class Loader:
         where all of its components were there.
 
         Raises:
-            JobCancelled: ``go_on`` said no between two components.
+            JobCancelled: ``go_on`` said no between two components; it is called after each tensor too, as a
+                sign of life, and may raise.
         """
         family, residency = blueprint.family, self._residency
         dtype = weights_dtype(family, self._device)
@@ -123,7 +124,7 @@ class Loader:
             if not go_on():
                 raise JobCancelled
             where = self._device if place is Place.DEVICE else torch.device("cpu")
-            component = load_part(family.parts[part], blueprint.sections[part], where, dtype)
+            component = load_part(family.parts[part], blueprint.sections[part], where, dtype, go_on)
             if self._compiles and part == family.denoiser:
                 compile_blocks(component)
             if part == "vae" and self._device.type == "cuda":  # on a CPU 1 to 3% faster, but of other bits

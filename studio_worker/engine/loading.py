@@ -7,7 +7,7 @@ Configurations and tokenizers come from folders that this package carries; the h
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,19 @@ def weights_dtype(family: Family, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load_part(part: Part, section: Section, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def load_part(
+    part: Part,
+    section: Section,
+    device: torch.device,
+    dtype: torch.dtype,
+    alive: Callable[[], object] = lambda: None,
+) -> torch.nn.Module:
     """The component ``part`` with the weights of ``section``, on ``device``.
 
     Plain weights become ``dtype``; quantised matrices stay as they are and compute in ``dtype``.
+
+    Args:
+        alive: called after each tensor; what it raises ends the loading.
 
     Raises:
         NotServed: tensors are missing or misshapen.
@@ -62,7 +71,7 @@ def load_part(part: Part, section: Section, device: torch.device, dtype: torch.d
     if layout is None:
         raise refused(f"{section} is no {part.kind}: {part.why_not(section)}")
     model = empty_model(part, _as_stated(part, section))
-    tensors = read_tensors(section, device, _read_as(part, dtype))
+    tensors = read_tensors(section, device, _read_as(part, dtype), alive)
     try:
         tensors = layout.rename(tensors)
     except _TORSO as error:
@@ -71,7 +80,7 @@ def load_part(part: Part, section: Section, device: torch.device, dtype: torch.d
         raise refused(
             f"{section} holds no whole {part.kind}: {type(error).__name__} {str(error)[:200]}"
         ) from error
-    _fill(model, tensors, section, part, device, dtype)
+    _fill(model, tensors, section, part, device, dtype, alive)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -138,6 +147,7 @@ def _fill(
     part: Part,
     device: torch.device,
     dtype: torch.dtype,
+    alive: Callable[[], object],
 ) -> None:
     kept = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
@@ -146,6 +156,7 @@ def _fill(
     keep = _kept_in_single_precision(model, dtype)
     use_packed_linears(model, tensors, dtype, keep)
     for name in wanted:
+        alive()  # on a CPU it is here that what was mapped is read
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         tensor = tensors.pop(name)

@@ -20,6 +20,7 @@ from studio_worker.engine.canvas import Canvas, Starting, check_finite, wide_eno
 from studio_worker.engine.compiling import compiled
 from studio_worker.engine.denoising import asking, denoise, drawn, noised
 from studio_worker.engine.families.family import Family
+from studio_worker.engine.life import watched
 from studio_worker.engine.loading import load_scheduler, load_tokenizer
 from studio_worker.engine.noise import Noise
 from studio_worker.engine.offloading import Bring, placed
@@ -79,7 +80,8 @@ class LoadedModel:
     def render(
         self, parameters: Parameters, starting: Starting, progress: Progress, cancel: Cancel
     ) -> Rendered:
-        """Make one picture. ``progress`` is called and ``cancel`` checked at every model evaluation.
+        """Make one picture. ``progress`` is called and ``cancel`` checked at every model evaluation, and
+        after each layer of what is no denoiser.
 
         Raises:
             JobError: the parameters ask for what this family cannot do.
@@ -94,7 +96,10 @@ class LoadedModel:
             progress(done, total)
             cancel.check()
 
+        others = [part for name, part in self._parts.items() if part is not None and name != family.denoiser]
+
         with (
+            watched(others, lambda: on_evaluation(0, parameters.steps)),
             placed(pipeline, self._plan, self._device) as bring,
             compiled(self._denoiser, is_offloaded=self._plan.mode is not Mode.WHOLE) as is_compiled,
         ):

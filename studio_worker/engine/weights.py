@@ -6,7 +6,7 @@ This module owns which number types weights may have. It renames nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gguf
@@ -28,11 +28,19 @@ _INDEX_TYPES = {"I8", "I16", "I32", "I64", "U8", "BOOL", "U16", "U32", "U64"}
 """Position tables and counters that old checkpoints carry beside their weights."""
 
 
-def read_tensors(section: Section, device: torch.device, dtype: torch.dtype) -> Tensors:
+def read_tensors(
+    section: Section,
+    device: torch.device,
+    dtype: torch.dtype,
+    alive: Callable[[], object] = lambda: None,
+) -> Tensors:
     """All tensors of ``section``, names without its prefix, on ``device``.
 
     Plain numbers are as they are stored, but no wider than ``dtype``; quantised ones are diffusers'
     ``GGUFParameter``, and matrices of 8-bit floats ``EightBitMatrix``, whose bytes are those of the file.
+
+    Args:
+        alive: called after each tensor; what it raises ends the reading.
 
     Raises:
         FileDamaged: the file is not whole.
@@ -43,16 +51,16 @@ def read_tensors(section: Section, device: torch.device, dtype: torch.dtype) -> 
         return {
             name: tensor
             for shard in section.shards
-            for name, tensor in read_tensors(shard, device, dtype).items()
+            for name, tensor in read_tensors(shard, device, dtype, alive).items()
         }
     path = section.checkpoint.path
     _check_types(section)
     try:
         if section.checkpoint.format == "gguf":
-            return dict(_gguf(section, device))
+            return dict(_gguf(section, device, alive))
         # Mapped: on the CPU these tensors are pages of the file until they are copied.
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return _safetensors(section, file, dtype)
+            return _safetensors(section, file, dtype, alive)
     except OSError as error:
         raise JobError(f"{path.name} cannot be read: {error.strerror}") from error
     except (SafetensorError, *DAMAGE) as error:
@@ -74,9 +82,10 @@ def dequantised(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype, copy=tensor.device.type == "cpu")
 
 
-def _safetensors(section: Section, file: Any, dtype: torch.dtype) -> Tensors:
+def _safetensors(section: Section, file: Any, dtype: torch.dtype, alive: Callable[[], object]) -> Tensors:
     tensors: Tensors = {}
     for name in section.shapes:
+        alive()
         if _FP8_NOTE.search(name):
             continue
         tensor = file.get_tensor(section.prefix + name)
@@ -94,8 +103,11 @@ def _safetensors(section: Section, file: Any, dtype: torch.dtype) -> Tensors:
     return tensors
 
 
-def _gguf(section: Section, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+def _gguf(
+    section: Section, device: torch.device, alive: Callable[[], object]
+) -> Iterator[tuple[str, torch.Tensor]]:
     for tensor in open_gguf(section.checkpoint.path, "c").tensors:
+        alive()
         name = tensor.name.removeprefix(section.prefix)
         if not tensor.name.startswith(section.prefix) or name not in section.shapes:
             continue
