@@ -32,8 +32,8 @@ def shown_jobs(init_url: str, mask_url: str) -> list[Shown]:
         Shown("png", say("blue", "sword", "stone"), {"seed": 1, "ext": "png"}),
         Shown("webp", say("green", "gem", "night"), {"seed": 2, "ext": "webp"}),
         Shown("jpg", say("purple", "mushroom", "grass"), {"seed": 3, "ext": "jpg"}),
-        Shown("96 x 96", say("red", "chest", "sand"), {"seed": 4, "width": 96, "height": 96}),
-        Shown("96 x 64", say("yellow", "star", "night"), {"seed": 5, "width": 96, "height": 64}),
+        Shown("128 x 128", say("red", "chest", "sand"), {"seed": 4, "width": 128, "height": 128}),
+        Shown("128 x 64", say("yellow", "star", "night"), {"seed": 5, "width": 128, "height": 64}),
         Shown(
             "negative prompt",
             say("pink", "heart", "sky"),

@@ -69,7 +69,7 @@ def test_picture_is_made_without_any_configuration(tmp_path: Path) -> None:
 
 def test_rounded_size_is_said(tmp_path: Path) -> None:
     """Where the model rounds the size, the line about the picture has both."""
-    said = "out.png: 64x72 (asked for 66x70), seed 7\n"
+    said = "out.png: 128x128 (asked for 66x70), seed 7\n"
     assert generate(tmp_path, "--size", "66x70", "--steps", "1").output.endswith(said)
 
 
@@ -77,7 +77,7 @@ def test_every_option_reaches_the_picture(tmp_path: Path) -> None:
     """Size, sampler, guidance, negative prompt and exactly 20 steps are what was asked for."""
     words = [
         "--size",
-        "72x64",
+        "128x64",
         "--sampler",
         "euler",
         "--cfg",
@@ -89,7 +89,7 @@ def test_every_option_reaches_the_picture(tmp_path: Path) -> None:
         "--json",
     ]
     facts = json.loads(generate(tmp_path, *words).output)
-    asked = {"width": 72, "height": 64, "sampler": "euler", "guidance": 2.5, "steps": 20}
+    asked = {"width": 128, "height": 64, "sampler": "euler", "guidance": 2.5, "steps": 20}
     assert asked.items() <= facts.items()
 
 
