@@ -11,7 +11,7 @@ import typer
 from studio_worker import config
 from studio_worker.cli_options import ConfigDir, Instance, Json, table_console
 from studio_worker.control import ask, runtime_dir
-from studio_worker.snapshot import EndedJob, GpuFacts, Snapshot
+from studio_worker.snapshot import EndedJob, GpuFacts, ResidentModel, Snapshot
 
 
 def status(
@@ -71,12 +71,17 @@ def _facts(snapshot: Snapshot, now: float) -> Any:
         ("device", _device(snapshot)),
         (
             "models loaded",
-            ", ".join(f"{r.model} ({_bytes(r.size_bytes)}, {r.place})" for r in snapshot.resident) or "none",
+            ", ".join(map(_resident, snapshot.resident)) or "none",
         ),
         ("since start", _totals(snapshot)),
     ):
         table.add_row(name, escape(text))
     return table
+
+
+def _resident(found: ResidentModel) -> str:
+    how = ", unpacked" if found.unpacked else ""
+    return f"{found.model} ({_bytes(found.size_bytes)}, {found.place}{how})"
 
 
 def _process(snapshot: Snapshot) -> str:

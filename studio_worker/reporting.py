@@ -113,7 +113,12 @@ class Reporting:
                     gpu=self._gpu(),
                 ),
                 "resident": tuple(
-                    ResidentModel(model=model, size_bytes=found.size_bytes, place=found.place)
+                    ResidentModel(
+                        model=model,
+                        size_bytes=found.size_bytes,
+                        place=found.place,
+                        unpacked=found.is_unpacked,
+                    )
                     for model, found in self._engines.resident().items()
                 ),
             }

@@ -104,11 +104,14 @@ class OutboxFacts(_Facts):
 
 
 class ResidentModel(_Facts):
-    """A model that is loaded, and where: ``device``, ``ram`` or ``device and ram``."""
+    """A model that is loaded, and where: ``device``, ``ram`` or ``device and ram``; ``unpacked``: quantised
+    weights of it are written out, which is faster and takes memory that nobody else wants.
+    """
 
     model: str
     size_bytes: int
     place: str = "device"
+    unpacked: bool = False
 
 
 class GpuFacts(_Facts):

@@ -402,6 +402,24 @@ def test_models_list_tells_what_the_service_has_loaded(folder: Path, required: P
     assert row["in_memory"] == "ram"
 
 
+def test_status_tells_how_models_are_loaded(folder: Path, tmp_path: Path) -> None:
+    """status shows where in memory each model is, and whether its quantised weights are written out there."""
+    loaded = Snapshot(
+        resident=(
+            ResidentModel(model="a", size_bytes=24_600_000_000, unpacked=True),
+            ResidentModel(model="b", size_bytes=4_000_000_000, place="ram"),
+        )
+    )
+    with (folder / "config.toml").open("a") as file:
+        file.write(f'runtime_dir = "{tmp_path}/run"\n')
+    handlers = {"status": lambda: loaded.model_dump(mode="json")}
+    with contextlib.closing(ControlServer(tmp_path / "run", handlers)):
+        shown = command("status", "--config", folder).stdout
+        (first, _) = json.loads(command("status", "--json", "--config", folder).stdout)["resident"]
+    assert "a (24.6 GB, device, unpacked), b (4.0 GB, ram)" in " ".join(shown.split())
+    assert first["unpacked"] is True
+
+
 def test_models_list_is_a_table_for_people(
     folder: Path, required: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,12 +58,13 @@ class Engine(Protocol):
 
 
 class Resident(NamedTuple):
-    """A model that is loaded: its weights' bytes, and where they are: ``device``, ``ram`` or
-    ``device and ram``.
+    """A model that is loaded: its weights' bytes, where they are (``device``, ``ram`` or ``device and ram``),
+    and whether quantised ones are written out, since there is room.
     """
 
     size_bytes: int
     place: str
+    is_unpacked: bool = False
 
 
 @runtime_checkable

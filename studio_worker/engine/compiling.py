@@ -49,7 +49,9 @@ _WARNINGS = _Warnings(logging.WARNING)
 
 
 def compile_blocks(denoiser: torch.nn.Module) -> None:
-    """Have the repeated blocks of ``denoiser`` compiled when they are first used, if they can be."""
+    """Have the repeated blocks of ``denoiser`` compiled when they are next used, if they can be."""
+    if denoiser in _COMPILED:
+        return None
     if is_in_blocks(denoiser):
         return _leave(denoiser, "quantised")
     _settle()

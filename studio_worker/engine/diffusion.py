@@ -86,7 +86,7 @@ class DiffusionEngine:
         with translated(self._device, prompts):
             job = understand(request, self._sources)
             needed = self._needed(job)
-            plan = self._plan(needed, request.defaults)
+            plan = self._plan(job, needed, request.defaults)
         tries = _TRIES
         while True:
             available = self._available()
@@ -152,15 +152,15 @@ class DiffusionEngine:
         kind, loras = job.starting.kind, job.loras
         return self._loader.footprint(job.blueprint, job.pixels, kind=kind, guided=job.is_guided, loras=loras)
 
-    def _plan(self, needed: Footprint, defaults: CliDefaults) -> Plan:
-        return self._loader.plan(self._peaks.corrected(needed), defaults)
+    def _plan(self, job: Understood, needed: Footprint, defaults: CliDefaults) -> Plan:
+        return self._loader.plan(job.blueprint, self._peaks.corrected(needed), defaults)
 
     def _other_plan(self, request: Request, job: Understood, needed: Footprint, failed: Plan) -> Plan | None:
         """What to try after a way for which memory ran out: the same once others have left the device, or a
         leaner one; else the leanest, once everything has left. ``None`` where that has failed, too.
         """
         try:
-            plan = self._plan(needed, request.defaults)
+            plan = self._plan(job, needed, request.defaults)
         except JobError:
             plan = failed
         if plan.way != failed.way or plan.peak_bytes > failed.peak_bytes:

@@ -150,11 +150,16 @@ def packed_bytes(module: nn.Module) -> int:
     return sum(layer.weight.nbytes for layer in packed_linears(module) if layer.is_packed)
 
 
-def unpack(module: nn.Module, *, keeps: bool) -> None:
-    """Write every packed matrix out, where it is; with ``keeps`` the packed ones stay in RAM."""
+def unpack(module: nn.Module, *, keeps: bool, on_matrix: Callable[[], object] = bool) -> None:
+    """Write every packed matrix out, where it is; with ``keeps`` the packed ones stay in RAM.
+
+    Args:
+        on_matrix: called after each.
+    """
     for layer in packed_linears(module):
         if layer.is_packed:
             layer.unpack(keeps=keeps)
+            on_matrix()
 
 
 def pack(module: nn.Module, device: torch.device) -> None:

@@ -1,8 +1,9 @@
 """What stays loaded and where: components by the contents of their files, on the device or in RAM.
 
 This module owns the memory as far as weights go. Where the next component would not fit, the one used
-longest ago leaves the device, for RAM where there is room, else altogether. Two models that share a file
-share the component. It knows no model family.
+longest ago leaves the device, for RAM where there is room, else altogether; but before any does, those with
+unpacked matrices have them packed again. Two models that share a file share the component. It knows no model
+family.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from studio_worker.engine import Resident
 from studio_worker.engine.memory import Memory, release_cached, weight_bytes
+from studio_worker.engine.packed import pack, packed_bytes, unpack
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,6 +53,15 @@ class _Held:
     component: torch.nn.Module
     size_bytes: int
     place: Place
+    is_unpacked: bool = False
+    """On the device alone; the packed matrices are in RAM meanwhile, where that is another place."""
+    others_bytes: int = 0
+    """Of all else, where it is unpacked."""
+
+    @property
+    def coming_bytes(self) -> int:
+        """What RAM needs for it to leave the device."""
+        return self.others_bytes if self.is_unpacked else self.size_bytes
 
 
 class Residency:
@@ -114,9 +125,67 @@ class Residency:
         leaving = [k for k, held in self._held.items() if k not in kept and held.place is Place.DEVICE]
         # Asked once: what leaves is given back to the device only below.
         available = self._memory.on_device(self.size_bytes())
-        limit = available if self._memory.has_host else int(available * _CPU_SHARE)
-        limit = min(limit if self._budget_bytes is None else self._budget_bytes, available - working_bytes)
-        self._leave(leaving, kept, lambda: self.size_bytes() + weights_bytes > limit)
+        limit = min(self._weights_limit(available), available - working_bytes)
+
+        def is_short() -> bool:
+            return self.size_bytes() + weights_bytes > limit
+
+        for key in leaving:
+            if is_short() and self._memory.has_host:
+                self.pack(key)
+        self._leave(leaving, kept, is_short)
+
+    def _weights_limit(self, available: int) -> int:
+        if self._budget_bytes is not None:
+            return self._budget_bytes
+        return available if self._memory.has_host else int(available * _CPU_SHARE)
+
+    def spare_bytes(self, keep: Iterable[Key]) -> int:
+        """What the device has for those of ``keep`` and a picture while all others stay there as they are."""
+        available = self._memory.on_device(self.size_bytes())
+        others = self.size_bytes() - self.size_bytes_of(keep, Place.DEVICE)
+        return min(available, self._weights_limit(available)) - others
+
+    def is_unpacked(self, key: Key) -> bool:
+        """Whether the component of ``key`` is loaded, and its packed matrices are written out."""
+        held = self._held.get(key)
+        return held is not None and held.is_unpacked
+
+    def unpack(self, key: Key, on_matrix: Callable[[], object] = bool) -> None:
+        """Write out the packed matrices of a component on the device, for which it has room.
+
+        They stay in RAM as they were, so that it costs little to go back; where that has no room for them,
+        nothing happens. ``on_matrix`` is called after each, and may raise.
+        """
+        held = self._held[key]
+        size_bytes, keeps = packed_bytes(held.component), self._memory.has_host
+        used = self.size_bytes(Place.RAM)
+        if held.is_unpacked or (keeps and used + size_bytes > self._memory.on_host(used)):
+            return
+        held.is_unpacked, held.others_bytes = True, held.size_bytes - size_bytes
+        try:
+            unpack(held.component, keeps=keeps, on_matrix=on_matrix)
+        finally:
+            self._weigh(held)
+
+    def pack(self, key: Key) -> None:
+        """Have the matrices of a component on the device packed again, if they were; where nothing was kept
+        of them, the component goes.
+        """
+        held = self._held[key]
+        if not held.is_unpacked:
+            return
+        if self._memory.has_host:
+            pack(held.component, self._device)
+            held.is_unpacked = False
+            self._weigh(held)
+        else:
+            del self._held[key]
+            self._show()
+
+    def _weigh(self, held: _Held) -> None:
+        held.size_bytes = weight_bytes(held.component)
+        self._show()
 
     def release(self) -> None:
         """Let every component leave the device."""
@@ -130,7 +199,7 @@ class Residency:
         for key in leaving:
             if not goes_on():
                 break
-            if self._make_host_room(self._held[key].size_bytes, kept | {key}):
+            if self._make_host_room(self._held[key].coming_bytes, kept | {key}):
                 self._move(self._held[key], Place.RAM)
                 lowered += 1
             else:
@@ -167,6 +236,10 @@ class Residency:
 
     def _move(self, held: _Held, place: Place) -> None:
         if held.place is not place:
+            if held.is_unpacked:
+                pack(held.component, torch.device("cpu"))
+                held.is_unpacked = False
+                self._weigh(held)
             held.component.to(self._device if place is Place.DEVICE else "cpu")
             held.place = place
 
@@ -199,6 +272,7 @@ class Residency:
             model: Resident(
                 sum(self._held[key].size_bytes for key in keys),
                 " and ".join(sorted({self._held[key].place.value for key in keys})),
+                any(self._held[key].is_unpacked for key in keys),
             )
             for model, keys in self._made_of.items()
         }
