@@ -416,7 +416,7 @@ def test_status_tells_how_models_are_loaded(folder: Path, tmp_path: Path) -> Non
     with contextlib.closing(ControlServer(tmp_path / "run", handlers)):
         shown = command("status", "--config", folder).stdout
         (first, _) = json.loads(command("status", "--json", "--config", folder).stdout)["resident"]
-    assert "a (24.6 GB, device, unpacked), b (4.0 GB, ram)" in " ".join(shown.split())
+    assert "a (25 GB, device, unpacked), b (4.0 GB, ram)" in " ".join(shown.split())
     assert first["unpacked"] is True
 
 

@@ -28,7 +28,7 @@ from studio_worker.gpu_check.tiny.quantised import Kind, write_eight_bit, write_
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
 from tests.engine_lab import decoded, encoded, request, scene
-from tests.flow_models import make
+from tests.flow_models import PROMPT, SEED, make
 from tests.test_engine_memory import GIB, Fake
 
 torch.set_num_threads(1)
@@ -202,7 +202,7 @@ def test_unpacked_weights_are_given_up_before_a_model_leaves(shelf: Shelf) -> No
     whole = resident(made)
     assert whole.is_unpacked
     other = made.generate(
-        replace(request(files=shelf.second, defaults=DEFAULTS), model="other"),
+        replace(request(files=shelf.second, defaults=DEFAULTS, prompt=PROMPT, seed=SEED), model="other"),
         lambda done, total: None,
         Cancel(),
     )
