@@ -105,8 +105,7 @@ class Loader:
         dtype = weights_dtype(family, self._device)
         started = time.perf_counter()
         keys = self._keys(blueprint)
-        # A VAE may decode in wider numbers than its own, which are not those it would be unpacked to.
-        unpacked = [keys[part] for part in plan.unpacked if part != "vae"]
+        unpacked = [keys[part] for part in plan.unpacked]
         for key in keys.values():
             if residency.is_unpacked(key) and key not in unpacked:
                 residency.pack(key)

@@ -116,7 +116,8 @@ def footprint(
     family, itemsize = blueprint.family, SIZE_BYTES[computed_in]
     sections = blueprint.sections
     weights = {name: section.size_bytes(itemsize) for name, section in sections.items()}
-    plain = {name: section.size_bytes(itemsize, unpacked=True) for name, section in sections.items()}
+    # A VAE may decode in wider numbers than its own, which are not those that it would be unpacked to.
+    plain = {n: section.size_bytes(itemsize, unpacked=True) for n, section in sections.items() if n != "vae"}
     vae = _Vae(family, weights.get("vae", 0), computed_in)
     seen = min(family.reference_pixels, pixels) if kind == "edit" else 0
     copies = _PICTURE_COPIES * seen
