@@ -221,7 +221,7 @@ def test_picture_that_needs_the_room_has_it(shelf: Shelf) -> None:
     made = engine(shelf.model, Fake(shelf.needed().plans()[0].peak_bytes))
     small, whole = make(made, shelf.first, defaults=DEFAULTS).data, resident(made)
     assert whole.is_unpacked
-    make(made, shelf.first, defaults=DEFAULTS, width=128, height=128)
+    make(made, shelf.first, defaults=DEFAULTS, width=512, height=512)
     assert resident(made).size_bytes < whole.size_bytes
     assert make(made, shelf.first, defaults=DEFAULTS).data == small
     assert resident(made) == whole
