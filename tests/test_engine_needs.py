@@ -27,6 +27,7 @@ from studio_worker.engine.families.stable_diffusion import SD1
 from studio_worker.engine.families.z_image import Z_IMAGE
 from studio_worker.engine.loading import empty_model
 from studio_worker.engine.needs import footprint
+from studio_worker.engine.packed import BlockLinear
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.placement import Footprint, Mode, Plan
 from studio_worker.engine.rendering import LoadedModel
@@ -230,11 +231,25 @@ def test_plan_has_room_for_multiplying_out_blocks(kind: str, dtype: torch.dtype,
     quantised = gguf.GGMLQuantizationType[kind]
     block, block_bytes = gguf.GGML_QUANT_SIZES[quantised]
     blocks = torch.zeros(rows, columns // block * block_bytes, dtype=torch.uint8, device=META)
-    live = LiveBytes()
+    layer, live = BlockLinear(torch.nn.Linear(columns, rows, device=META), dtype), LiveBytes()
+    layer.hold(GGUFParameter(blocks, quant_type=quantised), META)
     with torch.no_grad(), live.counting():
-        dequantised(GGUFParameter(blocks, quant_type=quantised), dtype)
+        layer(torch.zeros(1, columns, dtype=dtype, device=META))
     shapes = {"large.weight": (rows, columns), "small.weight": (64, 256)}
     checkpoint = Checkpoint(tmp_path, "gguf", shapes, dict.fromkeys(shapes, kind))
     denoiser = Section(LocalFile("model", tmp_path, ""), checkpoint, "", shapes)
     planned = footprint(Blueprint(SD1, {"unet": denoiser}), str(dtype).removeprefix("torch."), 512 * 512)
     assert LEAST <= planned.unpacking["unet"] / live.peak <= 2.1
+
+
+def test_reading_a_quantised_vocabulary_takes_little_more_than_it() -> None:
+    """A table that is looked up in is multiplied out while it is read, piece by piece: Qwen's would take
+    gigabytes at once, which nothing is planned for.
+    """
+    columns, quantised = 3584, gguf.GGMLQuantizationType.Q6_K
+    block, block_bytes = gguf.GGML_QUANT_SIZES[quantised]
+    blocks = torch.zeros(151_936, columns // block * block_bytes, dtype=torch.uint8, device=META)
+    live = LiveBytes()
+    with torch.no_grad(), live.counting():
+        table = dequantised(GGUFParameter(blocks, quant_type=quantised), torch.bfloat16)
+    assert live.peak <= 1.1 * table.nbytes

@@ -149,7 +149,9 @@ def _load(pipeline: Any, lora: Lora, adapter: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
-            pipeline.load_lora_weights(load_file(path), adapter_name=adapter)
+            # As it is loaded they are pages of the file, which may be cut short, and count as free memory.
+            tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+            pipeline.load_lora_weights(tensors, adapter_name=adapter)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # what renaming meets
         raise _unfit(path.name, error) from error
     except RuntimeError as error:

@@ -27,6 +27,9 @@ _FP8_NOTE = re.compile(r"(^|\.)(scale_weight|scale_input|weight_scale|input_scal
 _INDEX_TYPES = {"I8", "I16", "I32", "I64", "U8", "BOOL", "U16", "U32", "U64"}
 """Position tables and counters that old checkpoints carry beside their weights."""
 
+_AT_A_TIME_BYTES = 4 << 20
+"""Of blocks that are multiplied out while a file is read, which takes some twenty times as much."""
+
 
 def read_tensors(
     section: Section,
@@ -71,15 +74,33 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` as numbers, where it is blocks of them; for what must be transposed, say."""
     if isinstance(tensor, EightBitMatrix):
         return tensor.widened(torch.float32)
-    return dequantize_gguf_tensor(tensor) if isinstance(tensor, GGUFParameter) else tensor
+    return _multiplied_out(tensor) if isinstance(tensor, GGUFParameter) else tensor
 
 
 def dequantised(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``tensor`` as plain numbers of ``dtype``, in memory of its own."""
+    if isinstance(tensor, GGUFParameter):
+        return _multiplied_out(tensor, dtype)
     tensor = plain(tensor)
     # A mapped file's tensors begin where the file has them; BLAS sums in another order where they are not
     # aligned, and the same seed would make another picture. Also, a file that is cut short cannot kill us.
     return tensor.to(dtype, copy=tensor.device.type == "cpu")
+
+
+def _multiplied_out(blocks: GGUFParameter, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The numbers of ``blocks``, some rows at a time: in one go a vocabulary of Qwen's takes gigabytes."""
+    rows = blocks.as_tensor()
+    if rows.ndim == 1:
+        whole: torch.Tensor = dequantize_gguf_tensor(blocks)
+        return whole.to(dtype)
+    count = max(1, _AT_A_TIME_BYTES // rows[0].numel())
+    pieces = (GGUFParameter(each, quant_type=blocks.quant_type) for each in rows.split(count))
+    first = dequantize_gguf_tensor(next(pieces))
+    numbers: torch.Tensor = first.new_empty(blocks.quant_shape, dtype=dtype)
+    numbers[:count] = first
+    for index, piece in enumerate(pieces, 1):
+        numbers[index * count : (index + 1) * count] = dequantize_gguf_tensor(piece)
+    return numbers
 
 
 def _safetensors(section: Section, file: Any, dtype: torch.dtype, alive: Callable[[], object]) -> Tensors:
