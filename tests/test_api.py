@@ -83,7 +83,7 @@ def test_upload_refused_for_good_is_told_apart(tmp_path: Path, status: int) -> N
     assert caught.value.job_is_gone == (status in {404, 409, 410})
 
 
-@pytest.mark.parametrize("status", [301, 408, 429, 500, 502, 503])
+@pytest.mark.parametrize("status", [301, 407, 408, 429, 500, 502, 503])
 def test_upload_that_may_pass_is_to_be_tried_again(tmp_path: Path, status: int) -> None:
     """Passing errors keep the picture, and Retry-After is respected."""
     answer = (status, {"Retry-After": "7", "Location": "/elsewhere"}, {})

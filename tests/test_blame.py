@@ -505,3 +505,12 @@ def test_file_that_this_disk_changed_is_fetched_again(scene: Scene) -> None:
     job = file_that_this_disk_has_changed(scene)
     assert answers(scene, lambda _: dict(job))[0][:2] == ("fail", True)
     assert not (scene.folder / "models" / sample_model.SHA256 / "model.safetensors").exists()
+
+
+def test_family_that_is_lacking_is_known_after_a_restart(scene: Scene) -> None:
+    """Where the files are here a new process knows at the offer what the last one found out too late."""
+    job = family_that_is_not_served(scene)
+    ((frame, retryable, error),) = answers(scene, lambda _: dict(job))
+    assert (frame, retryable) == ("fail", True)
+    ((frame, code, reason),) = answers(scene, lambda _: dict(job))
+    assert (frame, code, reason) == ("reject", None, error)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from studio_worker import breaker
+from studio_worker.demo import sample_source
 from studio_worker.device import Device
 from studio_worker.errors import DeviceError, DownloadError, JobError, JobImpossible, NotServed
 from studio_worker.health import Health
@@ -23,7 +24,7 @@ from studio_worker.service_process import ServiceProcess
 from studio_worker.starting import try_again
 from tests.scripted import LIMIT_S
 from tests.servers import FileServer
-from tests.test_service import READY_S, SYNTHETIC, await_status, status
+from tests.test_service import LONG, READY_S, SYNTHETIC, await_file, await_status, status
 
 PAGE = b"<!DOCTYPE html><html><title>Welcome to the hotel's network</title></html>"
 MODEL = b"a model" * 1000
@@ -261,3 +262,27 @@ def test_service_behind_a_captive_portal_burns_no_attempts_and_comes_back_by_its
 
 def rejected(running: ServiceProcess) -> bool:
     return any("failed here" in line.get("reason", "") for line in running.log_lines())
+
+
+@pytest.mark.welcoming_studio
+def test_service_that_died_in_three_jobs_takes_none_at_first(
+    tmp_path: Path, studio: LocalStudio, site: Path
+) -> None:
+    """A box whose process dies with job after job waits after the start, says why, and goes on by itself."""
+    note = tmp_path / "work" / "state" / "spool" / "job-in-hand.json"
+    jobs = [studio.queue_job(model="m", task=LONG, model_source=sample_source(studio)) for _ in range(3)]
+    for job_id in jobs:
+        with ServiceProcess(site, tmp_path / "log") as running:
+            await_status(studio, job_id, "running")
+            await_file(note)
+            running.kill()
+        studio.wait_for(lambda job_id=job_id: studio.job(job_id).status == "queued", READY_S)
+        studio.queue.delete(job_id)
+    environment = hurried(tmp_path, 3.0)
+    last = studio.queue_job(model="placeholder", task=dict(LONG, steps=2), model_source=SYNTHETIC)
+    with ServiceProcess(site, tmp_path / "last", environment) as running:
+        running.await_message("STATUS=ready, connected; no jobs until", READY_S)
+        studio.wait_for(lambda: rejected(running), READY_S)
+        await_status(studio, last, "done")
+        assert running.stop() == 0
+    assert any("the process ended in the middle of a job" in line for line in running.messages)

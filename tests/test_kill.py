@@ -14,6 +14,7 @@ from studio_worker.demo_jobs import shown_jobs
 from studio_worker.local_studio import LocalStudio
 from studio_worker.local_studio.rules import Job, JobStatus
 from studio_worker.service_process import ServiceProcess
+from tests.test_health import hurried
 
 KILLS = 10
 SEED = 20
@@ -36,6 +37,7 @@ def test_service_killed_at_ten_random_moments_loses_nothing_and_does_nothing_twi
         max_attempts=KILLS + 1,
     ) as studio:
         config = write_configuration(studio, work)
+        environment = hurried(tmp_path, 0.1)  # or it would wait after the third process that died in a job
         source = sample_source(studio)
         ids = [
             studio.queue_job(
@@ -47,13 +49,13 @@ def test_service_killed_at_ten_random_moments_loses_nothing_and_does_nothing_twi
             if "initImageUrl" not in shown.task
         ]
         for _ in range(KILLS):
-            with ServiceProcess(config, tmp_path / "service.log") as service:
+            with ServiceProcess(config, tmp_path / "service.log", environment) as service:
                 # The moment itself is what is random, so here a plain wait is the point.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     service.process.wait(moments.uniform(0.2, 5.0))
                 assert service.process.returncode is None, service.last_line()
                 service.kill()
-        with ServiceProcess(config, tmp_path / "service.log") as service:
+        with ServiceProcess(config, tmp_path / "service.log", environment) as service:
             service.await_message("READY=1", 60.0)
             studio.wait_for(lambda: all(is_over(studio.job(i)) for i in ids), 200.0)
             assert service.stop() == 0

@@ -154,7 +154,7 @@ def test_offer_that_another_worker_could_do_is_refused_without_code(
 def test_offer_of_what_failed_here_is_refused(is_for_now: bool, code: str | None) -> None:
     """Jobs that are held back come again; what this box cannot serve is left to another worker."""
     held = replace(IDLE, held_back=lambda model, source, task: Refusal(f"{model} failed", is_for_now))
-    assert judge(CLAIM, held) == Refuse("j1", "m failed", code, is_routine=True)
+    assert judge(CLAIM, held) == Refuse("j1", "m failed", code, is_routine=is_for_now)
     assert isinstance(judge(claim(task={"kind": "image"}), held), Impossible)
 
 

@@ -123,6 +123,41 @@ def test_worker_puts_finished_pictures_into_the_outbox(tmp_path: Path) -> None:
     assert source.failures == []
 
 
+def test_worker_tells_how_jobs_end_to_whoever_judges_the_box(tmp_path: Path) -> None:
+    """Pictures and failures count, with the error that says whose fault it was; a slow step does, too, but
+    not a job that is handed back because the worker ends.
+    """
+    told: list[str] = []
+
+    class Judge:
+        def made(self, job: Job) -> None:
+            told.append(f"{job.job_id} made")
+
+        def failed(self, job: Job, error: Exception) -> None:
+            told.append(f"{job.job_id} {type(error).__name__}")
+
+    def slow(request: Request, progress: Progress, cancel: Cancel) -> None:
+        worker.cancel_job("step 2 of 4 took 61 s")
+        cancel.check()
+
+    def ending(request: Request, progress: Progress, cancel: Cancel) -> None:
+        worker.hand_back("the worker is stopping")
+        cancel.check()
+
+    script = {
+        "a": raises(JobError("NaN")),
+        "b": raises(JobImpossible("no such sampler")),
+        "c": raises(ValueError("odd")),
+        "d": slow,
+        "f": ending,
+    }
+    source = Source(*(job(job_id) for job_id in "abcdef"))
+    worker, _, _ = make(tmp_path, source, script)
+    worker._health = Judge()
+    worker.run()
+    assert told == ["a JobError", "b JobImpossible", "c ValueError", "d JobCancelled", "e made"]
+
+
 @pytest.mark.parametrize(
     ("error", "retryable"),
     [

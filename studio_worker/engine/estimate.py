@@ -14,7 +14,7 @@ from studio_worker.device import Device
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.peaks import Peaks
 from studio_worker.engine.precision import numbers
-from studio_worker.errors import JobError
+from studio_worker.errors import JobError, NotServed
 from studio_worker.jobs import ImageTask
 from studio_worker.models import CliDefaults, LocalFile
 from studio_worker.ram import total_ram_bytes
@@ -43,6 +43,9 @@ class Estimates:
         others; else, and on the CPU, whole.
 
         ``None`` where it cannot be told: the job's own run says what is wrong with it.
+
+        Raises:
+            NotServed: this worker lacks the family, or reads no such files; another worker may do the job.
         """
         from studio_worker.engine.needs import footprint
         from studio_worker.engine.placement import Mode
@@ -64,6 +67,8 @@ class Estimates:
                 guided=parameters.guidance != 1,
                 loras=[file for file in files if file.role == "lora"],
             )
+        except NotServed:
+            raise
         except JobError:
             return None
         can_wait = self._device.is_gpu and needed.weight_bytes <= total_ram_bytes()

@@ -137,7 +137,8 @@ class StudioApi:
         )
         if answer.status == 401:
             raise RefusedByStudio("the studio does not accept this worker's token any more")
-        if 400 <= answer.status < 500 and answer.status not in {408, 429}:
+        # 407 is not the studio's word but that of a proxy beside us.
+        if 400 <= answer.status < 500 and answer.status not in {407, 408, 429}:
             raise DeliveryRefused(answer.status)
         _expect_ok(answer)
         if _is_page(answer):

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from studio_worker.breaker import Refusal
+from studio_worker.errors import NotServed
 from studio_worker.jobs import ImageTask, Job
 from studio_worker.models import ModelFile, ModelSource
 from studio_worker.studio.wire import Claim, RejectCode, describe
@@ -54,7 +55,7 @@ class Refuse:
 
 @dataclass(frozen=True)
 class Impossible:
-    """Accept, then fail for good: no worker of this kind could do it."""
+    """Accept, then fail for good: no worker could do it."""
 
     job_id: str
     error: str
@@ -161,8 +162,11 @@ def _judge_content(claim: Claim, situation: Situation) -> Judgement:
             f"{situation.threshold_gb:g} GB",
         )
     if held := situation.held_back(claim.model, source, task):
-        return Refuse(job_id, held.reason, "busy" if held.is_for_now else None, is_routine=True)
-    needed_gb = situation.needed_gb(source, task)
+        return Refuse(job_id, held.reason, "busy" if held.is_for_now else None, is_routine=held.is_for_now)
+    try:
+        needed_gb = situation.needed_gb(source, task)
+    except NotServed as error:
+        return Refuse(job_id, str(error))
     if needed_gb is not None and needed_gb > situation.memory_gb:
         return Refuse(
             job_id,
