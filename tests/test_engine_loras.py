@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 
 from studio_worker import sample_model
 from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.families import identify
 from studio_worker.engine.loras import asked_loras
+from studio_worker.engine.needs import footprint
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile
@@ -164,6 +166,23 @@ def test_next_job_without_is_as_if_there_had_been_none(
     assert make(engine, lora).data == styled
     lora.path.unlink()  # what is in the model already is not read again
     assert make(engine, lora).data == styled
+
+
+def test_lora_counts_in_memory_as_long_as_it_is_there(
+    engine: DiffusionEngine, stock: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    """What a LoRA takes is planned for before it is loaded, and is part of its model's size until it goes."""
+    lora = write(tmp_path / "lora.safetensors", stock, "diffusers")
+
+    def size_bytes(*files: LocalFile) -> int:
+        engine.generate(request(files=(SAMPLE, *files)), lambda done, total: None, Cancel())
+        return engine.resident()["sample-model"].size_bytes
+
+    plain = size_bytes()
+    alone, beside = (footprint(identify([SAMPLE]), "float32", 64 * 64, loras=each) for each in ((), (lora,)))
+    more = beside.plans()[0].peak_bytes - alone.plans()[0].peak_bytes
+    assert size_bytes(lora) - plain == more > 0
+    assert size_bytes() == plain
 
 
 def test_lora_of_weight_nothing_is_none(

@@ -35,6 +35,7 @@ from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile, ModelSource
 from tests.engine_lab import SAMPLE, SMALL, changed_sample, encoded, request, scene
+from tests.played_gpu import played
 
 torch.set_num_threads(1)
 
@@ -333,6 +334,21 @@ def test_released_model_makes_the_same_picture(has_host: bool) -> None:
     assert made(engine).data == first.data
 
 
+def test_models_that_ram_cannot_take_after_all_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where RAM is full when the models are to leave the GPU, they go altogether: that ends nothing."""
+    engine = DiffusionEngine("cpu", memory=Fake(GIB))
+    first = made(engine)
+
+    def full(*_: Any) -> NoReturn:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Residency, "_move", full)
+        engine.release()
+    assert engine.resident() == {}
+    assert made(engine).data == first.data
+
+
 # --- pictures on a device that is too small ---
 
 
@@ -500,6 +516,25 @@ def test_others_leave_the_device_before_a_picture_is_made_in_a_leaner_way(
     places = {name: found.place for name, found in engine.resident().items()}
     assert places["sample-model"] == "device"
     assert places["other"].endswith("ram")
+
+
+def test_ram_that_ran_out_is_freed_of_other_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where it was RAM that ran out, other models leave it, and the picture is made as it was planned."""
+    other = changed_sample(tmp_path / "other.safetensors", lambda tensors: None)
+    load, left = load_part, iter([1])
+
+    def full(*args: Any) -> torch.nn.Module:
+        if next(left, None):
+            raise MemoryError
+        return load(*args)
+
+    with played("cuda:1") as gpu:
+        engine = DiffusionEngine(str(gpu.device), memory=Fake(GIB))
+        assert preloaded(engine, other)
+        engine.release()
+        monkeypatch.setattr("studio_worker.engine.loader.load_part", full)
+        assert "offload" not in made(engine).meta
+        assert engine.resident().keys() == {"sample-model"}
 
 
 def test_everything_leaves_before_a_job_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

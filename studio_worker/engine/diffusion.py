@@ -95,11 +95,13 @@ class DiffusionEngine:
                     return self._make(request, job, needed, plan, progress, cancel)
             except OutOfMemory as error:
                 tries -= 1
-                others = self._loader.others_bytes(job.blueprint)
-                if not error.in_ram:
-                    self._peaks.ran_out(needed, plan, min(available, self._available()) - others)
-                other = self._other_plan(request, job, needed, plan) if tries else None
-                if other is None:
+                if error.in_ram:
+                    other = self._with_ram_freed(job, plan)
+                else:
+                    others_bytes = self._loader.others_bytes(job.blueprint)
+                    self._peaks.ran_out(needed, plan, min(available, self._available()) - others_bytes)
+                    other = self._other_plan(job, needed, plan, request.defaults)
+                if other is None or not tries:
                     self._residency.clear()
                     raise
                 cancel.check()
@@ -155,12 +157,14 @@ class DiffusionEngine:
     def _plan(self, job: Understood, needed: Footprint, defaults: CliDefaults) -> Plan:
         return self._loader.plan(job.blueprint, self._peaks.corrected(needed), defaults)
 
-    def _other_plan(self, request: Request, job: Understood, needed: Footprint, failed: Plan) -> Plan | None:
-        """What to try after a way for which memory ran out: the same once others have left the device, or a
-        leaner one; else the leanest, once everything has left. ``None`` where that has failed, too.
+    def _other_plan(
+        self, job: Understood, needed: Footprint, failed: Plan, defaults: CliDefaults
+    ) -> Plan | None:
+        """What to try after a way for which the device's memory ran out: the same once others have left, or a
+        leaner one; else the leanest, once everything has left. ``None`` where that was it.
         """
         try:
-            plan = self._plan(job, needed, request.defaults)
+            plan = self._plan(job, needed, defaults)
         except JobError:
             plan = failed
         if plan.way != failed.way or plan.peak_bytes > failed.peak_bytes:
@@ -170,6 +174,13 @@ class DiffusionEngine:
             return None
         self._residency.clear()
         return leanest
+
+    def _with_ram_freed(self, job: Understood, failed: Plan) -> Plan | None:
+        """What to try after a way for which RAM ran out: the same, once nothing else waits there."""
+        if self._loader.is_alone(job.blueprint):
+            return None
+        self._residency.clear()
+        return failed
 
     def _make(
         self,
@@ -190,7 +201,8 @@ class DiffusionEngine:
         model, load_s = self._loader.load(request.model, job.blueprint, plan, loras, goes_on)
         goes_on()
         started = time.perf_counter()
-        self._adapters.set(model.lora_pipeline(), loras)
+        if self._adapters.set(model.lora_pipeline(), loras):
+            self._residency.weigh()
         if loras:
             load_s += time.perf_counter() - started
         cancel.check()

@@ -93,8 +93,8 @@ class Adapters:
         self._loras: tuple[Lora, ...] = ()
         self._adapted: list[weakref.ref[Any]] = []
 
-    def set(self, pipeline: Any, loras: tuple[Lora, ...]) -> None:
-        """Bring exactly ``loras`` into the components of ``pipeline``.
+    def set(self, pipeline: Any, loras: tuple[Lora, ...]) -> bool:
+        """Bring exactly ``loras`` into the components of ``pipeline``; whether that changed anything.
 
         Raises:
             FileDamaged: a file is not whole.
@@ -102,10 +102,11 @@ class Adapters:
         """
         components = _components(pipeline)
         if loras == self._loras and _same(self._adapted, components):
-            return
+            return False
+        changes = bool(self._loras or loras)
         self.clear()
         if not loras:
-            return
+            return changes
         self._adapted = [weakref.ref(component) for component in components]
         try:
             for index, lora in enumerate(loras):
@@ -116,6 +117,7 @@ class Adapters:
             self.clear()
             raise
         self._loras = loras
+        return changes
 
     def clear(self) -> None:
         """Take every LoRA out; components are as they were loaded."""

@@ -9,6 +9,7 @@ them anew: every tensor that is alive at the peak, attention fused. What kernels
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -238,6 +239,7 @@ def _unpacking_rate(type_: str, itemsize: int) -> float:
     return max(UNPACKING.get(type_, 0), itemsize + 2) if not type_.startswith("F8") else itemsize
 
 
+@lru_cache(maxsize=256)  # one that is in a model already is not read again
 def _lora_bytes(lora: LocalFile, itemsize: int) -> int:
     shapes: Mapping[str, tuple[int, ...]] = read_checkpoint(lora.path).shapes
     return sum(prod(shape) for shape in shapes.values()) * itemsize

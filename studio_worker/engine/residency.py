@@ -183,6 +183,12 @@ class Residency:
             del self._held[key]
             self._show()
 
+    def weigh(self) -> None:
+        """Find out anew how large all components are: LoRAs have come into some, or have gone."""
+        for held in self._held.values():
+            held.size_bytes = weight_bytes(held.component)
+        self._show()
+
     def _weigh(self, held: _Held) -> None:
         held.size_bytes = weight_bytes(held.component)
         self._show()
