@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
 
 from studio_worker.device import Device
 from studio_worker.engine import Inputs, Router
@@ -711,6 +713,27 @@ assert "torch" not in sys.modules
     assert 15 * MIB < int(small) < 64 * MIB
     assert GIB < int(large) < 2 * GIB
     assert impossible == "None"  # the job itself says what is wrong with it
+
+
+@pytest.mark.parametrize("kind", ["text", "mask", "lora", "unguided"])
+def test_picture_is_made_with_what_its_offer_was_estimated_at(kind: str, tmp_path: Path) -> None:
+    """What is estimated for an offer is what the engine then wants to have: with less it makes nothing."""
+    files: tuple[LocalFile, ...] = (SAMPLE,)
+    if kind == "lora":
+        layer, path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", tmp_path / "lora"
+        factors = {"lora_A": torch.ones(4, 104), "lora_B": torch.ones(104, 4)}
+        save_file({f"{layer}.{name}.weight": factor for name, factor in factors.items()}, path)
+        files = (SAMPLE, LocalFile("lora", path, "l"))
+    inputs = Inputs(encoded(scene()), encoded(scene())) if kind == "mask" else Inputs()
+    asked = request(files=files, inputs=inputs, cfg_scale=1.0 if kind == "unguided" else 4.0, width=128)
+    needed = Estimates(Device("cpu", "", 8.0)).needed_bytes(files, asked.task, SMALL)
+    assert needed is not None
+    for size_bytes in (needed - 1, needed):
+        memory = Fake(size_bytes)
+        memory.has_host = False
+        engine = DiffusionEngine("cpu", memory=memory)
+        with pytest.raises(JobError, match="the picture needs") if size_bytes < needed else nullcontext():
+            assert engine.generate(asked, lambda done, total: None, Cancel()).data
 
 
 def test_estimate_counts_on_ram_only_as_far_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:

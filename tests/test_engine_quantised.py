@@ -11,6 +11,9 @@ import torch
 from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
 from transformers import T5Config, T5EncoderModel
 
+from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.families import identify
+from studio_worker.engine.families.stable_diffusion import SAMPLE as SAMPLE_FAMILY
 from studio_worker.engine.families.t5 import t5
 from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory import weight_bytes
@@ -20,7 +23,10 @@ from studio_worker.gpu_check.tiny.encoders import t5_config
 from studio_worker.gpu_check.tiny.quantised import Kind, llama_cpp, write_eight_bit, write_gguf
 from studio_worker.gpu_check.tiny.weights import config, drawn, prefixed
 from studio_worker.models import LocalFile
+from tests.engine_lab import SAMPLE, decoded
+from tests.played_gpu import played
 from tests.quantising import DECODING, dequantised, widened
+from tests.test_engine_memory import GIB, Fake, made
 from tests.tiny_z_image import Tiny, gguf_files, tiny_z_image, vae_file
 
 torch.set_num_threads(1)
@@ -122,3 +128,16 @@ def test_eight_bit_floats_stay_so(tiny: Tiny, part: str, dtype: torch.dtype) -> 
         layer = wide.get_submodule(name)
         numbers = torch.randn(3, layer.in_features, dtype=dtype)
         assert (loaded.get_submodule(name)(numbers) == layer(numbers)).all()
+
+
+def test_quantised_vae_decodes_in_wider_numbers(tmp_path: Path) -> None:
+    """On a GPU a VAE of half precision decodes in single precision, and so does one of quantised matrices."""
+    part, section = SAMPLE_FAMILY.parts["vae"], identify([SAMPLE]).sections["vae"]
+    state = load_part(part, section, CPU, torch.float32).state_dict()
+    vae = write_gguf(tmp_path / "vae.gguf", "vae", state, "vae", gguf.GGMLQuantizationType.Q8_0)
+    with played("cuda:1") as gpu:
+        engine = DiffusionEngine(str(gpu.device), memory=Fake(GIB))
+        pictures = [made(engine, *files).data for files in ((SAMPLE, vae), (SAMPLE,))]
+    found, expected = (np.asarray(decoded(picture), int) for picture in pictures)
+    assert np.abs(found - expected).mean() < 2
+    assert expected.std() > 10
