@@ -41,7 +41,7 @@ def check_file(
     *,
     progress: Progress | None,
     on_damage: OnDamage,
-    fetch_again: Callable[[], None] | None,
+    fetch_again: Callable[[], None] | None = None,
     cancel: threading.Event | None = None,
 ) -> Checked:
     """Read the file ``name`` below ``root``.

@@ -189,8 +189,8 @@ class Store:
     def is_as_registered(
         self, path: Path, progress: Progress | None = None, cancel: threading.Event | None = None
     ) -> bool:
-        """Whether the file at ``path``, which makes no sense, is the one that was registered: it is read
-        anew. One that has changed on this disk is removed, to be fetched again.
+        """Whether the file at ``path``, which makes no sense, is as it was registered: it is read anew, and
+        removed where this disk has changed it.
 
         Raises:
             DownloadCancelled: ``cancel`` was set.
@@ -202,14 +202,7 @@ class Store:
             return False
         with store_errors(self.root), self._space.holding([entry.sha256]):
             checked = check_file(
-                self.root,
-                self._ledger,
-                name,
-                entry,
-                progress=progress,
-                on_damage="remove",
-                fetch_again=None,
-                cancel=cancel,
+                self.root, self._ledger, name, entry, on_damage="remove", progress=progress, cancel=cancel
             )
         if not checked.is_right:
             log.warning("file is damaged", extra={"op": "store", "dest": str(path)})

@@ -114,8 +114,7 @@ class Worker:
         """Work until the source has no more jobs.
 
         Raises:
-            DeviceError: the device is lost; the job in hand was reported and stays noted, the process should
-                end.
+            DeviceError: the device is lost; its job was reported and stays noted, the process should end.
         """
         while (job := self._source.take(self._rest)) is not None:
             self._do(job)

@@ -6,9 +6,13 @@ import traceback
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
+from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.faults import OutOfMemory, is_device_lost, translated, usable_device
 from studio_worker.errors import DeviceError, JobCancelled, JobError, StudioWorkerError
+from studio_worker.jobs import Cancel
+from tests.engine_lab import request
 
 CPU = torch.device("cpu")
 SECRET = "a dragon that nobody may know of"
@@ -195,3 +199,26 @@ def test_torch_for_amd_is_told_as_what_it_is(monkeypatch: pytest.MonkeyPatch, na
 def test_cpu_is_usable() -> None:
     """The CPU is used where the CPU was asked for."""
     assert usable_device("cpu") == CPU
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+def test_engine_asks_its_device_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd shape in a library of CUDA fails one picture, and the next is made as before; where the device
+    answers no more, the process has to end.
+    """
+    engine = DiffusionEngine("cpu")
+    before = engine.generate(request(), lambda done, total: None, Cancel()).data
+    decode = AutoencoderKL.decode
+
+    def odd(*_: object, **__: object) -> None:
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
+
+    monkeypatch.setattr(AutoencoderKL, "decode", odd)
+    with pytest.raises(JobError, match="could not be made"):
+        engine.generate(request(), lambda done, total: None, Cancel())
+    monkeypatch.setattr(AutoencoderKL, "decode", decode)
+    assert engine.generate(request(), lambda done, total: None, Cancel()).data == before
+    monkeypatch.setattr(AutoencoderKL, "decode", odd)
+    monkeypatch.setattr("studio_worker.engine.faults.ask", gone)
+    with pytest.raises(DeviceError, match="must be restarted"):
+        engine.generate(request(), lambda done, total: None, Cancel())
