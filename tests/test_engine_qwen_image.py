@@ -317,5 +317,3 @@ def test_edit_needs_memory_for_its_reference(tiny: Tiny, files: tuple[LocalFile,
     alone, beside = (footprint(blueprint, "bfloat16", 1024 * 1024, kind=kind) for kind in KINDS)
     assert beside.denoising > 1.8 * alone.denoising
     assert beside.decoding == alone.decoding
-    alone, beside = (footprint(blueprint, "bfloat16", 256 * 256, kind=kind) for kind in KINDS)
-    assert beside.decoding > alone.decoding  # since the reference is encoded, which is larger
