@@ -25,6 +25,7 @@ from studio_worker.engine.canvas import Starting
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.estimate import Estimates
 from studio_worker.engine.families import identify
+from studio_worker.engine.held import Place
 from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory import MachineMemory
 from studio_worker.engine.needs import footprint
@@ -32,7 +33,7 @@ from studio_worker.engine.parameters import resolve
 from studio_worker.engine.peaks import Peaks
 from studio_worker.engine.placement import Footprint, Mode, Plan, choose
 from studio_worker.engine.rendering import LoadedModel
-from studio_worker.engine.residency import Key, Place, Residency
+from studio_worker.engine.residency import Key, Residency
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile, ModelSource

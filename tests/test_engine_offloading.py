@@ -168,6 +168,21 @@ def test_offload_goes_on_whatever_became_of_a_job(
     assert picture(engine, tiny, mode) == first
 
 
+@pytest.mark.parametrize("name", ["sd1", "z-image", "qwen-image"])
+def test_offloaded_picture_with_lora(name: str, models: dict[str, Model], gpu: PlayedGpu) -> None:
+    """A LoRA comes and leaves with the component that it is in, and changes no picture without it."""
+    tiny = models[name]
+    files = (*tiny.files, tiny.lora)
+    engine = engine_for(tiny, Mode.WHOLE)
+    plain, changed = (picture(engine, tiny, Mode.WHOLE, files=each) for each in (tiny.files, files))
+    assert plain != changed
+    for mode in (Mode.COMPONENT, Mode.LAYERS):
+        engine = engine_for(tiny, mode)
+        for each, expected in ((files, changed), (tiny.files, plain), (files, changed)):
+            assert picture(engine, tiny, mode, files=each) == expected
+            assert left_on(gpu) <= TABLES_BYTES.get(name, 0)
+
+
 @pytest.mark.parametrize("name", ["qwen-image", "flux1-dev"])
 def test_edit_and_text_take_turns_layer_by_layer(
     name: str, models: dict[str, Model], gpu: PlayedGpu, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ import torch
 
 from studio_worker.engine.compiling import compile_blocks
 from studio_worker.engine.families.family import Blueprint, JobKind
+from studio_worker.engine.held import Place
 from studio_worker.engine.loading import computed_in, load_part, use_channels_last, weights_dtype
 from studio_worker.engine.loras import Lora
 from studio_worker.engine.memory import Memory
@@ -20,7 +21,7 @@ from studio_worker.engine.needs import footprint
 from studio_worker.engine.placement import Footprint, Mode, Plan, choose, leanest
 from studio_worker.engine.prompts import PromptCache
 from studio_worker.engine.rendering import LoadedModel
-from studio_worker.engine.residency import Key, Place, Residency
+from studio_worker.engine.residency import Key, Residency
 from studio_worker.errors import JobCancelled
 from studio_worker.models import CliDefaults
 
@@ -84,7 +85,7 @@ class Loader:
 
     def _host_bytes(self) -> int:
         """What RAM has for components that wait, once all others have left it."""
-        return self._memory.on_host(self._residency.size_bytes(Place.RAM)) if self._memory.has_host else 0
+        return self._memory.on_host(self._residency.ram_bytes()) if self._memory.has_host else 0
 
     def load(
         self,
@@ -105,6 +106,7 @@ class Loader:
         dtype = weights_dtype(family, self._device)
         started = time.perf_counter()
         keys = self._keys(blueprint)
+        residency.drop_torn(keys.values())
         unpacked = [keys[part] for part in plan.unpacked]
         for key in keys.values():
             if residency.is_unpacked(key) and key not in unpacked:
@@ -118,7 +120,8 @@ class Loader:
         if place is Place.DEVICE:
             residency.make_room(sum(coming.values()), plan.working_bytes, keep=keys.values())
         else:
-            residency.make_host_room(sum(coming.values()), keep=keys.values())
+            new = sum(size for part, size in coming.items() if residency.place(keys[part]) is None)
+            residency.make_host_room(new + residency.lacking_bytes(keys.values()), keep=keys.values())
         parts: dict[str, torch.nn.Module | None] = {
             part: residency.get(keys[part], place) if part in keys else None for part in family.parts
         }

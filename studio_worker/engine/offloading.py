@@ -111,7 +111,7 @@ class _Whole:
 
     def leave(self) -> None:
         if self._copy is not None:
-            to_ram(self._module, self._copy)
+            to_ram(self._module, self._device, self._copy)
             self._copy = None
 
     end = leave
@@ -126,13 +126,14 @@ class _Layers:
 
     def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
         layers = [each for each in module.modules() if any(True for _ in weights(each, recurse=False))]
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._device = device
         # Modules that share their weights, as embeddings do, are one layer.
         found: dict[tuple[int, ...], _Layer] = {}
         self._layers = {
             each: found.setdefault(
-                tuple(id(tensor) for tensor in weights(each, recurse=False)), _Layer(each, device, stream)
+                tuple(id(tensor) for tensor in weights(each, recurse=False)),
+                _Layer(each, device, self._stream),
             )
             for each in layers
         }
@@ -161,6 +162,8 @@ class _Layers:
         for handle in self._handles:
             handle.remove()
         self.leave()
+        if self._stream is not None:
+            self._stream.synchronize()  # what it reads may be gone after this
 
     def _before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         self._next[self._last] = module

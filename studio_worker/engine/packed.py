@@ -8,7 +8,7 @@ for which of them there is room, placement.py and residency.py say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -44,17 +44,24 @@ class PackedLinear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(dtype)
         return nn.functional.linear(input.to(dtype), weight, bias)
 
-    def unpack(self, *, keeps: bool) -> None:
-        """Write the matrix out; with ``keeps`` its bytes stay in RAM."""
+    def unpack(self, *, keeps: bool, in_ram: torch.Tensor | None = None) -> None:
+        """Write the matrix out; with ``keeps`` its bytes stay in RAM, where they may be already."""
         numbers = self._numbers(self.compute_dtype)
-        self._in_ram = self._bytes().cpu() if keeps else None
+        if keeps:
+            self._in_ram = self._bytes().cpu() if in_ram is None else _plain(in_ram)
         self.weight = nn.Parameter(numbers, requires_grad=False)
 
-    def pack(self, device: torch.device) -> None:
-        """Compute with the bytes that were kept, on ``device``."""
-        assert self._in_ram is not None
-        self._hold(self._in_ram.to(device))
+    def pack(self, device: torch.device) -> torch.Tensor:
+        """Compute with the bytes that were kept, on ``device``; they, in RAM."""
+        in_ram = self._in_ram
+        assert in_ram is not None
+        self._hold(in_ram.to(device))
         self._in_ram = None
+        return in_ram
+
+    @property
+    def kept_bytes(self) -> int:
+        return 0 if self._in_ram is None else self._in_ram.nbytes
 
     def _numbers(self, dtype: torch.dtype) -> torch.Tensor:
         raise NotImplementedError
@@ -113,6 +120,10 @@ def _own(data: torch.Tensor, device: torch.device) -> torch.Tensor:
     return data.to(device, copy=device.type == "cpu")
 
 
+def _plain(data: torch.Tensor) -> torch.Tensor:
+    return data.as_tensor() if isinstance(data, GGUFParameter) else data
+
+
 def use_packed_linears(
     model: nn.Module, tensors: Mapping[str, Any], dtype: torch.dtype, keep: Callable[[str], bool]
 ) -> None:
@@ -145,25 +156,42 @@ def is_in_blocks(module: nn.Module) -> bool:
     return any(isinstance(layer, BlockLinear) and layer.is_packed for layer in module.modules())
 
 
-def packed_bytes(module: nn.Module) -> int:
-    """What the packed matrices of ``module`` take now."""
-    return sum(layer.weight.nbytes for layer in packed_linears(module) if layer.is_packed)
+def kept_bytes(module: nn.Module) -> int:
+    """What the packed matrices take in RAM that were kept when they were written out."""
+    return sum(layer.kept_bytes for layer in packed_linears(module))
 
 
-def unpack(module: nn.Module, *, keeps: bool, on_matrix: Callable[[], object] = bool) -> None:
+def unpacked_bytes(module: nn.Module) -> int:
+    """What packed matrices take that are written out now."""
+    return sum(layer.weight.nbytes for layer in packed_linears(module) if not layer.is_packed)
+
+
+def unpack(
+    module: nn.Module,
+    *,
+    keeps: bool,
+    copy: MutableMapping[torch.Tensor, torch.Tensor] | None = None,
+    on_matrix: Callable[[], object] = bool,
+) -> None:
     """Write every packed matrix out, where it is; with ``keeps`` the packed ones stay in RAM.
 
     Args:
+        copy: weights to what they are in RAM; those that are written out leave it.
         on_matrix: called after each.
     """
+    known = {} if copy is None else copy
     for layer in packed_linears(module):
         if layer.is_packed:
-            layer.unpack(keeps=keeps)
+            packed = layer.weight
+            layer.unpack(keeps=keeps, in_ram=known.get(packed))
+            known.pop(packed, None)
             on_matrix()
 
 
-def pack(module: nn.Module, device: torch.device) -> None:
-    """Have every matrix packed again, on ``device``; those that are packed stay where they are."""
-    for layer in packed_linears(module):
-        if not layer.is_packed:
-            layer.pack(device)
+def pack(module: nn.Module, device: torch.device) -> dict[torch.Tensor, torch.Tensor]:
+    """Have every matrix packed again, on ``device``, and what it is in RAM; those that are packed stay where
+    they are.
+    """
+    unpacked = [layer for layer in packed_linears(module) if not layer.is_packed]
+    in_ram = [layer.pack(device) for layer in unpacked]
+    return {layer.weight: kept for layer, kept in zip(unpacked, in_ram, strict=True)}

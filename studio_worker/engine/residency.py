@@ -2,8 +2,8 @@
 
 This module owns the memory as far as weights go. Where the next component would not fit, the one used
 longest ago leaves the device, for RAM where there is room, else altogether; but before any does, those with
-unpacked matrices have them packed again. Two models that share a file share the component. It knows no model
-family.
+unpacked matrices have them packed again. What came from RAM is there beside the device, until RAM is short.
+Two models that share a file share the component. It knows no model family.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from enum import Enum
 from typing import NamedTuple
 
 import torch
 
 from studio_worker.engine import Resident
-from studio_worker.engine.memory import Memory, release_cached, weight_bytes
-from studio_worker.engine.packed import pack, packed_bytes, unpack
+from studio_worker.engine.held import Held, Place
+from studio_worker.engine.memory import Memory, release_cached, total_bytes
+from studio_worker.engine.pinned import PinnedMemory
 
 _LOG = logging.getLogger(__name__)
 
 _CPU_SHARE = 0.5
 """Of what is free on a CPU worker: the rest of the machine needs the other half."""
+
+_PINNED_SHARE = 0.5
+"""Of all RAM, how much components may have pinned: the rest of the machine gets none of it, however short it
+is (CUDA C++ Best Practices Guide, pinned memory)."""
 
 
 class Key(NamedTuple):
@@ -41,29 +44,6 @@ class Key(NamedTuple):
     dtype: torch.dtype
 
 
-class Place(Enum):
-    """Where a component is."""
-
-    DEVICE = "device"
-    RAM = "ram"
-
-
-@dataclass
-class _Held:
-    component: torch.nn.Module
-    size_bytes: int
-    place: Place
-    is_unpacked: bool = False
-    """On the device alone; the packed matrices are in RAM meanwhile, where that is another place."""
-    others_bytes: int = 0
-    """Of all else, where it is unpacked."""
-
-    @property
-    def coming_bytes(self) -> int:
-        """What RAM needs for it to leave the device."""
-        return self.others_bytes if self.is_unpacked else self.size_bytes
-
-
 class Residency:
     """Loaded components, least recently used first. For one thread.
 
@@ -78,7 +58,8 @@ class Residency:
         self._device = device
         self._memory = memory
         self._budget_bytes = budget_bytes
-        self._held: OrderedDict[Key, _Held] = OrderedDict()
+        self._pinned = PinnedMemory(device, int(total_bytes(torch.device("cpu")) * _PINNED_SHARE))
+        self._held: OrderedDict[Key, Held] = OrderedDict()
         self._made_of: dict[str, tuple[Key, ...]] = {}
         self.models: Mapping[str, Resident] = {}
         """Models that are wholly resident, by name; shared components count for each. Replaced as a whole at
@@ -88,6 +69,23 @@ class Residency:
     def size_bytes(self, place: Place = Place.DEVICE) -> int:
         """Bytes of all weights in ``place``. From any thread."""
         return sum(held.size_bytes for held in tuple(self._held.values()) if held.place is place)
+
+    def ram_bytes(self) -> int:
+        """What all components take in RAM, those that are on the device, too, included. From any thread."""
+        return sum(held.ram_bytes for held in tuple(self._held.values()))
+
+    def lacking_bytes(self, keys: Iterable[Key]) -> int:
+        """What RAM needs for those of ``keys`` that are loaded to be there."""
+        return sum(self._held[key].lacking_bytes for key in set(keys) if key in self._held)
+
+    def drop_torn(self, keys: Iterable[Key]) -> None:
+        """Let those of ``keys`` go that are not wholly where they should be, whatever happened to them, so
+        that they are loaded anew.
+        """
+        for key in [key for key in keys if key in self._held and self._held[key].is_torn()]:
+            held = self._held.pop(key)
+            _LOG.warning("a component is loaded anew", extra={"component": type(held.component).__name__})
+            self._show()
 
     def size_bytes_of(self, keys: Iterable[Key], place: Place) -> int:
         """Bytes of those of ``keys`` that are in ``place``."""
@@ -106,12 +104,12 @@ class Residency:
         if held is None:
             return None
         self._held.move_to_end(key)
-        self._move(held, place)
+        held.move(place)
         return held.component
 
     def add(self, key: Key, component: torch.nn.Module, place: Place = Place.DEVICE) -> None:
         """Keep ``component``, which is in ``place``, as the most recently used."""
-        self._held[key] = _Held(component, weight_bytes(component), place)
+        self._held[key] = Held(component, place, self._device, self._pinned)
 
     def make_room(self, weights_bytes: int, working_bytes: int = 0, keep: Iterable[Key] = ()) -> None:
         """Let components leave the device, least recently used first, until it has room, or only those to
@@ -157,16 +155,16 @@ class Residency:
         They stay in RAM as they were, so that it costs little to go back; where that has no room for them,
         nothing happens. ``on_matrix`` is called after each, and may raise.
         """
-        held = self._held[key]
-        size_bytes, keeps = packed_bytes(held.component), self._memory.has_host
-        used = self.size_bytes(Place.RAM)
-        if held.is_unpacked or (keeps and used + size_bytes > self._memory.on_host(used)):
+        held, keeps = self._held[key], self._memory.has_host
+        used = self.ram_bytes()
+        if held.is_unpacked:
             return
-        held.is_unpacked, held.others_bytes = True, held.size_bytes - size_bytes
+        if keeps and used + held.packed_bytes(copied=False) > self._memory.on_host(used):
+            return
         try:
-            unpack(held.component, keeps=keeps, on_matrix=on_matrix)
+            held.unpack(keeps=keeps, on_matrix=on_matrix)
         finally:
-            self._weigh(held)
+            self._show()
 
     def pack(self, key: Key) -> None:
         """Have the matrices of a component on the device packed again, if they were; where nothing was kept
@@ -176,21 +174,15 @@ class Residency:
         if not held.is_unpacked:
             return
         if self._memory.has_host:
-            pack(held.component, self._device)
-            held.is_unpacked = False
-            self._weigh(held)
+            held.pack()
         else:
             del self._held[key]
-            self._show()
+        self._show()
 
     def weigh(self) -> None:
         """Find out anew how large all components are: LoRAs have come into some, or have gone."""
         for held in self._held.values():
-            held.size_bytes = weight_bytes(held.component)
-        self._show()
-
-    def _weigh(self, held: _Held) -> None:
-        held.size_bytes = weight_bytes(held.component)
+            held.weigh()
         self._show()
 
     def release(self) -> None:
@@ -205,8 +197,9 @@ class Residency:
         for key in leaving:
             if not goes_on():
                 break
-            if self._make_host_room(self._held[key].coming_bytes, kept | {key}):
-                self._move(self._held[key], Place.RAM)
+            held = self._held[key]
+            if held.lacking_bytes == 0 or self._make_host_room(held.lacking_bytes, kept | {key}, {key}):
+                held.move(Place.RAM)
                 lowered += 1
             else:
                 del self._held[key]
@@ -219,43 +212,49 @@ class Residency:
                 extra={"to_ram": lowered, "unloaded": dropped, "resident_bytes": self.size_bytes()},
             )
 
-    def _make_host_room(self, size_bytes: int, kept: Collection[Key]) -> bool:
-        """Whether RAM has room for so much more, components that wait there longest having left.
+    def _make_host_room(self, size_bytes: int, kept: Collection[Key], copied: Collection[Key]) -> bool:
+        """Whether RAM has room for so much more: copies of what is on the device have left it, the last used
+        first, since that leaves the device last; then components that wait there longest.
 
         Where it would not suffice that all of them left, none does.
+
+        Args:
+            kept: components that stay loaded.
+            copied: those whose copies stay.
         """
         if not self._memory.has_host:
             return False
-        waiting = self._waiting(kept)
-        used = self.size_bytes(Place.RAM)
+        copies, waiting = self._copies(copied), self._waiting(kept)
+        used = self.ram_bytes()
         excess = used + size_bytes - self._memory.on_host(used)
-        if excess > sum(self._held[key].size_bytes for key in waiting):
+        there = sum(self._held[key].copy_bytes for key in copies)
+        if excess > there + sum(self._held[key].size_bytes for key in waiting):
             return False
+        for key in copies:
+            if excess > 0:
+                excess -= self._held[key].copy_bytes
+                self._held[key].drop_copy()
         for key in waiting:
-            if excess <= 0:
-                break
-            excess -= self._held.pop(key).size_bytes
+            if excess > 0:
+                excess -= self._held.pop(key).size_bytes
         return True
+
+    def _copies(self, kept: Collection[Key]) -> list[Key]:
+        """Components that are on the device and in RAM, the last used first."""
+        return [k for k, held in reversed(self._held.items()) if k not in kept and held.copy_bytes]
 
     def _waiting(self, kept: Collection[Key]) -> list[Key]:
         return [k for k, held in self._held.items() if k not in kept and held.place is Place.RAM]
 
-    def _move(self, held: _Held, place: Place) -> None:
-        if held.place is not place:
-            if held.is_unpacked:
-                pack(held.component, torch.device("cpu"))
-                held.is_unpacked = False
-                self._weigh(held)
-            held.component.to(self._device if place is Place.DEVICE else "cpu")
-            held.place = place
-
     def make_host_room(self, size_bytes: int, keep: Iterable[Key]) -> None:
-        """Let components in RAM leave, least recently used first, until it has room or none is left."""
-        kept, before = set(keep), len(self._held)
-        if not self._make_host_room(size_bytes, kept):  # they come all the same
+        """Let what is in RAM leave, least recently used first, until it has room or none is left."""
+        kept, before = set(keep), self.ram_bytes()
+        if not self._make_host_room(size_bytes, kept, kept):  # they come all the same
+            for key in self._copies(kept):
+                self._held[key].drop_copy()
             for key in self._waiting(kept):
                 del self._held[key]
-        if len(self._held) < before:
+        if self.ram_bytes() < before:
             self._show()
             release_cached(self._device)
 
