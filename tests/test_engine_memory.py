@@ -115,7 +115,7 @@ def test_fastest_way_that_fits_is_taken(gib: float, mode: Mode, tiled: bool) -> 
 
 def test_picture_that_fits_in_no_way_is_refused_with_the_figures() -> None:
     """A picture for which there is no room fails before anything is loaded; another worker may try."""
-    with pytest.raises(JobError, match=r"needs 3\.0 GiB and cuda:0 has 1\.5 GiB") as caught:
+    with pytest.raises(JobError, match=r"needs 2\.0 GiB and cuda:0 has 1\.5 GiB") as caught:
         choose(needs(), int(1.5 * GIB), host=RAM, offload=False, device="cuda:0")
     assert caught.value.retryable
     with pytest.raises(JobError, match=r"needs 16\.0 GiB and cpu has 15\.0 GiB"):

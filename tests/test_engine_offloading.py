@@ -16,7 +16,8 @@ from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.family import Family
-from studio_worker.engine.placement import Mode, footprint
+from studio_worker.engine.needs import footprint
+from studio_worker.engine.placement import Mode
 from studio_worker.engine.probe import probe
 from studio_worker.errors import JobCancelled, JobError
 from studio_worker.gpu_check.tiny.families import tiny as tiny_model
@@ -59,7 +60,9 @@ class Model:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    tinies = {name: tiny_model(name, tmp_path_factory.mktemp(name), width=32) for name in DISTINCT}
+    # So large that weights, not the picture, decide what there is room for.
+    widths = dict.fromkeys(DISTINCT, 32) | {"z-image": 128}
+    tinies = {name: tiny_model(name, tmp_path_factory.mktemp(name), width) for name, width in widths.items()}
     return {name: Model(tiny.family, tiny.files(), tiny.lora()) for name, tiny in tinies.items()}
 
 
@@ -78,7 +81,9 @@ def left_on(gpu: PlayedGpu) -> int:
 
 def room_for(tiny: Model, mode: Mode, *, is_edit: bool = False) -> Fake:
     """A GPU that has room for ``mode`` alone."""
-    needed = footprint(identify(tiny.files, (tiny.family,)), "float16", SIDE * SIDE, is_edit=is_edit)
+    needed = footprint(
+        identify(tiny.files, (tiny.family,)), "float16", SIDE * SIDE, kind="edit" if is_edit else "text"
+    )
     peaks = {plan.mode: plan.peak_bytes for plan in reversed(needed.plans())}
     assert peaks[Mode.LAYERS] < min(peaks[Mode.WHOLE], peaks[Mode.COMPONENT])
     return Fake(peaks[mode] if mode is Mode.LAYERS else RAM, host=RAM)

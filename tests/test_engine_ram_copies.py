@@ -13,8 +13,9 @@ import torch
 from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
+from studio_worker.engine.needs import footprint
 from studio_worker.engine.pinned import PinnedMemory
-from studio_worker.engine.placement import Footprint, Mode, footprint
+from studio_worker.engine.placement import Footprint, Mode
 from studio_worker.engine.ram_copies import pin, to_device, to_ram
 from studio_worker.engine.residency import Place, Residency
 from studio_worker.gpu_check.tiny.families import tiny

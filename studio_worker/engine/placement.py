@@ -126,13 +126,10 @@ class Footprint:
             working = max(denoising, self.loras + max(decoding, reading))
             return Plan(mode, tiled, here + working, working, unpacked)
         if mode is Mode.COMPONENT:
-            # Text encoders stay together as far as the largest component's room goes (offloading.py).
-            together = min(sum(weights[name] for name in texts), max(weights.values()))
-            return Plan(
-                mode, tiled, max(weights[self.denoiser] + denoising, vae + decoding, together + reading)
-            )
+            texts_bytes = [weights[name] + self.reading[name] + moment(name) for name in texts]
+            return Plan(mode, tiled, max(weights[self.denoiser] + denoising, vae + decoding, *texts_bytes))
         layers = int(max(weights.values()) * _LAYERS_SHARE)
-        return Plan(mode, tiled, vae + max(layers + max(denoising, reading), decoding))
+        return Plan(mode, tiled, max(layers + max(denoising, reading), vae + decoding))
 
 
 def choose(
