@@ -39,8 +39,8 @@ class Estimates:
         return Sources()
 
     def needed_bytes(self, files: Sequence[LocalFile], task: ImageTask, defaults: CliDefaults) -> int | None:
-        """The least that the picture can be made with: on a GPU component by component, if RAM can hold the
-        others; else, and on the CPU, whole.
+        """The least that the picture can be made with: on a GPU layer by layer, if RAM can hold the others;
+        else, and on the CPU, whole.
 
         ``None`` where it cannot be told: the job's own run says what is wrong with it.
 
@@ -48,7 +48,7 @@ class Estimates:
             NotServed: this worker lacks the family, or reads no such files; another worker may do the job.
         """
         from studio_worker.engine.needs import footprint
-        from studio_worker.engine.placement import Mode
+        from studio_worker.engine.placement import leanest
 
         kind: Literal["text", "image", "inpaint", "edit"] = "text"
         if task.ref_image_url:
@@ -71,7 +71,5 @@ class Estimates:
             raise
         except JobError:
             return None
-        can_wait = self._device.is_gpu and needed.weight_bytes <= total_ram_bytes()
-        mode = Mode.COMPONENT if can_wait else Mode.WHOLE
-        plans = self._peaks.corrected(needed).plans()
-        return min(plan.peak_bytes for plan in plans if plan.mode is mode and not plan.unpacked)
+        host = total_ram_bytes() if self._device.is_gpu else 0
+        return leanest(self._peaks.corrected(needed), host=host).peak_bytes
