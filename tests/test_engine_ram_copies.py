@@ -88,6 +88,25 @@ def test_offloaded_job_copies_no_weights_back(mode: Mode, gpu: PlayedGpu) -> Non
         assert sum(gpu.to_ram) < PICTURE_BYTES < sum(gpu.to_device)
 
 
+@pytest.mark.parametrize(("name", "form"), [("z-image", "Q8_0"), ("flux1-dev", "8-bit")])
+def test_matrices_that_are_written_out_are_not_copied_back(
+    name: str, form: Form, gpu: PlayedGpu, tmp_path: Path
+) -> None:
+    """Packed matrices that came from RAM are there when they are written out on the device, packed again, and
+    when they leave; the picture is the same.
+    """
+    model = tiny(name, tmp_path, width=128)
+    engine = DiffusionEngine("cuda:1", families=(model.family,), memory=Fake(GIB, host=GIB))
+    files, defaults = model.files(form), CliDefaults(width=64, height=64, steps=2, cfg_scale=1.0)
+    packed = made(engine, *files, defaults=defaults.model_copy(update={"offload_to_cpu": True}))
+    gpu.start_counting()
+    for _ in range(2):
+        assert made(engine, *files, defaults=defaults) == packed
+        assert [found.is_unpacked for found in engine.resident().values()] == [True]
+        engine.release()
+        assert sum(gpu.to_ram) < PICTURE_BYTES
+
+
 def test_component_comes_while_no_other_is_there(gpu: PlayedGpu) -> None:
     """Component by component there is room for the largest of them alone: while the denoiser works, also on a
     picture that the VAE has encoded, neither the VAE nor a text encoder is on the device.
