@@ -25,7 +25,7 @@ from studio_worker.engine.canvas import Starting
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.estimate import Estimates
 from studio_worker.engine.families import identify
-from studio_worker.engine.held import Place
+from studio_worker.engine.held import Held, Place
 from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory import MachineMemory
 from studio_worker.engine.needs import footprint
@@ -346,7 +346,7 @@ def test_models_that_ram_cannot_take_after_all_are_let_go(monkeypatch: pytest.Mo
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Residency, "_move", full)
+        patch.setattr(Held, "move", full)
         engine.release()
     assert engine.resident() == {}
     assert made(engine).data == first.data

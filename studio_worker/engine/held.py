@@ -59,7 +59,7 @@ class Held:
         is_in_ram = self.place is Place.RAM
         self.ram_bytes = self.size_bytes if is_in_ram else self.copy_bytes + kept_bytes(self.component)
         packed_bytes = self.size_bytes - unpacked_bytes(self.component)
-        self.lacking_bytes = 0 if is_in_ram else packed_bytes - self.copy_bytes
+        self.lacking_bytes = 0 if is_in_ram else max(0, packed_bytes - self.copy_bytes)
 
     def is_torn(self) -> bool:
         """Whether some of it is not where it should be, whatever went wrong."""
@@ -85,12 +85,12 @@ class Held:
         self._copy = ram_copy({})
         self.weigh()
 
-    def packed_bytes(self, *, copied: bool) -> int:
-        """Of matrices that are packed now: those that are in RAM, too, or the others."""
+    def to_keep_bytes(self) -> int:
+        """What RAM needs to keep packed matrices while they are written out."""
         return sum(
             layer.weight.nbytes
             for layer in packed_linears(self.component)
-            if layer.is_packed and (layer.weight in self._copy) is copied
+            if layer.is_packed and layer.weight not in self._copy
         )
 
     def unpack(self, *, keeps: bool, on_matrix: Callable[[], object]) -> None:

@@ -159,7 +159,7 @@ class Residency:
         used = self.ram_bytes()
         if held.is_unpacked:
             return
-        if keeps and used + held.packed_bytes(copied=False) > self._memory.on_host(used):
+        if keeps and used + held.to_keep_bytes() > self._memory.on_host(used):
             return
         try:
             held.unpack(keeps=keeps, on_matrix=on_matrix)
