@@ -237,7 +237,7 @@ def test_service_behind_a_captive_portal_burns_no_attempts_and_comes_back_by_its
     """Three failures, then offers are answered "not now", and the status line, `status` and metrics say why;
     when the portal is gone the jobs are done, without a restart.
     """
-    environment = hurried(tmp_path, 3.0)
+    environment = hurried(tmp_path, 12.0)
     with FileServer() as server:
         model = server.serve("/model.safetensors", PAGE)
         jobs = queue_jobs(studio, model.url, 3)

@@ -184,7 +184,7 @@ def test_suite_passes_against_the_installed_copy(base: Path, installed: Path, wo
             "/usr/lib/studio-worker/bin/python3 -c 'import studio_worker; print(studio_worker.__file__)'"
         )
         assert where.startswith(SITE_PACKAGES)
-        done = machine.run("sh", "-c", script, check=False, user="tester", limit_s=600)
+        done = machine.run("sh", "-c", script, check=False, user="tester", limit_s=850)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     figures.note("suite against the installed copy", done.stdout.strip().splitlines()[-1].strip("= "))
 
