@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := packaging/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: docs help demo test test-deb cuda-build lint bench soak chaos check venv clean deb lock
+.PHONY: docs help demo test test-deb cuda-build lint bench gpu-check soak chaos check venv clean deb lock
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,10 +30,14 @@ bench: $(STAMP) ## Measure, beside a peer in the same run; prints ratios
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -W ignore -m tests.bench_engine
 	$(BIN)/python -W ignore -m tests.bench_second_job
-	$(BIN)/python -W ignore -m tests.bench_gpu
 	$(BIN)/python -m tests.bench_download
 	$(BIN)/python -m tests.bench_loop
 	$(BIN)/python -m tests.bench_heartbeats
+
+# With the packages of the environment above where it was made, else with those of $(PYTHON), whose torch may
+# have CUDA.
+gpu-check: ## Prove on this box's GPU what only a GPU can: 8 minutes at most, a table and gpu-check.json
+	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) -m studio_worker gpu-check
 
 soak: $(STAMP) ## 300 jobs in one process, models and LoRAs in turn: does its memory grow? (about 5 minutes)
 	$(BIN)/python -W ignore -m tests.soak_engine

@@ -14,6 +14,7 @@ from studio_worker import __version__, config, logs, process
 from studio_worker.cli_control import pause, resume, status
 from studio_worker.cli_doctor import check_config, doctor
 from studio_worker.cli_generate import generate
+from studio_worker.cli_gpu_check import gpu_check
 from studio_worker.cli_models import models_app
 from studio_worker.cli_options import ConfigDir, Instance
 from studio_worker.errors import ConfigError, StudioWorkerError
@@ -32,6 +33,7 @@ app.add_typer(models_app, name="models")
 for command in (generate, status, pause, resume, doctor):
     app.command()(command)
 app.command("check-config")(check_config)
+app.command("gpu-check")(gpu_check)
 
 
 def main() -> None:

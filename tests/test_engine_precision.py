@@ -12,9 +12,9 @@ from studio_worker.engine.estimate import Estimates
 from studio_worker.engine.families import FAMILIES
 from studio_worker.engine.families.z_image import Z_IMAGE
 from studio_worker.engine.loading import weights_dtype
+from studio_worker.gpu_check.random_weights import shapes
 from studio_worker.jobs import ImageTask
 from studio_worker.models import CliDefaults, LocalFile
-from tests.bench_gpu import published
 from tests.engine_lab import write_header
 
 NARROW, WIDE = "float16", "bfloat16"  # by mantissa and by exponent
@@ -97,8 +97,8 @@ def test_estimate_knows_the_numbers_of_the_card(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("studio_worker.engine.estimate.total_ram_bytes", lambda: 8 << 30)
     files = []
     for name, part in Z_IMAGE.parts.items():
-        shapes = {key: tuple(tensor.shape) for key, tensor in published(part).items()}
-        files.append(LocalFile(part.role, write_header(tmp_path / name, shapes), name))
+        header = {key: tuple(tensor.shape) for key, tensor in shapes(part).items()}
+        files.append(LocalFile(part.role, write_header(tmp_path / name, header), name))
 
     def needed_gb(card: str) -> float:
         device = Device("cuda:0", card, 16.0, CARDS[card][0])

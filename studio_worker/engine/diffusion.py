@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from PIL import Image
 
 from studio_worker.engine import Progress, Request, Resident
@@ -132,6 +133,10 @@ class DiffusionEngine:
     def resident(self) -> Mapping[str, Resident]:
         """See :meth:`studio_worker.engine.KeepsModels.resident`."""
         return self._residency.models
+
+    def components(self, model: str) -> tuple[torch.nn.Module, ...]:
+        """The library's modules that a model is made of, for measurements; none where it is not loaded."""
+        return self._residency.components(model)
 
     def used_bytes(self) -> int | None:
         """See :meth:`studio_worker.engine.KeepsModels.used_bytes`."""

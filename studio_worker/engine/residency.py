@@ -258,6 +258,10 @@ class Residency:
             self._show()
             release_cached(self._device)
 
+    def components(self, model: str) -> tuple[torch.nn.Module, ...]:
+        """What ``model`` is made of; nothing where it is not wholly loaded."""
+        return tuple(self._held[key].component for key in self._made_of.get(model, ()))
+
     def name(self, model: str, keys: Iterable[Key]) -> None:
         """``model`` is made of these components."""
         self._made_of[model] = tuple(keys)

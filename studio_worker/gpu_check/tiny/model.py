@@ -18,6 +18,8 @@ Form = Literal["safetensors", "Q8_0", "Q4_K", "8-bit"]
 FORMS: tuple[Form, ...] = ("safetensors", "Q8_0", "Q4_K", "8-bit")
 
 _LORA_RANK = 4
+_LORA_STRENGTH = 1.5
+"""Beside weights that keep the size of what goes through them."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,14 @@ class Tiny:
         return written
 
     def lora(self) -> LocalFile:
-        """A LoRA on the queries of its denoiser, in diffusers' layout, whose effect is easily seen."""
+        """A LoRA on the values of its denoiser's attention, in diffusers' layout; it shows clearly."""
         name = self.family.denoiser
         generator = torch.Generator().manual_seed(9)
         tensors = {}
         for place, layer in self.parts[name].named_modules():
-            if place.endswith("to_q"):
+            if place.endswith("to_v"):
                 down = torch.randn(_LORA_RANK, layer.in_features, generator=generator)
                 up = torch.randn(layer.out_features, _LORA_RANK, generator=generator)
-                tensors[f"{name}.{place}.lora_A.weight"] = down * layer.in_features**-0.5
+                tensors[f"{name}.{place}.lora_A.weight"] = _LORA_STRENGTH * down * layer.in_features**-0.5
                 tensors[f"{name}.{place}.lora_B.weight"] = up * _LORA_RANK**-0.5
         return safetensors(self.folder / "lora.safetensors", "lora", tensors)

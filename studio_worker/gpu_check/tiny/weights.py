@@ -29,8 +29,8 @@ def drawn(module: torch.nn.Module, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim == 1:
-            numbers = 0.2 * noise + (1.0 if name.endswith("weight") else 0.0)
+        if parameter.ndim == 1 or name.endswith(".gamma"):
+            numbers = 0.2 * noise + (1.0 if name.endswith(("weight", "gamma")) else 0.0)
         else:
             numbers = 0.8 * noise * parameter[0].numel() ** -0.5
         if ".SelfAttention.q." in name:

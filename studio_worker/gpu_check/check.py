@@ -1,0 +1,101 @@
+"""The check as a whole: from the device's name to an exit status."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from studio_worker import process
+from studio_worker.device import Device, find_device, probe
+from studio_worker.errors import DeviceError
+from studio_worker.gpu_check.places import folder_for_files
+from studio_worker.gpu_check.programme import rows
+from studio_worker.gpu_check.report import Report
+from studio_worker.gpu_check.rows import Found
+from studio_worker.gpu_check.runner import Runner, command_for
+from studio_worker.ram import available_ram_bytes
+
+MINUTES = 8.0
+
+_PROCESS_BYTES = 2 << 30
+"""What one process with a tiny model takes of a GPU, most of it CUDA's own; of RAM it is twice as much."""
+
+_TOGETHER = 6
+
+
+def run_check(
+    setting: str,
+    output: Path,
+    *,
+    only: str = "*",
+    minutes: float = MINUTES,
+    work: Path | None = None,
+    show: Callable[[str], None] = print,
+) -> int:
+    """Look at everything on the device that ``setting`` names.
+
+    Returns the exit status: 0 where nothing failed, 1 where something did, 69 where it does not compute.
+
+    Args:
+        output: the file for everything that is found.
+        only: a pattern (fnmatch) of the names of rows.
+        minutes: rows that are left after so many are left out.
+        work: for files; by default a folder that is large enough and on a disk.
+        show: is given each line of the table.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+    began = time.monotonic()
+    process.prepare()
+    device = find_device(setting)
+    report = Report(output, f"{device.name} ({device.description})", show)
+    show(f"studio-worker gpu-check on {device.name} ({device.description})")
+    facts = probe(device.name)
+    seconds = time.monotonic() - began
+    found = Found(
+        "probe", "ok" if facts.pop("ok") else "failed", round(seconds, 2), facts, facts.pop("error")
+    )
+    report.add(found)
+    if found.state == "failed":
+        report.close(time.monotonic() - began)
+        return DeviceError.exit_status
+    small = not device.is_gpu
+    together = _processes(device)
+    folder = Path(tempfile.mkdtemp(prefix="studio-worker-gpu-check-", dir=work or folder_for_files()))
+    threads = max(1, (os.cpu_count() or 1) // together)
+    runner = Runner(
+        command_for(device.name, folder, small=small),
+        command_for(device.name, folder, small=small, threads=threads),
+        folder,
+        together=together,
+        on_found=report.add,
+    )
+    handler = signal.signal(signal.SIGTERM, _leave)
+    try:
+        chosen = [row for row in rows(small=small) if fnmatch.fnmatch(row.name, only)]
+        runner.run(chosen, deadline=began + 60 * minutes)
+    finally:
+        runner.end()
+        signal.signal(signal.SIGTERM, handler)
+        shutil.rmtree(folder, ignore_errors=True)
+    return report.close(time.monotonic() - began)
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    """At SIGTERM: whatever was started is ended, files are removed, what was found stays."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _processes(device: Device) -> int:
+    """How many processes there may be for rows that run beside each other."""
+    cores = (os.cpu_count() or 1) // 2
+    memory = min(int(device.memory_gb * 1e9), available_ram_bytes() // 2) // _PROCESS_BYTES
+    return max(1, min(_TOGETHER, cores, memory))

@@ -1,0 +1,206 @@
+"""gpu-check: what it makes of rows that fail, crash and hang, and the whole of it rehearsed on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from studio_worker.engine.families import FAMILIES
+from studio_worker.gpu_check import check, places
+from studio_worker.gpu_check.programme import FORMS, PLACES, rows
+from studio_worker.gpu_check.report import Report
+from studio_worker.gpu_check.rows import Found, Row
+from studio_worker.gpu_check.runner import Runner
+from tests import scripted_rows
+
+SCRIPTED = [sys.executable, str(Path(scripted_rows.__file__))]
+COMMAND = [str(Path(sys.executable).with_name("studio-worker")), "gpu-check"]
+
+
+@pytest.fixture
+def look(tmp_path: Path) -> Callable[..., dict[str, Found]]:
+    """Has a runner look at rows that are named after what they do."""
+
+    def look(*works: str, together: bool = False, minutes: float = 1.0) -> dict[str, Found]:
+        found: list[Found] = []
+        runner = Runner(SCRIPTED, SCRIPTED, tmp_path, together=2, on_found=found.append)
+        asked = [
+            Row(work, work, limit_s=2.0 if work == "hang" else 60.0, together=together) for work in works
+        ]
+        runner.run(asked, deadline=time.monotonic() + 60 * minutes)
+        runner.end()
+        return {each.name: each for each in found}
+
+    return look
+
+
+# --- rows that go wrong ---
+
+
+def test_row_that_fails_does_not_keep_the_next_from_being_looked_at(
+    look: Callable[..., dict[str, Found]],
+) -> None:
+    """Rows go on after one that failed, in the same process, and each has its figures."""
+    found = look("fail", "skip", "go")
+    assert [(each.state, each.error) for each in found.values()] == [
+        ("failed", "Missed: too slow"),
+        ("skipped", "no room"),
+        ("ok", ""),
+    ]
+    assert len({each.figures["process"] for each in found.values()}) == 1
+
+
+def test_row_that_hangs_is_ended_at_its_limit(look: Callable[..., dict[str, Found]]) -> None:
+    """A row that hangs has failed at its limit, with the place where it hung and the figures it had told; the
+    next one is looked at in another process.
+    """
+    found = look("hang", "go")
+    assert found["hang"].state == "failed"
+    assert found["hang"].error == "no end within 2 s"
+    assert "hang_in_the_driver" in found["hang"].trace
+    assert found["go"].state == "ok"
+    assert found["go"].figures["process"] != found["hang"].figures["process"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(found["hang"].figures["process"], 0)
+
+
+@pytest.mark.parametrize(("work", "how"), [("crash", "SIGSEGV"), ("leave", "exit status 3")])
+def test_row_that_ends_its_process_has_failed(
+    look: Callable[..., dict[str, Found]], work: str, how: str
+) -> None:
+    """A row that takes its process down has failed, with how it ended and what was last said; the next one
+    gets another process.
+    """
+    found = look(work, "go")
+    assert found[work].state == "failed"
+    assert found[work].error == f"its process ended: {how}"
+    assert ("the driver said something" in found[work].trace) == (work == "crash")
+    assert found["go"].state == "ok"
+
+
+def test_row_after_one_that_lost_the_device_begins_anew(look: Callable[..., dict[str, Found]]) -> None:
+    """After a lost device the next row comes to a process that has it."""
+    found = look("lose the device", "go")
+    assert found["lose the device"].state == "failed"
+    assert found["go"].state == "ok"
+    assert found["go"].figures["process"] != found["lose the device"].figures["process"]
+
+
+def test_rows_beside_each_other_are_all_looked_at(look: Callable[..., dict[str, Found]]) -> None:
+    """Rows that may run beside each other are shared between processes; one that crashes costs the others
+    nothing.
+    """
+    works = [f"go {number}" for number in range(8)]
+    found = look(*works[:4], "crash", *works[4:], together=True)
+    assert {name for name, each in found.items() if each.state == "ok"} == set(works)
+    assert found["crash"].state == "failed"
+
+
+def test_rows_that_are_left_when_the_time_is_over_are_left_out(look: Callable[..., dict[str, Found]]) -> None:
+    """When the time is over the rest is left out, and told so; it has not failed."""
+    found = look("go", "skip", minutes=0.05)
+    assert [each.state for each in found.values()] == ["left out", "left out"]
+
+
+# --- what is told ---
+
+
+def test_everything_found_so_far_is_in_the_file(tmp_path: Path) -> None:
+    """The file is whole after every row, so that a kill loses nothing that was found."""
+    path, shown = tmp_path / "out.json", []
+    report = Report(path, "cuda:0 (a card)", shown.append)
+    report.add(Found("first", "ok", 1.5, {"ratio": 1.0125, "levels": {"text": 0.5}}))
+    told = json.loads(path.read_text())
+    assert (told["device"], [row["name"] for row in told["rows"]]) == ("cuda:0 (a card)", ["first"])
+    assert told["rows"][0]["figures"] == {"ratio": 1.0125, "levels": {"text": 0.5}}
+    report.add(Found("second", "failed", 2.0, {}, "Missed: too slow", "where"))
+    assert [row["state"] for row in json.loads(path.read_text())["rows"]] == ["ok", "failed"]
+    assert "ratio 1.01" in shown[0]
+    assert "levels" not in shown[0]
+    assert report.close(4.0) == 1
+    assert "    where" in shown
+    assert "1 ok, 1 failed in 4 s" in shown[-1]
+
+
+@pytest.mark.parametrize(("state", "status"), [("ok", 0), ("skipped", 0), ("left out", 0), ("failed", 1)])
+def test_exit_status_says_whether_something_failed(tmp_path: Path, state: str, status: int) -> None:
+    """Only a row that failed makes the exit status 1."""
+    report = Report(tmp_path / "out.json", "cpu", lambda _line: None)
+    report.add(Found("row", state))  # type: ignore[arg-type]
+    assert report.close(1.0) == status
+
+
+def test_box_without_a_gpu_is_told_so() -> None:
+    """Without a GPU the command ends with 69 and what to do, and looks at nothing."""
+    done = subprocess.run(
+        COMMAND, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 69
+    assert done.stderr.startswith("studio-worker: ")
+    assert done.stdout == ""
+
+
+def test_device_that_does_not_compute_ends_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch cannot compute on the device, that is the one thing told, with its cure, and 69."""
+    facts = {"device": "cpu", "ok": False, "error": "no kernel image; another package"}
+    monkeypatch.setattr(check, "probe", lambda _name: facts)
+    shown: list[str] = []
+    assert check.run_check("cpu", tmp_path / "out.json", show=shown.append) == 69
+    assert [row["name"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]] == ["probe"]
+    assert any("no kernel image; another package" in line for line in shown)
+
+
+# --- which rows there are ---
+
+
+def test_every_family_is_looked_at_in_every_form_and_place() -> None:
+    """No family, form or place is forgotten: each family has a row for each form, with all places."""
+    asked = {(row.given["family"], row.given["form"]) for row in rows(small=False) if "form" in row.given}
+    assert asked == {(family.name, form) for family in FAMILIES for form in FORMS}
+    assert PLACES == ("whole", "component", "layers")
+
+
+def test_rehearsal_has_every_kind_of_row() -> None:
+    """Whatever is done on a GPU is rehearsed: every function, family, form and place."""
+    whole, small = rows(small=False), rows(small=True)
+    assert {row.work for row in small} == {row.work for row in whole}
+    given = [row.given for row in small if "form" in row.given]
+    assert {each["family"] for each in given} == {family.name for family in FAMILIES}
+    assert {each["form"] for each in given} == set(FORMS)
+    assert {place for each in given for place in each["places"]} == set(PLACES)
+    assert {lora for each in given for lora in each["loras"]} == {True, False}
+
+
+def test_files_are_written_where_a_disk_has_room() -> None:
+    """Large files go to a disk rather than to memory, by what is mounted where."""
+    mounts = "/dev/vda / ext4 rw 0 0\ntmpfs /dev/shm tmpfs rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n"
+    on_disk = {name: places.is_on_disk(Path(name), mounts) for name in ("/var/tmp", "/dev/shm/x", "/tmp")}
+    assert on_disk == {"/var/tmp": True, "/dev/shm/x": False, "/tmp": False}
+
+
+# --- the whole of it ---
+
+
+def test_check_that_is_ended_leaves_nothing_behind(tmp_path: Path) -> None:
+    """At SIGTERM its processes end, its files are removed, and what was found so far stays."""
+    work, output = tmp_path / "work", tmp_path / "out.json"
+    work.mkdir()
+    words = ["--device", "cpu", "--output", str(output), "--work", str(work), "--only", "libraries"]
+    process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("ok       probe"):
+        assert process.poll() is None
+    while not list(work.iterdir()):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert list(work.iterdir()) == []
+    assert [row["name"] for row in json.loads(output.read_text())["rows"]] == ["probe"]
