@@ -246,6 +246,7 @@ class _Driver:
         self._gpu = gpu
 
     def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:
+        self._gpu.named()
         pinned = self._gpu.pinned
         assert all(address + size_bytes <= at or at + size <= address for at, size in pinned.items())
         if sum(pinned.values()) + size_bytes > self._gpu.pinnable_bytes:
@@ -254,6 +255,7 @@ class _Driver:
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:
+        self._gpu.named()
         del self._gpu.pinned[address]
         return 0
 
@@ -282,6 +284,13 @@ def played(name: str = "cuda:0", *, count: int = 2, memory_bytes: int = GIB) -> 
     def set_device(device: Any) -> None:
         gpu.current = torch.device(device).index if not isinstance(device, int) else device
 
+    @contextmanager
+    def current(device: Any) -> Iterator[None]:
+        before = gpu.current
+        set_device(device)
+        yield
+        gpu.current = before
+
     def free() -> tuple[int, int]:
         return memory_bytes - gpu.used_bytes, memory_bytes
 
@@ -302,6 +311,7 @@ def played(name: str = "cuda:0", *, count: int = 2, memory_bytes: int = GIB) -> 
         "reset_peak_memory_stats": of_device(lambda: None),
         "empty_cache": lambda: None,
         "synchronize": of_device(lambda: None),
+        "device": current,
         "Stream": Stream,
         "Event": _Moment,
         "current_stream": of_device(_Moment),

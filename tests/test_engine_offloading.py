@@ -173,6 +173,18 @@ def test_offload_goes_on_whatever_became_of_a_job(
     assert picture(engine, tiny, mode) == first
 
 
+def test_component_without_work_does_not_come(models: dict[str, Model], gpu: PlayedGpu) -> None:
+    """What reads reference pictures stays in RAM while a picture is made from a prompt alone."""
+    tiny = models["qwen-image"]
+    vision = footprint(identify(tiny.files, (tiny.family,)), "bfloat16", SIDE * SIDE).weights["vision"]
+    engine = engine_for(tiny, Mode.COMPONENT)
+    picture(engine, tiny, Mode.COMPONENT)
+    weights = sum(found.size_bytes for found in engine.resident().values())
+    gpu.start_counting()
+    picture(engine, tiny, Mode.COMPONENT, prompt="another prompt")
+    assert weights - 1.1 * vision < sum(gpu.to_device) < weights - 0.9 * vision
+
+
 @pytest.mark.parametrize("name", ["sd1", "z-image", "qwen-image"])
 def test_offloaded_picture_with_lora(name: str, models: dict[str, Model], gpu: PlayedGpu) -> None:
     """A LoRA comes and leaves with the component that it is in, and changes no picture without it."""

@@ -37,6 +37,7 @@ PICTURE_BYTES = 1 << 18
 @pytest.fixture
 def gpu() -> Iterator[PlayedGpu]:
     with played("cuda:1") as gpu:
+        torch.cuda.set_device(DEVICE)
         yield gpu
 
 
@@ -263,6 +264,16 @@ def test_pinned_ram_has_a_limit(gpu: PlayedGpu) -> None:
     del first
     assert pinned.block(3000) is not None
     assert PinnedMemory(torch.device("cpu"), 5000).block(1) is None
+
+
+def test_pinned_ram_is_let_go_by_any_thread(gpu: PlayedGpu) -> None:
+    """A thread whose current GPU is another touches none but the one that RAM was pinned for."""
+    block = PinnedMemory(DEVICE, 5000).block(5000)
+    torch.cuda.set_device(0)  # each thread has its own
+    assert sum(gpu.pinned.values()) == 5000
+    del block
+    assert gpu.pinned == {}
+    assert gpu.current == 0
 
 
 @pytest.mark.parametrize("pinnable_bytes", [0, 1 << 20])

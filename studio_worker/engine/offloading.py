@@ -7,7 +7,7 @@ that they came from. What does not run in a job does not come, and after it no t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -16,24 +16,27 @@ import torch
 from studio_worker.engine.placement import Mode, Plan
 from studio_worker.engine.ram_copies import RamCopy, to_device, to_ram, weights
 
+Parts = Mapping[str, torch.nn.Module | None]
+"""Components by their names, as they are loaded: what a pipeline makes one of is several here."""
+
 Bring = Callable[[torch.nn.Module], None]
 """Has a component come to the device now: a VAE, before its numbers are widened where it computes."""
 
 
 @contextmanager
-def placed(pipeline: Any, plan: Plan, device: torch.device) -> Iterator[Bring]:
-    """Inside, the components of ``pipeline`` are where ``plan`` says, and its VAE decodes as it says.
+def placed(parts: Parts, plan: Plan, device: torch.device) -> Iterator[Bring]:
+    """Inside, the components ``parts`` are where ``plan`` says, and the VAE among them decodes as it says.
 
     After it, those of a plan that is not for the whole model are in RAM, without any trace of this.
     """
-    vae = getattr(pipeline, "vae", None)
+    vae: Any = parts.get("vae")
     if plan.tiled and vae is not None:
         vae.enable_tiling()
     try:
         if plan.mode is Mode.WHOLE:
             yield lambda _: None
         else:
-            with _one_by_one(pipeline, plan.mode, device) as bring:
+            with _one_by_one(parts, plan.mode, device) as bring:
                 yield bring
     finally:
         if plan.tiled and vae is not None:
@@ -41,12 +44,12 @@ def placed(pipeline: Any, plan: Plan, device: torch.device) -> Iterator[Bring]:
 
 
 @contextmanager
-def _one_by_one(pipeline: Any, mode: Mode, device: torch.device) -> Iterator[Bring]:
-    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+def _one_by_one(parts: Parts, mode: Mode, device: torch.device) -> Iterator[Bring]:
     visitors: dict[torch.nn.Module, _Visitor] = {
         # A VAE is small, and changes its precision while it works.
         module: _Layers(module, device) if mode is Mode.LAYERS and name != "vae" else _Whole(module, device)
-        for name, module in modules.items()
+        for name, module in parts.items()
+        if module is not None
     }
     here: list[torch.nn.Module] = []
 

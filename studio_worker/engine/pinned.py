@@ -47,7 +47,9 @@ class PinnedMemory:
 
     def _let_go(self, address: int, size_bytes: int) -> None:
         self.used_bytes -= size_bytes
-        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        # Whichever thread drops the last tensor: it would get a context on the GPU that is its current one.
+        with torch.cuda.device(self._device):
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
     def _forget_error(self) -> None:
         # CUDA says an error of such a call again at the next one, whoever makes it.

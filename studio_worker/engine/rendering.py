@@ -100,7 +100,7 @@ class LoadedModel:
 
         with (
             watched(others, lambda: on_evaluation(0, parameters.steps)),
-            placed(pipeline, self._plan, self._device) as bring,
+            placed(self._parts, self._plan, self._device) as bring,
             compiled(self._denoiser, is_offloaded=self._plan.mode is not Mode.WHOLE) as is_compiled,
         ):
             prompts = self._encoded(pipeline, parameters, starting)
