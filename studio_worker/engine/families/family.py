@@ -208,14 +208,16 @@ class Family:
 
     def prepare(
         self,
-        pipeline: Any,
-        parameters: Parameters,
-        seen: Seen,
+        pipeline: Any,  # noqa: ARG002
+        parameters: Parameters,  # noqa: ARG002
+        seen: Seen,  # noqa: ARG002
         prompts: Mapping[str, dict[str, Any]],
-        device: Any,
+        device: Any,  # noqa: ARG002
     ) -> list[dict[str, Any]]:
-        """The denoiser's arguments that stay for all steps of a job, for each of ``prompts``."""
-        raise NotImplementedError
+        """The denoiser's arguments that stay for all steps of a job, for each of ``prompts``: by default what
+        was read.
+        """
+        return list(prompts.values())
 
     def predict(
         self, pipeline: Any, x: Any, timestep: float, arguments: Sequence[dict[str, Any]]

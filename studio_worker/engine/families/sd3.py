@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from studio_worker.engine.families import clip_prompts
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, read_json
-from studio_worker.engine.families.family import Family, Pipelines, Seen
+from studio_worker.engine.families.family import Family, Pipelines
 from studio_worker.engine.families.packing import padded
 from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae
 from studio_worker.engine.families.t5 import T5_TOKENIZER, is_t5_truncated, t5, t5_states
@@ -69,16 +69,6 @@ class StableDiffusion3(Family):
                 }
             )
         return read
-
-    def prepare(
-        self,
-        pipeline: Any,  # noqa: ARG002
-        parameters: Parameters,  # noqa: ARG002
-        seen: Seen,  # noqa: ARG002
-        prompts: Mapping[str, dict[str, Any]],
-        device: Any,  # noqa: ARG002
-    ) -> list[dict[str, Any]]:
-        return list(prompts.values())
 
     def predict(
         self, pipeline: Any, x: Any, timestep: float, arguments: Sequence[dict[str, Any]]

@@ -10,18 +10,18 @@ What the transformer's tensors are called: ``all_x_embedder.2-1``, ``attention.t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, Tokenizer, read_json
-from studio_worker.engine.families.family import Family, Pipelines, Seen
+from studio_worker.engine.families.family import Family, Pipelines
 from studio_worker.engine.families.packing import padded
 from studio_worker.engine.families.parts import kl_vae
 from studio_worker.engine.families.qwen import QWEN_TOKENIZER, framed, language_states, qwen3
 from studio_worker.engine.levels import TIMESTEPS
-from studio_worker.engine.parameters import EngineDefaults, Parameters
+from studio_worker.engine.parameters import EngineDefaults
 
 _ADALN_WIDTH = 256
 """How wide the timestep's embedding is at most (diffusers' ADALN_EMBED_DIM)."""
@@ -48,16 +48,6 @@ class ZImage(Family):
             states = language_states(pipeline.text_encoder, ids[:window], weights[:window], device, layer=-2)
             read.append({"cap_feats": states[0]})
         return read
-
-    def prepare(
-        self,
-        pipeline: Any,  # noqa: ARG002
-        parameters: Parameters,  # noqa: ARG002
-        seen: Seen,  # noqa: ARG002
-        prompts: Mapping[str, dict[str, Any]],
-        device: Any,  # noqa: ARG002
-    ) -> list[dict[str, Any]]:
-        return list(prompts.values())
 
     def predict(
         self, pipeline: Any, x: Any, timestep: float, arguments: Sequence[dict[str, Any]]
