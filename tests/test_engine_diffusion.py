@@ -521,7 +521,7 @@ class TestResidency:
             residency.add(key, torch.nn.Linear(2, 2))
         residency.name("one", [first])
         residency.name("both", [first, second])
-        assert residency.models == {"one": (24, "device"), "both": (48, "device")}
+        assert residency.models == {"one": (24, "device", False), "both": (48, "device", False)}
         residency.make_room(60, keep=[second])
         assert residency.models == {}
 
