@@ -132,8 +132,8 @@ def _slowed_by(reasons: int) -> tuple[str, ...]:
 
 
 def _load(name: str) -> ctypes.CDLL:
-    """From where the dynamic linker looks, or beside the libcuda that is in use."""
-    cuda = library_path()
+    """From where the dynamic linker looks, or beside the libcuda that is in use; a path is taken as it is."""
+    cuda = None if "/" in name else library_path()
     for path in (Path(name), *([] if cuda is None else [cuda.with_name(name)])):
         try:
             return ctypes.CDLL(str(path))
