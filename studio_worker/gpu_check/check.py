@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
@@ -69,23 +70,21 @@ def run_check(
         return DeviceError.exit_status
     small = not device.is_gpu
     together = _processes(device)
-    folder = Path(tempfile.mkdtemp(prefix="studio-worker-gpu-check-", dir=work or folder_for_files()))
     threads = max(1, (os.cpu_count() or 1) // together)
-    runner = Runner(
-        command_for(device.name, folder, small=small),
-        command_for(device.name, folder, small=small, threads=threads),
-        folder,
-        together=together,
-        on_found=report.add,
-    )
-    handler = signal.signal(signal.SIGTERM, _leave)
-    try:
+    with ExitStack() as at_the_end:
+        at_the_end.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _leave))
+        folder = Path(tempfile.mkdtemp(prefix="studio-worker-gpu-check-", dir=work or folder_for_files()))
+        at_the_end.callback(shutil.rmtree, folder, ignore_errors=True)
+        runner = Runner(
+            command_for(device.name, folder, small=small),
+            command_for(device.name, folder, small=small, threads=threads),
+            folder,
+            together=together,
+            on_found=report.add,
+        )
+        at_the_end.callback(runner.end)
         chosen = [row for row in rows(small=small) if fnmatch.fnmatch(row.name, only)]
         runner.run(chosen, deadline=began + 60 * minutes)
-    finally:
-        runner.end()
-        signal.signal(signal.SIGTERM, handler)
-        shutil.rmtree(folder, ignore_errors=True)
     return report.close(time.monotonic() - began)
 
 
