@@ -179,6 +179,14 @@ def test_rehearsal_has_every_kind_of_row() -> None:
     assert {lora for each in given for lora in each["loras"]} == {True, False}
 
 
+def test_what_leads_the_check_has_no_torch() -> None:
+    """The process that leads the check never has the device: a GPU that hangs cannot hang it."""
+    script = "import sys, studio_worker.gpu_check.check\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert not loaded & {"torch", "diffusers", "transformers"}
+
+
 def test_files_are_written_where_a_disk_has_room() -> None:
     """Large files go to a disk rather than to memory, by what is mounted where."""
     mounts = "/dev/vda / ext4 rw 0 0\ntmpfs /dev/shm tmpfs rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n"
@@ -187,6 +195,29 @@ def test_files_are_written_where_a_disk_has_room() -> None:
 
 
 # --- the whole of it ---
+
+
+@pytest.mark.timeout(1000)  # 2 minutes of computing, which a busy machine shares
+def test_rehearsal_on_the_cpu_finds_nothing_wrong(tmp_path: Path) -> None:
+    """The command looks at everything at small sizes on the CPU, and nothing fails: doctor and the whole
+    service, every family, cancelled jobs, memory that ran out, models that are timed, compiled blocks.
+    """
+    output = tmp_path / "out.json"
+    done = subprocess.run(
+        [*COMMAND, "--device", "cpu", "--output", str(output), "--minutes", "15"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    told = json.loads(output.read_text())
+    failed = {row["name"]: (row["error"], row["trace"]) for row in told["rows"] if row["state"] != "ok"}
+    assert failed == {}, done.stdout
+    assert done.returncode == 0
+    assert len(told["rows"]) == 1 + len(rows(small=True))
+    by_name = {row["name"]: row["figures"] for row in told["rows"]}
+    assert by_name["service, sample model"]["jobs"] == 6
+    assert all("memory" in end for end in by_name["after memory ran out"]["ends"])
+    assert by_name["sdxl: compiled"]["levels_apart"] < 1
 
 
 def test_check_that_is_ended_leaves_nothing_behind(tmp_path: Path) -> None:
