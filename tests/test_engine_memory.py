@@ -92,6 +92,7 @@ def needs(**changed: Any) -> Footprint:
         "denoising": GIB,
         "decoding": 3 * GIB,
         "tile": GIB,
+        "layers": {"transformer": GIB // 2, "text_encoder": GIB},
     }
     return Footprint(**{**given, **changed})
 

@@ -5,6 +5,7 @@ On the meta device, where tensors have sizes and no numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -253,3 +254,24 @@ def test_reading_a_quantised_vocabulary_takes_little_more_than_it() -> None:
     with torch.no_grad(), live.counting():
         table = dequantised(GGUFParameter(blocks, quant_type=quantised), torch.bfloat16)
     assert live.peak <= 1.1 * table.nbytes
+
+
+def test_layer_by_layer_takes_as_much_as_the_largest_layers(tmp_path: Path) -> None:
+    """Layer by layer, two of a component's largest layers are planned to be on the device: a vocabulary of
+    Qwen's, in the case of Z-Image, which is more than any layer of its denoiser.
+    """
+    vocabulary = (151_936, 2560)
+    blocks = {f"{number}.weight": (9728, 2560) for number in range(108)}
+    shapes = {
+        "transformer": {"wide.weight": (10_240, 3840), "narrow.weight": (3840, 3840)},
+        "text_encoder": {"embed_tokens.weight": vocabulary, **blocks},
+        "vae": {"conv.weight": (512, 512, 3, 3)},
+    }
+    sections = {
+        name: Section(LocalFile("model", tmp_path, name), Checkpoint(tmp_path, "safetensors", each), "", each)
+        for name, each in shapes.items()
+    }
+    needed = footprint(Blueprint(Z_IMAGE, sections), "bfloat16", 512 * 512)
+    plan = next(plan for plan in needed.plans() if plan.mode is Mode.LAYERS)
+    vocabulary_bytes = 2 * math.prod(vocabulary)
+    assert plan.peak_bytes == 2 * vocabulary_bytes + needed.reading["text_encoder"]

@@ -132,6 +132,7 @@ def footprint(
         reading={
             name: _reading(family, name, itemsize) for name in weights if name not in {family.denoiser, "vae"}
         },
+        layers={name: section.largest_bytes(itemsize) for name, section in sections.items()},
         unpacking={name: _unpacking(section, itemsize) for name, section in sections.items()},
         unpacked={name: size for name, size in plain.items() if size > weights[name]},
         loras=sum(_lora_bytes(lora, itemsize) for lora in loras),

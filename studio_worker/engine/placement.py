@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 from studio_worker.errors import JobError
 
-_LAYERS_SHARE = 0.1
-"""How much of a denoiser is on the device at a time when its layers come one by one: generously, since the
-widest layer of the models served is below a twentieth."""
+_LAYERS_AT_A_TIME = 2
+"""Of a component whose layers come one by one: one that computes, and as much of the next (offloading.py)."""
 
 
 class Mode(Enum):
@@ -67,6 +66,7 @@ class Footprint:
         denoising, decoding: what lives beside the weights while the denoiser works, and the VAE.
         tile: the latter where it decodes in tiles.
         reading: likewise by text encoder.
+        layers: by component, weights of its largest layer.
         unpacking: by component, what one of its quantised matrices takes for a moment when it is used.
         unpacked: weights with quantised matrices written out, for the components that have any.
         loras: weights of LoRAs, beside the denoiser's.
@@ -81,6 +81,7 @@ class Footprint:
     decoding: int
     tile: int
     reading: Mapping[str, int] = field(default_factory=dict)
+    layers: Mapping[str, int] = field(default_factory=dict)
     unpacking: Mapping[str, int] = field(default_factory=dict)
     unpacked: Mapping[str, int] = field(default_factory=dict)
     loras: int = 0
@@ -120,16 +121,18 @@ class Footprint:
             return 0 if name in unpacked else self.unpacking.get(name, 0)
 
         denoising = self.loras + self.denoising + moment(self.denoiser)
-        reading = max((self.reading[name] + moment(name) for name in texts), default=0)
+        reading = {name: self.reading[name] + moment(name) for name in texts}
         if mode is Mode.WHOLE:
             here = sum((self.unpacked if name in unpacked else weights)[name] for name in weights)
-            working = max(denoising, self.loras + max(decoding, reading))
+            working = max(denoising, self.loras + max(decoding, *reading.values(), 0))
             return Plan(mode, tiled, here + working, working, unpacked)
-        if mode is Mode.COMPONENT:
-            texts_bytes = [weights[name] + self.reading[name] + moment(name) for name in texts]
-            return Plan(mode, tiled, max(weights[self.denoiser] + denoising, vae + decoding, *texts_bytes))
-        layers = int(max(weights.values()) * _LAYERS_SHARE)
-        return Plan(mode, tiled, max(layers + max(denoising, reading), vae + decoding))
+        there = weights
+        if mode is Mode.LAYERS:  # a VAE comes as a whole
+            there = {
+                name: min(_LAYERS_AT_A_TIME * self.layers.get(name, 0), weights[name]) for name in weights
+            }
+        texts_bytes = [there[name] + working for name, working in reading.items()]
+        return Plan(mode, tiled, max(there[self.denoiser] + denoising, vae + decoding, *texts_bytes))
 
 
 def choose(

@@ -69,6 +69,10 @@ class Section:
             return sum(prod(shape) * itemsize for shape in self.shapes.values())
         return sum(self._loaded_bytes(name, itemsize) for name in self.shapes)
 
+    def largest_bytes(self, itemsize: int) -> int:
+        """Bytes of the largest tensor, likewise."""
+        return max((self._loaded_bytes(name, itemsize) for name in self.shapes), default=0)
+
     def packed(self) -> Iterator[tuple[int, str]]:
         """The number of weights and the type of each matrix that stays quantised, or in 8-bit floats."""
         for name, shape in self.shapes.items():
