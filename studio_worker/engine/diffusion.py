@@ -85,7 +85,7 @@ class DiffusionEngine:
         prompts = (printable(request.task.prompt), printable(request.task.negative_prompt or ""))
         cancel.check()
         with translated(self._device, prompts):
-            job = understand(request, self._sources)
+            job = understand(request, self._sources, cancel.check)
             needed = self._needed(job)
             plan = self._plan(job, needed, request.defaults)
         tries = _TRIES

@@ -1,7 +1,8 @@
 """Input pictures: from untrusted bytes to RGB pictures and masks of the job's size.
 
 This module owns what may come in (formats, bytes, pixels) and how it is laid onto the picture to be made. It
-imports no torch. Nothing here trusts a file name or a content type.
+imports no torch. Nothing here trusts a file name or a content type. Bytes are decoded (:func:`read`) in a
+process of its own (``decoder``); only what it makes of them is laid out here.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from studio_worker.engine.decoder import Decoder
 from studio_worker.errors import JobError, JobImpossible
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -50,7 +53,21 @@ MASK_THRESHOLD = 128
 """Grey level from which a mask pixel counts as white, i.e. may change."""
 
 
-def decode_picture(data: bytes, what: str, width: int, height: int) -> Image.Image:
+_DECODER = Decoder()
+
+
+def close() -> None:
+    """End the process that decodes; the next picture starts another."""
+    _DECODER.close()
+
+
+def _goes_on() -> None:
+    """Nobody asks for an end."""
+
+
+def decode_picture(
+    data: bytes, what: str, width: int, height: int, check: Callable[[], None] = _goes_on
+) -> Image.Image:
     """The picture in ``data`` upright, without alpha, as RGB of ``width`` x ``height`` px.
 
     Transparent parts become white: the background that game assets are drawn on. Of another shape, what is
@@ -58,25 +75,26 @@ def decode_picture(data: bytes, what: str, width: int, height: int) -> Image.Ima
 
     Args:
         what: what the picture is for, to name it in errors.
+        check: called while the picture is decoded; what it raises ends that.
 
     Raises:
-        JobImpossible: not a picture of a known format, damaged, or too large.
+        JobImpossible: not a picture of a known format, damaged, too large, or too costly to decode.
         JobError: a web page came in its place: another worker may get the picture.
     """
-    picture = _flatten(_open(data, what), background="white")
+    picture = _decoded(data, what, "white", check)
     return picture if picture.size == (width, height) else _box_filtered(picture, width, height)
 
 
-def decode_reference(data: bytes) -> Image.Image:
+def decode_reference(data: bytes, check: Callable[[], None] = _goes_on) -> Image.Image:
     """The reference picture in ``data``, upright, without alpha, as RGB of its own size.
 
     Raises:
         JobError: as :func:`decode_picture`.
     """
-    return _flatten(_open(data, "reference picture"), background="white")
+    return _decoded(data, "reference picture", "white", check)
 
 
-def decode_mask(data: bytes, width: int, height: int) -> Image.Image:
+def decode_mask(data: bytes, width: int, height: int, check: Callable[[], None] = _goes_on) -> Image.Image:
     """The mask in ``data`` as a picture of mode L, ``width`` x ``height`` px, of 0 (keep) and 255 (may
     change).
 
@@ -86,7 +104,7 @@ def decode_mask(data: bytes, width: int, height: int) -> Image.Image:
     Raises:
         JobError: as :func:`decode_picture`, or no pixel is white.
     """
-    grey = _flatten(_open(data, "mask"), background="black").convert("L")
+    grey = _decoded(data, "mask", "black", check).convert("L")
     mask = grey.point([255 if level >= MASK_THRESHOLD else 0 for level in range(256)])
     if mask.size != (width, height):
         box = _centre(mask.size, width, height)
@@ -140,11 +158,26 @@ def _box_filtered(picture: Image.Image, width: int, height: int) -> Image.Image:
     return Image.merge("RGB", bands)
 
 
-def _open(data: bytes, what: str) -> Image.Image:
+def _decoded(data: bytes, what: str, background: str, check: Callable[[], None]) -> Image.Image:
+    """As :func:`read`, within limits of memory and time."""
     if not data:
         raise _bad(what, "is empty")
     if len(data) > MAX_BYTES:
         raise _bad(what, f"has {len(data)} bytes; at most {MAX_BYTES} are read")
+    return _DECODER.decode(data, what, background, check)
+
+
+def read(data: bytes, what: str, background: str) -> Image.Image:
+    """The picture in ``data`` upright, as RGB of its own size, laid onto ``background``. Only for the process
+    that may take any time and memory over it.
+
+    Raises:
+        JobError: as :func:`decode_picture`.
+    """
+    return _flatten(_open(data, what), background)
+
+
+def _open(data: bytes, what: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # Of sizes, which are checked below, and of what is odd in a file that can be read all the same.
@@ -189,8 +222,9 @@ def _kind(data: bytes) -> str:
 def _flatten(picture: Image.Image, background: str) -> Image.Image:
     """``picture`` as RGB, laid onto ``background`` where it is transparent."""
     if picture.mode.startswith(("I", "F")):  # 16-bit grey: Pillow would clip at 255 instead of scaling
-        levels = np.asarray(picture, dtype=np.float64) / 257.0
-        picture = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+        levels = np.array(picture, dtype=np.float32)
+        levels /= 257  # in place: memory is limited here
+        picture = Image.fromarray(levels.clip(0, 255, out=levels).round(out=levels).astype(np.uint8))
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     with_alpha = picture.convert("RGBA")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from studio_worker.engine import Inputs, Request
@@ -36,8 +37,11 @@ class Understood:
         return self.parameters.guidance != 1
 
 
-def understand(request: Request, sources: Sources) -> Understood:
+def understand(request: Request, sources: Sources, check: Callable[[], None]) -> Understood:
     """
+    Args:
+        check: called while pictures are decoded; what it raises ends that.
+
     Raises:
         JobError: what is asked cannot be done, or a file or picture of it is not whole.
     """
@@ -50,7 +54,7 @@ def understand(request: Request, sources: Sources) -> Understood:
     from_image = request.inputs.init_image is not None
     parameters = resolve(task, request.defaults, family.defaults, from_image=from_image)
     family.check(parameters)
-    starting = _starting(request.inputs, parameters)
+    starting = _starting(request.inputs, parameters, check)
     family.check_job(starting.kind, blueprint.sections)
     return Understood(blueprint, parameters, starting, loras, unknown)
 
@@ -74,11 +78,13 @@ def _check_inputs(task: ImageTask, inputs: Inputs) -> None:
         raise JobImpossible("maskUrl without initImageUrl or refImageUrl: there is no picture to change")
 
 
-def _starting(inputs: Inputs, parameters: Parameters) -> Starting:
+def _starting(inputs: Inputs, parameters: Parameters, check: Callable[[], None]) -> Starting:
+    picture = reference = mask = None
     size = (parameters.width, parameters.height)
-    picture = (
-        None if inputs.init_image is None else decode_picture(inputs.init_image, "initial picture", *size)
-    )
-    reference = None if inputs.ref_image is None else decode_reference(inputs.ref_image)
-    mask = None if inputs.mask is None else decode_mask(inputs.mask, *size)
+    if inputs.init_image is not None:
+        picture = decode_picture(inputs.init_image, "initial picture", *size, check)
+    if inputs.ref_image is not None:
+        reference = decode_reference(inputs.ref_image, check)
+    if inputs.mask is not None:
+        mask = decode_mask(inputs.mask, *size, check)
     return Starting(picture, mask, reference)
