@@ -16,7 +16,16 @@ from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
-from studio_worker.engine.gguf_files import DAMAGE, Shape, Stated, open_gguf, piece_count, shape_of, stated
+from studio_worker.engine.gguf_files import (
+    DAMAGE,
+    SHORT,
+    Shape,
+    Stated,
+    open_gguf,
+    piece_count,
+    shape_of,
+    stated,
+)
 from studio_worker.errors import FileDamaged, JobError, NotServed
 
 _MAGIC_BYTES = 512
@@ -35,8 +44,9 @@ _WANTED = "weights must be safetensors or GGUF files"
 @dataclass(frozen=True)
 class Checkpoint:
     """A weights file: its format, and by tensor name the shape (outermost dimension first, as in torch) and
-    the type (the format's own word for it: ``F16``, ``BF16``, ``F8_E4M3``, ``Q4_K``). ``stated`` is what a
-    GGUF file says of its architecture, by the name without that: ``rope.freq_base``.
+    the type (the format's own word for it: ``F16``, ``BF16``, ``F8_E4M3``, ``Q4_K``). ``stated`` is what the
+    file says of itself in numbers and short words: of a GGUF file's architecture by the name without that
+    (``rope.freq_base``), all else by its whole name (``modelspec.prediction_type``).
     """
 
     path: Path
@@ -125,12 +135,13 @@ def _safetensors(path: Path) -> Checkpoint:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
             types = {name: each.get_dtype() for name, each in slices.items()}
+            said = {name: text for name, text in (file.metadata() or {}).items() if len(text) <= SHORT}
     except (SafetensorError, OSError) as error:
         # The library names its checks (InvalidHeaderLength, MetadataIncompleteBuffer, …), never the content.
         raise FileDamaged(
             path, f"{path.name} is not a whole safetensors file ({path.stat().st_size} bytes): {error}"
         ) from error
-    return Checkpoint(path, "safetensors", shapes, types)
+    return Checkpoint(path, "safetensors", shapes, types, said)
 
 
 def _gguf(path: Path) -> Checkpoint:

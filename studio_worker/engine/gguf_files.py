@@ -25,7 +25,7 @@ _SHAPE_KEY = "comfy.gguf.orig_shape."
 of it, and notes here what they were (outermost dimension first).
 """
 
-_SHORT = 64
+SHORT = 64
 """Arrays of numbers up to this long are kept: shapes are, vocabularies are not. Likewise bytes of texts."""
 
 _NUMBER = struct.Struct("<Q")
@@ -44,7 +44,7 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
         if item == gguf.GGUFValueType.STRING:
             for _ in range(count):
                 end += _NUMBER.size + _NUMBER.unpack_from(self.data, end)[0]
-        elif count <= _SHORT:
+        elif count <= SHORT:
             parts = super()._get_field_parts(orig_offs, raw_type)
             return parts
         else:
@@ -82,7 +82,7 @@ def stated(reader: Reader) -> dict[str, Stated]:
     for name, field in reader.fields.items():
         if not prefix or not name.startswith(prefix) or len(field.types) != 1:
             continue
-        if field.types[0] != gguf.GGUFValueType.STRING or len(field.parts[-1]) <= _SHORT:
+        if field.types[0] != gguf.GGUFValueType.STRING or len(field.parts[-1]) <= SHORT:
             found[name.removeprefix(prefix)] = field.contents()
     return found
 

@@ -2,8 +2,9 @@
 
 A file of a single component is one section without a prefix. A whole checkpoint holds several, below the
 prefixes that its layout puts before each component: CompVis' (``model.diffusion_model.``,
-``first_stage_model.``, ``cond_stage_model.``), Stability's generative-models' (``conditioner.embedders.N.``)
-and ComfyUI's (``text_encoders.NAME.``, ``vae.``). A text encoder that sees holds its vision encoder below
+``first_stage_model.``, ``cond_stage_model.``), Stability's generative-models' (``conditioner.embedders.N.``),
+stable-diffusion.cpp's (``cond_stage_model.1.``), ComfyUI's (``text_encoders.NAME.``, ``vae.``) and those of
+diffusers' folders (``unet.``, ``text_encoder_2.``). A text encoder that sees holds its vision encoder below
 ``visual.``. This module owns those prefixes. It imports no torch.
 """
 
@@ -24,10 +25,11 @@ from studio_worker.models import FileRole, LocalFile
 
 _PREFIX = re.compile(
     r"(?:model\.)?diffusion_model\."
+    r"|unet\.|transformer\.(?!resblocks\.)"  # open_clip's own layers are transformer.resblocks
     r"|first_stage_model\.|vae\."
-    r"|cond_stage_model\.(?:transformer|model)\."
-    r"|conditioner\.embedders\.\d+\.(?:transformer|model)\."
-    r"|text_encoders\.\w+\.(?:transformer|model)\."
+    r"|(?:cond_stage_model\.(?:\d+\.)?|conditioner\.embedders\.\d+\.(?:open_clip\.)?|text_encoders\.\w+\.)"
+    r"(?:transformer|model)\.(?:(?:model\.)?visual\.)?"
+    r"|text_encoder(?:_\d)?\."
     r"|(?:model\.)?visual\."
 )
 
@@ -131,6 +133,7 @@ def joined(shards: Sequence[Section]) -> Section:
         "safetensors",
         {name: shape for shard in shards for name, shape in shard.checkpoint.shapes.items()},
         {name: type_ for shard in shards for name, type_ in shard.checkpoint.types.items()},
+        {name: said for shard in shards for name, said in shard.checkpoint.stated.items()},
     )
     shapes = {name: shape for shard in shards for name, shape in shard.shapes.items()}
     return Section(first.file, checkpoint, first.prefix, shapes, tuple(shards))

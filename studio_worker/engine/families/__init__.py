@@ -79,6 +79,7 @@ def identify(files: Sequence[LocalFile], families: Sequence[Family] = FAMILIES) 
         elif name not in family.optional:
             raise _missing(family, part, sections)
     _refuse_unused(family, sections, chosen)
+    family.check_source(chosen[family.denoiser])
     return Blueprint(family, chosen)
 
 
@@ -105,7 +106,7 @@ def _choose(part: Part, sections: Sequence[Section], taken: Sequence[Section]) -
 
 
 def _missing(family: Family, part: Part, sections: Sequence[Section]) -> JobError:
-    names = " or ".join(layout.name for layout in part.layouts)
+    names = " or ".join(dict.fromkeys(layout.name for layout in part.layouts))
     form = f"a file of role {part.role}, safetensors or GGUF, with {names} names"
     need = f"{family.name} needs a {part.kind}: {form}"
     near = [each for each in sections if each.role == part.role or part.resembles(each)]

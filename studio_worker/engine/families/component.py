@@ -6,8 +6,8 @@ Nothing here imports torch: library classes are named as text, and what handles 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ class Layout:
         rename: from all tensors under published names to all under the library class's. It may split and
             transpose them, and leave out what the class has no use for.
         without: names that a section of this layout must not have, since they tell a wider architecture.
+        below: how the prefix of a section of this layout begins, where names and shapes do not tell it.
     """
 
     name: str
     tells: Mapping[str, tuple[int | None, ...]]
     rename: Callable[[Tensors], Tensors] = lambda tensors: tensors
     without: tuple[str, ...] = ()
+    below: str = ""
 
     def fits(self, shapes: Mapping[str, Shape]) -> bool:
         return not self.misfits(shapes)
@@ -54,11 +56,31 @@ class Layout:
             found = shapes.get(name)
             if found is None:
                 wrong.append(f"no {name}")
-            elif len(found) != len(expected) or any(
-                want not in (None, is_) for want, is_ in zip(expected, found, strict=True)
-            ):
+            elif not _is_of(found, expected):
                 wrong.append(f"{name} is {list(found)}, not {list(expected)}")
         return wrong
+
+    def nested(self, outers: Sequence[str]) -> tuple[Layout, ...]:
+        """This layout below each of ``outers``: what libraries, and their versions, put before all names of
+        a component, or leave out.
+        """
+        return tuple(self._within(outer) for outer in outers)
+
+    def _within(self, outer: str) -> Layout:
+        def rename(tensors: Tensors) -> Tensors:
+            return self.rename({name.removeprefix(outer): tensor for name, tensor in tensors.items()})
+
+        tells = {outer + name: shape for name, shape in self.tells.items()}
+        return replace(self, tells=tells, rename=rename)
+
+
+def _is_of(found: Shape, expected: tuple[int | None, ...]) -> bool:
+    # stable-diffusion.cpp's GGUF files leave out outer dimensions of size 1.
+    while len(expected) > len(found) and expected[0] == 1:
+        expected = expected[1:]
+    return len(found) == len(expected) and all(
+        want in (None, is_) for want, is_ in zip(expected, found, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -89,7 +111,8 @@ class Part:
 
     def layout(self, section: Section) -> Layout | None:
         """The layout of ``section`` where it is this part."""
-        return next((layout for layout in self.layouts if layout.fits(section.shapes)), None)
+        fitting = (layout for layout in self.layouts if section.prefix.startswith(layout.below))
+        return next((layout for layout in fitting if layout.fits(section.shapes)), None)
 
     def fits(self, section: Section) -> bool:
         return self.layout(section) is not None

@@ -153,6 +153,12 @@ class Family:
         """Whether a source of these sections is of this family; its denoiser is among them."""
         return any(self.parts[self.denoiser].fits(section) for section in sections)
 
+    def check_source(self, denoiser: Section) -> None:
+        """
+        Raises:
+            NotServed: the file of ``denoiser`` says of itself what the family does not do.
+        """
+
     def check(self, parameters: Parameters) -> None:
         """
         Raises:

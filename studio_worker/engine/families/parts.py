@@ -96,7 +96,7 @@ def _new_attention(name: str) -> str:
 
 
 def clip(kind: str, config_dir: Path, *, projected: bool = False) -> Part:
-    """A CLIP text encoder, in transformers' naming and in open_clip's.
+    """A CLIP text encoder, in transformers' namings, in open_clip's, and as stable-diffusion.cpp mixes them.
 
     Args:
         projected: whether its pooled output goes through the text projection.
@@ -109,28 +109,32 @@ def clip(kind: str, config_dir: Path, *, projected: bool = False) -> Part:
 
     def transformers(tensors: Tensors) -> Tensors:
         return {
-            name if name.startswith("text_projection") else wrapper + name.removeprefix("text_model."): tensor
-            for name, tensor in tensors.items()
+            name if name.startswith("text_projection") else wrapper + name: tensor
+            for name, tensor in _apart(tensors, width).items()
         }
 
-    def open_clip(tensors: Tensors) -> Tensors:
-        return transformers(_from_open_clip(tensors, width))
+    def cpp(tensors: Tensors) -> Tensors:
+        named = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+        return transformers(_turned(named))
 
-    embedding, last = (vocabulary, width), f"layers.{layers - 1}.layer_norm1.weight"
+    def open_clip(tensors: Tensors) -> Tensors:
+        return transformers(_from_open_clip(tensors))
+
+    embedding, last = (vocabulary, width), f"encoder.layers.{layers - 1}.layer_norm1.weight"
+    tells = {"embeddings.token_embedding.weight": embedding, last: (width,)}
+    wrapped = {f"text_model.{name}": shape for name, shape in tells.items()}
+    # What stable-diffusion.cpp made of a Stable Diffusion XL: the projection is open_clip's. Below other
+    # prefixes it is transformers' under the same name.
+    turned = wrapped | {"text_model.text_projection": (width, config["projection_dim"])}
+    mixed = (Layout("stable-diffusion.cpp", turned, cpp, below="cond_stage_model."),) if projected else ()
     return Part(
         kind=kind,
         role="text-encoder",
         cls=f"transformers.CLIPTextModel{'WithProjection' if projected else ''}",
         config=config_dir,
         layouts=(
-            Layout(
-                "transformers",
-                {
-                    "text_model.embeddings.token_embedding.weight": embedding,
-                    f"text_model.encoder.{last}": (width,),
-                },
-                transformers,
-            ),
+            *mixed,
+            *Layout("transformers", tells, transformers).nested(("text_model.", "")),
             Layout(
                 "open_clip",
                 {"token_embedding.weight": embedding, "positional_embedding": (window, width)},
@@ -140,25 +144,41 @@ def clip(kind: str, config_dir: Path, *, projected: bool = False) -> Part:
     )
 
 
-def _from_open_clip(tensors: Tensors, width: int) -> Tensors:
-    """open_clip's names as transformers' (``text_model.`` before all but the projection)."""
-    from studio_worker.engine.weights import plain
-
+def _apart(tensors: Tensors, width: int) -> Tensors:
+    """transformers' names: stable-diffusion.cpp keeps queries, keys and values in one, and calls the
+    projection otherwise.
+    """
     renamed: Tensors = {}
     for name, tensor in tensors.items():
-        if name == "text_projection":  # open_clip multiplies from the right
-            renamed["text_projection.weight"] = plain(tensor).T.contiguous()
-        elif name in _OPEN_CLIP_ENDS:
+        stem, fused, kind = name.partition("self_attn.in_proj.")
+        if fused:
+            for index, each in enumerate("qkv"):
+                renamed[f"{stem}self_attn.{each}_proj.{kind}"] = tensor[index * width : (index + 1) * width]
+        else:
+            renamed["text_projection.weight" if name == "text_projection" else name] = tensor
+    return renamed
+
+
+def _turned(tensors: Tensors) -> Tensors:
+    """The projection as transformers multiplies with it, from the left; open_clip does from the right."""
+    from studio_worker.engine.weights import plain
+
+    if "text_projection" not in tensors:
+        return tensors
+    return tensors | {"text_projection": plain(tensors["text_projection"]).T.contiguous()}
+
+
+def _from_open_clip(tensors: Tensors) -> Tensors:
+    """open_clip's names as transformers' without ``text_model.``."""
+    renamed: Tensors = {}
+    for name, tensor in _turned(tensors).items():
+        if name in _OPEN_CLIP_ENDS:
             renamed[_OPEN_CLIP_ENDS[name]] = tensor
         elif name.startswith("transformer.resblocks."):
             _, _, block, rest = name.split(".", 3)
-            place = f"text_model.encoder.layers.{block}."
+            place = f"encoder.layers.{block}."
             if rest.startswith("attn.in_proj_"):
-                kind = rest.removeprefix("attn.in_proj_")
-                for index, each in enumerate("qkv"):
-                    renamed[f"{place}self_attn.{each}_proj.{kind}"] = tensor[
-                        index * width : (index + 1) * width
-                    ]
+                renamed[f"{place}self_attn.in_proj.{rest.removeprefix('attn.in_proj_')}"] = tensor
             else:
                 stem, _, kind = rest.rpartition(".")
                 renamed[f"{place}{_OPEN_CLIP_BLOCK[stem]}.{kind}"] = tensor
@@ -166,10 +186,11 @@ def _from_open_clip(tensors: Tensors, width: int) -> Tensors:
 
 
 _OPEN_CLIP_ENDS = {
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "text_projection": "text_projection",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
 }
 _OPEN_CLIP_BLOCK = {
     "ln_1": "layer_norm1",

@@ -1,7 +1,8 @@
 """Qwen language models as text encoders, what Qwen2.5-VL sees with, and the tokenizer that all of them share.
 
-Names as transformers has them (``model.layers.0.self_attn.q_proj``) and as llama.cpp's GGUF files
-(``blk.0.attn_q``; gguf's ``TensorNameMap`` is the source of the table below).
+Names as transformers has them (``model.layers.0.self_attn.q_proj``; what stands before ``layers`` depends on
+the class that was saved) and as llama.cpp's GGUF files (``blk.0.attn_q``; gguf's ``TensorNameMap`` is the
+source of the table below).
 
 Qwen3-4B's later weights (Instruct-2507) have its shapes and another rope base, five millions instead of one.
 GGUF files say theirs, safetensors files cannot. All are read with the first one, as stable-diffusion.cpp
@@ -60,8 +61,14 @@ def from_llama_cpp(tensors: Tensors) -> Tensors:
     return renamed
 
 
-def _bare(tensors: Tensors) -> Tensors:
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+_OUTERS = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
+"""Of transformers' names, in its versions: a causal model's, one that sees, the same without its head, and
+the bare language model's.
+"""
+
+
+def _headless(tensors: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("lm_head.weight")}
 
 
 def qwen3(kind: str, config_dir: Path) -> Part:
@@ -75,14 +82,11 @@ def qwen3(kind: str, config_dir: Path) -> Part:
         cls="transformers.Qwen3Model",
         config=config_dir,
         layouts=(
-            Layout(
+            *Layout(
                 "transformers",
-                {
-                    "model.embed_tokens.weight": embedding,
-                    f"model.layers.{last}.self_attn.q_norm.weight": head,
-                },
-                _bare,
-            ),
+                {"embed_tokens.weight": embedding, f"layers.{last}.self_attn.q_norm.weight": head},
+                _headless,
+            ).nested(_OUTERS),
             Layout(
                 "llama.cpp",
                 {"token_embd.weight": embedding, f"blk.{last}.attn_q_norm.weight": head},
@@ -98,19 +102,9 @@ def qwen25_language(kind: str, config_dir: Path) -> Part:
     config = read_json(config_dir / "config.json")
     width, layers = config["hidden_size"], config["num_hidden_layers"]
 
-    def transformers(tensors: Tensors) -> Tensors:
-        return {
-            name.removeprefix("language_model."): tensor
-            for name, tensor in _bare(tensors).items()
-            if name != "lm_head.weight"
-        }
-
     def tells(table: str, last: str) -> Mapping[str, tuple[int, ...]]:
         # Qwen3 has no such biases.
         return {f"{table}.weight": (config["vocab_size"], width), f"{last}.bias": (width,)}
-
-    def named(stem: str) -> Mapping[str, tuple[int, ...]]:
-        return tells(f"{stem}embed_tokens", f"{stem}layers.{layers - 1}.self_attn.q_proj")
 
     return Part(
         kind=kind,
@@ -118,8 +112,9 @@ def qwen25_language(kind: str, config_dir: Path) -> Part:
         cls="transformers.Qwen2_5_VLTextModel",
         config=config_dir,
         layouts=(
-            Layout("transformers", named("model."), transformers),
-            Layout("transformers", named("model.language_model."), transformers),
+            *Layout(
+                "transformers", tells("embed_tokens", f"layers.{layers - 1}.self_attn.q_proj"), _headless
+            ).nested(_OUTERS),
             Layout("llama.cpp", tells("token_embd", f"blk.{layers - 1}.attn_q"), from_llama_cpp),
         ),
         stated=_STATED,

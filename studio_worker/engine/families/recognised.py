@@ -90,6 +90,7 @@ RECOGNISED: tuple[Recognised, ...] = (
     # CHECKPOINT_KEY_NAMES), and ComfyUI (comfy/model_detection.py); the rest are the published state dicts'
     # own.
     Recognised("Playground 2.5", ("edm_mean",)),
+    Recognised("CosXL", ("edm_vpred.sigma_max",)),
     Recognised("Stable Video Diffusion", ("input_blocks.1.0.time_stack.in_layers.0.weight",)),
     Recognised("Stable Diffusion XL refiner", ("conditioner.embedders.0.model.text_projection",)),
     Recognised("Stable Diffusion XL refiner", ("input_blocks.0.0.weight",), _context(1280)),
@@ -138,9 +139,12 @@ RECOGNISED: tuple[Recognised, ...] = (
     ),
     Recognised("a VAE alone, not a checkpoint", ("decoder.conv_in.weight", "encoder.conv_in.weight")),
     Recognised("a CLIP text encoder alone", ("text_model.embeddings.token_embedding.weight",)),
+    Recognised("a CLIP text encoder alone", ("embeddings.token_embedding.weight",)),
     Recognised("T5's encoder alone", ("encoder.block.0.layer.0.SelfAttention.q.weight",)),
+    Recognised("T5's encoder alone", ("block.0.layer.0.SelfAttention.q.weight",)),
     Recognised("T5's encoder alone", ("enc.blk.0.attn_q.weight",)),
     Recognised("a language model alone", ("model.layers.0.self_attn.q_proj.weight",)),
+    Recognised("a language model alone", ("layers.0.self_attn.q_proj.weight",)),
     Recognised("a language model alone", ("blk.0.attn_q.weight", "token_embd.weight")),
     Recognised("a vision encoder alone", ("v.patch_embd.weight",)),
     Recognised("a VAE of Wan's or Qwen-Image's alone", ("decoder.conv1.weight", "encoder.conv1.weight")),

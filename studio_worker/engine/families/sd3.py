@@ -97,7 +97,7 @@ def transformer(kind: str, config_dir: Path) -> Part:
     config = read_json(config_dir / "config.json")
     width = config["num_attention_heads"] * config["attention_head_dim"]
     patch = (width, config["in_channels"], config["patch_size"], config["patch_size"])
-    positions = (None, config["pos_embed_max_size"] ** 2, width)
+    positions = (1, config["pos_embed_max_size"] ** 2, width)
     context, last = (width, config["joint_attention_dim"]), config["num_layers"] - 1
     original: dict[str, tuple[int | None, ...]] = {
         "x_embedder.proj.weight": patch,

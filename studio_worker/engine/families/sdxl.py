@@ -1,7 +1,8 @@
 """Stable Diffusion XL, base and turbo, its inpainting model, and models of its kind that predict v.
 
 Models that predict v say so by a tensor called ``v_pred``, and by ``ztsnr`` that their noise ends in pure
-noise (zero terminal SNR): trainers put them there for programs to see, ComfyUI first.
+noise (zero terminal SNR): trainers put them there for programs to see, ComfyUI first. Others say it in their
+file's metadata.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from studio_worker.engine.families.unet import UNetFamily
 from studio_worker.engine.parameters import UNET_PX, EngineDefaults, Parameters
 from studio_worker.engine.sections import Section
 
-_PLAYGROUND = "edm_mean"
-"""Playground 2.5 is shaped like it and has another noise schedule; by this tensor it tells itself."""
+_OTHERS = {"edm_mean", "edm_vpred.sigma_max"}
+"""Playground 2.5 and CosXL are shaped like it and have other noise schedules; by these tensors they tell
+themselves.
+"""
 
 _LAST_BUT_ONE = -2
 """The hidden state of both text encoders that the UNet was trained with."""
@@ -28,18 +31,11 @@ _LAST_BUT_ONE = -2
 
 @dataclass(frozen=True, kw_only=True)
 class StableDiffusionXL(UNetFamily):
-    """Two text encoders side by side, the second's pooled embedding, and the picture's size as conditions.
-
-    Args:
-        markers: names of tensors that tell this variant, anywhere in the source.
-    """
-
-    markers: frozenset[str] = frozenset()
+    """Two text encoders side by side, the second's pooled embedding, and the picture's size as conditions."""
 
     def fits(self, sections: Iterable[Section]) -> bool:
         sections = list(sections)
-        found = {name for section in sections for name in section.shapes}
-        return self.markers <= found and _PLAYGROUND not in found and super().fits(sections)
+        return not any(_OTHERS & section.shapes.keys() for section in sections) and super().fits(sections)
 
     def read(
         self,

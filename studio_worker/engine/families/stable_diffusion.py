@@ -49,6 +49,10 @@ class StableDiffusion(UNetFamily):
 class StableDiffusion2(StableDiffusion):
     """The same of other sizes, predicting noise or v."""
 
+    @property
+    def predicts_v(self) -> bool:
+        return True
+
     def scale(self, shipped: Any, parts: Mapping[str, Any], flow_shift: float | None) -> Scale:  # noqa: ARG002
         biases = [
             parameter

@@ -46,15 +46,17 @@ def t5(kind: str, config_dir: Path) -> Part:
     config = read_json(config_dir / "config.json")
     embedding, layers = (config["vocab_size"], config["d_model"]), config["num_layers"]
     attention = (config["num_heads"] * config["d_kv"], config["d_model"])
-    last = {f"encoder.block.{layers - 1}.layer.0.SelfAttention.q.weight": attention}
+    last = f"block.{layers - 1}.layer.0.SelfAttention.q.weight"
     return Part(
         kind=kind,
         role="text-encoder",
         cls="transformers.T5EncoderModel",
         config=config_dir,
         layouts=(
-            Layout("transformers", {"shared.weight": embedding} | last, _both_names),
-            Layout("transformers", {"encoder.embed_tokens.weight": embedding} | last, _both_names),
+            Layout("transformers", {"shared.weight": embedding, f"encoder.{last}": attention}, _whole),
+            *Layout("transformers", {"embed_tokens.weight": embedding, last: attention}, _encoder).nested(
+                ("encoder.", "")
+            ),
             Layout(
                 "llama.cpp",
                 {"token_embd.weight": embedding, f"enc.blk.{layers - 1}.attn_q.weight": attention},
@@ -65,10 +67,16 @@ def t5(kind: str, config_dir: Path) -> Part:
     )
 
 
-def _both_names(tensors: Tensors) -> Tensors:
+def _encoder(tensors: Tensors) -> Tensors:
+    """From the names of the encoder's own class, which lack what the whole model puts before them."""
+    return _whole({f"encoder.{name}": tensor for name, tensor in tensors.items()})
+
+
+def _whole(tensors: Tensors) -> Tensors:
     """The embedding under both of its names; files have it under either or both."""
     shared = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
-    return {**tensors, "shared.weight": shared, "encoder.embed_tokens.weight": shared}
+    both = {**tensors, "shared.weight": shared, "encoder.embed_tokens.weight": shared}
+    return {name: _uncast(each) if name.endswith(_UNCAST) else each for name, each in both.items()}
 
 
 def _from_llama_cpp(tensors: Tensors) -> Tensors:
@@ -79,8 +87,11 @@ def _from_llama_cpp(tensors: Tensors) -> Tensors:
             renamed[_LLAMA_CPP_ENDS[name]] = tensor
         elif match and match[2] in _LLAMA_CPP_BLOCK:
             place = f"encoder.block.{match[1]}.{_LLAMA_CPP_BLOCK[match[2]]}.weight"
-            renamed[place] = _uncast(tensor) if match[2] == "ffn_down" else tensor
-    return _both_names(renamed)
+            renamed[place] = tensor
+    return _whole(renamed)
+
+
+_UNCAST = ".DenseReluDense.wo.weight"
 
 
 def _uncast(tensor: Any) -> Any:
