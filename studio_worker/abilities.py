@@ -123,7 +123,7 @@ class Abilities:
         files = [
             LocalFile(file.role, self._store.path(file), file.sha256 or file.url) for file in source.files
         ]
-        needed_bytes = self._estimates.needed_bytes(files, task, source.cli_defaults)
+        needed_bytes = self._estimates.needed_bytes(files, task, source.cli_defaults, source.engine)
         return None if needed_bytes is None else needed_bytes / 1e9
 
 

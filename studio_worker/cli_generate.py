@@ -25,6 +25,9 @@ from studio_worker.owner import Owner, become, owner_of, written_by_caller
 
 SAMPLE_ID = "sample-model"
 
+_ENGINES = {".safetensors": "sd-cpp", ".gguf": "sd-cpp", ".onnx": "onnx"}
+"""What reads a weights file, by its name's end."""
+
 
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the picture shows.")],
@@ -55,7 +58,10 @@ def generate(
         Path | None, typer.Option(metavar="FILE", help="A picture to start from (image-to-image).")
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="White where the picture may change (inpainting).")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="White where the picture may change (inpainting), or what is removed."
+        ),
     ] = None,
     ref: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A picture to edit as the prompt says.")
@@ -185,7 +191,7 @@ def _find_model(name: str, directory: Path) -> _Model:
         ConfigError: there is no such model, or the configuration or its file is wrong.
     """
     path = Path(name)
-    is_weights = path.suffix in {".safetensors", ".gguf"}
+    is_weights = path.suffix in _ENGINES
     if name == SAMPLE_ID or is_weights:
         # Neither needs a configuration; where there is one, its device holds.
         has_config = (directory / "config.toml").exists()
@@ -196,7 +202,8 @@ def _find_model(name: str, directory: Path) -> _Model:
             source = ModelSource(engine="sd-cpp", cli_defaults=defaults)
             # Faster on a CPU than a GPU would be started.
             return _Model(SAMPLE_ID, source, "cpu" if device == "auto" else device, local=(local,))
-        return _Model(path.name, ModelSource(engine="sd-cpp"), device, local=(_weights_file("model", path),))
+        source = ModelSource(engine=_ENGINES[path.suffix])
+        return _Model(path.name, source, device, local=(_weights_file("model", path),))
     loaded = config.load(directory)
     device = loaded.settings.worker.device
     if path.suffix in {".json", ".toml"}:

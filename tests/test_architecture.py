@@ -79,6 +79,7 @@ LIBRARIES = {
     "accelerate": {"engine"},
     "safetensors": {"engine", "gpu_check"},
     "gguf": {"engine", "gpu_check"},
+    "onnxruntime": {"engine"},
     "websockets": {"studio.connection", "studio.session", "studio.endings"},  # the last only names exceptions
     "sdnotify": {"notify"},
     "requests": {"transport", "request", "connecting", "studio.api", "studio.route", "doctor"},
@@ -260,7 +261,7 @@ def test_importing_what_starts_loads_no_torch(module: str) -> None:
     )
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "studio_worker" in loaded
-    assert not loaded & {"torch", "diffusers", "transformers", "numpy", "gguf"}
+    assert not loaded & {"torch", "diffusers", "transformers", "numpy", "gguf", "onnxruntime"}
 
 
 def test_private_names_of_libraries_are_used_only_where_they_must_be() -> None:

@@ -7,8 +7,9 @@ error, ``status`` and the way to READY never pay for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from studio_worker.engine.peaks import Peaks
@@ -113,7 +114,7 @@ class KeepsModels(Protocol):
 
 
 class Router:
-    """Engines by the name a source gives (``sd-cpp``, ``synthetic``), each made when first needed.
+    """Engines by the name a source gives (``sd-cpp``, ``onnx``, ``synthetic``), each made when first needed.
 
     Args:
         peaks: what they learn of the memory that pictures take.
@@ -147,27 +148,22 @@ class Router:
 
     def resident(self) -> dict[str, Resident]:
         """The models that are loaded, of engines that keep any. From any thread."""
-        return {
-            model: found
-            for engine in self.made()
-            if isinstance(engine, KeepsModels)
-            for model, found in engine.resident().items()
-        }
+        return {model: found for engine in self._keepers() for model, found in engine.resident().items()}
 
     def used_bytes(self) -> int | None:
         """Bytes in use on the device, by anybody; ``None`` until an engine has it. From any thread."""
-        keeper = self._keeper()
-        return None if keeper is None else keeper.used_bytes()
+        found = (keeper.used_bytes() for keeper in self._keepers())
+        return next((size for size in found if size is not None), None)
 
     def available_bytes(self) -> int | None:
         """Bytes that the device has for a job once all models have left it; ``None`` until an engine has it.
         From any thread.
         """
-        keeper = self._keeper()
-        return None if keeper is None else keeper.available_bytes()
+        found = (keeper.available_bytes() for keeper in self._keepers())
+        return next((size for size in found if size is not None), None)
 
-    def _keeper(self) -> KeepsModels | None:
-        return next((engine for engine in self.made() if isinstance(engine, KeepsModels)), None)
+    def _keepers(self) -> Iterator[KeepsModels]:
+        return (engine for engine in self.made() if isinstance(engine, KeepsModels))
 
 
 def default_router(device: str, *, compiles: bool = False) -> Router:
@@ -187,4 +183,12 @@ def default_router(device: str, *, compiles: bool = False) -> Router:
 
         return SyntheticEngine()
 
-    return Router({"sd-cpp": diffusion, "synthetic": synthetic}, peaks)
+    def removal() -> Engine:
+        from studio_worker.engine.removal import RemovalEngine
+
+        return RemovalEngine(device)
+
+    factories: dict[str, Callable[[], Engine]] = {"sd-cpp": diffusion, "synthetic": synthetic}
+    if find_spec("onnxruntime") is not None:
+        factories["onnx"] = removal
+    return Router(factories, peaks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from studio_worker.device import Device
@@ -18,6 +19,21 @@ from studio_worker.errors import JobError, NotServed
 from studio_worker.jobs import ImageTask
 from studio_worker.models import CliDefaults, LocalFile
 from studio_worker.ram import total_ram_bytes
+
+_GRAPH_COPIES = 2
+"""onnxruntime has a graph's weights twice while it loads it: as read, and as its kernels want them."""
+
+_REMOVAL_BYTES = 750_000_000
+"""What 512 px take beside them: ten feature maps of LaMa's widest level, 64 numbers of four bytes a pixel."""
+
+
+def removal_bytes(graph: Path) -> int:
+    """What removing an object needs of RAM.
+
+    Raises:
+        OSError: the file cannot be looked at.
+    """
+    return _GRAPH_COPIES * graph.stat().st_size + _REMOVAL_BYTES
 
 
 class Estimates:
@@ -38,15 +54,23 @@ class Estimates:
 
         return Sources()
 
-    def needed_bytes(self, files: Sequence[LocalFile], task: ImageTask, defaults: CliDefaults) -> int | None:
+    def needed_bytes(
+        self, files: Sequence[LocalFile], task: ImageTask, defaults: CliDefaults, engine: str = "sd-cpp"
+    ) -> int | None:
         """The least that the picture can be made with: on a GPU layer by layer, if RAM can hold the others;
         else, and on the CPU, whole.
 
-        ``None`` where it cannot be told: the job's own run says what is wrong with it.
+        ``None`` where it cannot be told: the job's own run says what is wrong with it; and where nothing of
+        the device is needed.
 
         Raises:
             NotServed: this worker lacks the family, or reads no such files; another worker may do the job.
         """
+        if engine == "onnx":
+            graphs = [file.path for file in files if file.role == "model"]
+            return removal_bytes(graphs[0]) if graphs and not self._device.is_gpu else None
+        if engine != "sd-cpp":
+            return None
         from studio_worker.engine.needs import footprint
         from studio_worker.engine.placement import leanest
 

@@ -86,12 +86,19 @@ def decode_picture(
 
 
 def decode_reference(data: bytes, check: Callable[[], None] = _goes_on) -> Image.Image:
-    """The reference picture in ``data``, upright, without alpha, as RGB of its own size.
+    """The reference picture in ``data``, as :func:`decode_upright` gives it."""
+    return decode_upright(data, "reference picture", check=check)
+
+
+def decode_upright(
+    data: bytes, what: str, background: str = "white", check: Callable[[], None] = _goes_on
+) -> Image.Image:
+    """The picture in ``data``, upright, laid onto ``background``, as RGB of its own size.
 
     Raises:
         JobError: as :func:`decode_picture`.
     """
-    return _decoded(data, "reference picture", "white", check)
+    return _decoded(data, what, background, check)
 
 
 def decode_mask(data: bytes, width: int, height: int, check: Callable[[], None] = _goes_on) -> Image.Image:

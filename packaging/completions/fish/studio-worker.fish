@@ -30,7 +30,7 @@ complete -c studio-worker -n '__fish_seen_subcommand_from generate' -l size -r -
 complete -c studio-worker -n '__fish_seen_subcommand_from generate' -l cfg -r -d 'Guidance: how closely the prompt is followed.'
 complete -c studio-worker -n '__fish_seen_subcommand_from generate' -l sampler -r -d 'euler, euler_a, heun, dpm++2m, lcm, …'
 complete -c studio-worker -n '__fish_seen_subcommand_from generate' -l init -r -d 'A picture to start from (image-to-image).'
-complete -c studio-worker -n '__fish_seen_subcommand_from generate' -l mask -r -d 'White where the picture may change (inpainting).'
+complete -c studio-worker -n '__fish_seen_subcommand_from generate' -l mask -r -d 'White where the picture may change (inpainting), or what is removed.'
 complete -c studio-worker -n '__fish_seen_subcommand_from generate' -l ref -r -d 'A picture to edit as the prompt says.'
 complete -c studio-worker -n '__fish_seen_subcommand_from generate' -l denoise -r -d 'With --init: how far it may change, 0 to 1.'
 complete -c studio-worker -n '__fish_seen_subcommand_from generate' -l lora -r -d 'A LoRA to apply; may be given several times.'
