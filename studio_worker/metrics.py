@@ -16,12 +16,13 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     generate_latest,
-    start_http_server,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from studio_worker.errors import ConfigError
+from studio_worker.scrapes import ScrapeServer
 from studio_worker.snapshot import EndedJob, GpuFacts, Snapshot
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,11 @@ class Metrics:
         """Everything in Prometheus's text format."""
         return generate_latest(self.registry)
 
+    def answer(self, accept: str) -> tuple[str, bytes]:
+        """The same as whoever scrapes wants it: its media type and the text."""
+        encode, media_type = choose_encoder(accept)
+        return media_type, encode(self.registry)
+
 
 class Exporter:
     """Serves and writes the metrics from its making until :meth:`close`.
@@ -83,7 +89,8 @@ class Exporter:
         self._textfile = textfile
         self._every_s = every_s
         self._closed = threading.Event()
-        self._server = self._thread = None
+        self._server: ScrapeServer | None = None
+        self._thread: threading.Thread | None = None
         if textfile is not None:
             try:
                 self._write(textfile)
@@ -98,7 +105,7 @@ class Exporter:
         if listen is not None:
             host, port = listen
             try:
-                self._server, _ = start_http_server(port, host, metrics.registry)
+                self._server = ScrapeServer(host, port, metrics.answer)
             except OSError as error:
                 raise ConfigError(
                     f"cannot listen on {host}:{port}: {error.strerror}",
@@ -109,8 +116,7 @@ class Exporter:
     def close(self) -> None:
         self._closed.set()
         if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+            self._server.close()
         if self._textfile is not None:
             if self._thread is not None:
                 self._thread.join()

@@ -22,9 +22,9 @@ PACKAGE = ROOT / "studio_worker"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
-        "__init__ errors sample_model files journal process",
+        "__init__ errors sample_model files journal process crowd",
         "networks connecting torch_build",
-        "compatibility logs notify models urls lock config_files spans policy pace formats",
+        "compatibility logs notify models urls lock config_files spans policy pace formats scrapes",
         "nodes jobs required settings finished outbox_clock staging request ledger leftovers copying ram",
         "snapshot starts control holding owner driver nvml breaker",
         "transport health",

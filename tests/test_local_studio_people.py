@@ -486,7 +486,7 @@ def test_token_once_given_is_remembered(guarded: LocalStudio, way: str) -> None:
     if way == "link":
         answer = ask(guarded, "GET", "/", params={"token": TOKEN})
     else:
-        answer = ask(guarded, "POST", "/login", files={"token": (None, TOKEN)})
+        answer = ask(guarded, "POST", "/login", data={"token": TOKEN})
     assert (answer.status_code, answer.headers["Location"]) == (303, "/")
     cookie = answer.headers["Set-Cookie"]
     assert "HttpOnly" in cookie
@@ -499,8 +499,8 @@ def test_token_once_given_is_remembered(guarded: LocalStudio, way: str) -> None:
 def test_token_wrong_gets_the_login_page_again(guarded: LocalStudio) -> None:
     """A wrong token lets nobody in."""
     assert ask(guarded, "GET", "/", params={"token": "wrong"}).status_code == 401
-    assert ask(guarded, "POST", "/login", files={"token": (None, "wrong")}).status_code == 401
-    assert ask(guarded, "POST", "/login", data={"token": TOKEN}).status_code == 400
+    assert ask(guarded, "POST", "/login", data={"token": "wrong"}).status_code == 401
+    assert ask(guarded, "POST", "/login", files={"token": (None, TOKEN)}).status_code == 400
 
 
 def test_token_is_not_asked_of_workers(guarded: LocalStudio) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import select
+import socket
 import stat
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from studio_worker import config
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio import LocalStudio
 from studio_worker.metrics import Exporter, Metrics
+from studio_worker.scrapes import MAX_CONNECTIONS
 from studio_worker.service_process import ServiceProcess
 from studio_worker.snapshot import (
     DeviceFacts,
@@ -159,6 +163,50 @@ def test_taken_port_and_closed_folder_are_configuration_errors(tmp_path: Path, m
     first.close()
     with pytest.raises(ConfigError, match=r"metrics\.textfile: .*ReadWritePaths="):
         Exporter(metrics, None, tmp_path / "missing" / "x.prom")
+
+
+def test_silent_connections_keep_no_scrape_out(metrics: Metrics) -> None:
+    """Many connections that say nothing take neither a thread each nor the worker's descriptors."""
+    port = int(refused_url("").rpartition(":")[2])
+    exporter = Exporter(metrics, ("127.0.0.1", port), None)
+    threads = threading.active_count()
+    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        assert "studio_worker_ready" in samples(answer.read().decode())
+    assert threading.active_count() == threads
+    assert len(select.select(silent, [], [], 0)[0]) >= 100 - MAX_CONNECTIONS
+    exporter.close()
+    for each in silent:
+        each.close()
+
+
+def test_scrape_that_does_not_come_is_not_waited_for(
+    metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection whose request never gets whole is closed."""
+    monkeypatch.setattr("studio_worker.scrapes.DEADLINE_S", 0.1)
+    port = int(refused_url("").rpartition(":")[2])
+    exporter = Exporter(metrics, ("127.0.0.1", port), None)
+    with socket.create_connection(("127.0.0.1", port), 10) as silent:
+        silent.sendall(b"GET /metrics HT")
+        assert silent.recv(100) == b""
+    exporter.close()
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [("POST /metrics", 405), ("HEAD /", 200), ("nonsense", 405), ("A" * 9000, 431)],
+)
+def test_odd_requests_for_metrics_are_answered(metrics: Metrics, request_line: str, status: int) -> None:
+    """What is no scrape gets a status and no more."""
+    port = int(refused_url("").rpartition(":")[2])
+    exporter = Exporter(metrics, ("127.0.0.1", port), None)
+    with socket.create_connection(("127.0.0.1", port), 10) as asking:
+        asking.sendall(f"{request_line} HTTP/1.1\r\n".encode() + (b"\r\n" if status != 431 else b""))
+        answer = asking.makefile("rb").read()
+    exporter.close()
+    assert answer.split()[1] == str(status).encode()
+    assert answer.endswith(b"\r\n\r\n")
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:9464", "192.168.1.2:9464", "9464", "127.0.0.1", "127.0.0.1:x"])

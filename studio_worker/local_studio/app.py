@@ -14,14 +14,19 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
+from studio_worker.files import DISK_TROUBLES
 from studio_worker.local_studio import bodies
 from studio_worker.local_studio.access import Access, Guard, error_response
+from studio_worker.local_studio.database import StorageFull
 from studio_worker.local_studio.desk import Desk
 from studio_worker.local_studio.people_routes import PeopleRoutes
 from studio_worker.local_studio.shelf_routes import ShelfRoutes
 from studio_worker.local_studio.worker_routes import WorkerRoutes
 
 logger = logging.getLogger(__name__)
+
+_PATH_CHARS = 200
+"""Of an address in the log; whoever asks for one decides how long it is."""
 
 _PAGE = files(__package__) / "page"
 _PAGE_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -45,6 +50,8 @@ def build_app(
         exception_handlers={
             HTTPException: _http_error,
             ClientDisconnect: _client_left,
+            StorageFull: _storage_full,
+            OSError: _storage_full,
             Exception: _unexpected,
         },
     )
@@ -69,9 +76,8 @@ def _page_routes(access: Access) -> list[BaseRoute]:
         return Response(assets[name], media_type=media_type, headers={"Cache-Control": "no-cache"})
 
     async def login(request: Request) -> Response:
-        async with bodies.read_form(request, bodies.MAX_JSON_BYTES) as form:
-            token = form.get("token")
-        if isinstance(token, str) and access.is_token(token.strip()):
+        fields = await bodies.read_fields(request)
+        if access.is_token(fields.get("token", "").strip()):
             return access.admit(request.url.scheme == "https")
         return Response(_page_text("login.html"), status_code=401, media_type="text/html")
 
@@ -91,6 +97,14 @@ async def _client_left(_request: Request, _error: Exception) -> Response:
     return error_response(400, "the body ended early")  # nobody reads it; the log stays free of tracebacks
 
 
+async def _storage_full(request: Request, error: Exception) -> Response:
+    if isinstance(error, OSError) and error.errno not in DISK_TROUBLES:
+        return await _unexpected(request, error)
+    # The worker keeps its picture and comes again.
+    logger.error("nothing can be stored", extra={"path": request.url.path[:_PATH_CHARS], "error": str(error)})
+    return error_response(507, "the studio's disk is full or cannot be written")
+
+
 async def _unexpected(request: Request, error: Exception) -> Response:
-    logger.error("request failed", extra={"path": request.url.path}, exc_info=error)
+    logger.error("request failed", extra={"path": request.url.path[:_PATH_CHARS]}, exc_info=error)
     return error_response(500, "the studio made a mistake; its log says more")

@@ -7,12 +7,14 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, Field, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.types import Message
+from starlette.types import Message, Scope
 
 from studio_worker.jobs import ImageTask
 from studio_worker.models import ModelSource
@@ -22,9 +24,14 @@ MAX_JSON_BYTES = 1 << 20
 MAX_REGISTRATION_BYTES = 64 << 10
 MAX_UPLOAD_BYTES = 100 << 20
 MAX_PICTURE_BYTES = 32 << 20
+MAX_FIELDS_BYTES = 16 << 10
+MAX_FIELDS = 16
 
 TASK_KINDS = ("image", "llm", "audio_stt", "audio_tts", "video")
 
+_UTF8 = (b"utf-8", b"utf8", b"us-ascii")
+_BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{1,70}")
+"""RFC 2046, 5.1.1."""
 _EXT = re.compile(r"[a-z0-9]{1,8}")
 _BodyT = TypeVar("_BodyT", bound=BaseModel)
 
@@ -144,9 +151,10 @@ async def read_form(request: Request, limit_bytes: int) -> AsyncIterator[FormDat
     Raises:
         HTTPException: 400 where it is no such form, 413 where it is larger than ``limit_bytes``.
     """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    scope = _as_utf8(request)
+    if scope is None:
         await drain(request)
-        raise HTTPException(400, "the body must be a multipart form")
+        raise HTTPException(400, "the body must be a multipart form in UTF-8")
     left = limit_bytes
     is_whole = False
 
@@ -160,8 +168,8 @@ async def read_form(request: Request, limit_bytes: int) -> AsyncIterator[FormDat
         return message
 
     try:
-        form = await Request(request.scope, receive).form(
-            max_files=1, max_fields=16, max_part_size=MAX_JSON_BYTES
+        form = await Request(scope, receive).form(
+            max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_JSON_BYTES
         )
     except HTTPException as error:
         # For the reason that drain() gives; the parser stops at the first fault.
@@ -172,6 +180,40 @@ async def read_form(request: Request, limit_bytes: int) -> AsyncIterator[FormDat
         yield form
     finally:
         await form.close()
+
+
+def _as_utf8(request: Request) -> Scope | None:
+    """The request's scope with a content type that names the boundary alone; ``None`` where it is no form.
+
+    The parser would decode by whatever codec the client names; some of Python's take minutes for a megabyte.
+    """
+    kind, parameters = parse_options_header(request.headers.get("content-type"))
+    charset = parameters.get(b"charset", b"utf-8").lower()
+    boundary = parameters.get(b"boundary", b"")
+    if kind != b"multipart/form-data" or charset not in _UTF8 or not _BOUNDARY.fullmatch(boundary):
+        return None
+    headers = [pair for pair in request.scope["headers"] if pair[0].lower() != b"content-type"]
+    headers.append((b"content-type", b'multipart/form-data; boundary="%s"' % boundary))
+    return {**request.scope, "headers": headers}
+
+
+async def read_fields(request: Request, limit_bytes: int = MAX_FIELDS_BYTES) -> dict[str, str]:
+    """The body as what a plain HTML form sends, in UTF-8.
+
+    Raises:
+        HTTPException: 400 where it is none, 413 where it is larger than ``limit_bytes``.
+    """
+    kind, _, _ = request.headers.get("content-type", "").partition(";")
+    content = await read_bytes(request, limit_bytes)
+    if kind.strip().lower() != "application/x-www-form-urlencoded":
+        raise HTTPException(400, "the body must be a form, application/x-www-form-urlencoded")
+    try:
+        pairs = parse_qsl(
+            content.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS
+        )
+    except ValueError:
+        raise HTTPException(400, "the body is no form in UTF-8") from None
+    return dict(pairs)
 
 
 def number_in(request: Request, name: str, *, default: int, low: int, high: int) -> int:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from studio_worker.errors import ConfigError
+from studio_worker.errors import ConfigError, ProtocolError
 
 SCHEMA_VERSION = 1
 
@@ -55,6 +55,13 @@ CREATE TABLE files (
 """
 
 Row = sqlite3.Row
+
+_NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+"""What a full, read-only or failing disk is called; the low byte of SQLite's result code."""
+
+
+class StorageFull(ProtocolError):
+    """The disk takes no more of the studio's data; nothing of the transaction was kept."""
 
 
 class Database:
@@ -109,15 +116,18 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, all or nothing; listeners hear of it after the commit."""
+        """One transaction, all or nothing; listeners hear of it after the commit. Raises StorageFull."""
         with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
             try:
+                self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
-            except BaseException:
-                self._connection.execute("ROLLBACK")
+                self._connection.execute("COMMIT")
+            except BaseException as error:
+                if self._connection.in_transaction:  # SQLite itself has ended it where the disk is full
+                    self._connection.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF in _NO_ROOM:
+                    raise StorageFull(f"the studio's disk takes no more data ({error})") from error
                 raise
-            self._connection.execute("COMMIT")
         self.on_change()
 
     def _salt(self) -> str:

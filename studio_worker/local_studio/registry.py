@@ -16,9 +16,11 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from sqlite3 import Connection
 
 from studio_worker.errors import ProtocolError
 from studio_worker.local_studio.database import Database, Row
+from studio_worker.local_studio.waiting_room import WaitingRoom
 from studio_worker.studio import wire
 
 MAX_PENDING = 100
@@ -90,11 +92,23 @@ class Registry:
     def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
         self._database = database
         self._clock = clock
+        self._room = WaitingRoom(clock())
 
     # --- the worker's side --------------------------------------------------------------------------
 
-    def request(self, body: wire.RegisterRequest) -> Registration:
-        """The request of this machine, the standing one or a new one. Raises TooManyPending."""
+    def request(self, body: wire.RegisterRequest, origin: str = "") -> Registration:
+        """The request of this machine, the standing one or a new one. Raises TooManyPending.
+
+        Args:
+            origin: where it comes from; where there are too many requests, one of whoever has the most of
+                them makes room.
+        """
+        registration = self._request(body, origin)
+        if registration.status == "pending":
+            self._room.asked(registration.request_id, origin, self._clock())
+        return registration
+
+    def _request(self, body: wire.RegisterRequest, origin: str) -> Registration:
         secret_hash = body.registration_secret_hash.lower()
         with self._database.writing() as connection:
             last = self._last_of(body.install_id)
@@ -106,8 +120,7 @@ class Registry:
                     (secret_hash, body.capabilities.to_json(), body.user_agent, last.request_id),
                 )
                 return self._require(last.request_id)
-            if len(self.pending()) >= MAX_PENDING:
-                raise TooManyPending("too many requests wait for a decision; try again later")
+            self._make_room(connection, origin)
             request_id = str(uuid.uuid4())
             connection.execute(
                 "INSERT INTO registrations (request_id, install_id, secret_hash, capabilities, user_agent,"
@@ -131,6 +144,7 @@ class Registry:
         if registration.status == "rejected":
             return wire.Rejected(reason=registration.reason)
         if registration.status == "pending":
+            self._room.polled(request_id, self._clock())
             return wire.Pending()
         worker = self.worker(registration.worker_id or "")
         if worker is None or worker.request_id != request_id:
@@ -235,6 +249,15 @@ class Registry:
             return cursor.rowcount == 1
 
     # --- within -------------------------------------------------------------------------------------
+
+    def _make_room(self, connection: Connection, origin: str) -> None:
+        rows = self._database.rows("SELECT request_id FROM registrations WHERE status = 'pending'")
+        if len(rows) < MAX_PENDING:
+            return
+        goes = self._room.dispensable((row["request_id"] for row in rows), origin, self._clock())
+        if goes is None:
+            raise TooManyPending("too many requests wait for a decision; try again later")
+        connection.execute("DELETE FROM registrations WHERE request_id = ?", (goes,))
 
     def _last_of(self, install_id: str) -> Registration | None:
         row = self._database.row(

@@ -23,6 +23,7 @@ from starlette.websockets import WebSocket
 from studio_worker.errors import FrameError
 from studio_worker.local_studio.access import bearer, error_response, http_base
 from studio_worker.local_studio.changes import Changes
+from studio_worker.local_studio.database import StorageFull
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.registry import Registry, Standing
 from studio_worker.local_studio.rules import LOST_CONNECTION, RESTARTED, Job, RuleBroken
@@ -31,6 +32,7 @@ from studio_worker.local_studio.shelf import Shelf
 from studio_worker.studio import wire
 
 logger = logging.getLogger(__name__)
+storage_logger = logger.getChild("storage")
 
 HELLO_TIMEOUT_S = 15.0
 MAX_REASON_CHARS = 2000
@@ -153,6 +155,10 @@ class Sessions:
             await self._act(session, event)
         except RuleBroken as error:
             raise EndSession("protocol_violation", str(error)) from error
+        except StorageFull as error:
+            _cannot_store(session, error)
+            if isinstance(event, wire.Fail | wire.CompleteJson):  # without an answer the worker says it again
+                raise EndSession("internal_error", "the studio's disk is full") from error
 
     async def _act(self, session: Session, event: wire.WorkerFrame | Literal["offer"]) -> None:
         match event:
@@ -220,7 +226,10 @@ class Sessions:
         session.capabilities = capabilities
         session.heartbeat_at = time.time()
         session.deadline = time.monotonic() + self._heartbeat_timeout_s
-        self._registry.seen(session.worker_id, capabilities)
+        try:
+            self._registry.seen(session.worker_id, capabilities)
+        except StorageFull as error:  # the worker is here all the same
+            _cannot_store(session, error)
 
     def _enter(self, session: Session) -> None:
         older = self.live.get(session.worker_id)
@@ -235,9 +244,15 @@ class Sessions:
         try:
             reason = RESTARTED if self.is_stopping else LOST_CONNECTION
             self._queue.release(session.worker_id, reason, counts=not self.is_stopping)
+        except StorageFull as error:  # the claim stays; the worker delivers it, or a restart releases it
+            _cannot_store(session, error)
         finally:
             del self.live[session.worker_id]
             self._changes.bump()
+
+
+def _cannot_store(session: Session, error: StorageFull) -> None:
+    storage_logger.error("nothing can be stored", extra={"worker_id": session.worker_id, "error": str(error)})
 
 
 def claim_of(job: Job, base_url: str) -> dict[str, Any]:

@@ -102,8 +102,15 @@ class ShelfRoutes:
         if self._models_dir is None or not is_plain:
             raise HTTPException(404, "no such model file")
         path = self._models_dir / filename
-        if not await run_in_threadpool(path.is_file):
+        if not await run_in_threadpool(_is_file, path):
             raise HTTPException(404, "no such model file")
         return FileResponse(
             path, media_type="application/octet-stream", headers={"Content-Security-Policy": CONTENT_CSP}
         )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name longer than any file's
+        return False

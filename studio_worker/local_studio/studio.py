@@ -14,11 +14,14 @@ from typing import Self
 
 import uvicorn
 
+from studio_worker.crowd import most_connections
 from studio_worker.errors import ConfigError, StudioWorkerError
+from studio_worker.local_studio import seldom
 from studio_worker.local_studio.access import Access, is_loopback
 from studio_worker.local_studio.app import build_app
 from studio_worker.local_studio.desk import Desk
 from studio_worker.local_studio.sessions import HELLO_TIMEOUT_S
+from studio_worker.local_studio.visit import visits_of
 from studio_worker.studio import wire
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,9 @@ MODELS_FOLDER = "models"
 MIN_TOKEN_CHARS = 16
 MAX_FRAME_BYTES = 1 << 20
 SHUTDOWN_S = 5
+MAX_CONNECTIONS = 512
+"""Hundreds of workers with a session each, and the people who watch."""
+_BACKLOG = 128
 
 
 class LocalStudio(Desk):
@@ -66,6 +72,7 @@ class LocalStudio(Desk):
                 cure="give a token with --token-file, or listen on 127.0.0.1",
                 key="--host",
             )
+        seldom.limit_lines()
         super().__init__(
             database,
             max_attempts=max_attempts,
@@ -80,6 +87,9 @@ class LocalStudio(Desk):
         self._server = _Server(
             uvicorn.Config(
                 app,
+                http=visits_of(most_connections(MAX_CONNECTIONS, each=2)),  # a file is open for some
+                # The loop takes as many at once, and where descriptors are short logs a traceback for each.
+                backlog=_BACKLOG,
                 access_log=False,  # it would hold ?token=
                 lifespan="off",
                 log_config=None,
@@ -246,7 +256,7 @@ def _listen(host: str, port: int) -> socket.socket:
         # A studio that was just stopped leaves connections in TIME_WAIT; they must not bar the next one.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(128)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
+from studio_worker.crowd import origin_of
 from studio_worker.local_studio import bodies
 from studio_worker.local_studio.access import bearer, error_response
 from studio_worker.local_studio.job_queue import JobQueue
@@ -36,6 +37,7 @@ RETRY_AFTER_S = 30
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _MAX_ID_CHARS = 200
+_MAX_NAME_CHARS = 200
 
 
 class WorkerRoutes:
@@ -76,8 +78,11 @@ class WorkerRoutes:
             raise HTTPException(400, "registrationSecretHash: must be 64 hexadecimal digits")
         if not is_finite(body.capabilities):
             raise HTTPException(400, "capabilities: a memory size is not a number")
+        if too_long := _too_long(body):
+            raise HTTPException(400, f"{too_long}: must have at most {_MAX_NAME_CHARS} characters")
+        origin = origin_of(request.client.host if request.client else "")
         try:
-            registration = self._registry.request(body)
+            registration = self._registry.request(body, origin)
         except TooManyPending as error:
             return error_response(429, str(error), {"Retry-After": str(RETRY_AFTER_S)})
         logger.info("registration requested", extra={"request_id": registration.request_id})
@@ -134,6 +139,17 @@ class WorkerRoutes:
             },
         )
         return JSONResponse({"jobId": job.job_id, "status": "done"})
+
+
+def _too_long(body: wire.RegisterRequest) -> str:
+    """Which of the names that a page shows is longer than any real one; empty where none is."""
+    names = {
+        "capabilities.machineName": body.capabilities.machine_name,
+        "capabilities.username": body.capabilities.username,
+        "capabilities.agentVersion": body.capabilities.agent_version,
+        "userAgent": body.user_agent,
+    }
+    return next((name for name, text in names.items() if len(text) > _MAX_NAME_CHARS), "")
 
 
 async def _parts(form: FormData, job: Job) -> tuple[bytes, dict[str, Any]]:
