@@ -14,9 +14,11 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from studio_worker.engine.bare_pictures import bare
 from studio_worker.engine.decoder import Decoder
+from studio_worker.engine.grey import eight_bit, is_deep
 from studio_worker.errors import JobError, JobImpossible
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -33,6 +35,7 @@ _OTHERS = (
     (rb".{4}ftyp(isom|mp4)|\x1a\x45\xdf\xa3", "a video"),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture"),
     (rb"\0\0\0\x0cjP  ", "a JPEG 2000 picture"),
+    (rb"II[*+]\0|MM\0[*+]", "a TIFF of a kind that is not read (colours in floats, say)"),
 )
 """What people send in a picture's place, by how it begins, to name it in the error."""
 
@@ -115,8 +118,9 @@ def decode_mask(data: bytes, width: int, height: int, check: Callable[[], None] 
     mask = grey.point([255 if level >= MASK_THRESHOLD else 0 for level in range(256)])
     if mask.size != (width, height):
         box = _centre(mask.size, width, height)
-        resized = mask.resize((width, height), Image.Resampling.BOX, box=box)
-        mask = resized.point([255 if level else 0 for level in range(256)])
+        # As numbers with fractions: rounded to grey levels a thin line in a large mask would vanish.
+        resized = mask.convert("F").resize((width, height), Image.Resampling.BOX, box=box)
+        mask = Image.fromarray(np.where(np.asarray(resized) > 0, 255, 0).astype(np.uint8))
     if mask.getbbox() is None:
         raise JobImpossible("the mask is black everywhere: white marks what may change")
     return mask
@@ -181,18 +185,15 @@ def read(data: bytes, what: str, background: str) -> Image.Image:
     Raises:
         JobError: as :func:`decode_picture`.
     """
-    return _flatten(_open(data, what), background)
-
-
-def _open(data: bytes, what: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # Of sizes, which are checked below, and of what is odd in a file that can be read all the same.
             warnings.simplefilter("ignore")
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+            picture = Image.open(io.BytesIO(bare(data)), formats=FORMATS)
             _check_size(picture, what)
             picture.load()
-            return ImageOps.exif_transpose(picture)
+            flat, turn = _flatten(picture, background), _turn(picture)
+            return flat if turn is None else flat.transpose(turn)
     except (JobError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -208,6 +209,26 @@ def _open(data: bytes, what: str) -> Image.Image:
     # Pillow's decoders raise whatever a damaged file leads them to; there is no common base.
     except Exception as error:
         raise _bad(what, "is damaged or cut short") from error
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a picture upright, by its orientation (Exif 2.32, 4.6.4)."""
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """How ``picture`` is to be turned. Nothing else in its EXIF data matters, odd as it may be."""
+    try:
+        return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        return None
 
 
 def _check_size(picture: Image.Image, what: str) -> None:
@@ -228,10 +249,8 @@ def _kind(data: bytes) -> str:
 
 def _flatten(picture: Image.Image, background: str) -> Image.Image:
     """``picture`` as RGB, laid onto ``background`` where it is transparent."""
-    if picture.mode.startswith(("I", "F")):  # 16-bit grey: Pillow would clip at 255 instead of scaling
-        levels = np.array(picture, dtype=np.float32)
-        levels /= 257  # in place: memory is limited here
-        picture = Image.fromarray(levels.clip(0, 255, out=levels).round(out=levels).astype(np.uint8))
+    if is_deep(picture):
+        picture = eight_bit(picture)
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     with_alpha = picture.convert("RGBA")
