@@ -30,10 +30,10 @@ _MEMORY_BYTES = 1_500_000_000
 """For one picture, beyond what the process takes by itself: 64 million pixels with alpha, and copies of
 them."""
 
-_CPU_S = 15
+_CPU_S = 10
 """For one picture, of the processor's time: a box that is busy with something else refuses none for it."""
 
-_LIMIT_S = 60.0
+_LIMIT_S = 20.0
 """For one picture by the clock, well below the worker's own limit for a step."""
 
 _CHUNK_BYTES = 2**20
