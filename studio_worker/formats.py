@@ -17,10 +17,20 @@ _HTML = (b"<!doctype", b"<html", b"<head", b"<body")
 _TEXT_NAMES = (".html", ".htm", ".md", ".txt")
 """What may well begin like a page."""
 _LFS_POINTER = b"version https://git-lfs"
-_MAX_HEADER = 100_000_000
-"""What the safetensors library itself takes at most."""
+MAX_HEADER_BYTES = 16 * 2**20
+"""Of a safetensors file. Models' headers have some 100 kB, LoRAs' with notes of their training some MB; the
+library takes 100 MB, which unpack to gigabytes."""
+
 _GGUF_HEAD = 24
-_MAX_COUNT = 10_000_000
+MAX_GGUF_ENTRIES = 50_000
+"""Keys, and tensors, of a GGUF file: the largest have some 2,000 of each."""
+
+MAX_GGUF_WORDS = 2_000_000
+"""Of one list among a GGUF file's keys: vocabularies have up to 500,000 words."""
+
+MAX_GGUF_NAME_BYTES = 65_535
+"""Of a key, as its specification says; no tensor's name is longer."""
+_GGUF_DIMENSIONS = 8
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _GGUF_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _GGUF_BLOCKS = {
@@ -29,6 +39,13 @@ _GGUF_BLOCKS = {
     **{24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 30: (1, 2)},
 }
 """Elements and bytes of a block, by type; a type that is not here counts as at least one byte in all."""
+
+
+_DAMAGE = (
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError),
+    *(OverflowError, RecursionError, MemoryError),
+)
+"""What reading a header that someone made up may end in."""
 
 
 class _Wrong(Exception):
@@ -70,7 +87,7 @@ def header_problem(path: Path, filename: str) -> str | None:
     try:
         with path.open("rb") as file:
             check(file, size)
-    except (_Wrong, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+    except (_Wrong, *_DAMAGE) as error:
         return f"its header is wrong: {error if isinstance(error, _Wrong) else 'it cannot be read'}"
     return None
 
@@ -84,8 +101,10 @@ def _check_of(filename: str) -> Callable[[IO[bytes], int], None] | None:
 
 def _check_safetensors(file: IO[bytes], size: int) -> None:
     (length,) = struct.unpack("<Q", file.read(8))
-    if length > min(_MAX_HEADER, size - 8):
+    if length > size - 8:
         raise _Wrong("it is longer than the file")
+    if length > MAX_HEADER_BYTES:
+        raise _Wrong(f"it has {length} bytes; at most {MAX_HEADER_BYTES} are read")
     header = json.loads(file.read(length))
     if not isinstance(header, dict):
         raise _Wrong("it is no table of tensors")
@@ -98,18 +117,22 @@ def _check_gguf(file: IO[bytes], size: int) -> None:
     if file.read(4) != b"GGUF":
         raise _Wrong("it does not begin with GGUF")
     version, tensors, pairs = struct.unpack("<IQQ", file.read(_GGUF_HEAD - 4))
-    if version not in {2, 3} or max(tensors, pairs) > _MAX_COUNT:
-        raise _Wrong(f"version {version}, {tensors} tensors")
+    if version not in {2, 3}:
+        raise _Wrong(f"version {version}")
+    if max(tensors, pairs) > MAX_GGUF_ENTRIES:
+        raise _Wrong(f"it has {pairs} keys and {tensors} tensors; at most {MAX_GGUF_ENTRIES} are read")
     alignment = 32
     for _ in range(pairs):
-        key = _string(file, size)
+        key = _string(file)
         value = _value(file, size, _number(file, "<I"))
         if key == b"general.alignment" and isinstance(value, int) and value > 0:
             alignment = value
     ends = [0]
     for _ in range(tensors):
-        _string(file, size)
-        shape = [_number(file, "<Q") for _ in range(min(_number(file, "<I"), 8))]
+        _string(file)
+        if (dimensions := _number(file, "<I")) > _GGUF_DIMENSIONS:
+            raise _Wrong(f"a tensor of {dimensions} dimensions")
+        shape = [_number(file, "<Q") for _ in range(dimensions)]
         kind, offset = _number(file, "<I"), _number(file, "<Q")
         elements, nbytes = _GGUF_BLOCKS.get(kind, (math.prod(shape) or 1, 1))
         ends.append(offset + math.prod(shape) // elements * nbytes)
@@ -125,26 +148,25 @@ def _number(file: IO[bytes], code: str) -> int:
     return int(struct.unpack(code, found)[0])
 
 
-def _string(file: IO[bytes], size: int) -> bytes:
-    length = _number(file, "<Q")
-    if file.tell() + length > size:
-        raise _Wrong("it is longer than the file")
+def _string(file: IO[bytes]) -> bytes:
+    if (length := _number(file, "<Q")) > MAX_GGUF_NAME_BYTES:
+        raise _Wrong(f"a name of {length} bytes")
     return file.read(length)
 
 
 def _value(file: IO[bytes], size: int, kind: int) -> int | None:
     """Read past one value; returns it where it is a plain 32-bit number."""
     if kind == _GGUF_STRING:
-        _string(file, size)
+        _skip(file, size, _number(file, "<Q"))
     elif kind == _GGUF_ARRAY:
         item, count = _number(file, "<I"), _number(file, "<Q")
         if item in _GGUF_SCALARS:
             _skip(file, size, count * _GGUF_SCALARS[item])
-        elif count > size:
-            raise _Wrong("it is longer than the file")
+        elif item != _GGUF_STRING or count > MAX_GGUF_WORDS:
+            raise _Wrong(f"a list of {count} values of type {item}")
         else:
             for _ in range(count):
-                _value(file, size, item)
+                _skip(file, size, _number(file, "<Q"))
     elif kind == 4:
         return _number(file, "<I")
     elif kind in _GGUF_SCALARS:

@@ -9,12 +9,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from studio_worker.errors import JobCancelled
-from studio_worker.models import CAMEL, ModelSource
+from studio_worker.models import CAMEL, Count, ModelSource, Name
+
+MAX_PROMPT_BYTES = 32 * 1024
+"""In UTF-8. The longest text encoder served reads 1,024 tokens, some 5,000 letters; what it cuts off beyond
+that is told as such, and so far stays so."""
+
+
+def _readable(prompt: str) -> str:
+    size = len(prompt.encode("utf-8", "replace"))
+    if size > MAX_PROMPT_BYTES:
+        raise ValueError(f"has {size} bytes; at most {MAX_PROMPT_BYTES} are read")
+    return prompt
+
+
+Prompt = Annotated[str, AfterValidator(_readable)]
 
 
 class ImageTask(BaseModel):
@@ -26,19 +40,19 @@ class ImageTask(BaseModel):
     model_config = CAMEL
 
     kind: Literal["image"] = "image"
-    prompt: str
-    negative_prompt: str | None = None
+    prompt: Prompt
+    negative_prompt: Prompt | None = None
     init_image_url: str | None = None
     mask_url: str | None = None
     ref_image_url: str | None = None
     denoise: float = Field(default=0.75, ge=0, le=1)
     cfg_scale: float | None = None
-    sampling_method: str | None = None
-    width: int | None = Field(default=None, ge=0)
-    height: int | None = Field(default=None, ge=0)
-    steps: int | None = Field(default=None, ge=0)
-    seed: int | None = None
-    ext: str = "webp"
+    sampling_method: Name | None = None
+    width: Count | None = Field(default=None, ge=0)
+    height: Count | None = Field(default=None, ge=0)
+    steps: Count | None = Field(default=None, ge=0)
+    seed: Annotated[int, Field(ge=-(2**64), le=2**65)] | None = None
+    ext: Name = "webp"
 
 
 @dataclass(frozen=True)

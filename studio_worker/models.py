@@ -40,6 +40,19 @@ def _sha256(value: str) -> str:
     return value.lower()
 
 
+NAME_CHARS = 200
+"""Of ids, and of what models and assets are called: file names, labels and log lines are made of them."""
+
+_URL_CHARS = 8192
+"""More than servers take; the longest signed ones have some 2,000."""
+
+_MAX_FILES = 256
+_MAX_FILE_BYTES = 10**15
+_MAX_NUMBER = 2**31 - 1
+"""Beyond what a file, a picture or a step can be. What is possible within it is said where it is used."""
+
+Name = Annotated[str, Field(max_length=NAME_CHARS)]
+Count = Annotated[int, Field(le=_MAX_NUMBER)]
 FileName = Annotated[str, AfterValidator(_plain_name)]
 """A file's name without folders, as every file system takes it."""
 Sha256 = Annotated[str, AfterValidator(_sha256)]
@@ -55,9 +68,9 @@ class ModelFile:
     """
 
     role: FileRole
-    url: str
+    url: Annotated[str, Field(max_length=_URL_CHARS)]
     filename: FileName
-    approx_bytes: int | None = None
+    approx_bytes: Annotated[int, Field(ge=0, le=_MAX_FILE_BYTES)] | None = None
     sha256: Sha256 | None = None
 
 
@@ -75,10 +88,10 @@ class CliDefaults(BaseModel):
     model_config = CAMEL
 
     cfg_scale: float = 0.0
-    steps: int = 0
-    width: int = 0
-    height: int = 0
-    sampling_method: str | None = None
+    steps: Count = 0
+    width: Count = 0
+    height: Count = 0
+    sampling_method: Name | None = None
     flow_shift: float | None = None
     zero_cond_t: bool | None = None
     offload_to_cpu: bool | None = None
@@ -91,14 +104,14 @@ class ModelSource(BaseModel):
 
     model_config = CAMEL
 
-    engine: str
-    files: tuple[ModelFile, ...] = ()
+    engine: Name
+    files: Annotated[tuple[ModelFile, ...], Field(max_length=_MAX_FILES)] = ()
     cli_defaults: CliDefaults = CliDefaults()
 
 
 class RequiredModel(ModelSource):
     """A model the box must hold before it is ready: one file of ``models.d``."""
 
-    id: str = Field(min_length=1)
+    id: Name = Field(min_length=1)
     kind: str = "image"
     vram_gb_estimate: float = 0.0

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from studio_worker.engine.gguf_files import (
     DAMAGE,
     SHORT,
+    BeyondLimits,
     Shape,
     Stated,
     open_gguf,
@@ -27,6 +28,7 @@ from studio_worker.engine.gguf_files import (
     stated,
 )
 from studio_worker.errors import FileDamaged, JobError, NotServed
+from studio_worker.formats import MAX_HEADER_BYTES
 
 _MAGIC_BYTES = 512
 """Enough for every signature below; tar's stands at 257."""
@@ -35,7 +37,7 @@ _NEWER = re.compile(r"(?:np\.uint32\()?(\d{1,4})\)? is not a valid GGMLQuantizat
 """How the gguf library says so. Damage makes larger numbers."""
 
 _LENGTH = struct.Struct("<Q")
-_MAX_HEADER_BYTES = 100_000_000
+_LIBRARYS_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit. No text begins with bytes that make so small a number."""
 
 _WANTED = "weights must be safetensors or GGUF files"
@@ -71,7 +73,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except OSError as error:
         raise JobError(f"{path.name} cannot be read: {error.strerror}") from error
     if _is_safetensors(start):
-        return _safetensors(path)
+        return _safetensors(path, start)
     if kind := _pickle_kind(path, start):
         raise NotServed(f"{path.name} is {kind}; {_WANTED}")
     if kind := _foreign_kind(start):
@@ -80,14 +82,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return _gguf(path)
     if len(start) > _LENGTH.size:
         raise FileDamaged(path, f"{path.name} is neither a safetensors nor a GGUF file")
-    return _safetensors(path)
+    return _safetensors(path, start)
 
 
 def _is_safetensors(start: bytes) -> bool:
     """Eight bytes of length, whose first may be anything, then as much JSON."""
     if start[_LENGTH.size : _LENGTH.size + 1] != b"{":
         return False
-    return bool(_LENGTH.unpack_from(start)[0] <= _MAX_HEADER_BYTES)
+    return bool(_LENGTH.unpack_from(start)[0] <= _LIBRARYS_HEADER_BYTES)
 
 
 def _pickle_kind(path: Path, start: bytes) -> str:
@@ -128,7 +130,11 @@ def _zip_kind(path: Path) -> str:
     return "a zip archive (a .pt or .ckpt is one and holds pickle)"
 
 
-def _safetensors(path: Path) -> Checkpoint:
+def _safetensors(path: Path, start: bytes) -> Checkpoint:
+    if len(start) >= _LENGTH.size and (length := _LENGTH.unpack_from(start)[0]) > MAX_HEADER_BYTES:
+        raise FileDamaged(
+            path, f"{path.name} has a header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
+        )
     try:
         # The numpy framework: nothing here may import torch, and no tensor is read.
         with safe_open(path, framework="numpy") as file:
@@ -136,7 +142,7 @@ def _safetensors(path: Path) -> Checkpoint:
             shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
             types = {name: each.get_dtype() for name, each in slices.items()}
             said = {name: text for name, text in (file.metadata() or {}).items() if len(text) <= SHORT}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         # The library names its checks (InvalidHeaderLength, MetadataIncompleteBuffer, …), never the content.
         raise FileDamaged(
             path, f"{path.name} is not a whole safetensors file ({path.stat().st_size} bytes): {error}"
@@ -156,9 +162,10 @@ def _gguf(path: Path) -> Checkpoint:
                 f"{path.name} has weights of a quantisation that this worker does not know (ggml's number "
                 f"{newer[1]}); register another one, such as Q4_K, Q6_K or Q8_0"
             ) from error
+        why = error if isinstance(error, BeyondLimits) else type(error).__name__
         raise FileDamaged(
             path,
-            f"{path.name} is not a whole GGUF file ({path.stat().st_size} bytes): {type(error).__name__}",
+            f"{path.name} is not a whole GGUF file ({path.stat().st_size} bytes): {why}",
         ) from error
     if pieces > 1:
         raise NotServed(

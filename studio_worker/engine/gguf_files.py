@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import gguf
 
+from studio_worker.formats import MAX_GGUF_ENTRIES, MAX_GGUF_NAME_BYTES, MAX_GGUF_WORDS
+
 Shape = tuple[int, ...]
 """A tensor's, outermost dimension first as in torch."""
 
@@ -30,18 +32,39 @@ SHORT = 64
 
 _NUMBER = struct.Struct("<Q")
 _ARRAY = struct.Struct("<IQ")
+_HEAD = struct.Struct("<4sIQQ")
+
+
+class BeyondLimits(ValueError):
+    """The header is larger than any model's."""
 
 
 class Reader(gguf.GGUFReader):  # type: ignore[misc]
-    """gguf's reader, without long arrays among the metadata."""
+    """gguf's reader, without long arrays and texts among the metadata, and within limits."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        is_header = not hasattr(self, "data_offset")
+        if is_header and count > MAX_GGUF_NAME_BYTES:
+            raise BeyondLimits("a name or a shape is too long")
+        return super()._get(offset, dtype, count, override_order)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        if raw_type == gguf.GGUFValueType.STRING:
+            (length,) = _NUMBER.unpack_from(self.data, orig_offs)
+            if length > MAX_GGUF_NAME_BYTES:
+                return _NUMBER.size + length, [], [], [gguf.GGUFValueType.ARRAY]
         if raw_type != gguf.GGUFValueType.ARRAY:
             parts: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
             return parts
         item, count = _ARRAY.unpack_from(self.data, orig_offs)
         start = end = orig_offs + _ARRAY.size
+        if item == gguf.GGUFValueType.ARRAY:
+            raise BeyondLimits(
+                "it has a list of lists"
+            )  # which no model has, and no depth is deep enough for
         if item == gguf.GGUFValueType.STRING:
+            if count > MAX_GGUF_WORDS:
+                raise BeyondLimits(f"it has a list of {count} words")
             for _ in range(count):
                 end += _NUMBER.size + _NUMBER.unpack_from(self.data, end)[0]
         elif count <= SHORT:
@@ -61,13 +84,20 @@ def open_gguf(path: Path, mode: Literal["r", "c"] = "r") -> Reader:
         mode: ``c`` for memory that could be written to (copies of pages), as torch wants it.
 
     Raises:
-        ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, UnicodeDecodeError, struct.error:
-            the file is damaged. The library looks at nothing before it uses it.
+        DAMAGE: the file is damaged, or its header larger than any model's. The library looks at nothing
+            before it uses it.
     """
+    with path.open("rb") as file:
+        head = file.read(_HEAD.size)
+    if len(head) == _HEAD.size and max(_HEAD.unpack(head)[2:]) > MAX_GGUF_ENTRIES:
+        raise BeyondLimits(f"it has more than {MAX_GGUF_ENTRIES} keys or tensors")
     return Reader(path, mode)
 
 
-DAMAGE = (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, struct.error)
+DAMAGE = (
+    *(ValueError, KeyError, IndexError, OverflowError, TypeError, AttributeError, OSError, struct.error),
+    *(RecursionError, MemoryError),
+)
 """What :func:`open_gguf` meets in a damaged file (UnicodeDecodeError is a ValueError)."""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from studio_worker.engine.families import FAMILIES, identify
 from studio_worker.engine.families.family import Blueprint, Family
+from studio_worker.errors import NotServed
 from studio_worker.models import LocalFile
 
 _KEPT = 32
@@ -36,11 +37,19 @@ class Sources:
         try:
             stats = [file.path.stat() for file in files]
         except OSError:
-            return identify(files, self._families)  # says what is wrong
+            return self._identified(files)  # says what is wrong
         key = tuple((file, s.st_size, s.st_mtime_ns) for file, s in zip(files, stats, strict=True))
         if key not in self._known:
-            self._known[key] = identify(files, self._families)
+            self._known[key] = self._identified(files)
             if len(self._known) > _KEPT:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         return self._known[key]
+
+    def _identified(self, files: Sequence[LocalFile]) -> Blueprint:
+        try:
+            return identify(files, self._families)
+        except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            # A scalar where a matrix was expected: such a header was made up, or is of a model to come.
+            names = ", ".join(file.path.name for file in files)
+            raise NotServed(f"{names}: tensors of shapes that no known model has") from error

@@ -31,6 +31,8 @@ CONNECT_TIMEOUT_S = 15.0
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 """A larger frame closes the connection with code 1009, message too big (RFC 6455, 7.4.1)."""
 _CLOSE_TIMEOUT_S = 5.0
+_MAX_UNSENT, _UNSENT_S = 200, 0.1
+"""With more frames than this unsent, the studio sends and does not read: neither is its next frame read."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ async def carry(
     stopped = asyncio.create_task(stopping.wait())
     sending = asyncio.create_task(_send(socket_, outgoing))
     others = [
-        asyncio.create_task(_read(socket_, exchange, on_welcome)),
+        asyncio.create_task(_read(socket_, exchange, outgoing, on_welcome)),
         asyncio.create_task(watch(exchange.protocol, timings.dead_peer_s)),
         asyncio.create_task(_every(timings.heartbeat_s, exchange.beat)),
         asyncio.create_task(_every(timings.log_batch_s, exchange.ship)),
@@ -101,8 +103,15 @@ async def carry(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _read(socket_: ClientConnection, exchange: Exchange, on_welcome: Callable[[], None]) -> None:
+async def _read(
+    socket_: ClientConnection,
+    exchange: Exchange,
+    outgoing: asyncio.Queue[Body | None],
+    on_welcome: Callable[[], None],
+) -> None:
     while True:
+        while outgoing.qsize() > _MAX_UNSENT:
+            await asyncio.sleep(_UNSENT_S)
         if exchange.receive(await socket_.recv(), now_s()):
             on_welcome()
 

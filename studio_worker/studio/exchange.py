@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 
 from studio_worker.errors import FrameError, StudioWorkerError
+from studio_worker.models import NAME_CHARS
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.offers import (
     AlreadyOurs,
@@ -30,7 +31,7 @@ from studio_worker.studio.wire import Body, Capabilities
 log = logging.getLogger(__name__)
 
 _DROPPED_KINDS = 20
-"""So many kinds of unreadable frames are told of one connection."""
+"""So many kinds of unreadable frames and offers are told of one connection."""
 
 
 class Exchange:
@@ -90,7 +91,7 @@ class Exchange:
         try:
             event = self.protocol.receive(message, now)
         except FrameError as error:
-            self._note_dropped(str(error))
+            self._note_dropped("frame dropped", str(error))
             return False
         if isinstance(event, Offered):
             self._answer(event)
@@ -133,11 +134,11 @@ class Exchange:
             self._answer(offer)
         return offer is not None
 
-    def _note_dropped(self, error: str) -> None:
+    def _note_dropped(self, message: str, error: str) -> None:
         """Each kind once: a studio of a later version may send what is not known here at every heartbeat."""
         if error not in self._dropped and len(self._dropped) < _DROPPED_KINDS:
             self._dropped.add(error)
-            log.warning("frame dropped", extra={"op": "session", "error": error})
+            log.warning(message, extra={"op": "session", "error": error})
 
     def _answer(self, offer: Offered) -> None:
         judgement = self._judge(offer)
@@ -162,8 +163,8 @@ class Exchange:
                 self.fail(job_id, error, retryable=False)
                 log.error("job failed", extra=_facts(job_id, outcome="failed", error=error, retryable=False))
             case Ignore(reason):
-                log.warning("offer dropped", extra={"op": "session", "reason": reason})
-        self._on_answer(judgement, str(offer.claim.get("model", "")))
+                self._note_dropped("offer dropped", reason)
+        self._on_answer(judgement, str(offer.claim.get("model", ""))[:NAME_CHARS])
 
     def _judge(self, offer: Offered) -> Judgement:
         job_id = str(offer.claim.get("jobId", ""))
@@ -186,4 +187,4 @@ class Exchange:
 
 
 def _facts(job_id: str, **more: object) -> dict[str, object]:
-    return {"op": "job", "job_id": job_id, **{k: v for k, v in more.items() if v is not None}}
+    return {"op": "job", "job_id": job_id[:NAME_CHARS], **{k: v for k, v in more.items() if v is not None}}

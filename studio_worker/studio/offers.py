@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from studio_worker.breaker import Refusal
 from studio_worker.errors import NotServed
 from studio_worker.jobs import ImageTask, Job
-from studio_worker.models import ModelFile, ModelSource
+from studio_worker.models import NAME_CHARS, ModelFile, ModelSource
 from studio_worker.studio.wire import Claim, RejectCode, describe
 from studio_worker.urls import url_problem
 
@@ -110,6 +110,8 @@ def judge(claim: dict[str, Any], situation: Situation) -> Judgement:
     job_id = claim.get("jobId")
     if not isinstance(job_id, str) or not job_id:
         return Ignore("the offer names no job")
+    if len(job_id) > NAME_CHARS:  # before anything is named or looked up by it
+        return Impossible(job_id, f"the offer is malformed: jobId: has more than {NAME_CHARS} characters")
     if job_id == situation.current_job_id:
         return AlreadyOurs(job_id)
     # In this order: a result is uploaded, then delivered, then gone from the outbox.

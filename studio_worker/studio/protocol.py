@@ -33,6 +33,9 @@ from studio_worker.studio.wire import (
     read_studio_frame,
 )
 
+_DETAIL_CHARS = 500
+"""Of what the studio says of an error; it goes into every line about it."""
+
 
 class State(enum.Enum):
     """Where a session is: nothing may be sent between hello and welcome."""
@@ -114,7 +117,8 @@ class SessionProtocol:
             case HeartbeatAck():
                 return BeatAcknowledged()
             case ErrorFrame():
-                raise error_for_code(CLOSE_CODES.get(frame.code, 1000), f"{frame.code}: {frame.message}")
+                detail = f"{frame.code}: {frame.message}"[:_DETAIL_CHARS]
+                raise error_for_code(CLOSE_CODES.get(frame.code, 1000), detail)
 
     def heartbeat(self, capabilities: Capabilities, current_job_id: str | None) -> Heartbeat:
         self._assert_open()

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from studio_worker.errors import FrameError
-from studio_worker.models import CAMEL
+from studio_worker.models import CAMEL, Name
 
 _T = TypeVar("_T")
 
@@ -86,7 +86,7 @@ class RegisterRequest(Body):
 class RegisterAnswer(Body):
     """Answer to :class:`RegisterRequest`."""
 
-    request_id: str = Field(min_length=1)
+    request_id: Name = Field(min_length=1)
     status: str = "pending"
     """Not looked at: the poll brings the decision."""
 
@@ -97,8 +97,8 @@ class Pending(Body):
 
 class Approved(Body):
     status: Literal["approved"] = "approved"
-    worker_id: str = Field(min_length=1)
-    auth_token: str = Field(pattern=r"^[!-~]+$")
+    worker_id: Name = Field(min_length=1)
+    auth_token: str = Field(pattern=r"^[!-~]+$", max_length=8192)
     """Visible ASCII, as a header can carry it (RFC 9110, 5.5)."""
 
 
@@ -177,7 +177,7 @@ WorkerFrame = Hello | Heartbeat | Accept | Reject | CompleteJson | Fail | LogBat
 
 class Welcome(Body):
     type: Literal["welcome"] = "welcome"
-    worker_id: str
+    worker_id: Name
     server_time: str | None = None
 
 
@@ -236,12 +236,17 @@ def _read(adapter: TypeAdapter[_T], text: str | bytes) -> _T:
         raise FrameError(f"unreadable frame: {describe(error)}") from None
 
 
+_PART_CHARS, _PROBLEM_CHARS = 40, 200
+"""Both may quote the other side: a field's name, or what stands in place of a frame's type."""
+
+
 def describe(error: ValidationError) -> str:
     """What pydantic found wrong, field by field, without the values (they may hold prompts or tokens)."""
     problems = []
     for item in error.errors(include_url=False, include_input=False, include_context=False):
-        where = ".".join(str(part) for part in item["loc"])
-        problems.append(f"{where}: {item['msg']}" if where else str(item["msg"]))
+        where = ".".join(str(part)[:_PART_CHARS] for part in item["loc"])
+        problem = item["msg"].removeprefix("Value error, ")[:_PROBLEM_CHARS]
+        problems.append(f"{where}: {problem}" if where else problem)
     return "; ".join(problems[:5])
 
 
@@ -251,11 +256,11 @@ def describe(error: ValidationError) -> str:
 class Claim(Body):
     """An offer's claim, its task and model source still raw JSON (each is judged with its own answer)."""
 
-    job_id: str = Field(min_length=1)
-    game_id: str | None = None
-    asset_name: str | None = None
-    model: str
-    vram_gb_estimate: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    job_id: Name = Field(min_length=1)
+    game_id: Name | None = None
+    asset_name: Name | None = None
+    model: Name
+    vram_gb_estimate: float = Field(default=0.0, ge=0, le=1e6, allow_inf_nan=False)
     task: dict[str, Any]
     model_source: dict[str, Any]
 

@@ -79,7 +79,7 @@ def _context(width: int) -> Callable[[Mapping[str, Shape]], bool]:
     """Whether the UNet's cross-attention reads text embeddings of ``width`` numbers."""
 
     def fits(shapes: Mapping[str, Shape]) -> bool:
-        return any(key.endswith(_ATTENTION_KEY) and shape[-1] == width for key, shape in shapes.items())
+        return any(key.endswith(_ATTENTION_KEY) and shape[-1:] == (width,) for key, shape in shapes.items())
 
     return fits
 
