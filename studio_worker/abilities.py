@@ -64,8 +64,8 @@ class Abilities:
             machine_name=socket.gethostname(),
             username=_username(),
             agent_version=__version__,
-            vram_total_gb=round(self._device.memory_gb, 2) if self._device.is_gpu else 0,
-            vram_threshold_gb=round(self._threshold_gb(), 2),
+            vram_total_gb=self._device_gib() if self._device.is_gpu else 0,
+            vram_threshold_gb=self._threshold_gib(),
             auto_enabled=not self._desk.is_paused,
             supported_models=models,
             supported_models_per_kind={"image": models},
@@ -78,7 +78,7 @@ class Abilities:
             now=time.monotonic(),
             current_job_id=self._desk.current_job_id,
             is_paused=self._desk.is_paused,
-            threshold_gb=self._threshold_gb(),
+            threshold_gib=self._threshold_gib(),
             engines=self._engines.names(),
             on_demand=models.on_demand,
             allow_insecure_urls=models.allow_insecure_urls,
@@ -95,8 +95,12 @@ class Abilities:
             held_back=self._held_back,
         )
 
-    def _threshold_gb(self) -> float:
-        return self._settings().worker.vram_threshold_gb or self._device.memory_gb
+    def _threshold_gib(self) -> float:
+        return self._settings().worker.vram_threshold_gb or self._device_gib()
+
+    def _device_gib(self) -> float:
+        """As the studio is told: what it then offers is not refused for a difference in rounding."""
+        return round(self._device.memory_gb * 1e9 / 2**30, 2)
 
     def _memory_gb(self) -> float:
         """What the device has for a job when our own models have left it, as far as it says.

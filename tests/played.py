@@ -80,7 +80,7 @@ def situation(
         now=0.0,
         current_job_id=desk.current_job_id,
         is_paused=desk.is_paused,
-        threshold_gb=8.0,
+        threshold_gib=8.0,
         engines=frozenset({"sd-cpp"}),
         on_demand=True,
         allow_insecure_urls=False,

@@ -20,7 +20,9 @@ from studio_worker.store import Store
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.delivery import Courier
 from studio_worker.studio.desk import Desk
+from studio_worker.studio.offers import Refuse, Situation, Take, judge
 from tests.played import untouched_health
+from tests.test_offers import claim
 from tests.test_worker import KeepingEngine
 
 
@@ -48,27 +50,35 @@ def idle_courier(outbox: Outbox) -> Courier:
     )
 
 
+def abilities_of(
+    folder: Path, device: Device, engine: FullEngine | None = None, settings: Settings | None = None
+) -> tuple[Abilities, Situation]:
+    """What a box with that device can do, and what offers are judged by there."""
+    router = Router({"sd-cpp": lambda: engine or FullEngine(None)})
+    if engine is not None:
+        router.for_source(ModelSource(engine="sd-cpp"))
+    outbox = Outbox(folder / "outbox")
+    abilities = Abilities(
+        lambda: settings or Settings(),
+        device=device,
+        engines=router,
+        store=Store(folder / "models"),
+        desk=Desk(),
+        in_hand=JobInHand(folder / "spool"),
+        failures=Failures(folder / "spool"),
+        outbox=outbox,
+        health=untouched_health(),
+    )
+    return abilities, abilities.situation(idle_courier(outbox))
+
+
 @pytest.fixture
 def memory_gb(tmp_path: Path) -> Callable[[str, FullEngine | None], float]:
     """The memory that offers are compared with, on a device of 24 GB."""
 
     def told(device: str, engine: FullEngine | None) -> float:
-        router = Router({"sd-cpp": lambda: engine or FullEngine(None)})
-        if engine is not None:
-            router.for_source(ModelSource(engine="sd-cpp"))
-        outbox = Outbox(tmp_path / "outbox")
-        abilities = Abilities(
-            Settings,
-            device=Device(device, device, 24.0),
-            engines=router,
-            store=Store(tmp_path / "models"),
-            desk=Desk(),
-            in_hand=JobInHand(tmp_path / "spool"),
-            failures=Failures(tmp_path / "spool"),
-            outbox=outbox,
-            health=untouched_health(),
-        )
-        return abilities.situation(idle_courier(outbox)).memory_gb
+        _, situation = abilities_of(tmp_path, Device(device, device, 24.0), engine)
+        return situation.memory_gb
 
     return told
 
@@ -91,3 +101,24 @@ def test_cpu_worker_compares_with_free_ram_from_the_start(
     monkeypatch.setattr(module, "available_ram_bytes", lambda: int(3e9))
     assert memory_gb("cpu", None) == 3.0
     assert memory_gb("cpu", FullEngine(5.0)) == 5.0
+
+
+CARD = Device("cuda:0", "a card of 24 GiB", 24 * 2**30 / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("threshold_gib", "told", "taken", "left"), [(None, 24.0, 24.0, 24.1), (16.0, 16.0, 16.0, 16.1)]
+)
+def test_studio_is_told_gib_and_its_estimates_are_gib(
+    tmp_path: Path, threshold_gib: float | None, told: float, taken: float, left: float
+) -> None:
+    """The wire counts in GiB, as the upstream worker does: a card of 24 GiB is told as 24, and takes a 24."""
+    settings = Settings.model_validate({"worker": {"vram_threshold_gb": threshold_gib}})
+    abilities, situation = abilities_of(tmp_path, CARD, settings=settings)
+    capabilities = abilities.capabilities()
+    assert (capabilities.vram_total_gb, capabilities.vram_threshold_gb) == (24.0, told)
+    assert isinstance(judge(claim(vramGbEstimate=taken), situation), Take)
+    refused = judge(claim(vramGbEstimate=left), situation)
+    assert isinstance(refused, Refuse)
+    assert refused.code is None
+    assert f"needs {left:g} GiB and this worker takes up to {told:g} GiB" in refused.reason

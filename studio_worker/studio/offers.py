@@ -73,7 +73,8 @@ Judgement = Take | AlreadyOurs | OnItsWay | Refuse | Impossible | Ignore
 
 @dataclass(frozen=True)
 class Situation:
-    """What the worker knows of itself when an offer arrives. Memory in GB, ``now`` monotonic seconds.
+    """What the worker knows of itself when an offer arrives. Memory in GB (1e9 bytes) but for
+    ``threshold_gib``, which the studio's estimates are compared with; ``now`` in monotonic seconds.
 
     ``failed_for_good`` says why a job cannot be done, where that could not be reported when it was found out;
     ``outbox_problem`` why no further result has room. ``memory_gb`` is what the device has for a job,
@@ -84,7 +85,7 @@ class Situation:
     now: float
     current_job_id: str | None
     is_paused: bool
-    threshold_gb: float
+    threshold_gib: float
     engines: frozenset[str]
     on_demand: bool
     allow_insecure_urls: bool
@@ -157,11 +158,11 @@ def _judge_content(claim: Claim, situation: Situation) -> Judgement:
     for url in (*(file.url for file in source.files), *(url for url in inputs if url is not None)):
         if problem := url_problem(url, allow_insecure=situation.allow_insecure_urls):
             return Impossible(job_id, f"a file's address {problem}")
-    if claim.vram_gb_estimate > situation.threshold_gb:
+    if claim.vram_gb_estimate > situation.threshold_gib:
         return Refuse(
             job_id,
-            f"the job needs {claim.vram_gb_estimate:g} GB and this worker takes up to "
-            f"{situation.threshold_gb:g} GB",
+            f"the job needs {claim.vram_gb_estimate:g} GiB and this worker takes up to "
+            f"{situation.threshold_gib:g} GiB",
         )
     if held := situation.held_back(claim.model, source, task):
         return Refuse(job_id, held.reason, "busy" if held.is_for_now else None, is_routine=held.is_for_now)

@@ -52,7 +52,7 @@ class Body(BaseModel):
 
 
 class Capabilities(Body):
-    """What this worker says of itself. Memory in GB (1e9 bytes); 0 without a GPU."""
+    """What this worker says of itself. Memory in GiB, whatever the names say; 0 without a GPU."""
 
     machine_name: str
     username: str

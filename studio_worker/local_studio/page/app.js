@@ -8,7 +8,7 @@ const shortId = (id) => id.slice(0, 8);
 const plural = (n, one, many) => `${n} ${n === 1 ? one : many}`;
 
 function askRow(entry) {
-  const gb = entry.vramTotalGb ? `${entry.vramTotalGb} GB device memory` : "no GPU";
+  const gb = entry.vramTotalGb ? `${entry.vramTotalGb} GiB device memory` : "no GPU";
   return el("div", { class: "ask" },
     el("div", {}, el("strong", {}, entry.machineName), " wants to work here",
       el("div", { class: "hint" }, `${entry.username} · install ${shortId(entry.installId)} · version ${entry.agentVersion} · ${gb} · `,
@@ -26,7 +26,7 @@ function workerRow(worker) {
   return el("li", { class: "item" }, el("span", { class: `dot ${worker.state}` }),
     el("div", { class: "what" }, el("strong", {}, worker.name), " ", doing,
       job ? el("div", { class: "title" }, job.prompt ?? job.model) : null,
-      el("div", { class: "facts" }, `${own.vramTotalGb ? `${own.vramTotalGb} GB` : "no GPU"} · ${own.taskKinds.join(", ")} · version ${own.agentVersion} · ${shortId(worker.workerId)}`)),
+      el("div", { class: "facts" }, `${own.vramTotalGb ? `${own.vramTotalGb} GiB` : "no GPU"} · ${own.taskKinds.join(", ")} · version ${own.agentVersion} · ${shortId(worker.workerId)}`)),
     el("span", { class: "tag" }, worker.lastHeartbeatAt ? el("span", {}, "heartbeat ", ago(worker.lastHeartbeatAt)) : "never seen"),
     button("Delete", async () => {
       if (confirm(`Delete ${worker.name}? It has to register again to come back.`)) {
