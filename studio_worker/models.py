@@ -83,7 +83,11 @@ class LocalFile(NamedTuple):
 
 
 class CliDefaults(BaseModel):
-    """The model's own parameters; 0 or ``None`` means that the model has no opinion."""
+    """The model's own parameters; 0 or ``None`` means that the model has no opinion.
+
+    ``max_vram_gib`` bounds what of the device a picture is planned with. ``mmap`` asks for weights to be
+    mapped, which they always are here while they are loaded.
+    """
 
     model_config = CAMEL
 
@@ -97,6 +101,8 @@ class CliDefaults(BaseModel):
     offload_to_cpu: bool | None = None
     context_size: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    mmap: bool | None = None
+    max_vram_gib: float | None = None
 
 
 class ModelSource(BaseModel):

@@ -36,7 +36,7 @@ from studio_worker.engine.rendering import LoadedModel
 from studio_worker.engine.residency import Key, Residency
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
-from studio_worker.models import LocalFile, ModelSource
+from studio_worker.models import CliDefaults, LocalFile, ModelSource
 from tests.engine_lab import SAMPLE, SMALL, changed_sample, encoded, request, scene
 from tests.played_gpu import played
 
@@ -376,6 +376,29 @@ def test_offloaded_picture_is_the_same(mode: Mode, kind: str) -> None:
     again = made(engine, inputs=inputs, defaults=defaults)
     assert again.data == picture.data
     assert again.timings_s["load"] == 0  # it waits in RAM
+
+
+@pytest.mark.parametrize(("share", "offload"), [(1.0, "layers"), (0.01, "layers"), (0.0, None), (-1.0, None)])
+def test_picture_is_planned_within_what_its_source_allows(share: float, offload: str | None) -> None:
+    """maxVramGib bounds what a model takes of a device that has more; where no way is as lean, the leanest is
+    taken, and 0 or less bounds nothing, as in stable-diffusion.cpp. The picture is the same.
+    """
+    allowed = share * plan_of(Mode.LAYERS, tiled=False).peak_bytes / GIB
+    said = SMALL.model_dump(by_alias=True) | {"maxVramGib": allowed, "mmap": True}
+    engine = DiffusionEngine("cpu", memory=Fake(GIB))
+    picture = made(engine, defaults=CliDefaults.model_validate(said), seed=3)
+    assert picture.meta.get("offload") == offload
+    if not picture.meta.get("tiledVae"):
+        assert picture.data == made(DiffusionEngine("cpu"), seed=3).data
+
+
+def test_source_that_allows_more_than_there_is_changes_nothing() -> None:
+    """maxVramGib is no promise: what the device has not is not planned with."""
+    defaults = SMALL.model_copy(update={"max_vram_gib": 100.0})
+    memory = Fake(plan_of(Mode.LAYERS, tiled=False).peak_bytes)
+    assert made(DiffusionEngine("cpu", memory=memory), defaults=defaults).meta["offload"] == "layers"
+    with pytest.raises(JobError, match="device with more memory"):
+        made(DiffusionEngine("cpu", memory=Fake(MIB)), defaults=defaults)
 
 
 def test_offload_leaves_no_trace() -> None:

@@ -6,6 +6,7 @@ This module owns the order of these; what fits is placement.py's, what stays is 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -65,6 +66,7 @@ class Loader:
             self._memory.on_device(self._residency.size_bytes()),
             host=self._host_bytes(),
             offload=bool(defaults.offload_to_cpu),
+            allowed=_allowed_bytes(defaults),
             device=str(self._device),
             spare=self._residency.spare_bytes(self._keys(blueprint).values()),
         )
@@ -196,3 +198,11 @@ class Loader:
             name: Key(parts[name].identity, section.content, dtype)
             for name, section in blueprint.sections.items()
         }
+
+
+def _allowed_bytes(defaults: CliDefaults) -> int | None:
+    """What of the device the model's source allows; ``None`` where it bounds nothing, as 0 and less do in
+    stable-diffusion.cpp, too.
+    """
+    allowed = (defaults.max_vram_gib or 0) * 2**30
+    return int(allowed) if 0 < allowed < math.inf else None

@@ -136,7 +136,14 @@ class Footprint:
 
 
 def choose(
-    needed: Footprint, available: int, *, host: int, offload: bool, device: str, spare: int = 0
+    needed: Footprint,
+    available: int,
+    *,
+    host: int,
+    offload: bool,
+    device: str,
+    spare: int = 0,
+    allowed: int | None = None,
 ) -> Plan:
     """The fastest way to make the picture within ``available`` bytes of the device.
 
@@ -145,6 +152,8 @@ def choose(
             unpacked only within these; 0 where nothing is unpacked.
         host: bytes of RAM in which components can wait; 0 where RAM is the device.
         offload: the model asks for that (``offloadToCpu``).
+        allowed: within how many of the bytes the model asks to stay (``maxVramGib``). Where no way is as
+            lean, the leanest that the device has room for is taken.
 
     Raises:
         JobError: there is none; another worker may have more.
@@ -152,10 +161,14 @@ def choose(
     plans = [plan for plan in needed.plans() if _can_wait(needed, plan, host)]
     if offload:
         plans = [plan for plan in plans if plan.mode is not Mode.WHOLE] or plans
+    limit = available if allowed is None else min(available, allowed)
     for plan in plans:
-        if plan.peak_bytes <= (min(spare, available) if plan.unpacked else available):
+        if plan.peak_bytes <= (min(spare, limit) if plan.unpacked else limit):
             return plan
-    least = min(plan.peak_bytes for plan in plans)
+    leanest_plan = min(plans, key=lambda plan: plan.peak_bytes)
+    least = leanest_plan.peak_bytes
+    if least <= available:
+        return leanest_plan
     weights = needed.weight_bytes
     waiting = (
         f"; its weights cannot wait in RAM, since they are {weights / 2**30:.1f} GiB and it has "
