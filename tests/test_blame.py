@@ -337,7 +337,7 @@ def kind_of_job_that_is_not_served(scene: Scene) -> Job:
 
 
 def engine_that_is_not_here(scene: Scene) -> Job:
-    return scene.job(engine="onnx")
+    return scene.job(engine="parakeet")
 
 
 KNOWN_LACKS = [kind_of_job_that_is_not_served, engine_that_is_not_here]

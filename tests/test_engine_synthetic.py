@@ -92,5 +92,5 @@ def test_placeholders_are_only_for_sources_that_say_so() -> None:
     router: Router = default_router("cpu")
     assert isinstance(router.for_source(ModelSource(engine="synthetic")), SyntheticEngine)
     assert not isinstance(router.for_source(ModelSource(engine="sd-cpp")), SyntheticEngine)
-    with pytest.raises(JobError, match="unknown engine 'onnx'"):
-        router.for_source(ModelSource(engine="onnx"))
+    with pytest.raises(JobError, match="unknown engine 'parakeet'"):
+        router.for_source(ModelSource(engine="parakeet"))

@@ -251,7 +251,7 @@ def test_offer_is_read_with_every_field_of_the_protocol() -> None:
             "cliDefaults": {
                 "cfgScale": 1.0, "steps": 8, "width": 1024, "height": 768, "samplingMethod": "euler",
                 "flowShift": 3.0, "zeroCondT": True, "offloadToCpu": False, "contextSize": 4096,
-                "chatTemplateKwargs": {"a": 1}, "newField": None,
+                "chatTemplateKwargs": {"a": 1}, "mmap": True, "maxVramGib": 6.5, "newField": None,
             },
         },
     }  # fmt: skip
@@ -295,11 +295,3 @@ def test_box_that_refuses_what_it_is_offered_says_why() -> None:
     for situation in (full, busy, full, IDLE):
         note_answer(Activity(), line, judge(CLAIM, situation), "m")
     assert said == ["ready; the last offer was refused: the disk for finished pictures is full", "ready"]
-
-
-def test_every_default_of_a_source_is_read() -> None:
-    """What a source says of memory comes with its job, in the wire's own words."""
-    defaults = {"cfgScale": 1.0, "steps": 8, "width": 0, "height": 0, "mmap": True, "maxVramGib": 6.5}
-    taken = judge(claim(modelSource={**SOURCE, "cliDefaults": defaults}), IDLE)
-    assert isinstance(taken, Take)
-    assert (taken.job.source.cli_defaults.mmap, taken.job.source.cli_defaults.max_vram_gib) == (True, 6.5)
