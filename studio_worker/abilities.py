@@ -24,6 +24,7 @@ from studio_worker.studio.delivery import Courier
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.offers import Situation
 from studio_worker.studio.wire import Capabilities
+from studio_worker.urls import is_data_url
 
 
 class Abilities:
@@ -116,8 +117,7 @@ class Abilities:
         return all(self._store.is_verified(file) for file in files)
 
     def _held_back(self, model: str, source: ModelSource, task: ImageTask) -> Refusal | None:
-        inputs = (task.init_image_url, task.mask_url, task.ref_image_url)
-        fetches = any(url is not None for url in inputs) or not self._is_on_box(source.files)
+        fetches = not all(map(is_data_url, task.input_urls)) or not self._is_on_box(source.files)
         return self._health.refusal(model, source, task, fetches=fetches)
 
     def _needed_gb(self, source: ModelSource, task: ImageTask) -> float | None:

@@ -54,6 +54,12 @@ class ImageTask(BaseModel):
     seed: Annotated[int, Field(ge=-(2**64), le=2**65)] | None = None
     ext: Name = "webp"
 
+    @property
+    def input_urls(self) -> tuple[str, ...]:
+        """The addresses of the pictures that it starts from."""
+        given = (self.init_image_url, self.mask_url, self.ref_image_url)
+        return tuple(url for url in given if url is not None)
+
 
 @dataclass(frozen=True)
 class Job:

@@ -24,6 +24,16 @@ def url_problem(url: str, *, allow_insecure: bool) -> str | None:
     return None
 
 
+def input_url_problem(url: str, *, allow_insecure: bool) -> str | None:
+    """The same of an input picture, which may also stand in its address (RFC 2397)."""
+    return None if is_data_url(url) else url_problem(url, allow_insecure=allow_insecure)
+
+
+def is_data_url(url: str) -> bool:
+    """Whether ``url`` holds its content itself, so that nothing is fetched for it."""
+    return url[:5].lower() == "data:"
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host name or address means this machine itself."""
     if host == "localhost":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import ipaddress
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -17,7 +19,7 @@ from studio_worker.networks import Networks, network_kind
 from studio_worker.policy import Policy
 from tests.servers import FileServer, resolve_to
 
-BODY = b"a tiny pretend picture"
+BODY = b"a tiny pretend picture\xfb\xef\xbe\xff"
 STUDIO = "https://studio.example/graphics/api"
 QUICK = Policy(connect_s=5, stall_s=5, wait=lambda event, seconds: event.is_set())
 
@@ -163,3 +165,42 @@ def test_stop_ends_the_tries(server: FileServer) -> None:
     file.on_request = lambda earlier: stop.set()
     with pytest.raises(DownloadCancelled):
         input_fetcher(Policy(allow_insecure=True), STUDIO)(file.url, stop)
+
+
+DATA: dict[str, str] = {
+    "base64": "data:image/png;base64," + base64.b64encode(BODY).decode(),
+    "in capitals": "DATA:image/png;BASE64," + base64.b64encode(BODY).decode(),
+    "without a type": "data:;base64," + base64.b64encode(BODY).decode(),
+    "with parameters": "data:image/png;charset=utf-8;base64," + base64.b64encode(BODY).decode(),
+    "without its padding": "data:image/png;base64," + base64.b64encode(BODY).decode().rstrip("="),
+    "URL-safe": "data:image/png;base64," + base64.urlsafe_b64encode(BODY).decode(),
+    "in lines": "data:image/png;base64," + base64.encodebytes(BODY * 5).decode(),
+    "escaped": "data:image/png;base64," + quote(base64.b64encode(BODY).decode(), safe=""),
+    "no base64 at all": "data:image/png," + quote(BODY),
+}
+
+
+@pytest.mark.parametrize("form", DATA)
+def test_input_may_stand_in_its_address(form: str) -> None:
+    """A data: address brings its picture itself, in any of its spellings, and nothing is asked of anybody."""
+    assert fetch(DATA[form]) == BODY * (5 if form == "in lines" else 1)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("data:image/png;base64", "without a comma"),
+        ("data:image/png;base64,c2VjcmV0*", "not base64"),
+        ("data:image/png;base64,c2Vjc", "not base64"),
+        ("data:," + "c2VjcmV0" * 10, "more than 64 bytes"),
+    ],
+)
+def test_unreadable_data_address_is_the_jobs_fault(
+    url: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data: address that is none, or holds too much, ends the job for good; its content is not told."""
+    monkeypatch.setattr("studio_worker.inputs.MAX_BYTES", 64)
+    with pytest.raises(DownloadRefused, match=says) as caught:
+        fetch(url)
+    assert caught.value.is_jobs_fault
+    assert "c2Vjc" not in str(caught.value)

@@ -193,6 +193,16 @@ def test_offer_that_no_worker_could_do_is_failed_for_good(changes: dict[str, Any
     assert error in judgement.error
 
 
+@pytest.mark.parametrize("field", ["initImageUrl", "maskUrl", "refImageUrl"])
+def test_input_may_stand_in_its_address(field: str) -> None:
+    """Pictures of a task may come as data: addresses; files of a model may not."""
+    address = "data:image/png;base64,iVBORw0KGgo="
+    task = {**CLAIM["task"], "initImageUrl": address, field: address}
+    assert isinstance(judge(claim(task=task), IDLE), Take)
+    source = {**SOURCE, "files": [{**SOURCE["files"][0], "url": address}]}  # type: ignore[dict-item]
+    assert isinstance(judge(claim(modelSource=source), IDLE), Impossible)
+
+
 def test_malformed_offer_error_does_not_quote_the_prompt() -> None:
     """The reason of a refusal names the fields, never what they held."""
     judgement = judge(claim(task={"kind": "image", "prompt": ["hidden castle"]}), IDLE)

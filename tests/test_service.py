@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -13,7 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from studio_worker.demo import MODEL_ID, sample_source, write_configuration
 from studio_worker.local_studio import LocalStudio
@@ -23,6 +26,7 @@ from studio_worker.service_process import ServiceProcess
 from studio_worker.studio.api import StudioApi
 from studio_worker.studio.identity import IdentityFile
 from studio_worker.studio.registration import Registration
+from tests.engine_lab import decoded, encoded, scene
 from tests.servers import FileServer, ServedFile
 from tests.test_wire import CAPABILITIES
 
@@ -196,6 +200,34 @@ def test_service_does_a_job_and_stops_cleanly(site: Path, studio: LocalStudio, t
     assert result is not None
     assert result.generation_meta is not None
     assert result.generation_meta["seed"] == 7
+
+
+def test_service_paints_within_a_mask_that_came_in_the_offer(
+    site: Path, studio: LocalStudio, tmp_path: Path
+) -> None:
+    """Picture and mask as data: addresses make a picture that keeps what the mask protects; an unreadable one
+    fails its job for good. No log line holds any of them.
+    """
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (32, 0, 64, 64))
+    urls = [f"data:image/png;base64,{base64.b64encode(encoded(each)).decode()}" for each in (scene(), mask)]
+    task = {"prompt": prompt("red", "gem", "sky"), "steps": 2, "width": 64, "height": 64, "ext": "png"}
+    inputs = {"initImageUrl": urls[0], "maskUrl": urls[1], "denoise": 1.0}
+    with ServiceProcess(site, tmp_path / "log") as running:
+        source = sample_source(studio)
+        good = studio.queue_job(model=MODEL_ID, task=task | inputs, model_source=source)
+        bad = studio.queue_job(
+            model=MODEL_ID, task=task | {"initImageUrl": urls[0] + "*"}, model_source=source
+        )
+        await_status(studio, good, "done")
+        await_status(studio, bad, "failed")
+        assert running.stop() == 0
+        lines = json.dumps(running.log_lines())
+    painted = np.asarray(decoded(studio.result(good)))
+    assert (painted[:, :32] == np.asarray(scene())[:, :32]).all()
+    assert (painted[:, 32:] != np.asarray(scene())[:, 32:]).any()
+    assert "an input picture is a data: address that is not base64" in str(studio.job(bad).reason)
+    assert urls[0][40:80] not in lines
 
 
 def test_service_logs_one_summary_line_a_job_with_every_stage(

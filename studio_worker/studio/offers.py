@@ -16,7 +16,7 @@ from studio_worker.errors import NotServed
 from studio_worker.jobs import ImageTask, Job
 from studio_worker.models import NAME_CHARS, ModelFile, ModelSource
 from studio_worker.studio.wire import Claim, RejectCode, describe
-from studio_worker.urls import url_problem
+from studio_worker.urls import input_url_problem, url_problem
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,13 @@ def _judge_content(claim: Claim, situation: Situation) -> Judgement:
     if source.engine not in situation.engines:
         known = ", ".join(sorted(situation.engines))
         return Refuse(job_id, f"unknown engine {source.engine[:40]!r}; this worker has {known}")
-    inputs = (task.init_image_url, task.mask_url, task.ref_image_url)
-    for url in (*(file.url for file in source.files), *(url for url in inputs if url is not None)):
-        if problem := url_problem(url, allow_insecure=situation.allow_insecure_urls):
-            return Impossible(job_id, f"a file's address {problem}")
+    insecure = situation.allow_insecure_urls
+    problems = [
+        *(url_problem(file.url, allow_insecure=insecure) for file in source.files),
+        *(input_url_problem(url, allow_insecure=insecure) for url in task.input_urls),
+    ]
+    if problem := next(filter(None, problems), None):
+        return Impossible(job_id, f"a file's address {problem}")
     if claim.vram_gb_estimate > situation.threshold_gib:
         return Refuse(
             job_id,
