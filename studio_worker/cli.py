@@ -18,7 +18,7 @@ from studio_worker.cli_gpu_check import gpu_check
 from studio_worker.cli_models import models_app
 from studio_worker.cli_options import ConfigDir, Instance
 from studio_worker.errors import ConfigError, StudioWorkerError
-from studio_worker.files import DISK_TROUBLES
+from studio_worker.files import DISK_TROUBLES, others_can_read
 from studio_worker.owner import become, owner_of
 
 app = typer.Typer(
@@ -131,6 +131,8 @@ def local_studio(
 
 def _read_token(path: Path) -> str:
     try:
+        if others_can_read(path):
+            raise ConfigError("others can read it", source=str(path), cure=f"chmod 600 {path}")
         return path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise ConfigError(

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -31,14 +32,18 @@ def check_config(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = Fals
     if identity.exists():
         IdentityFile(identity).load()
     if as_json:
-        shown = loaded.settings.model_dump(mode="json")
-        if proxy := shown["models"]["proxy"]:
-            shown["models"]["proxy"] = logs.safe_url(proxy)
-        typer.echo(json.dumps(shown, indent=2))
+        typer.echo(json.dumps(_without_secrets(loaded.settings.model_dump(mode="json")), indent=2))
         return
     count = len(loaded.required)
     studio = logs.safe_url(loaded.settings.studio.api_base_url)
     typer.echo(f"{directory}: configuration is valid; {count} required model(s); studio {studio}")
+
+
+def _without_secrets(shown: Any) -> Any:
+    """Every address in it, whatever the key, as it may be told: a password or token may be anywhere."""
+    if isinstance(shown, dict):
+        return {_without_secrets(key): _without_secrets(value) for key, value in shown.items()}
+    return logs.safe_url(shown) if isinstance(shown, str) and "://" in shown else shown
 
 
 def doctor(

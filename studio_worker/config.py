@@ -22,7 +22,8 @@ from studio_worker.config_files import Document, list_files, read_document, user
 from studio_worker.errors import ConfigError
 from studio_worker.models import RequiredModel
 from studio_worker.required import read_required
-from studio_worker.settings import ENV_PREFIX, ENV_SEPARATOR, Settings
+from studio_worker.settings import ENV_PREFIX, ENV_SEPARATOR, Settings, SettingsError
+from studio_worker.wording import fault
 
 DEFAULT_DIR = Path("/etc/studio-worker")
 
@@ -68,6 +69,8 @@ def load(directory: Path = DEFAULT_DIR) -> Config:
         settings = Settings(**merged)  # type: ignore[arg-type]  # pydantic checks and converts the values
     except ValidationError as error:
         raise _explain(error, origins) from error
+    except SettingsError as error:
+        raise _no_json() from error
     required = read_required(directory / "models.d", allow_insecure=settings.models.allow_insecure_urls)
     return Config(settings, required)
 
@@ -185,6 +188,22 @@ def _environment_origins() -> dict[str, _Origin]:
     return origins
 
 
+def _no_json() -> ConfigError:
+    """A table comes from the environment as JSON; the library's words name the section alone."""
+    tables = {
+        f"{ENV_PREFIX}{section}{ENV_SEPARATOR}{key}".upper()
+        for section, field in Settings.model_fields.items()
+        for key, value in field.default.__class__.model_fields.items()
+        if isinstance(value.default, dict)
+    }
+    named = next((name for name in sorted(os.environ) if name.upper() in tables), "")
+    return ConfigError(
+        "is not valid JSON",
+        source=f"environment variable {named}" if named else "the environment",
+        cure='write a table as {"name": "value"}',
+    )
+
+
 def _explain(error: ValidationError, origins: dict[str, _Origin]) -> ConfigError:
     first = error.errors(include_url=False)[0]
     section, name = (str(part) for part in first["loc"][:2])
@@ -193,7 +212,7 @@ def _explain(error: ValidationError, origins: dict[str, _Origin]) -> ConfigError
     default = getattr(Settings.model_fields[section].default, name)
     written = "none" if default is None else json.dumps(default, default=str)
     return ConfigError(
-        f"{_shown(first['input'])}: {str(first['msg']).removeprefix('Value error, ')}",
+        f"{_shown(first['input'])}: {fault(first)}",
         source=origin.source,
         line=origin.line,
         key=key,

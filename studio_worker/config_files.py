@@ -114,8 +114,17 @@ def _parse_toml(path: Path, text: str) -> dict[str, Any]:
             f"is not valid TOML: {error}",
             source=str(path),
             line=int(line[1]) if line else len(text.splitlines()) or 1 if at_end else None,
-            cure="mend the syntax (text values need quotes)",
+            cure=_toml_cure(str(error)),
         ) from error
+
+
+def _toml_cure(said: str) -> str:
+    if twice := re.match(r"Cannot declare \((.*?),?\) twice", said):
+        section = ".".join(part.strip(" '\"") for part in twice[1].split(","))
+        return f"[{section}] stands there already: put these keys below it"
+    if said.startswith("Cannot overwrite a value"):
+        return "the key stands there already: leave one of the two out"
+    return "mend the syntax (text values need quotes)"
 
 
 def _parse_json(path: Path, text: str) -> Any:

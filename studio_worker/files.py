@@ -105,3 +105,13 @@ def read_plain(path: Path) -> bytes:
     """
     with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
         return file.read()
+
+
+def others_can_read(path: Path) -> bool:
+    """Whether others than its owner get at ``path``: by its mode, and by those of the folders above it.
+
+    Raises:
+        OSError: it is not there.
+    """
+    real = path.resolve(strict=True)
+    return bool(real.stat().st_mode & 0o077) and all(above.stat().st_mode & 0o011 for above in real.parents)

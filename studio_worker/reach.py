@@ -68,10 +68,11 @@ def _tokens(folder: Path, *, is_ours: bool) -> dict[str, str]:
                 add_secret(token)
                 found[path.name.removeprefix(TOKEN_PREFIX).lower()] = token
     except OSError as error:
+        is_missing = is_ours and isinstance(error, FileNotFoundError) and not folder.exists()
         raise ConfigError(
             f"{error.filename}: {error.strerror}",
             key="models.token_dir" if is_ours else "",
-            cure="let this user read it",
+            cure="make that folder, or leave the key out" if is_missing else "let this user read it",
         ) from error
     except ValueError:
         raise ConfigError(

@@ -14,14 +14,13 @@ import http
 import os
 import re
 import ssl
-import time
 from collections.abc import Mapping
 from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
 
-from studio_worker import __version__
+from studio_worker import __version__, certificates
 from studio_worker.connecting import Adapter
 from studio_worker.errors import DownloadError, DownloadRefused
 from studio_worker.logs import safe_url
@@ -35,11 +34,6 @@ _EXPIRED = frozenset({400, 401, 403, 404, 410})
 _CODINGS = frozenset({"br", "compress", "dcb", "dcz", "deflate", "gzip", "x-compress", "x-gzip", "zstd"})
 """IANA's registry of content codings. Stores send other words too, of files that are what they are."""
 _AUTHORITY_CURE = "see the machine's clock; a certificate authority of your own goes into [models] ca_bundle"
-_CERTIFICATE_CURES = {
-    9: "the clock of this machine says {now}: set it where it is wrong, else the certificate begins later",
-    10: "the clock of this machine says {now}: set it where it is wrong, else renew the certificate",
-}
-"""By OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""
 _SENDABLE = re.compile(r"/[A-Za-z0-9\-._~:/?\[\]@!$&'()*+,;=%]*")
 """RFC 3986, 2: what needs no escape, and escapes."""
 _TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d{3})\b")
@@ -170,9 +164,8 @@ def _failed(name: str, via: str, error: BaseException) -> DownloadError:
     """What a request without an answer ended with, and its cure where there is one."""
     innermost = _innermost(error)
     if isinstance(innermost, ssl.SSLCertVerificationError):  # it stays so for now
-        words = _CERTIFICATE_CURES.get(innermost.verify_code, _AUTHORITY_CURE)
-        now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-        return DownloadRefused("request error", f"GET {name}: {via}{cause(error)}; {words.format(now=now)}")
+        words = certificates.cure(innermost, _AUTHORITY_CURE)
+        return DownloadRefused("request error", f"GET {name}: {via}{cause(error)}; {words}")
     if found := _TUNNEL_REFUSED.match(str(innermost)):
         return _proxy_error(name, via, int(found[1]))
     return DownloadError("request error", f"GET {name}: {via}{cause(error)}")

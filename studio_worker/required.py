@@ -14,6 +14,7 @@ from studio_worker.config_files import Document, list_files, read_document
 from studio_worker.errors import ConfigError
 from studio_worker.models import RequiredModel
 from studio_worker.urls import url_problem
+from studio_worker.wording import fault
 
 
 def read_required(directory: Path, *, allow_insecure: bool) -> tuple[RequiredModel, ...]:
@@ -52,7 +53,7 @@ def _read_model(document: Document) -> RequiredModel:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(
-            str(first["msg"]).removeprefix("Value error, "),
+            fault(first),
             source=str(document.path),
             line=_line(document, str(first["loc"][-1]), first["input"]),
             key=".".join(str(part) for part in first["loc"]),

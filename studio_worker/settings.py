@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsError as SettingsError
 
 from studio_worker.urls import is_loopback, url_problem
 
 ENV_PREFIX = "STUDIO_WORKER_"
 ENV_SEPARATOR = "__"
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
 
 
 def _device(value: str) -> str:
@@ -103,8 +108,8 @@ class StateSection(_Section):
 
 
 class LogSection(_Section):
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "json", "text"] = "auto"
+    level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
+    format: Annotated[Literal["auto", "json", "text"], BeforeValidator(_lower)] = "auto"
 
 
 class MetricsSection(_Section):

@@ -18,7 +18,7 @@ def url_problem(url: str, *, allow_insecure: bool) -> str | None:
     except ValueError:
         return "is not a valid URL"
     if parts.scheme not in {"http", "https"} or not host:
-        return "is not an http(s) URL"
+        return "is not an http(s) URL" + ("" if "://" in url else "; begin it with https://")
     if parts.scheme == "http" and not allow_insecure and not is_loopback(host):
         return "is plain http; use https, or set allow_insecure_urls = true under [models]"
     return None

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable
+from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable, UnknownRegistration
 from studio_worker.finished import Delivery
 from studio_worker.studio.api import StudioApi, api_root
 from tests.scripted import ScriptedHttp
+from tests.servers import black_hole, resolve_to
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,17 @@ def test_session_url_follows_the_scheme() -> None:
         == "wss://host/custom/graphics/api/workers/w%2F1/connect"
     )
     assert StudioApi("http://host").session_url("w") == "ws://host/graphics/api/workers/w/connect"
+
+
+def test_calls_reach_a_studio_one_of_whose_addresses_swallows_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Broken IPv6 before a good IPv4 address holds up neither registration nor upload."""
+    resolve_to(monkeypatch, "127.0.0.2", "127.0.0.1")
+    with ScriptedHttp((401, {}, {})) as server:
+        port = int(server.url.rpartition(":")[2])
+        with black_hole("127.0.0.2", port), pytest.raises(UnknownRegistration):
+            StudioApi(f"http://studio.example:{port}").poll("r", "secret")
 
 
 def delivery(tmp_path: Path, prompt: str = "a castle") -> Delivery:

@@ -24,7 +24,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for rooms in (
         "__init__ errors sample_model files journal process crowd",
         "networks connecting torch_build",
-        "compatibility logs notify models urls lock config_files spans policy pace formats scrapes",
+        "compatibility logs notify models urls lock config_files wording spans policy pace formats scrapes "
+        "certificates",
         "nodes jobs required settings finished outbox_clock staging request ledger leftovers copying ram",
         "snapshot starts control holding owner driver nvml breaker",
         "transport health",

@@ -11,6 +11,7 @@ import pty
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -245,10 +246,27 @@ def test_local_studio_names_a_token_file_that_is_missing(tmp_path: Path) -> None
     assert f"{tmp_path}/token: " in mistake("local-studio", "--token-file", tmp_path / "token")
 
 
+@pytest.mark.parametrize(("mode", "folder_mode", "is_refused"), [(0o644, 0o755, True), (0o644, 0o700, False)])
+def test_local_studio_refuses_a_token_that_others_can_read(
+    folder: Path, mode: int, folder_mode: int, is_refused: bool
+) -> None:
+    """A token file that other users get at is refused with the cure; a private folder keeps it as well."""
+    with tempfile.TemporaryDirectory() as private:
+        path = Path(private) / "inner" / "token"
+        path.parent.mkdir()
+        path.write_text("short")  # so that it never starts
+        path.chmod(mode)
+        Path(private).chmod(folder_mode)
+        said = mistake("local-studio", "--data", folder / "data", "--token-file", path)
+    assert ("others can read it; chmod 600" in said) == is_refused
+    assert ("fewer than" in said) != is_refused
+
+
 @pytest.mark.parametrize("content", [b"short\n", b"", b"\xff\xfe" * 20])
 def test_local_studio_refuses_a_token_that_is_none(tmp_path: Path, content: bytes) -> None:
     """A token that is too short to be one, or no text, is refused with the way to make one."""
     (tmp_path / "token").write_bytes(content)
+    (tmp_path / "token").chmod(0o600)
     said = mistake("local-studio", "--data", tmp_path / "data", "--token-file", tmp_path / "token")
     assert "openssl rand -hex 32" in said
 

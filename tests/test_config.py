@@ -118,6 +118,65 @@ def test_check_config_prints_every_setting_as_json(folder: Path) -> None:
     assert json.loads(done.stdout)["worker"]["device"] == "cpu"
 
 
+def test_check_config_as_json_tells_no_secret(folder: Path) -> None:
+    """Passwords and tokens in any address, a mirror's on either side too, are not printed by --json."""
+    site(
+        folder,
+        f"[studio]\napi_base_url = 'https://studio.example/a?key={PASSWORD}'\n"
+        f"[models]\nproxy = 'http://me:{PASSWORD}@proxy.example:3128'\n"
+        f"mirrors = {{ 'https://a.example/' = 'https://me:{PASSWORD}@b.example/x', "
+        f"'https://c.example/?t={PASSWORD}' = 'https://d.example/' }}\n",
+    )
+    done = command(folder, "--json")
+    assert done.returncode == 0, done.stderr
+    assert PASSWORD not in done.stdout
+    shown = json.loads(done.stdout)
+    assert shown["studio"]["api_base_url"] == "https://studio.example/a"
+    assert shown["models"]["mirrors"]["https://a.example/"] == "https://b.example/x"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[models]\non_demand = true\n[worker]\n[models]\nroot = '/x'\n", "[models] stands there already"),
+        ("[studio]\napi_base_url = 'studio.example:8765'\n", "begin it with https://"),
+        ("[studio]\napi_base_url = 'studio.example'\n", "begin it with https://"),
+        ("[models]\nmirrors = 'https://a.example'\n", "must be a table of names and values"),
+        ("[worker]\ndevice = 0\n", "must be text, in quotes"),
+        ("[metrics]\nlisten = 9464\n", "must be text, in quotes"),
+        ("[models]\nmax_connections = 'many'\n", "must be a whole number"),
+        ("[models]\nmax_connections = 2.5\n", "must be a whole number"),
+        ("[models]\non_demand = 'perhaps'\n", "must be true or false"),
+        ("[models]\nroot = 3\n", "must be a path, in quotes"),
+        ("[models]\nbudget_gb = -1\n", "must be greater than 0"),
+        ("[log]\nlevel = 'loud'\n", "must be 'debug', 'info', 'warning' or 'error'"),
+    ],
+)
+def test_mistakes_are_told_in_an_operators_words(folder: Path, text: str, said: str) -> None:
+    """What is wrong is said of the file as it is written, in no words of the library's."""
+    site(folder, text)
+    with pytest.raises(ConfigError) as caught:
+        config.load(folder)
+    assert said in str(caught.value)
+    for theirs in ("Input", "dictionary", "valid string", "instance"):
+        assert theirs not in str(caught.value)
+
+
+def test_level_may_be_written_in_capitals(folder: Path) -> None:
+    """``level = "INFO"`` means info."""
+    site(folder, '[log]\nlevel = "INFO"\nformat = "JSON"\n')
+    assert config.load(folder).settings.log.level == "info"
+
+
+def test_table_in_the_environment_that_is_no_json_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table given by environment is JSON; what is none is a mistake with the variable's name."""
+    monkeypatch.setenv("STUDIO_WORKER_MODELS__MIRRORS", "{https://a")
+    with pytest.raises(ConfigError, match="STUDIO_WORKER_MODELS__MIRRORS: is not valid JSON"):
+        config.load(folder)
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [

@@ -29,6 +29,7 @@ from studio_worker.studio.connection import MAX_FRAME_BYTES, now_s, opened, watc
 from studio_worker.studio.endings import explain
 from studio_worker.studio.protocol import SessionProtocol
 from studio_worker.studio.route import route_to
+from tests import certificates
 from tests.scripted import LIMIT_S, ScriptedHttp, ScriptedStudio
 from tests.servers import black_hole, resolve_to
 from tests.test_api import delivery
@@ -168,6 +169,33 @@ def test_unknown_certificate_says_what_to_install(certificate: Path) -> None:
     assert "certificate is not trusted" in str(error)
     assert "update-ca-certificates" in str(error)
     assert "ertificate" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("valid", "said"),
+    [
+        (("20200101000000Z", "20210101000000Z"), "has expired"),
+        (("20900101000000Z", "20910101000000Z"), "is not yet valid"),
+    ],
+    ids=["ended", "future"],
+)
+def test_certificate_of_another_time_names_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, valid: tuple[str, str], said: str
+) -> None:
+    """A certificate that has ended or is not valid yet is told as such, with this box's clock."""
+    made = certificates.certificate(tmp_path, *valid)
+    monkeypatch.setenv("SSL_CERT_FILE", str(made.authority))
+    shown = tmp_path / "cert.pem"
+    assert shown == made.shown
+    with tls_studio(shown) as url:
+        url = url.replace("localhost", "127.0.0.1")
+        error = fail_to_connect(url)
+        with pytest.raises(StudioUnavailable) as caught:
+            StudioApi(url).poll("r", "secret")
+    for text in (str(error), str(caught.value)):
+        assert said in text
+        assert "the clock of this machine says 20" in text
+        assert "update-ca-certificates" not in text
 
 
 @pytest.mark.parametrize("variable", CA_VARIABLES)

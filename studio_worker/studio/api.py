@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import ssl
 import threading
 import time
 from collections.abc import Mapping
@@ -18,7 +19,8 @@ import requests
 import urllib3
 from pydantic import TypeAdapter, ValidationError
 
-from studio_worker import __version__
+from studio_worker import __version__, certificates
+from studio_worker.connecting import Adapter, Reached
 from studio_worker.errors import (
     DeliveryRefused,
     RefusedByStudio,
@@ -81,6 +83,7 @@ class StudioApi:
     def __init__(self, api_base_url: str) -> None:
         self.root = api_root(api_base_url)
         self.route = route_to(self.root)
+        self._reached = Reached()
         self._warm = threading.local()
 
     def session_url(self, worker_id: str) -> str:
@@ -162,6 +165,8 @@ class StudioApi:
             headers["Authorization"] = f"Bearer {token}"
         session = requests.Session()
         session.trust_env = False  # the route has read the environment; a netrc must not replace the token
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, Adapter(stall_s=_TIMEOUT_S[1], reached=self._reached))
         try:
             if (warm := self._take_warm()) is not None:
                 # The other side may be closing it at this very moment; that is no failure.
@@ -274,10 +279,20 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
         return None
 
 
+def untrusted(error: ssl.SSLCertVerificationError) -> str:
+    """What is wrong with the studio's certificate, or with this machine's clock."""
+    cure = certificates.cure(
+        error, "see the machine's clock, and install the studio's CA (update-ca-certificates)"
+    )
+    return f"the studio's certificate is not trusted ({error.verify_message}); {cure}"
+
+
 def why(error: BaseException) -> str:
     """The innermost reason of a requests error; its own text quotes addresses, proxies' passwords and all."""
     while isinstance(
         inner := getattr(error, "reason", None) or error.__cause__ or error.__context__, BaseException
     ):
         error = inner
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return untrusted(error)
     return getattr(error, "strerror", None) or type(error).__name__

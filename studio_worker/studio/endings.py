@@ -16,7 +16,7 @@ from websockets.exceptions import (
 )
 
 from studio_worker.errors import ProtocolError
-from studio_worker.studio.api import hint
+from studio_worker.studio.api import hint, untrusted
 from studio_worker.studio.protocol import error_for_code
 
 
@@ -59,10 +59,7 @@ def _unreachable(error: Exception) -> str:
         case socket.gaierror():
             return f"the studio's name cannot be resolved ({error.strerror}); see the network and its DNS"
         case ssl.SSLCertVerificationError():
-            return (
-                f"the studio's certificate is not trusted ({error.verify_message}); see the machine's clock, "
-                "and install the studio's CA (update-ca-certificates)"
-            )
+            return untrusted(error)
         case ssl.SSLError():
             return f"no encrypted connection to the studio ({error.reason or type(error).__name__})"
         case TimeoutError():

@@ -1,0 +1,38 @@
+"""What is wrong with a value, in an operator's words; the library's speak of dictionaries and instances."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_KINDS = {
+    "bool": "true or false",
+    "dict": "a table of names and values, { name = value }",
+    "float": "a number",
+    "int": "a whole number",
+    "list": "a list, [ ... ]",
+    "path": "a path, in quotes",
+    "string": "text, in quotes",
+    "tuple": "a list, [ ... ]",
+}
+"""By how the names of pydantic's errors begin: ``bool_parsing``, ``string_type``, …"""
+
+
+def fault(error: Mapping[str, Any]) -> str:
+    """One of the errors of pydantic's ValidationError."""
+    name = str(error["type"])
+    kind, _, how = name.partition("_")
+    if kind in _KINDS and (
+        how in {"type", "parsing"} or how.startswith("parsing_") or name == "int_from_float"
+    ):
+        return f"must be {_KINDS[kind]}"
+    if name in {"model_type", "model_attributes_type"}:
+        return "must be an object of names and values"
+    if name == "missing":
+        return "is missing"
+    if name == "extra_forbidden":
+        return "is not known here"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    for theirs, ours in (("Input should be ", "must be "), ("Input should ", "should ")):
+        message = message.replace(theirs, ours)
+    return message
