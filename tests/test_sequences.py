@@ -33,6 +33,7 @@ from studio_worker.logs import ShippingBuffer
 from studio_worker.outbox import Outbox
 from studio_worker.spool import Failures, JobInHand
 from studio_worker.studio.api import StudioApi
+from studio_worker.studio.aside import Aside
 from studio_worker.studio.delivery import Courier, Patience
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.exchange import Exchange
@@ -77,9 +78,20 @@ FOLDER = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 class InlineSession(StudioSession):
     """The session without a loop: what other threads ask of it is done at once."""
 
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self._aside = AtOnce(self._call)
+
     def _call(self, what: Callable[..., None], *args: object) -> bool:
         what(*args)
         return True
+
+
+class AtOnce(Aside):
+    """Offers are judged in the thread that hears them."""
+
+    def do(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        then(work())
 
 
 class ScriptedApi(StudioApi):

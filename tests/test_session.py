@@ -192,6 +192,24 @@ def test_session_outlives_an_offer_that_cannot_be_judged(
     assert conversation.receive_type("accept")["jobId"] == "j2"
 
 
+def test_session_goes_on_while_a_disk_hangs(scripted: ScriptedStudio, running: Running) -> None:
+    """A disk that does not answer holds up the answer to an offer, and no heartbeat; offers that come
+    meanwhile are answered after it, each by what the ones before it left.
+    """
+    conversation = scripted.accept()
+    conversation.welcome()
+    answers = threading.Event()
+    running.odd = {"is_poisoned": lambda job_id: not answers.wait(LIMIT_S)}
+    conversation.send(type="offer", claim=CLAIM)
+    conversation.send(type="offer", claim={**CLAIM, "jobId": "j2"})
+    for _ in range(3):
+        conversation.receive_type("heartbeat")
+    assert running.answers == []
+    answers.set()
+    assert conversation.receive_type("accept")["jobId"] == "j1"
+    assert conversation.receive_type("reject")["jobId"] == "j2"
+
+
 def test_session_redelivers_a_job_whose_result_waits(scripted: ScriptedStudio, running: Running) -> None:
     """A job offered again while its picture waits in the outbox is accepted and not made again."""
     running.outbox.add("j1")

@@ -1,7 +1,7 @@
 """What a job will need of the device's memory, told from its files' headers before it is accepted.
 
 Imports no torch, reads no weights, and loads what reads headers when it is first asked: the service starts
-without it. Asked by the session's thread.
+without it. Asked by the thread that judges offers.
 """
 
 from __future__ import annotations

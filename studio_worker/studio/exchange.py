@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections import deque
 from collections.abc import Callable
 
 from studio_worker.errors import FrameError, StudioWorkerError
@@ -33,6 +34,13 @@ log = logging.getLogger(__name__)
 _DROPPED_KINDS = 20
 """So many kinds of unreadable frames and offers are told of one connection."""
 
+_MAX_WAITING = 20
+"""Offers that wait to be judged. The protocol has one in flight; more come from a studio gone wrong."""
+
+
+def _at_once(work: Callable[[], Judgement], then: Callable[[Judgement], None]) -> None:
+    then(work())
+
 
 class Exchange:
     """What one connection says. Everything is called from the session's thread.
@@ -46,6 +54,8 @@ class Exchange:
         shipping: what the log has for the studio.
         on_redelivery: called with the job that the studio offers while its result waits in the outbox.
         on_answer: called with the judgement of every offer and the model it names, once it is answered.
+        aside: does the first, which may wait for a disk, and calls the second with what it gave, in the
+            session's thread.
     """
 
     def __init__(
@@ -60,6 +70,7 @@ class Exchange:
         shipping: Shipping,
         on_redelivery: Callable[[str], None],
         on_answer: Callable[[Judgement, str], None],
+        aside: Callable[[Callable[[], Judgement], Callable[[Judgement], None]], None] = _at_once,
     ) -> None:
         self.protocol = protocol
         self._send = send
@@ -70,6 +81,9 @@ class Exchange:
         self._shipping = shipping
         self._on_redelivery = on_redelivery
         self._on_answer = on_answer
+        self._aside = aside
+        self._waiting: deque[Offered] = deque()
+        self._is_judging = self._has_ended = False
         self._postponed: dict[str, Offered] = {}
         self._dropped: set[str] = set()
 
@@ -117,6 +131,7 @@ class Exchange:
 
     def end(self) -> None:
         """The connection is over."""
+        self._has_ended = True
         self._shipping.end()
 
     def fail(self, job_id: str, error: str, *, retryable: bool) -> bool:
@@ -141,11 +156,36 @@ class Exchange:
             log.warning(message, extra={"op": "session", "error": error})
 
     def _answer(self, offer: Offered) -> None:
-        judgement = self._judge(offer)
+        """Have it judged, after those before it: whether a job can be taken depends on them."""
+        if len(self._waiting) >= _MAX_WAITING:
+            self._note_dropped("offer dropped", f"{_MAX_WAITING} others wait to be answered")
+            return
+        self._waiting.append(offer)
+        self._judge_next()
+
+    def _judge_next(self) -> None:
+        if self._is_judging or not self._waiting:
+            return
+        self._is_judging = True
+        offer = self._waiting.popleft()
+
+        def judged(judgement: Judgement) -> None:
+            self._is_judging = False
+            if not self._has_ended:  # else the studio has put the job back
+                self._tell(offer, judgement)
+                self._judge_next()
+
+        self._aside(lambda: self._judge(offer), judged)
+
+    def _tell(self, offer: Offered, judgement: Judgement) -> None:
         match judgement:
             case OnItsWay(job_id):
                 self._postponed[job_id] = offer
                 self._on_redelivery(job_id)
+                if (
+                    self._uploading() != job_id
+                ):  # it ended meanwhile, and perhaps before it knew of this offer
+                    self.settle(job_id)
             case Take(job):
                 self._send(self.protocol.accept(job.job_id))
                 self._desk.put(job)

@@ -23,6 +23,7 @@ from studio_worker.errors import DuplicateWorker, ProtocolError, ReconnectExhaus
 from studio_worker.jobs import Job
 from studio_worker.logs import ShippingBuffer
 from studio_worker.studio.api import StudioApi
+from studio_worker.studio.aside import Aside
 from studio_worker.studio.connection import Timings, carry, now_s, opened
 from studio_worker.studio.desk import Desk
 from studio_worker.studio.endings import explain
@@ -81,6 +82,7 @@ class StudioSession:
         self.reconnect_attempts = reconnect_attempts
         self._timings = timings or Timings()
         self._on_state = on_state
+        self._aside = Aside(self._call)
         self._exchange: Exchange | None = None
         self._was_open = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -165,6 +167,7 @@ class StudioSession:
             await self._stay_connected(credentials, self._stopping)
         finally:
             pulse.cancel()
+            self._aside.close()
             self._turned_at = None
 
     async def _stay_connected(self, credentials: Credentials, stopping: asyncio.Event) -> None:
@@ -236,6 +239,7 @@ class StudioSession:
             shipping=Shipping(self._shipping),
             on_redelivery=self._on_redelivery,
             on_answer=self._on_answer,
+            aside=self._aside.do,
         )
         self._exchange.begin(credentials.auth_token)
         return self._exchange
