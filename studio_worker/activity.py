@@ -201,6 +201,12 @@ class Activity:
             self._uploads = self._uploads.model_copy(update={"refused": self._uploads.refused + 1})
         self._ended(job_id, model, "refused", reason, stages_s=stages_s)
 
+    def upload_unconfirmed(self, job_id: str, model: str, stages_s: Mapping[str, float], reason: str) -> None:
+        """The studio probably has the picture, from a try whose answer was lost."""
+        with self._guard:
+            self._uploads = self._uploads.model_copy(update={"unconfirmed": self._uploads.unconfirmed + 1})
+        self._ended(job_id, model, "unconfirmed", reason, stages_s=stages_s)
+
     def upload_waits(self) -> None:
         """A delivery did not succeed and will be tried again."""
         with self._guard:

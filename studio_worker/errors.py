@@ -214,14 +214,21 @@ class StudioUnavailable(ProtocolError):
         message: the sentence.
         status: the HTTP status, where there was an answer.
         retry_after_s: seconds the studio asked to wait, where it did.
+        is_answer_lost: whether the studio may have had the whole request; what it made of it is not known.
     """
 
     def __init__(
-        self, message: str, *, status: int | None = None, retry_after_s: float | None = None
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+        is_answer_lost: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
+        self.is_answer_lost = is_answer_lost
 
 
 class UnknownRegistration(ProtocolError):
@@ -233,11 +240,13 @@ class DeliveryRefused(ProtocolError):
 
     Args:
         status: the HTTP status of the refusal.
+        is_answer_lost: whether the answer to a try just before was lost.
     """
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: int, *, is_answer_lost: bool = False) -> None:
         super().__init__(f"the studio refused the result: HTTP {status}")
         self.status = status
+        self.is_answer_lost = is_answer_lost
 
     @property
     def job_is_gone(self) -> bool:

@@ -213,7 +213,11 @@ def _transfers(now: Snapshot) -> Iterator[Metric]:
     yield _counter(
         "uploads",
         "Finished pictures, by what the studio said.",
-        {"delivered": uploads.delivered, "refused": uploads.refused},
+        {
+            "delivered": uploads.delivered,
+            "refused": uploads.refused,
+            "unconfirmed": uploads.unconfirmed,
+        },
         "outcome",
     )
     yield _counter("upload_retries", "Uploads that will be tried again.", uploads.retries)

@@ -15,11 +15,12 @@ from pydantic import BaseModel, ConfigDict
 Phase = Literal["starting", "provisioning", "ready", "draining", "stopping"]
 """``draining``: told to stop, the job in hand is being finished."""
 
-Outcome = Literal["done", "failed", "handed_back", "refused"]
+Outcome = Literal["done", "failed", "handed_back", "refused", "unconfirmed"]
 """How a job ends here. ``done``: delivered. ``failed``: reported with its reason. ``handed_back``: stopped
-because the worker ends, or must; another one makes it. ``refused``: made, but the studio did not take it."""
+because the worker ends, or must; another one makes it. ``refused``: made, but the studio did not take it.
+``unconfirmed``: made, and probably delivered by a try whose answer was lost; the studio takes no other."""
 
-OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "handed_back", "refused")
+OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "handed_back", "refused", "unconfirmed")
 
 
 class _Facts(BaseModel):
@@ -82,6 +83,7 @@ class UploadFacts(_Facts):
 
     delivered: int = 0
     refused: int = 0
+    unconfirmed: int = 0
     retries: int = 0
     delivered_bytes: int = 0
 

@@ -52,7 +52,7 @@ def test_activity_follows_a_job_to_its_delivery(activity: Activity, clock: Clock
     activity.upload_delivered("j1", "m", {"generate": 1.5, "upload": 0.25}, 1000)
     snapshot = activity.snapshot()
     assert [(job.job_id, job.outcome) for job in snapshot.last_jobs] == [("j1", "done")]
-    assert snapshot.jobs == {"done": 1, "failed": 0, "handed_back": 0, "refused": 0}
+    assert snapshot.jobs == {"done": 1, "failed": 0, "handed_back": 0, "refused": 0, "unconfirmed": 0}
     assert snapshot.stages_s == {"generate": 1.5, "upload": 0.25}
     assert (snapshot.uploads.delivered, snapshot.uploads.retries) == (1, 1)
     assert snapshot.uploads.delivered_bytes == 1000
@@ -66,7 +66,7 @@ def test_activity_counts_every_way_a_job_ends(activity: Activity) -> None:
     activity.upload_refused("j3", "m", {}, "HTTP 409")
     snapshot = activity.snapshot()
     assert snapshot.job is None
-    assert snapshot.jobs == {"done": 0, "failed": 1, "handed_back": 1, "refused": 1}
+    assert snapshot.jobs == {"done": 0, "failed": 1, "handed_back": 1, "refused": 1, "unconfirmed": 0}
     assert [(job.job_id, job.reason) for job in snapshot.last_jobs] == [
         ("j3", "HTTP 409"), ("j2", "the worker is stopping"), ("j1", "out of memory"),
     ]  # fmt: skip

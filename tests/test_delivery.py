@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,88 @@ def test_courier_says_what_it_drops_for_its_age(tmp_path: Path) -> None:
     assert [job_id for job_id, _ in told.lost] == ["a"]
     assert "outbox_max_days" in told.lost[0][1]
     assert server.heard == []
+
+
+# --- an answer that is lost ---
+
+
+class Swallowing(BaseHTTPRequestHandler):
+    """Takes the first ``losing`` uploads whole and goes away without a word; then the job is not ours."""
+
+    protocol_version = "HTTP/1.1"
+    losing: int
+    taken: int
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        type(self).taken += 1
+        if self.taken > self.losing:
+            self.send_response(409)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+@pytest.mark.parametrize(("losing", "outcome"), [(1, "unconfirmed"), (0, "refused")])
+def test_courier_tells_a_lost_answer_from_a_refusal(
+    outbox: Outbox, losing: int, outcome: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A 409 after an upload whose answer was lost is told and counted as a delivery that has probably
+    arrived; without such a try it is the refusal that it says.
+    """
+    add(outbox, "a")
+    handler = type("Handler", (Swallowing,), {"losing": losing, "taken": 0})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with courier(outbox, f"http://127.0.0.1:{server.server_port}") as (_, told, _):
+            told.await_count(1)
+        server.shutdown()
+    assert handler.taken == losing + 1
+    ended = told.activity.snapshot()
+    assert [(job.job_id, job.outcome) for job in ended.last_jobs] == [("a", outcome)]
+    assert getattr(ended.uploads, outcome) == ended.jobs[outcome] == 1
+    assert told.delivered == ["a"]
+    assert told.unacceptable == []
+    assert outbox.oldest() == []
+    said = [record.message for record in caplog.records if record.levelname in {"WARNING", "ERROR"}][-1]
+    assert said == ("result was probably delivered" if losing else "result refused for good and dropped")
+
+
+def test_courier_knows_an_answer_lost_on_a_connection_that_was_there(outbox: Outbox) -> None:
+    """An upload repeated at once, since the connection of the one before broke, counts the same."""
+
+    class Breaking(Swallowing):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            type(self).taken += 1
+            if self.taken == 2:
+                self.close_connection = True  # the second is taken, and its answer lost
+                return
+            self.send_response(200 if self.taken == 1 else 409)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    handler = type("Handler", (Breaking,), {"taken": 0})
+    add(outbox, "a")
+    add(outbox, "b")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with courier(outbox, f"http://127.0.0.1:{server.server_port}") as (_, told, _):
+            told.await_count(2)
+        server.shutdown()
+    uploads = told.activity.snapshot().uploads
+    assert (uploads.delivered, uploads.unconfirmed, uploads.refused, uploads.retries) == (1, 1, 0, 0)
+
+
+def test_courier_takes_a_gateways_error_for_a_lost_answer(outbox: Outbox) -> None:
+    """Where a proxy before the studio says that it got no answer, the studio may have the picture too."""
+    add(outbox, "a")
+    with ScriptedHttp((504, {}, {}), (409, {}, {})) as server, courier(outbox, server.url) as (_, told, _):
+        told.await_count(1)
+    assert told.activity.snapshot().uploads.unconfirmed == 1
 
 
 # --- a job offered again while its picture is here ---

@@ -440,7 +440,7 @@ def test_status_shows_what_the_service_has_done(site: Path, studio: LocalStudio,
         "state": "approved", "worker_id": studio.workers()[0].worker_id, "detail": None,
     }  # fmt: skip
     assert facts["session"]["state"] == "connected"
-    assert facts["jobs"] == {"done": 1, "failed": 1, "handed_back": 0, "refused": 0}
+    assert facts["jobs"] == {"done": 1, "failed": 1, "handed_back": 0, "refused": 0, "unconfirmed": 0}
     ends = {job["job_id"]: job for job in facts["last_jobs"]}
     assert ends[good]["stages_s"].keys() == {"wait", "files", "load", "generate", "encode", "upload"}
     assert "is not an http(s) URL" in ends[bad]["reason"]

@@ -55,10 +55,17 @@ _B = TypeVar("_B")
 _REGISTERED = TypeAdapter(RegisterAnswer)
 
 
+_GATEWAY_STATUSES = frozenset({502, 504})
+"""What stands before the studio has sent the request on and got no answer to it (RFC 9110, 15.6)."""
+
+
 class _Answer(NamedTuple):
+    """``is_second``: the one to a try just before was lost."""
+
     status: int
     headers: Mapping[str, str]
     content: bytes
+    is_second: bool = False
 
 
 def api_root(api_base_url: str) -> str:
@@ -142,7 +149,7 @@ class StudioApi:
             raise RefusedByStudio("the studio does not accept this worker's token any more")
         # 407 is not the studio's word but that of a proxy beside us.
         if 400 <= answer.status < 500 and answer.status not in {407, 408, 429}:
-            raise DeliveryRefused(answer.status)
+            raise DeliveryRefused(answer.status, is_answer_lost=answer.is_second)
         _expect_ok(answer)
         if _is_page(answer):
             raise StudioUnavailable(
@@ -167,14 +174,22 @@ class StudioApi:
         session.trust_env = False  # the route has read the environment; a netrc must not replace the token
         for scheme in ("http://", "https://"):
             session.mount(scheme, Adapter(stall_s=_TIMEOUT_S[1], reached=self._reached))
+        # Read piece by piece: one write of everything would have to be through within the time limit.
+        body = None if data is None else io.BytesIO(data)
+        is_lost = False
         try:
             if (warm := self._take_warm()) is not None:
                 # The other side may be closing it at this very moment; that is no failure.
                 with contextlib.suppress(requests.ConnectionError):
-                    return self._send_by(warm, method, path, headers, data)
-            return self._send_by(session, method, path, headers, data)
+                    return self._send_by(warm, method, path, headers, body)
+                is_lost = _is_sent(body)
+                if body is not None:
+                    body.seek(0)
+            return self._send_by(session, method, path, headers, body)._replace(is_second=is_lost)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            raise StudioUnavailable(f"the studio cannot be reached: {why(error)}") from None
+            raise StudioUnavailable(
+                f"the studio cannot be reached: {why(error)}", is_answer_lost=is_lost or _is_sent(body)
+            ) from None
 
     def _take_warm(self) -> requests.Session | None:
         """This thread's connection, where it has answered lately.
@@ -191,7 +206,12 @@ class StudioApi:
         return session
 
     def _send_by(
-        self, session: requests.Session, method: str, path: str, headers: dict[str, str], data: bytes | None
+        self,
+        session: requests.Session,
+        method: str,
+        path: str,
+        headers: dict[str, str],
+        body: io.BytesIO | None,
     ) -> _Answer:
         route = self.route
         try:
@@ -199,8 +219,7 @@ class StudioApi:
                 method,
                 self.root + path,
                 headers=headers,
-                # Read piece by piece: one write of everything would have to be through within the time limit.
-                data=None if data is None else io.BytesIO(data),
+                data=body,
                 timeout=_TIMEOUT_S,
                 allow_redirects=False,
                 stream=True,
@@ -213,6 +232,11 @@ class StudioApi:
             raise
         self._warm.session, self._warm.used_at = session, time.monotonic()
         return answer
+
+
+def _is_sent(body: io.BytesIO | None) -> bool:
+    """Whether all of it was taken for sending: without its end no studio takes a request for whole."""
+    return body is not None and body.tell() == len(body.getbuffer())
 
 
 def _content(response: requests.Response) -> bytes:
@@ -233,6 +257,7 @@ def _expect_ok(answer: _Answer) -> None:
         f"the studio answered HTTP {answer.status}{hint(answer.status)}",
         status=answer.status,
         retry_after_s=retry_after_s(answer.headers),
+        is_answer_lost=answer.status in _GATEWAY_STATUSES,
     )
 
 

@@ -32,6 +32,10 @@ class Reports(Protocol):
     def upload_delivered(
         self, job_id: str, model: str, stages_s: Mapping[str, float], size_bytes: int
     ) -> None: ...
+    def upload_unconfirmed(
+        self, job_id: str, model: str, stages_s: Mapping[str, float], reason: str
+    ) -> None: ...
+
     def upload_refused(self, job_id: str, model: str, stages_s: Mapping[str, float], reason: str) -> None: ...
     def upload_waits(self) -> None: ...
 
@@ -101,6 +105,7 @@ class Courier:
         self._everything = _Wait(patience)
         self._each: dict[str, _Wait] = {}
         self._offered_again: set[str] = set()
+        self._may_be_there: set[str] = set()
         self._delivered_at: dict[str, float] = {}
         self.uploading: str | None = None
         """The job whose upload is under way."""
@@ -175,6 +180,7 @@ class Courier:
             gone = self._offered_again - waiting
             self._offered_again &= waiting
             self._each = {job_id: wait for job_id, wait in self._each.items() if job_id in waiting}
+            self._may_be_there &= waiting
             self._delivered_at = {
                 job_id: at for job_id, at in self._delivered_at.items() if now - at < _OFFER_MAY_CROSS_S
             }
@@ -205,12 +211,16 @@ class Courier:
                 is_offered = delivery.job_id in self._offered_again
             if is_offered and refusal.job_is_gone:
                 log.info("refused result is wanted again", extra=_facts(delivery, status=refusal.status))
+            elif refusal.status == 409 and (refusal.is_answer_lost or delivery.job_id in self._may_be_there):
+                self._end_unconfirmed(delivery)
             else:
                 self._drop(delivery, refusal)
         except RefusedByStudio as error:
             log.error("delivery waits for a new registration", extra=_facts(delivery, error=str(error)))
             self._wait(self._everything, self._patience.token_refused_s)
         except StudioUnavailable as error:
+            if error.is_answer_lost:
+                self._may_be_there.add(delivery.job_id)
             is_for_all = error.status in {None, 429, 503}
             wait_s = self._wait(
                 self._everything if is_for_all else self._wait_of(delivery), error.retry_after_s
@@ -251,6 +261,14 @@ class Courier:
     def _wait(self, wait: _Wait, asked_s: float | None) -> float:
         with self._guard:
             return wait.begin(time.monotonic(), asked_s)
+
+    def _end_unconfirmed(self, delivery: Delivery) -> None:
+        """The studio wants no more of a picture that it may have had from a try whose answer was lost."""
+        reason = "the studio probably has it: HTTP 409 after a try whose answer was lost on the way"
+        log.warning("result was probably delivered", extra=_facts(delivery, status=409, reason=reason))
+        self._outbox.remove(delivery)
+        self._reports.upload_unconfirmed(delivery.job_id, delivery.model, delivery.timings_s, reason)
+        self._on_delivered(delivery.job_id)
 
     def _drop(self, delivery: Delivery, refusal: DeliveryRefused) -> None:
         log.error("result refused for good and dropped", extra=_facts(delivery, status=refusal.status))
