@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from studio_worker.engine.estimate import Estimates
 from studio_worker.engine.families import FAMILIES
 from studio_worker.engine.families.z_image import Z_IMAGE
 from studio_worker.engine.loading import weights_dtype
+from studio_worker.engine.probe import probe
 from studio_worker.gpu_check.random_weights import shapes
 from studio_worker.jobs import ImageTask
 from studio_worker.models import CliDefaults, LocalFile
 from tests.engine_lab import write_header
+from tests.played_gpu import played
 
 NARROW, WIDE = "float16", "bfloat16"  # by mantissa and by exponent
 FULL = "float32"
@@ -108,3 +111,23 @@ def test_estimate_knows_the_numbers_of_the_card(tmp_path: Path, monkeypatch: pyt
 
     assert 20 < needed_gb("NVIDIA L4") < 24  # 6.2 billion numbers, and 4.0 of the text encoder
     assert 40 < needed_gb("Tesla T4") < 48
+
+
+def test_card_whose_float16_is_broken_passes_its_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GTX 16, whose float16 is NaN, is tried out in the numbers that it will compute in, and is ready."""
+    convolved = torch.nn.functional.conv2d
+
+    def broken(numbers: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
+        return convolved(numbers, filters) * (torch.nan if numbers.dtype == torch.float16 else 1)
+
+    with played("cuda:0"):
+        card = SimpleNamespace(name="NVIDIA GeForce GTX 1660", major=7, minor=5, total_memory=6 << 30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: card)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: card.name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (6 << 30, 6 << 30))
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
+        monkeypatch.setattr(torch.nn.functional, "conv2d", broken)
+        monkeypatch.setattr("studio_worker.engine.probe.find_driver", lambda: None)
+        facts = probe("cuda:0")
+    assert (facts["ok"], facts["error"]) == (True, "")

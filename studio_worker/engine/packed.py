@@ -9,13 +9,40 @@ for which of them there is room, placement.py and residency.py say.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from studio_worker.engine.eight_bit import EightBitMatrix, widened
+
+
+class _Constants(TorchFunctionMode):
+    """Has small constants that are made on a device made there once.
+
+    diffusers copies some for each matrix that it multiplies out, and for a copy from RAM the CPU waits until
+    the device has done all that it was told before: hundreds of times a step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[Any, torch.Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = dict(kwargs or {})
+        if func is not torch.tensor:
+            return func(*args, **named)
+        key = (*map(tuple, args), *named.values())
+        made = self._made.get(key)
+        if made is None or made.device != named["device"]:
+            made = self._made[key] = func(*args, **named)
+        return made
+
+
+_CONSTANTS = _Constants()
 
 
 class PackedLinear(nn.Linear):
@@ -90,7 +117,8 @@ class BlockLinear(PackedLinear):
         return self.weight.as_tensor()  # type: ignore[attr-defined, no-any-return]
 
     def _numbers(self, dtype: torch.dtype) -> torch.Tensor:
-        numbers: torch.Tensor = dequantize_gguf_tensor(self.weight)
+        with _CONSTANTS if self.weight.is_cuda else nullcontext():
+            numbers: torch.Tensor = dequantize_gguf_tensor(self.weight)
         return numbers.to(dtype)
 
 

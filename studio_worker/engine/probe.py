@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from studio_worker.compatibility import show
 from studio_worker.driver import find_driver
+from studio_worker.engine.precision import numbers
 from studio_worker.errors import DeviceError
 from studio_worker.process import prepare
 
@@ -71,8 +72,7 @@ def _try_out(name: str, facts: dict[str, Any], *, compiles: bool) -> None:
     if device.type == "cuda":
         _look_at_memory(device, facts)
     # Through cuDNN and cuBLAS on a GPU, the two that a half-done upgrade breaks; every term is exact in fp16.
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    ones = torch.ones(1, 4, 4, 4, device=device, dtype=dtype)
+    ones = torch.ones(1, 4, 4, 4, device=device, dtype=_narrowest(device))
     convolved = torch.nn.functional.conv2d(ones, ones)
     computed = float((convolved.reshape(1, 1) @ convolved.reshape(1, 1)).cpu())
     if computed != 64.0 * 64.0:
@@ -81,6 +81,17 @@ def _try_out(name: str, facts: dict[str, Any], *, compiles: bool) -> None:
         from studio_worker.engine.compiling import try_out
 
         try_out(device)
+
+
+def _narrowest(device: torch.device) -> torch.dtype:
+    """What the device computes right: a GTX 16 is no broken card, though its float16 is."""
+    import torch
+
+    if device.type == "cpu":
+        return torch.float32
+    card = torch.cuda.get_device_properties(device)
+    dtype: torch.dtype = getattr(torch, numbers(("float16",), (card.major, card.minor), card.name))
+    return dtype
 
 
 def _look_at_memory(device: torch.device, facts: dict[str, Any]) -> None:

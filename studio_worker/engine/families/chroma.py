@@ -44,7 +44,7 @@ class Chroma(Family):
 
     def prepare(
         self,
-        pipeline: Any,  # noqa: ARG002
+        pipeline: Any,
         parameters: Parameters,  # noqa: ARG002
         seen: Seen,
         prompts: Mapping[str, dict[str, Any]],
@@ -52,6 +52,11 @@ class Chroma(Family):
     ) -> list[dict[str, Any]]:
         import torch
 
+        from studio_worker.engine.still import keep_still
+
+        # It has no guidance, which diffusers embeds on the CPU at every step; the device would be waited for.
+        embedding = pipeline.transformer.time_text_embed
+        keep_still(embedding, "guidance_proj", torch.zeros(1, dtype=torch.long), device=device)
         img_ids = places(seen.height, seen.width, 0, device)
         arguments = []
         for each in prompts.values():

@@ -100,6 +100,7 @@ class QwenImage(Family):
         denoiser = pipeline.transformer
         told = denoiser.config.zero_cond_t  # by the file
         zero = bool(told if parameters.zero_cond_t is None else parameters.zero_cond_t)
+        zero = zero and seen.reference is not None  # else it does nothing but keep the device waiting
         for module in (denoiser, *denoiser.transformer_blocks):
             module.zero_cond_t = zero
         sizes = [(seen.height, seen.width)]

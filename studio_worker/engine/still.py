@@ -1,0 +1,28 @@
+"""A module whose output is always the same, so that it is made once and not at every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Still(torch.nn.Module):
+    """Gives ``output``, whatever it is given; it goes where the model goes."""
+
+    output: torch.Tensor
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("output", output, persistent=False)
+
+    def forward(self, *_: Any) -> torch.Tensor:
+        """See torch."""
+        return self.output
+
+
+def keep_still(owner: torch.nn.Module, name: str, *arguments: Any, device: torch.device) -> None:
+    """Have the submodule ``name`` of ``owner`` give for ever what it gives for ``arguments``."""
+    module = getattr(owner, name)
+    if not isinstance(module, Still):
+        setattr(owner, name, Still(module(*arguments).to(device)))
