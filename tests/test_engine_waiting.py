@@ -138,7 +138,7 @@ LIBRARYS = {("qwen-image-edit-2511", "edit"): {"a copy by torch.tensor"}}
 """diffusers writes down anew for each evaluation which tokens are the reference's, and has no way to be given
 that (QwenImageTransformer2DModel, ``modulate_index``)."""
 
-EVERY_SAMPLER = {"sd1", "sd1-inpaint", "z-image"}
+EVERY_SAMPLER = {"sd1", "z-image"}
 """Families tried with all samplers, which know no family; the others with the one that draws most noise."""
 
 

@@ -81,6 +81,8 @@ def load_part(
             f"{section} holds no whole {part.kind}: {type(error).__name__} {str(error)[:200]}"
         ) from error
     _fill(model, tensors, section, part, device, dtype, alive)
+    if part.finish is not None:
+        part.finish(model)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -21,8 +21,6 @@ class Still(torch.nn.Module):
         return self.output
 
 
-def keep_still(owner: torch.nn.Module, name: str, *arguments: Any, device: torch.device) -> None:
+def keep_still(owner: torch.nn.Module, name: str, *arguments: Any) -> None:
     """Have the submodule ``name`` of ``owner`` give for ever what it gives for ``arguments``."""
-    module = getattr(owner, name)
-    if not isinstance(module, Still):
-        setattr(owner, name, Still(module(*arguments).to(device)))
+    setattr(owner, name, Still(getattr(owner, name)(*arguments)))

@@ -44,7 +44,7 @@ class Chroma(Family):
 
     def prepare(
         self,
-        pipeline: Any,
+        pipeline: Any,  # noqa: ARG002
         parameters: Parameters,  # noqa: ARG002
         seen: Seen,
         prompts: Mapping[str, dict[str, Any]],
@@ -52,11 +52,6 @@ class Chroma(Family):
     ) -> list[dict[str, Any]]:
         import torch
 
-        from studio_worker.engine.still import keep_still
-
-        # It has no guidance, which diffusers embeds on the CPU at every step; the device would be waited for.
-        embedding = pipeline.transformer.time_text_embed
-        keep_still(embedding, "guidance_proj", torch.zeros(1, dtype=torch.long), device=device)
         img_ids = places(seen.height, seen.width, 0, device)
         arguments = []
         for each in prompts.values():
@@ -85,6 +80,15 @@ class Chroma(Family):
         return is_t5_truncated(pipeline.tokenizer, text, _PROMPT_TOKENS)
 
 
+def _keep_guidance_still(denoiser: Any) -> None:
+    """It has no guidance, which diffusers embeds on the CPU at every step: the device would be waited for."""
+    import torch
+
+    from studio_worker.engine.still import keep_still
+
+    keep_still(denoiser.time_text_embed, "guidance_proj", torch.zeros(1, dtype=torch.long))
+
+
 def transformer(kind: str, config_dir: Path) -> Part:
     """Chroma's denoiser, in its own naming, which is FLUX.1's (GGUF files keep it), and in diffusers'."""
     config = read_json(config_dir / "config.json")
@@ -111,6 +115,7 @@ def transformer(kind: str, config_dir: Path) -> Part:
         cls="diffusers.ChromaTransformer2DModel",
         config=config_dir,
         layouts=(Layout("original", original, from_black_forest), Layout("diffusers", diffusers)),
+        finish=_keep_guidance_still,
     )
 
 

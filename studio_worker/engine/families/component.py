@@ -95,6 +95,7 @@ class Part:
             common share what is loaded.
         layouts: the namings in which it is published, the narrowest first.
         stated: what GGUF files say of it: by their name for it, its place in ``config.json``.
+        finish: is given the component once it is loaded, before anything computes with it.
     """
 
     kind: str
@@ -103,6 +104,7 @@ class Part:
     config: Path
     layouts: tuple[Layout, ...]
     stated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    finish: Callable[[Any], None] | None = None
 
     @property
     def identity(self) -> str:
