@@ -35,19 +35,22 @@ class PrivateName(NamedTuple):
     why: str
 
 
+_COMPILERS = (
+    "import os; os.environ |= {'TORCHDYNAMO_SUPPRESS_ERRORS': '1', 'TORCHINDUCTOR_COMPILE_THREADS': '1'}"
+)
+"""Read when either is imported, which the other may do."""
+
 UNAVOIDABLE = (
     PrivateName(
         "torch._dynamo",
         ("engine.compiling",),
-        "import os; os.environ['TORCHDYNAMO_SUPPRESS_ERRORS'] = '1'\n"
-        "import torch._dynamo.config as c; assert c.suppress_errors",
+        f"{_COMPILERS}; import torch._dynamo.config as c; assert c.suppress_errors",
         "torch has the logger of what cannot be compiled under this name alone",
     ),
     PrivateName(
         "torch._inductor",
         ("engine.compiling",),
-        "import os; os.environ['TORCHINDUCTOR_COMPILE_THREADS'] = '1'\n"
-        "import torch._inductor.config as c; assert c.compile_threads == 1",
+        f"{_COMPILERS}; import torch._inductor.config as c; assert c.compile_threads == 1",
         "torch has the logger of what its compiler says under this name alone",
     ),
     PrivateName(
@@ -105,7 +108,7 @@ UNAVOIDABLE = (
 IN_TESTS = (
     PrivateName(
         "_python_dispatch",
-        ("played_gpu",),
+        ("played_gpu", "live_memory", "test_engine_waiting"),
         "from torch.utils._python_dispatch import TorchDispatchMode",
         "torch documents TorchDispatchMode, which sees every operation, under this name alone",
     ),

@@ -33,22 +33,16 @@ STEPS = 4
 DEFAULTS = CliDefaults(width=SIDE, height=SIDE, steps=STEPS, cfg_scale=1.0)
 SERVED = {family.name: family for family in FAMILIES if family.name != "sample"}
 
-_ATEN = torch.ops.aten
-_INDEXING = {
-    _ATEN.index.Tensor,
-    _ATEN.index_put.default,
-    _ATEN.index_put_.default,
-    _ATEN._index_put_impl_.default,
-}
+_INDEXING = {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 _ASKING = {
-    _ATEN._local_scalar_dense.default,
-    _ATEN.nonzero.default,
-    _ATEN.is_nonzero.default,
-    _ATEN.equal.default,
-    _ATEN.masked_select.default,
-    _ATEN.unique_consecutive.default,
-    _ATEN._unique2.default,
-    _ATEN.repeat_interleave.Tensor,
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::masked_select",
+    "aten::unique_consecutive",
+    "aten::_unique2",
+    "aten::repeat_interleave.Tensor",
 }
 """Operations whose result the CPU must know: a number, or how large a tensor is."""
 
@@ -97,9 +91,9 @@ class Operations(TorchDispatchMode):
         self._gpu, self._waits = gpu, waits
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ASKING and any(isinstance(each, torch.Tensor) and self._gpu.has(each) for each in args):
+        if func.name() in _ASKING and any(isinstance(each, torch.Tensor) and self._gpu.has(each) for each in args):
             self._waits.note(str(func))
-        if func in _INDEXING and any(
+        if func.name() in _INDEXING and any(
             each is not None and each.dtype == torch.bool and self._gpu.has(each) for each in args[1]
         ):
             self._waits.note(f"{func} by truths")
