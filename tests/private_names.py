@@ -85,24 +85,6 @@ UNAVOIDABLE = (
         "from urllib3.connection import HTTPConnection; assert HTTPConnection('h')._dns_host == 'h'",
         "the address to connect to, apart from the name that the certificate is for",
     ),
-    PrivateName(
-        "_python_dispatch",
-        (),
-        "from torch.utils._python_dispatch import TorchDispatchMode",
-        "what lives on a device is seen by the tests nowhere else; torch documents it under this name",
-    ),
-    PrivateName(
-        "_local_scalar_dense",
-        (),
-        "import torch; torch.ops.aten._local_scalar_dense",
-        "the operation behind item(), which the meta device cannot do",
-    ),
-    PrivateName(
-        "_to_copy",
-        (),
-        "import torch; torch.ops.aten._to_copy",
-        "the operation behind to(), which the meta device cannot do for another device",
-    ),
 )
 
 IN_TESTS = (
@@ -111,6 +93,18 @@ IN_TESTS = (
         ("played_gpu", "live_memory", "test_engine_waiting"),
         "from torch.utils._python_dispatch import TorchDispatchMode",
         "torch documents TorchDispatchMode, which sees every operation, under this name alone",
+    ),
+    PrivateName(
+        "_local_scalar_dense",
+        ("live_memory",),
+        "import torch; torch.ops.aten._local_scalar_dense",
+        "the operation behind item(), which the meta device cannot do",
+    ),
+    PrivateName(
+        "_to_copy",
+        ("live_memory",),
+        "import torch; torch.ops.aten._to_copy",
+        "the operation behind to(), which the meta device cannot do for another device",
     ),
 )
 """Those that only tests use, by their modules."""

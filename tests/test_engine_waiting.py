@@ -91,12 +91,13 @@ class Operations(TorchDispatchMode):
         self._gpu, self._waits = gpu, waits
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name() in _ASKING and any(isinstance(each, torch.Tensor) and self._gpu.has(each) for each in args):
-            self._waits.note(str(func))
-        if func.name() in _INDEXING and any(
+        name = func.name()
+        if name in _ASKING and any(isinstance(each, torch.Tensor) and self._gpu.has(each) for each in args):
+            self._waits.note(name)
+        if name in _INDEXING and any(
             each is not None and each.dtype == torch.bool and self._gpu.has(each) for each in args[1]
         ):
-            self._waits.note(f"{func} by truths")
+            self._waits.note(f"{name} by truths")
         return func(*args, **(kwargs or {}))
 
 
