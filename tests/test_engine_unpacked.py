@@ -13,11 +13,13 @@ from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
 from PIL import Image
 
 from studio_worker.engine import Inputs, Resident
+from studio_worker.engine.adapters import Adapters
 from studio_worker.engine.canvas import Starting
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import FAMILIES, identify
 from studio_worker.engine.loading import load_part
-from studio_worker.engine.loras import Adapters, Lora
+from studio_worker.engine.lora_places import LoraPlaces
+from studio_worker.engine.loras import Lora
 from studio_worker.engine.needs import footprint
 from studio_worker.engine.packed import pack, packed_linears, unpack
 from studio_worker.engine.parameters import resolve
@@ -141,8 +143,8 @@ def test_half_precision_is_the_same_to_the_bit(name: str, form: str, tinies: Cal
     """So it is in the half precision that a GPU computes in, with a LoRA, too, and when packed again."""
     model = tinies(name)
     family, dtype = model.family, getattr(torch, model.family.halves[0])
-    lora = Lora(model.lora(), 1.0)
     blueprint = identify(files(model, form), (family,))
+    placed = LoraPlaces().place(Lora(model.lora(), 1.0), family, blueprint.sections)
     parts: dict[str, torch.nn.Module | None] = {
         part: load_part(family.parts[part], section, CPU, dtype)
         for part, section in blueprint.sections.items()
@@ -153,9 +155,9 @@ def test_half_precision_is_the_same_to_the_bit(name: str, form: str, tinies: Cal
 
     def pictures() -> Iterator[bytes]:
         adapters = Adapters()
-        for loras in ((), (lora,)):
+        for loras in ((), (placed,)):
             loaded = LoadedModel(family, {part: parts.get(part) for part in family.parts})
-            adapters.set(loaded.lora_pipeline(), loras)
+            adapters.set(loaded.parts, loras)
             yield loaded.render(parameters, begun, lambda done, total: None, Cancel()).picture.tobytes()
         adapters.clear()
 

@@ -19,6 +19,7 @@ from weakref import WeakSet
 
 import torch
 
+from studio_worker.engine.adapters import is_adapted
 from studio_worker.engine.packed import is_in_blocks
 from studio_worker.errors import DeviceError
 
@@ -71,9 +72,7 @@ def compiled(denoiser: torch.nn.Module | None, *, is_offloaded: bool) -> Iterato
     """Inside, the blocks of ``denoiser`` run compiled where they were and may be; gives whether so."""
     if denoiser is None or denoiser not in _COMPILED:
         yield False
-    elif (
-        is_offloaded or _WARNINGS.failure or getattr(denoiser, "peft_config", None) or is_in_blocks(denoiser)
-    ):
+    elif is_offloaded or _WARNINGS.failure or is_adapted(denoiser) or is_in_blocks(denoiser):
         with torch.compiler.set_stance("force_eager"):
             yield False
     else:

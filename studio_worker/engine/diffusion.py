@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 
 from studio_worker.engine import Progress, Request, Resident
+from studio_worker.engine.adapters import Adapters
 from studio_worker.engine.canvas import Starting
 from studio_worker.engine.encoding import encode, generation_meta
 from studio_worker.engine.families import FAMILIES
@@ -23,7 +25,7 @@ from studio_worker.engine.faults import OutOfMemory, translated, usable_device
 from studio_worker.engine.libraries import settle
 from studio_worker.engine.loader import Loader
 from studio_worker.engine.loading import computed_in
-from studio_worker.engine.loras import Adapters
+from studio_worker.engine.lora_places import LoraPlaces, PlacedLora
 from studio_worker.engine.memory import MachineMemory, Memory, free_bytes, total_bytes
 from studio_worker.engine.parameters import Parameters, printable
 from studio_worker.engine.peaks import Peaks
@@ -73,6 +75,7 @@ class DiffusionEngine:
         settle()
         self._device = usable_device(device)
         self._sources = Sources(families)
+        self._places = LoraPlaces()
         self._adapters = Adapters()
         self._memory = memory or MachineMemory(self._device)
         self._peaks = peaks or Peaks()
@@ -85,7 +88,7 @@ class DiffusionEngine:
         prompts = (printable(request.task.prompt), printable(request.task.negative_prompt or ""))
         cancel.check()
         with translated(self._device, prompts):
-            job = understand(request, self._sources, cancel.check)
+            job = understand(request, self._sources, self._places, cancel.check)
             needed = self._needed(job)
             plan = self._plan(job, needed, request.defaults)
         tries = _TRIES
@@ -203,10 +206,11 @@ class DiffusionEngine:
             cancel.check()
             return True
 
+        self._adapters.read(job.placed)
         model, load_s = self._loader.load(request.model, job.blueprint, plan, loras, goes_on)
         goes_on()
         started = time.perf_counter()
-        if self._adapters.set(model.lora_pipeline(), loras):
+        if self._adapters.set(model.parts, job.placed):
             self._residency.weigh()
         if loras:
             load_s += time.perf_counter() - started
@@ -233,11 +237,38 @@ class DiffusionEngine:
             timings_s=timings_s,
             device=str(self._device),
             dtype=computed_in(family, self._device),
-            **({"loras": {lora.name: lora.weight for lora in loras}} if loras else {}),
+            **_told(job.placed),
             **({"unknownLoras": list(job.unknown)} if job.unknown else {}),
             **rendered.facts,
         )
         return Picture(data, parameters.ext, meta, timings_s)
+
+
+def _told(placed: Sequence[PlacedLora]) -> dict[str, Any]:
+    """What ``generationMeta`` says of LoRAs: their weights, and of which only a part could be used."""
+    if not placed:
+        return {}
+    told: dict[str, Any] = {"loras": {each.lora.name: each.lora.weight for each in placed}}
+    partly = {each.lora.name: each for each in placed if each.left_out}
+    if partly:
+        told["lorasLeftOut"] = {
+            name: {
+                "layers": len(each.left_out),
+                "of": len(each.left_out) + len(each.adapters),
+                "first": each.left_out[0],
+            }
+            for name, each in partly.items()
+        }
+    for each in partly.values():
+        _LOG.warning(
+            "a LoRA is used in part",
+            extra={
+                "file": each.lora.file.path.name,
+                "left_out": len(each.left_out),
+                "first": each.left_out[0],
+            },
+        )
+    return told
 
 
 def _render(

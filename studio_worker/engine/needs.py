@@ -9,13 +9,11 @@ them anew: every tensor that is alive at the peak, attention fused. What kernels
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from math import prod
 from typing import Any, NamedTuple
 
-from studio_worker.engine.checkpoint import read_checkpoint
 from studio_worker.engine.families.component import read_json
 from studio_worker.engine.families.family import Blueprint, Family, JobKind
+from studio_worker.engine.lora_files import read_lora
 from studio_worker.engine.placement import Footprint
 from studio_worker.engine.precision import SIZE_BYTES
 from studio_worker.engine.sections import Section
@@ -135,7 +133,7 @@ def footprint(
         layers={name: section.largest_bytes(itemsize) for name, section in sections.items()},
         unpacking={name: _unpacking(section, itemsize) for name, section in sections.items()},
         unpacked={name: size for name, size in plain.items() if size > weights[name]},
-        loras=sum(_lora_bytes(lora, itemsize) for lora in loras),
+        loras=sum(read_lora(lora).size_bytes(itemsize) for lora in loras),
         model=(
             tuple(section.content for section in sections.values()),
             tuple(lora.content for lora in loras),
@@ -238,9 +236,3 @@ def _unpacking(section: Section, itemsize: int) -> int:
 
 def _unpacking_rate(type_: str, itemsize: int) -> float:
     return max(UNPACKING.get(type_, 0), itemsize + 2) if not type_.startswith("F8") else itemsize
-
-
-@lru_cache(maxsize=256)  # one that is in a model already is not read again
-def _lora_bytes(lora: LocalFile, itemsize: int) -> int:
-    shapes: Mapping[str, tuple[int, ...]] = read_checkpoint(lora.path).shapes
-    return sum(prod(shape) for shape in shapes.values()) * itemsize

@@ -67,9 +67,13 @@ class PackedLinear(nn.Linear):
         """See torch."""
         # Wider than what the layer computes in where a VAE decodes in single precision.
         dtype = torch.promote_types(input.dtype, self.compute_dtype)
-        weight = self._numbers(dtype) if self.is_packed else self.weight.to(dtype)
+        weight = self.numbers(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         return nn.functional.linear(input.to(dtype), weight, bias)
+
+    def numbers(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix as plain numbers."""
+        return self._numbers(dtype) if self.is_packed else self.weight.to(dtype)
 
     def unpack(self, *, keeps: bool, in_ram: torch.Tensor | None = None) -> None:
         """Write the matrix out; with ``keeps`` its bytes stay in RAM, where they may be already."""

@@ -71,7 +71,7 @@ class LoadedModel:
         self._plan = plan
         self._device = device
         self._denoiser = parts[family.denoiser]
-        self._parts = parts
+        self.parts = parts
         self._shipped = load_scheduler(family)
         tokenizers = {name: load_tokenizer(each) for name, each in family.tokenizers.items()}
         self._components = family.assemble({**parts, **tokenizers, "scheduler": self._shipped})
@@ -89,18 +89,18 @@ class LoadedModel:
         """
         family = self._family
         pipeline = self.pipeline(starting)
-        scale = family.scale(self._shipped, self._parts, parameters.flow_shift)
+        scale = family.scale(self._shipped, self.parts, parameters.flow_shift)
         levels = noise_levels(parameters.sampler, scale, parameters.steps, parameters.denoise)
 
         def on_evaluation(done: int, total: int) -> None:
             progress(done, total)
             cancel.check()
 
-        others = [part for name, part in self._parts.items() if part is not None and name != family.denoiser]
+        others = [part for name, part in self.parts.items() if part is not None and name != family.denoiser]
 
         with (
             watched(others, lambda: on_evaluation(0, parameters.steps)),
-            placed(self._parts, self._plan, self._device) as bring,
+            placed(self.parts, self._plan, self._device) as bring,
             compiled(self._denoiser, is_offloaded=self._plan.mode is not Mode.WHOLE) as is_compiled,
         ):
             prompts = self._encoded(pipeline, parameters, starting)
@@ -158,12 +158,6 @@ class LoadedModel:
             return encode()
         words = (parameters.prompt, parameters.negative_prompt, parameters.guidance != 1)
         return self._prompts.get((self._reads_by, words), self._device, encode)
-
-    def lora_pipeline(self) -> Any:
-        """A pipeline that LoRAs can be brought in through; the components are the same in all of them."""
-        kinds = self._family.pipelines
-        names = (kinds.text, kinds.edit, kinds.image, kinds.inpaint)
-        return self._pipeline(next(name for name in names if name is not None))
 
     def pipeline(self, starting: Starting) -> Any:
         """The diffusers pipeline for a job, over this model's components.

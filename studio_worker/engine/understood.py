@@ -10,6 +10,7 @@ from studio_worker.engine.canvas import Starting
 from studio_worker.engine.encoding import check_ext
 from studio_worker.engine.families.family import Blueprint
 from studio_worker.engine.images import decode_mask, decode_picture, decode_reference
+from studio_worker.engine.lora_places import LoraPlaces, PlacedLora
 from studio_worker.engine.loras import Lora, asked_loras
 from studio_worker.engine.parameters import Parameters, resolve
 from studio_worker.engine.sources import Sources
@@ -24,8 +25,12 @@ class Understood:
     blueprint: Blueprint
     parameters: Parameters
     starting: Starting
-    loras: tuple[Lora, ...]
+    placed: tuple[PlacedLora, ...]
     unknown: tuple[str, ...]
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        return tuple(each.lora for each in self.placed)
 
     @property
     def pixels(self) -> int:
@@ -37,7 +42,9 @@ class Understood:
         return self.parameters.guidance != 1
 
 
-def understand(request: Request, sources: Sources, check: Callable[[], None]) -> Understood:
+def understand(
+    request: Request, sources: Sources, places: LoraPlaces, check: Callable[[], None]
+) -> Understood:
     """
     Args:
         check: called while pictures are decoded; what it raises ends that.
@@ -56,7 +63,8 @@ def understand(request: Request, sources: Sources, check: Callable[[], None]) ->
     family.check(parameters)
     starting = _starting(request.inputs, parameters, check)
     family.check_job(starting.kind, blueprint.sections)
-    return Understood(blueprint, parameters, starting, loras, unknown)
+    placed = tuple(places.place(lora, family, blueprint.sections) for lora in loras)
+    return Understood(blueprint, parameters, starting, placed, unknown)
 
 
 def _check_inputs(task: ImageTask, inputs: Inputs) -> None:

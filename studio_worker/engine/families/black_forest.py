@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 from studio_worker.engine.families.component import Tensors
+from studio_worker.engine.families.layer_names import by_table
 
 _ATTENTION = ("to_q", "to_k", "to_v")
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -57,6 +58,22 @@ as the model is wide, the MLP's the rest.
 
 SHIFT_BEFORE_SCALE = "final_layer.adaLN_modulation.1"
 """Its halves lie the other way round in diffusers."""
+
+_X_LABS: Mapping[str, tuple[str, ...]] = {
+    **{
+        f"double_blocks.N.{theirs}_lora{number}": PUBLISHED[f"double_blocks.N.{stream}_attn.{ours}"]
+        for number, stream in ((1, "img"), (2, "txt"))
+        for theirs, ours in (("qkv", "qkv"), ("proj", "proj"))
+    },
+    "single_blocks.N.qkv": PUBLISHED["single_blocks.N.linear1"][:3],
+    "single_blocks.N.proj": PUBLISHED["single_blocks.N.linear2"],
+}
+"""What XLabs' attention processors are trained on, by what is left of their names without ``processor`` and
+``_lora`` (https://github.com/XLabs-AI/x-flux, src/flux/modules/layers.py).
+"""
+
+black_forest_names = by_table({**PUBLISHED, **_X_LABS}, rolled={SHIFT_BEFORE_SCALE})
+"""Of the layers of FLUX.1 and Chroma in LoRA files."""
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.[a-z])")
 """A block's number; not an index within a sequence of layers, which ends a name."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine.families.black_forest import from_black_forest
+from studio_worker.engine.families.black_forest import black_forest_names, from_black_forest
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, read_json
 from studio_worker.engine.families.family import Family, Pipelines, Seen
 from studio_worker.engine.families.flux import predict_packed
@@ -116,6 +116,7 @@ def transformer(kind: str, config_dir: Path) -> Part:
         config=config_dir,
         layouts=(Layout("original", original, from_black_forest), Layout("diffusers", diffusers)),
         finish=_keep_guidance_still,
+        other_names=black_forest_names,
     )
 
 

@@ -6,11 +6,12 @@ Nothing here imports torch: library classes are named as text, and what handles 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from studio_worker.engine.families.layer_names import Named
 from studio_worker.engine.gguf_files import Shape
 from studio_worker.engine.sections import Section
 from studio_worker.models import FileRole
@@ -96,6 +97,7 @@ class Part:
         layouts: the namings in which it is published, the narrowest first.
         stated: what GGUF files say of it: by their name for it, its place in ``config.json``.
         finish: is given the component once it is loaded, before anything computes with it.
+        other_names: from the names of the class's layers to what else those are called in LoRA files.
     """
 
     kind: str
@@ -105,6 +107,7 @@ class Part:
     layouts: tuple[Layout, ...]
     stated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     finish: Callable[[Any], None] | None = None
+    other_names: Callable[[Collection[str]], Mapping[str, Named]] = lambda layers: {}  # noqa: ARG005
 
     @property
     def identity(self) -> str:

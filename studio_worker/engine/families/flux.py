@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from studio_worker.engine.families import clip_prompts
-from studio_worker.engine.families.black_forest import from_black_forest
+from studio_worker.engine.families.black_forest import black_forest_names, from_black_forest
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, read_json
 from studio_worker.engine.families.family import Family, Pipelines, Seen
 from studio_worker.engine.families.packing import packed, places, unpacked
@@ -187,6 +187,7 @@ def transformer(kind: str, config_dir: Path) -> Part:
             Layout("original", original, from_black_forest, absent["original"]),
             Layout("diffusers", diffusers, without=absent["diffusers"]),
         ),
+        other_names=black_forest_names,
     )
 
 

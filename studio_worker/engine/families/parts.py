@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from studio_worker.engine.families.component import Layout, Part, Tensors, Tokenizer, read_json
+from studio_worker.engine.families.layer_names import by_table, comp_vis
 
 _UNET = "model.diffusion_model."
 """diffusers' conversion of UNets wants the names of a whole checkpoint."""
@@ -51,6 +52,7 @@ def unet(kind: str, config_dir: Path) -> Part:
         cls="diffusers.UNet2DConditionModel",
         config=config_dir,
         layouts=(Layout("original", original, rename), Layout("diffusers", diffusers)),
+        other_names=comp_vis,
     )
 
 
@@ -141,6 +143,7 @@ def clip(kind: str, config_dir: Path, *, projected: bool = False) -> Part:
                 open_clip,
             ),
         ),
+        other_names=by_table(_clip_names(f"{wrapper}encoder.layers.N")),
     )
 
 
@@ -199,6 +202,20 @@ _OPEN_CLIP_BLOCK = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+
+
+def _clip_names(block: str) -> dict[str, tuple[str, ...]]:
+    """What the layers of a block are called by open_clip, and were by diffusers before 0.17."""
+    attention = tuple(f"{block}.self_attn.{each}_proj" for each in "qkv")
+    return {
+        **{f"encoder.layers.N.self_attn.to_{each}": (f"{block}.self_attn.{each}_proj",) for each in "qkv"},
+        "encoder.layers.N.self_attn.to_out": (f"{block}.self_attn.out_proj",),
+        "transformer.resblocks.N.attn.in_proj": attention,
+        **{
+            f"transformer.resblocks.N.{theirs}": (f"{block}.{ours}",)
+            for theirs, ours in _OPEN_CLIP_BLOCK.items()
+        },
+    }
 
 
 def clip_tokenizer(folder: Path, text_encoder: Path, **options: Any) -> Tokenizer:

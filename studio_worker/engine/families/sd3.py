@@ -13,6 +13,7 @@ from typing import Any
 from studio_worker.engine.families import clip_prompts
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, read_json
 from studio_worker.engine.families.family import Family, Pipelines
+from studio_worker.engine.families.layer_names import by_table
 from studio_worker.engine.families.packing import padded
 from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae
 from studio_worker.engine.families.t5 import T5_TOKENIZER, is_t5_truncated, t5, t5_states
@@ -92,6 +93,53 @@ class StableDiffusion3(Family):
         return clip_prompts.is_truncated(pipeline.tokenizer, text, max_windows=1)
 
 
+_PUBLISHED: dict[str, tuple[str, ...]] = {
+    "x_embedder.proj": ("pos_embed.proj",),
+    **{
+        f"{theirs}_embedder.mlp.{number}": (f"time_text_embed.{ours}_embedder.linear_{1 + number // 2}",)
+        for theirs, ours in (("t", "timestep"), ("y", "text"))
+        for number in (0, 2)
+    },
+    **{
+        f"joint_blocks.N.x_block.{attention}.{theirs}": tuple(
+            f"transformer_blocks.N.{attention}.{each}" for each in ours
+        )
+        for attention in ("attn", "attn2")
+        for theirs, ours in {
+            "qkv": ("to_q", "to_k", "to_v"),
+            "ln_q": ("norm_q",),
+            "ln_k": ("norm_k",),
+            "proj": ("to_out.0",),
+        }.items()
+    },
+    **{
+        f"joint_blocks.N.context_block.attn.{theirs}": tuple(
+            f"transformer_blocks.N.attn.{each}" for each in ours
+        )
+        for theirs, ours in {
+            "qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+            "ln_q": ("norm_added_q",),
+            "ln_k": ("norm_added_k",),
+            "proj": ("to_add_out",),
+        }.items()
+    },
+    **{
+        f"joint_blocks.N.{stream}_block.{theirs}": (f"transformer_blocks.N.{ours}",)
+        for stream, norm, feed in (("x", "norm1", "ff"), ("context", "norm1_context", "ff_context"))
+        for theirs, ours in {
+            "adaLN_modulation.1": f"{norm}.linear",
+            "mlp.fc1": f"{feed}.net.0.proj",
+            "mlp.fc2": f"{feed}.net.2",
+        }.items()
+    },
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+"""Layers whose names in Stability AI's files are not diffusers' (https://github.com/Stability-AI/sd3.5,
+mmditx.py).
+"""
+
+
 def transformer(kind: str, config_dir: Path) -> Part:
     """Stable Diffusion 3's denoiser, in Stability AI's naming (GGUF files keep it) and in diffusers'."""
     config = read_json(config_dir / "config.json")
@@ -139,6 +187,11 @@ def transformer(kind: str, config_dir: Path) -> Part:
         layouts=(
             Layout("original", original, from_stability, tuple(absent[0])),
             Layout("diffusers", diffusers, without=tuple(absent[1])),
+        ),
+        # diffusers has scale before shift where nothing follows.
+        other_names=by_table(
+            _PUBLISHED,
+            {"final_layer.adaLN_modulation.1", f"joint_blocks.{last}.context_block.adaLN_modulation.1"},
         ),
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, Tokenizer, read_json
 from studio_worker.engine.families.family import Family, Pipelines
+from studio_worker.engine.families.layer_names import by_table
 from studio_worker.engine.families.packing import padded
 from studio_worker.engine.families.parts import kl_vae
 from studio_worker.engine.families.qwen import QWEN_TOKENIZER, framed, language_states, qwen3
@@ -87,6 +88,23 @@ def _in_template(tokenizer: Any, text: str) -> tuple[list[int], list[float]]:
 
 _PLACE = "PROMPT"
 
+_PUBLISHED = {
+    "x_embedder": ("all_x_embedder.2-1",),
+    "final_layer.linear": ("all_final_layer.2-1.linear",),
+    "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+    **{
+        f"{block}.N.attention.{theirs}": tuple(f"{block}.N.attention.{each}" for each in ours)
+        for block in ("layers", "noise_refiner", "context_refiner")
+        for theirs, ours in {
+            "qkv": ("to_q", "to_k", "to_v"),
+            "out": ("to_out.0",),
+            "q_norm": ("norm_q",),
+            "k_norm": ("norm_k",),
+        }.items()
+    },
+}
+"""Layers whose names in the original files are not diffusers'."""
+
 
 def z_image(
     name: str = "z-image",
@@ -153,6 +171,7 @@ def _transformer(kind: str, config_dir: Path) -> Part:
                 },
             ),
         ),
+        other_names=by_table(_PUBLISHED),
     )
 
 
