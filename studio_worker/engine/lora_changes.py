@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from studio_worker.engine.gguf_files import Shape
 from studio_worker.engine.lora_adapter import Adapter
 from studio_worker.engine.lora_places import Place
 
@@ -43,29 +44,35 @@ def changes(
     adapter: Adapter, place: Place, tensors: Tensors, strength: float, weights: Plain, biases: Plain
 ) -> list[Change]:
     """What ``adapter`` adds to each layer of ``place``."""
-    factors = _factors(adapter, tensors)
-    bias = _bias(adapter, tensors, biases)
-    gain = None
-    if place.rolled:
-        factors = _rolled(factors)
-        bias = None if bias is None else bias.roll(len(bias) // 2, 0)
+
+    def ours(by_row: torch.Tensor) -> torch.Tensor:
+        """With the rows in the order of the class."""
+        return by_row.roll(len(by_row) // 2, 0) if place.rolled else by_row
+
+    factors = _factors(adapter, tensors, place.row)
+    if place.rolled and factors:
+        factors = _rows_first(factors)
+        factors = {name: ours(each) if name in {"up", "whole"} else each for name, each in factors.items()}
+    gain = bias = None
     if factors and (magnitude := tensors.get("dora", tensors.get("magnitude"))) is not None:
-        rows = sum(place.rows)
         plain = torch.cat(list(weights()))
-        if "magnitude" in tensors or magnitude.shape[0] == rows:
-            by_row = magnitude.reshape(rows)
-            by_row = by_row.roll(rows // 2, 0) if place.rolled else by_row
-            factors, gain = _decomposed(factors, by_row, plain)
+        if "magnitude" in tensors or magnitude.shape[0] == len(plain):
+            factors, gain = _decomposed(factors, ours(magnitude.flatten()), plain)
         else:
             factors = {"whole": _by_column(_whole(factors, plain), magnitude, plain)}
     if "set" in tensors:
-        new = tensors["set"].roll(sum(place.rows) // 2, 0) if place.rolled else tensors["set"]
         plain = torch.cat(list(weights()))
-        factors = {"whole": new.reshape(plain.shape) - plain}
+        factors = {"whole": ours(tensors["set"]).reshape(plain.shape) - plain}
+    if "set_b" in tensors:
+        bias = ours(tensors["set_b"]) - torch.cat(list(biases()))
+    elif "up_bias" in tensors:
+        bias = ours(tensors["up_bias"]) * _strength(adapter, tensors, len(tensors["down"]))
+    elif "diff_b" in tensors:
+        bias = ours(tensors["diff_b"].flatten())
     return _split(_times(Change(factors, gain, bias), strength), place.rows)
 
 
-def _factors(adapter: Adapter, tensors: Tensors) -> Tensors:
+def _factors(adapter: Adapter, tensors: Tensors, row: Shape) -> Tensors:
     """Of the change to the weight, alpha in them, its rows as they are published."""
     given = dict(tensors)
     scale = float(given["scalar"]) if "scalar" in given else 1.0
@@ -84,7 +91,8 @@ def _factors(adapter: Adapter, tensors: Tensors) -> Tensors:
             for name in ("lokr_w1", "lokr_w2")
         )
         outer = outer * scale
-        if inner.ndim > 2:
+        if len(row) > 1:
+            inner = inner.reshape(len(inner), -1, *row[1:])
             return {"whole": torch.kron(outer.reshape(*outer.shape[:2], *[1] * (inner.ndim - 2)), inner)}
         return {"outer": outer, "inner": inner}
     return {"whole": given["diff"]} if "diff" in given else {}
@@ -105,21 +113,9 @@ def _product(tensors: Tensors, name: str, core: str) -> torch.Tensor:
     return torch.einsum("ijkl,jr,ip->prkl", tensors[core], right, left)
 
 
-def _bias(adapter: Adapter, tensors: Tensors, biases: Plain) -> torch.Tensor | None:
-    if "set_b" in tensors:
-        return tensors["set_b"] - torch.cat(list(biases()))
-    if "up_bias" in tensors:
-        return tensors["up_bias"] * _strength(adapter, tensors, len(tensors["down"]))
-    return tensors["diff_b"].flatten() if "diff_b" in tensors else None
-
-
-def _rolled(factors: Tensors) -> Tensors:
-    if "outer" in factors:
-        factors = {"whole": torch.kron(factors["outer"], factors["inner"])}
-    name = "up" if "up" in factors else "whole"
-    if name not in factors:
-        return factors
-    return {**factors, name: factors[name].roll(len(factors[name]) // 2, 0)}
+def _rows_first(factors: Tensors) -> Tensors:
+    """With rows that can change places: those of a Kronecker product lie in two factors."""
+    return {"whole": torch.kron(factors["outer"], factors["inner"])} if "outer" in factors else factors
 
 
 def _whole(factors: Tensors, like: torch.Tensor) -> torch.Tensor:
@@ -127,7 +123,7 @@ def _whole(factors: Tensors, like: torch.Tensor) -> torch.Tensor:
     if "whole" in factors:
         change = factors["whole"]
     elif "outer" in factors:
-        change = torch.kron(factors["outer"], factors["inner"])
+        change = _rows_first(factors)["whole"]
     elif "mid" in factors:
         down, mid, up = (factors[name] for name in ("down", "mid", "up"))
         change = torch.einsum("oi,ijkl,jn->onkl", up, mid, down.flatten(1))
@@ -185,7 +181,7 @@ def _split(change: Change, rows: Sequence[int]) -> list[Change]:
     if "outer" in factors:
         inner = len(factors["inner"])
         if any(each % inner for each in rows):
-            factors = {"whole": torch.kron(factors["outer"], factors["inner"])}
+            factors = _rows_first(factors)
         else:
             outers = _pieces(factors["outer"], [each // inner for each in rows])
             return _with(change, rows, [{**factors, "outer": each} for each in outers])

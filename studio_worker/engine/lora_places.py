@@ -64,12 +64,14 @@ class Place(NamedTuple):
 
     Attributes:
         rows: of each.
+        row: the shape of one.
         rolled: whether the halves of its rows lie the other way round.
     """
 
     part: str
     layers: tuple[str, ...]
     rows: tuple[int, ...]
+    row: Shape
     rolled: bool
 
 
@@ -115,7 +117,8 @@ class LoraPlaces:
             if part not in brought or misfit is not None:
                 left_out.append(adapter.layer)
             else:
-                placed.append((adapter, Place(part, named.layers, rows, named.rolled)))
+                row = shapes[named.layers[0]]["weight"][1:]
+                placed.append((adapter, Place(part, named.layers, rows, row, named.rolled)))
         name = lora.file.path.name
         _refuse_misfits(name, misfits)
         if not placed or elsewhere > len(found.adapters) / 2:
@@ -183,8 +186,9 @@ def _misfit(adapter: Adapter, named: Named, shapes: Mapping[str, Mapping[str, Sh
     own = [shapes[layer]["weight"] for layer in named.layers]
     rows, has_bias = sum(shape[0] for shape in own), "bias" in shapes[named.layers[0]]
     wanted, found = (rows, *own[0][1:]), adapter.weight_shape
-    if found is not None and _without_ones(found) != _without_ones(wanted):
-        # Filters of one pixel are published as matrices, and the other way round.
+    # Filters are published as matrices too.
+    is_flat = found is not None and len(found) == 2 and found[0] == rows and prod(found) == prod(wanted)
+    if found is not None and not is_flat and _without_ones(found) != _without_ones(wanted):
         longer = max(len(found), len(wanted))
         filled = [(*shape, *[1] * (longer - len(shape))) for shape in (found, wanted)]
         return _Misfit(adapter.layer, *filled)

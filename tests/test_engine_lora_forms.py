@@ -1,0 +1,285 @@
+"""LoRAs of every kind, in every layout, for every family: as if they had been merged by hand.
+
+The judge is the engine without LoRAs on weights that were merged here, in the names of the published file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.gpu_check.tiny.families import tiny as tiny_model
+from studio_worker.gpu_check.tiny.model import Tiny
+from studio_worker.gpu_check.tiny.weights import state
+from studio_worker.jobs import Cancel, Picture
+from studio_worker.models import CliDefaults, FileRole, LocalFile
+from tests.engine_lab import decoded, request
+from tests.lora_kinds import BIASES, FILTERS, MATRICES, NORMS, Made
+
+torch.set_num_threads(1)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.FluxPosEmbed:FutureWarning"),
+]
+
+DEFAULTS = CliDefaults(width=64, height=64, steps=2, cfg_scale=1.0, sampling_method="euler")
+WIDTH = 64
+
+_TABLES = ("token_embedding", "position_embedding", "embed_tokens", "shared", "relative_attention")
+_OTHERS = ("visual.", "lm_head.")
+"""What lies in a text encoder's file and is no part of it."""
+
+
+class Component:
+    """A part of a model in a file of its own.
+
+    Args:
+        prefix: what its tensors' names begin with in a file, and not in LoRAs.
+    """
+
+    def __init__(
+        self, part: str, role: FileRole, tensors: Mapping[str, torch.Tensor], prefix: str = ""
+    ) -> None:
+        self.part, self.role, self.prefix = part, role, prefix
+        self.tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    def layers(self) -> list[str]:
+        """Those that LoRAs are for, as the file names them; not vocabularies, and not tables of places."""
+        return [
+            name.removesuffix(".weight")
+            for name in self.tensors
+            if name.endswith(".weight")
+            and not any(each in name for each in _TABLES)
+            and not name.startswith(_OTHERS)
+        ]
+
+
+class Model:
+    """A tiny model in one layout, and its LoRA of all kinds at once."""
+
+    def __init__(self, tiny: Tiny, layout: str) -> None:
+        self.tiny, self.family = tiny, tiny.family
+        self.components = list(_components(tiny, layout))
+        self.made: dict[tuple[str, str], Made] = {}
+        self.biases: dict[tuple[str, str], tuple[str, torch.Tensor]] = {}
+        generator = torch.Generator().manual_seed(5)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        kinds = {1: cycle(NORMS.values()), 2: cycle(MATRICES.values()), 4: cycle(FILTERS.values())}
+        ends = cycle(BIASES)
+        for component in self.components:
+            for layer in component.layers():
+                weight = component.tensors[f"{layer}.weight"]
+                self.made[component.part, layer] = next(kinds[weight.ndim])(weight, draw)
+                bias = component.tensors.get(f"{layer}.bias")
+                if bias is not None:
+                    self.biases[component.part, layer] = next(ends), 0.3 * draw(*bias.shape)
+
+    def files(self, folder: Path, *, merged: bool = False) -> tuple[LocalFile, ...]:
+        files = []
+        for component in self.components:
+            tensors = dict(component.tensors)
+            for (part, layer), made in self.made.items() if merged else ():
+                if part == component.part:
+                    tensors[f"{layer}.weight"] = made.merged
+            for (part, layer), (_, change) in self.biases.items() if merged else ():
+                if part == component.part:
+                    tensors[f"{layer}.bias"] = tensors[f"{layer}.bias"] + change
+            files.append(written(folder / f"{component.part}-{merged}", component.role, tensors))
+        vae = self.tiny.published.get("vae")
+        tensors = state(self.tiny.parts["vae"]) if vae is None else vae.tensors
+        return (*files, written(folder / "vae", "vae", tensors))
+
+    def lora(self, path: Path, named: Callable[[str, str, str], str]) -> LocalFile:
+        tensors = {}
+        for component in self.components:
+            for layer in component.layers():
+                name = layer.removeprefix(component.prefix)
+                key = component.part, layer
+                for end, tensor in self.made[key].tensors.items():
+                    tensors[named(component.part, name, end)] = tensor
+                if key in self.biases:
+                    end, change = self.biases[key]
+                    if end == "bias":
+                        change = change + component.tensors[f"{layer}.bias"]
+                    tensors[named(component.part, name, end)] = change
+        return written(path, "lora", tensors)
+
+
+def _components(tiny: Tiny, layout: str) -> Any:
+    denoiser = tiny.family.denoiser
+    readers = [name for name, part in tiny.family.parts.items() if part.role == "text-encoder"]
+    if layout == "diffusers":
+        yield Component(denoiser, "diffusion-model", state(tiny.parts[denoiser]))
+    elif "model" in tiny.published:
+        yield Component(
+            denoiser, "diffusion-model", tiny.published["model"].tensors, "model.diffusion_model."
+        )
+    else:
+        yield Component(denoiser, "diffusion-model", tiny.published[denoiser].tensors)
+    for name in readers:
+        published = tiny.published.get(name)
+        if published is not None:
+            yield Component(name, "text-encoder", published.tensors)
+        else:
+            own = state(tiny.parts[name])
+            wrapped = {
+                each if each.startswith(("text_model.", "text_projection")) else f"text_model.{each}": tensor
+                for each, tensor in own.items()
+            }
+            yield Component(name, "text-encoder", wrapped)
+
+
+def written(path: Path, role: FileRole, tensors: Mapping[str, torch.Tensor], **options: Any) -> LocalFile:
+    path = path.with_name(f"{path.name}.safetensors")
+    if not path.exists():
+        save_file({name: each.contiguous().clone() for name, each in tensors.items()}, path, **options)
+    return LocalFile(role, path, str(path))
+
+
+# --- layouts ---
+
+
+def flat(unet: str) -> Callable[[str, str, str], str]:
+    """kohya-ss' names, musubi-tuner's and OneTrainer's."""
+
+    def named(part: str, layer: str, end: str) -> str:
+        stem = (
+            unet
+            if not part.startswith("text")
+            else f"lora_te{part.removeprefix('text_encoder').strip('_') or 1}"
+        )
+        return f"{stem}_{layer.replace('.', '_')}.{end}"
+
+    return named
+
+
+def _peft(end: str) -> str:
+    return {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}.get(end, end)
+
+
+def comfy(part: str, layer: str, end: str) -> str:
+    """ComfyUI's and ai-toolkit's names."""
+    stem = "text_encoders." + ["clip_l", "clip_g", "t5xxl"][int(part[-1:]) - 1 if part[-1:].isdigit() else 0]
+    return (
+        f"{stem}.transformer.{layer}.{_peft(end)}"
+        if part.startswith("text")
+        else f"diffusion_model.{layer}.{_peft(end)}"
+    )
+
+
+def diffusers(part: str, layer: str, end: str) -> str:
+    return f"{part}.{layer}.{_peft(end)}"
+
+
+def bare(part: str, layer: str, end: str) -> str:
+    """lightx2v's and DiffSynth-Studio's names: nothing before the denoiser's."""
+    end = (
+        _peft(end)
+        .replace("lora_A.weight", "lora_A.default.weight")
+        .replace("lora_B.weight", "lora_B.default.weight")
+    )
+    return f"{part}.{layer}.{end}" if part.startswith("text") else f"{layer}.{end}"
+
+
+LAYOUTS = {
+    "kohya": ("original", flat("lora_unet")),
+    "ComfyUI": ("original", comfy),
+    "diffusers": ("diffusers", diffusers),
+    "OneTrainer": ("diffusers", flat("lora_transformer")),
+    "DiffSynth": ("diffusers", bare),
+}
+FAMILIES = (
+    "sd1",
+    "sd2",
+    "sdxl",
+    "sd3-medium",
+    "sd3.5-medium",
+    "flux1-dev",
+    "chroma",
+    "z-image",
+    "qwen-image",
+)
+
+
+class Bench:
+    """Models, and what their merged weights make, made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._tinies: dict[str, Tiny] = {}
+        self._models: dict[tuple[str, str], Model] = {}
+        self._pictures: dict[
+            tuple[str, str], tuple[DiffusionEngine, tuple[LocalFile, ...], Picture, Picture]
+        ] = {}
+
+    def model(self, family: str, layout: str) -> Model:
+        if family not in self._tinies:
+            self._tinies[family] = tiny_model(family, self.folder(family, "tiny"), WIDTH)
+        if (family, layout) not in self._models:
+            self._models[family, layout] = Model(self._tinies[family], layout)
+        return self._models[family, layout]
+
+    def folder(self, family: str, layout: str) -> Path:
+        folder = self._folder / f"{family}-{layout}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def pictures(
+        self, family: str, layout: str
+    ) -> tuple[DiffusionEngine, tuple[LocalFile, ...], Picture, Picture]:
+        """An engine with the plain model, its files, its picture, and that of the merged weights."""
+        if (family, layout) not in self._pictures:
+            model, folder = self.model(family, layout), self.folder(family, layout)
+            engine = DiffusionEngine("cpu", families=[model.family])
+            expected = make(engine, model.files(folder, merged=True))
+            files = model.files(folder)
+            self._pictures[family, layout] = engine, files, make(engine, files), expected
+        return self._pictures[family, layout]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("loras"))
+
+
+def make(engine: DiffusionEngine, files: tuple[LocalFile, ...], **task: Any) -> Picture:
+    asked = request(files=files, defaults=DEFAULTS, **{"prompt": "a red potion on grass"} | task)
+    return engine.generate(asked, lambda done, total: None, Cancel())
+
+
+def pixels(picture: Picture) -> np.ndarray:
+    return np.asarray(decoded(picture.data), dtype=int)
+
+
+def apart(one: Picture, other: Picture) -> tuple[float, int]:
+    """By how many grey levels on the average, and at most."""
+    difference = np.abs(pixels(one) - pixels(other))
+    return float(difference.mean()), int(difference.max())
+
+
+@pytest.mark.parametrize("naming", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_is_as_if_merged(bench: Bench, family: str, naming: str) -> None:
+    """A LoRA of all layers of denoiser and text encoders, one of each kind in turn, makes the picture of the
+    weights merged by hand, and leaves the next picture as it was before.
+    """
+    layout, named = LAYOUTS[naming]
+    engine, files, plain, expected = bench.pictures(family, layout)
+    lora_file = bench.model(family, layout).lora(bench.folder(family, layout) / f"lora-{naming}", named)
+    found = make(engine, (*files, lora_file))
+    assert apart(expected, plain)[0] > 5
+    assert apart(found, expected)[1] <= 2
+    assert "lorasLeftOut" not in found.meta
+    assert make(engine, files).data == plain.data
