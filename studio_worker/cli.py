@@ -16,10 +16,11 @@ from studio_worker.cli_doctor import check_config, doctor
 from studio_worker.cli_generate import generate
 from studio_worker.cli_gpu_check import gpu_check
 from studio_worker.cli_models import models_app
-from studio_worker.cli_options import ConfigDir, Instance
+from studio_worker.cli_options import ConfigDir, Instance, say
 from studio_worker.errors import ConfigError, StudioWorkerError
 from studio_worker.files import DISK_TROUBLES, others_can_read
 from studio_worker.owner import become, owner_of
+from studio_worker.plain import plain
 
 app = typer.Typer(
     name="studio-worker",
@@ -44,7 +45,7 @@ def main() -> None:
     try:
         app(prog_name="studio-worker")  # however it is started; completion goes by it
     except StudioWorkerError as error:
-        print(f"studio-worker: {error}", file=sys.stderr)
+        print(f"studio-worker: {plain(str(error))}", file=sys.stderr)
         sys.exit(error.exit_status)
     except OSError as error:
         # Else neither one file nor a full disk behind the output: a fault of ours, its traceback is wanted.
@@ -88,7 +89,7 @@ def register(
             file.reset()
         typer.echo("identity forgotten; the next start of the service asks to be registered anew")
         return
-    typer.echo(file.load().describe())
+    say(file.load().describe())
 
 
 @app.command("local-studio")

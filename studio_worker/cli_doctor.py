@@ -15,6 +15,7 @@ from studio_worker import config, logs
 from studio_worker.cli_options import ConfigDir, Instance, Json
 from studio_worker.errors import StudioWorkerError
 from studio_worker.owner import become, owner_of
+from studio_worker.plain import plain
 
 _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failure": ("FAILURE", "red")}
 
@@ -77,9 +78,9 @@ def doctor(
     else:
         for finding in findings:
             word, color = _MARKS[finding.level]
-            typer.echo(f"{typer.style(f'{word:8}', fg=color)} {finding.check}: {finding.text}")
+            typer.echo(f"{typer.style(f'{word:8}', fg=color)} {finding.check}: {plain(finding.text)}")
             if finding.cure:
-                typer.echo(f"{'':8} → {finding.cure}")
+                typer.echo(f"{'':8} → {plain(finding.cure)}")
     if sys.stdout is not None:  # closed by the caller
         sys.stdout.flush()
     os._exit(1 if failed else 0)  # a check that hangs in a driver must not hold up the end

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from studio_worker import config, logs
-from studio_worker.cli_options import ConfigDir, Json, table_console
+from studio_worker.cli_options import ConfigDir, Json, cell, say, table_console
 from studio_worker.owner import Owner, become, give_folder, owner_of, written_by_caller
 
 models_app = typer.Typer(no_args_is_help=True, help="The models on this box.")
@@ -35,20 +35,20 @@ def models_list(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False
         typer.echo(json.dumps(rows, indent=2))
         return
     if not rows:
-        typer.echo("no models: models.d requires none, and no offer has brought one")
+        say("no models: models.d requires none, and no offer has brought one")
         return
     table = Table(box=SIMPLE)
     for name in ("model", "role", "file", "state", "size", "kept", "in memory", "last use (UTC)"):
         table.add_column(name, overflow="fold", no_wrap=name in {"state", "size", "kept"})
     for row in rows:
         table.add_row(
-            row["model"],
-            row["role"],
-            row["file"],
-            row["state"],
+            cell(row["model"]),
+            cell(row["role"]),
+            cell(row["file"]),
+            cell(row["state"]),
             show_bytes(row["size_bytes"]) if row["size_bytes"] else "",
             "required" if row["required"] else "on demand",
-            row["in_memory"] or "",
+            cell(row["in_memory"] or ""),
             (row["last_used"] or "never").replace("T", " ")[:16],
         )
     table_console().print(table)
@@ -69,7 +69,7 @@ def models_pull(directory: ConfigDir = config.DEFAULT_DIR) -> None:
         logs.configure("info", loaded.settings.log.format)
         progress = ProvisionProgress(lambda _: None, lambda: None)
         provision(store, loaded.required, progress, threading.Event())
-    typer.echo(f"{len(loaded.required)} required model(s) verified")
+    say(f"{len(loaded.required)} required model(s) verified")
 
 
 @models_app.command("verify")
@@ -89,9 +89,9 @@ def models_verify(
     def tell(checked: Checked) -> None:
         results.append(checked)
         if not as_json:
-            typer.echo(f"{checked.state:9} {checked.size_bytes / 1e6:10.1f} MB  {checked.path}")
+            say(f"{checked.state:9} {checked.size_bytes / 1e6:10.1f} MB  {checked.path}")
             if checked.error:
-                typer.echo(f"{'':9} {checked.error}")
+                say(f"{'':9} {checked.error}")
 
     loaded, store = _opened(_Setup.of(directory))
     with _Bars() as bars:
@@ -116,10 +116,10 @@ def models_verify(
         shown = [{**vars(checked), "path": str(checked.path)} for checked in results]
         typer.echo(json.dumps(shown, indent=2))
     else:
-        typer.echo(f"{len(results) - wrong} file(s) verified")
+        say(f"{len(results) - wrong} file(s) verified")
         if wrong:
             cure = "see above" if repair else "`studio-worker models verify` fetches them again"
-            typer.echo(f"{wrong} file(s) damaged or missing; {cure}")
+            say(f"{wrong} file(s) damaged or missing; {cure}")
     if wrong:
         raise typer.Exit(1)
 
@@ -136,13 +136,13 @@ def models_prune(
     pruned = store.prune(dry_run=dry_run)
     would = "would be " if dry_run else ""
     for removal in pruned.models:
-        typer.echo(f"{would}removed: {removal.model}, {show_bytes(removal.size_bytes)}")
+        say(f"{would}removed: {removal.model}, {show_bytes(removal.size_bytes)}")
     if pruned.staging_bytes:
-        typer.echo(f"{would}removed: unfinished downloads, {show_bytes(pruned.staging_bytes)}")
+        say(f"{would}removed: unfinished downloads, {show_bytes(pruned.staging_bytes)}")
     for path in pruned.strangers:
-        typer.echo(f"unknown, left alone: {path}")
+        say(f"unknown, left alone: {path}")
     freed = pruned.staging_bytes + sum(removal.size_bytes for removal in pruned.models)
-    typer.echo(f"{show_bytes(freed)} {would}freed")
+    say(f"{show_bytes(freed)} {would}freed")
 
 
 @models_app.command("export")
@@ -168,7 +168,7 @@ def models_export(
         loaded, store = _opened(setup)
         bars = stack.enter_context(_Bars())
         manifest = export_bundle(store, dest, loaded.required, models or (), bars.of_bundle, tar=tar)
-    typer.echo(f"{dest}: {len(manifest.files)} file(s)")
+    say(f"{dest}: {len(manifest.files)} file(s)")
 
 
 @models_app.command("import")
@@ -187,7 +187,7 @@ def models_import(
         _, store = _opened(setup)
         bars = stack.enter_context(_Bars())
         manifest = import_bundle(store, source, bars.of_bundle, tar=tar)
-    typer.echo(f"{len(manifest.files)} file(s) verified and placed")
+    say(f"{len(manifest.files)} file(s) verified and placed")
 
 
 class _Setup(NamedTuple):

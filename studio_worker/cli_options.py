@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from studio_worker.plain import plain
+
 ConfigDir = Annotated[
     Path, typer.Option("--config", metavar="DIR", help="Configuration folder.", show_default=True)
 ]
@@ -19,6 +21,18 @@ def table_console() -> Any:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 1000)
+
+
+def say(text: str) -> None:
+    """Print what may hold words from outside."""
+    typer.echo(plain(text))
+
+
+def cell(text: str) -> str:
+    """Such words in a table: neither control characters nor markup."""
+    from rich.markup import escape
+
+    return escape(plain(text))
 
 
 def as_instance(number: int | None) -> int | None:

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field
 
 from studio_worker.errors import JobCancelled
-from studio_worker.models import CAMEL, Count, ModelSource, Name
+from studio_worker.models import CAMEL, Count, Label, ModelSource
+from studio_worker.plain import REPLACEMENT, plain_lines
 
 MAX_PROMPT_BYTES = 32 * 1024
 """In UTF-8. The longest text encoder served reads 1,024 tokens, some 5,000 letters; what it cuts off beyond
@@ -25,7 +26,7 @@ def _readable(prompt: str) -> str:
     size = len(prompt.encode("utf-8", "replace"))
     if size > MAX_PROMPT_BYTES:
         raise ValueError(f"has {size} bytes; at most {MAX_PROMPT_BYTES} are read")
-    return prompt
+    return plain_lines(prompt).replace(REPLACEMENT, " ")
 
 
 Prompt = Annotated[str, AfterValidator(_readable)]
@@ -47,12 +48,12 @@ class ImageTask(BaseModel):
     ref_image_url: str | None = None
     denoise: float = Field(default=0.75, ge=0, le=1)
     cfg_scale: float | None = None
-    sampling_method: Name | None = None
+    sampling_method: Label | None = None
     width: Count | None = Field(default=None, ge=0)
     height: Count | None = Field(default=None, ge=0)
     steps: Count | None = Field(default=None, ge=0)
     seed: Annotated[int, Field(ge=-(2**64), le=2**65)] | None = None
-    ext: Name = "webp"
+    ext: Label = "webp"
 
     @property
     def input_urls(self) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from pythonjsonlogger.json import JsonFormatter
 from studio_worker import journal
 from studio_worker.errors import ConfigError
 from studio_worker.journal import Journal, field_name
+from studio_worker.plain import plain, plain_lines
 
 LogFormat = Literal["auto", "json", "text"]
 
@@ -109,9 +110,12 @@ class _Json(JsonFormatter):
         log_data["level"] = record.levelname
         log_data["logger"] = record.name
         super().add_fields(log_data, record, message_dict)
+        for name, value in log_data.items():
+            if isinstance(value, str):
+                log_data[name] = plain_lines(value)
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return plain(redact(super().format(record)))
 
 
 class _Text(logging.Formatter):
@@ -121,7 +125,7 @@ class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         head, newline, traceback = super().format(record).partition("\n")
         fields = " ".join(f"{k}={_plain(v)}" for k, v in facts(record).items())
-        return redact(f"{head}  {fields}".rstrip() + newline + traceback)
+        return redact(plain(f"{head}  {fields}".rstrip()) + newline + plain_lines(traceback))
 
 
 def _plain(value: Any) -> str:
@@ -164,7 +168,7 @@ class _JournalHandler(logging.StreamHandler[IO[str]]):
         for name, value in facts(record).items():
             # What is long, or a list, is in the message; nobody looks for a line by it.
             if isinstance(value, str | int | float) and len(text := redact(str(value))) <= _FIELD_CHARS:
-                fields[field_name(name)] = text
+                fields[field_name(name)] = plain_lines(text)
         for name in ("", *_JOURNALS_OWN):
             fields.pop(name, None)
         return fields | {

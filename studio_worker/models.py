@@ -8,7 +8,6 @@ protocol asks of readers.
 from __future__ import annotations
 
 import re
-import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -16,19 +15,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from pydantic.dataclasses import dataclass
 
+from studio_worker.plain import plain
+
 FileRole = Literal["diffusion-model", "text-encoder", "text-encoder-vision", "vae", "lora", "model"]
 
 CAMEL = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True)
 """How every body and frame of the wire is read and written."""
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
-_CONTROL = {"Cc", "Zl", "Zp"}
-"""Unicode categories of characters that break a line or steer a terminal; no file needs them in its name."""
 
 
 def _plain_name(name: str) -> str:
-    if name in {"", ".", ".."} or any(c in "/\\" or unicodedata.category(c) in _CONTROL for c in name):
-        raise ValueError("must be a plain file name, without folders")
+    if name in {"", ".", ".."} or plain(name) != name or "/" in name or "\\" in name:
+        raise ValueError("must be a plain file name, without folders and control characters")
     if len(name.encode()) > 255:
         raise ValueError("must be at most 255 bytes long, as file systems want it")
     return name
@@ -52,6 +51,9 @@ _MAX_NUMBER = 2**31 - 1
 """Beyond what a file, a picture or a step can be. What is possible within it is said where it is used."""
 
 Name = Annotated[str, Field(max_length=NAME_CHARS)]
+"""Kept as it came: the other side has to know it again."""
+Label = Annotated[str, Field(max_length=NAME_CHARS), AfterValidator(plain)]
+"""For people and logs."""
 Count = Annotated[int, Field(le=_MAX_NUMBER)]
 FileName = Annotated[str, AfterValidator(_plain_name)]
 """A file's name without folders, as every file system takes it."""
@@ -95,7 +97,7 @@ class CliDefaults(BaseModel):
     steps: Count = 0
     width: Count = 0
     height: Count = 0
-    sampling_method: Name | None = None
+    sampling_method: Label | None = None
     flow_shift: float | None = None
     zero_cond_t: bool | None = None
     offload_to_cpu: bool | None = None
@@ -110,7 +112,7 @@ class ModelSource(BaseModel):
 
     model_config = CAMEL
 
-    engine: Name
+    engine: Label
     files: Annotated[tuple[ModelFile, ...], Field(max_length=_MAX_FILES)] = ()
     cli_defaults: CliDefaults = CliDefaults()
 
@@ -118,6 +120,6 @@ class ModelSource(BaseModel):
 class RequiredModel(ModelSource):
     """A model the box must hold before it is ready: one file of ``models.d``."""
 
-    id: Name = Field(min_length=1)
+    id: Label = Field(min_length=1)
     kind: str = "image"
     vram_gb_estimate: float = 0.0

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import sdnotify
 
+from studio_worker.plain import plain
+
 EXTEND_S = 90
 """How much longer a start may take after each sign of progress, in seconds."""
 
@@ -62,7 +64,7 @@ class Notifier:
         self._send("STOPPING=1", self._status(status), *extend)
 
     def _status(self, text: str) -> str:
-        line = " ".join(text.splitlines())  # a line end inside a name would begin a new assignment
+        line = plain(" ".join(text.splitlines()))  # a line end inside a name would begin a new assignment
         self._on_status(line)
         return f"STATUS={line}"
 

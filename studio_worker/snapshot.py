@@ -8,9 +8,11 @@ that do not jump with the clock.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from studio_worker.plain import plain
 
 Phase = Literal["starting", "provisioning", "ready", "draining", "stopping"]
 """``draining``: told to stop, the job in hand is being finished."""
@@ -25,6 +27,11 @@ OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "handed_back", "refused", "un
 
 class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_control_characters(cls, value: Any) -> Any:
+        return plain(value) if isinstance(value, str) else value
 
 
 class RegistrationFacts(_Facts):

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "studio_worker"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
-        "__init__ errors sample_model files journal process crowd",
+        "__init__ errors sample_model files journal process crowd plain",
         "networks connecting torch_build",
         "compatibility logs notify models urls lock config_files wording spans policy pace formats scrapes "
         "certificates",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from studio_worker.errors import DuplicateWorker, FrameError, ProtocolError, RefusedByStudio
+from studio_worker.plain import plain
 from studio_worker.studio.wire import (
     CLOSE_CODES,
     DEAD_PEER_S,
@@ -159,6 +160,7 @@ class SessionProtocol:
 
 def error_for_code(close_code: int, detail: str) -> ProtocolError:
     """What a close code means for the worker: the one place that tells passing from final."""
+    detail = plain(detail)
     match close_code:
         case 4001:
             return RefusedByStudio(

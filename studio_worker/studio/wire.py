@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
 
 from studio_worker.errors import FrameError
-from studio_worker.models import CAMEL, Name
+from studio_worker.models import CAMEL, Label, Name
+from studio_worker.plain import plain
 
 _T = TypeVar("_T")
 
@@ -41,6 +42,13 @@ STUDIO_HEARTBEAT_TIMEOUT_S = 30.0
 """The studio closes a session whose last heartbeat is older than this."""
 
 
+Text = Annotated[str, AfterValidator(plain)]
+"""Words for people."""
+_REASON_CHARS = 2000
+Reason = Annotated[str, AfterValidator(lambda text: plain(text[:_REASON_CHARS]))]
+"""Why something was refused or has failed."""
+
+
 class Body(BaseModel):
     """Base of every frame and body: camelCase on the wire, unknown fields ignored."""
 
@@ -54,10 +62,10 @@ class Body(BaseModel):
 class Capabilities(Body):
     """What this worker says of itself. Memory in GiB, whatever the names say; 0 without a GPU."""
 
-    machine_name: str
-    username: str
-    agent_version: str
-    engine: str = "multi"
+    machine_name: Text
+    username: Text
+    agent_version: Text
+    engine: Text = "multi"
     vram_total_gb: float
     vram_threshold_gb: float
     auto_enabled: bool = True
@@ -80,7 +88,7 @@ class RegisterRequest(Body):
     install_id: str
     registration_secret_hash: str
     capabilities: Capabilities
-    user_agent: str
+    user_agent: Text
 
 
 class RegisterAnswer(Body):
@@ -104,7 +112,7 @@ class Approved(Body):
 
 class Rejected(Body):
     status: Literal["rejected"] = "rejected"
-    reason: str | None = None
+    reason: Reason | None = None
 
 
 Decision = Annotated[Pending | Approved | Rejected, Field(discriminator="status")]
@@ -136,7 +144,7 @@ class Accept(Body):
 class Reject(Body):
     type: Literal["reject"] = "reject"
     job_id: str
-    reason: str
+    reason: Reason
     code: RejectCode | None = None
 
 
@@ -150,7 +158,7 @@ class CompleteJson(Body):
 class Fail(Body):
     type: Literal["fail"] = "fail"
     job_id: str
-    error: str
+    error: Reason
     retryable: bool
 
 
@@ -159,9 +167,9 @@ class LogEntry(Body):
 
     ts: str
     level: Literal["info", "warn", "error"]
-    category: str
-    message: str
-    job_id: str | None = None
+    category: Text
+    message: Text
+    job_id: Text | None = None
 
 
 class LogBatch(Body):
@@ -202,8 +210,8 @@ class FailAck(Body):
 
 class ErrorFrame(Body):
     type: Literal["error"] = "error"
-    code: str
-    message: str = ""
+    code: Text
+    message: Reason = ""
 
 
 StudioFrame = Welcome | Offer | HeartbeatAck | CompleteAck | FailAck | ErrorFrame
@@ -246,7 +254,7 @@ def describe(error: ValidationError) -> str:
     for item in error.errors(include_url=False, include_input=False, include_context=False):
         where = ".".join(str(part)[:_PART_CHARS] for part in item["loc"])
         problem = item["msg"].removeprefix("Value error, ")[:_PROBLEM_CHARS]
-        problems.append(f"{where}: {problem}" if where else problem)
+        problems.append(plain(f"{where}: {problem}" if where else problem))
     return "; ".join(problems[:5])
 
 
@@ -257,9 +265,9 @@ class Claim(Body):
     """An offer's claim, its task and model source still raw JSON (each is judged with its own answer)."""
 
     job_id: Name = Field(min_length=1)
-    game_id: Name | None = None
-    asset_name: Name | None = None
-    model: Name
+    game_id: Label | None = None
+    asset_name: Label | None = None
+    model: Label
     vram_gb_estimate: float = Field(default=0.0, ge=0, le=1e6, allow_inf_nan=False)
     task: dict[str, Any]
     model_source: dict[str, Any]
