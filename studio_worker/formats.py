@@ -17,8 +17,8 @@ _HTML = (b"<!doctype", b"<html", b"<head", b"<body")
 _TEXT_NAMES = (".html", ".htm", ".md", ".txt")
 """What may well begin like a page."""
 _LFS_POINTER = b"version https://git-lfs"
-MAX_HEADER_BYTES = 16 * 2**20
-"""Of a safetensors file. Models' headers have some 100 kB, LoRAs' with notes of their training some MB; the
+MAX_HEADER_BYTES = 32 * 2**20
+"""Of a safetensors file. Models' headers have some 100 kB, with notes of their training up to 20 MB; the
 library takes 100 MB, which unpack to gigabytes."""
 
 _GGUF_HEAD = 24
@@ -26,11 +26,13 @@ MAX_GGUF_ENTRIES = 50_000
 """Keys, and tensors, of a GGUF file: the largest have some 2,000 of each."""
 
 MAX_GGUF_WORDS = 2_000_000
-"""Of one list among a GGUF file's keys: vocabularies have up to 500,000 words."""
+"""Of all lists among a GGUF file's keys: vocabularies have up to 500,000 words, and as many merges."""
 
 MAX_GGUF_NAME_BYTES = 65_535
 """Of a key, as its specification says; no tensor's name is longer."""
-_GGUF_DIMENSIONS = 8
+MAX_GGUF_DIMENSIONS = 8
+"""Of a GGUF file's tensor; the format says 4 at present."""
+
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _GGUF_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _GGUF_BLOCKS = {
@@ -117,6 +119,10 @@ def _check_gguf(file: IO[bytes], size: int) -> None:
     if file.read(4) != b"GGUF":
         raise _Wrong("it does not begin with GGUF")
     version, tensors, pairs = struct.unpack("<IQQ", file.read(_GGUF_HEAD - 4))
+    if version == 1:
+        raise _Wrong("it is of version 1, which no program reads any more")
+    if version & 0xFFFF == 0 and version >> 24 in {1, 2, 3}:
+        raise _Wrong("it is big-endian, for machines of the other byte order")
     if version not in {2, 3}:
         raise _Wrong(f"version {version}")
     if max(tensors, pairs) > MAX_GGUF_ENTRIES:
@@ -130,7 +136,7 @@ def _check_gguf(file: IO[bytes], size: int) -> None:
     ends = [0]
     for _ in range(tensors):
         _string(file)
-        if (dimensions := _number(file, "<I")) > _GGUF_DIMENSIONS:
+        if (dimensions := _number(file, "<I")) > MAX_GGUF_DIMENSIONS:
             raise _Wrong(f"a tensor of {dimensions} dimensions")
         shape = [_number(file, "<Q") for _ in range(dimensions)]
         kind, offset = _number(file, "<I"), _number(file, "<Q")

@@ -62,18 +62,6 @@ UNAVOIDABLE = (
         "a class says only here which of its weights half precision spoils",
     ),
     PrivateName(
-        "_get",
-        ("engine.gguf_files",),
-        "import gguf; gguf.GGUFReader._get",
-        "every length that a file names is taken at its word there, and no other place sees all of them",
-    ),
-    PrivateName(
-        "_get_field_parts",
-        ("engine.gguf_files",),
-        "import gguf; gguf.GGUFReader._get_field_parts",
-        "the reader makes arrays of 300,000 words there, and offers no way to leave them out",
-    ),
-    PrivateName(
         "HTTPConnection._new_conn",
         ("connecting",),
         "from urllib3.connection import HTTPConnection; HTTPConnection('h')._new_conn",

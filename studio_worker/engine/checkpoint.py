@@ -6,7 +6,6 @@ it runs code. It imports no torch.
 
 from __future__ import annotations
 
-import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -27,14 +26,12 @@ from studio_worker.engine.gguf_files import (
     shape_of,
     stated,
 )
+from studio_worker.engine.safetensors_files import odd_header
 from studio_worker.errors import FileDamaged, JobError, NotServed
 from studio_worker.formats import MAX_HEADER_BYTES
 
 _MAGIC_BYTES = 512
 """Enough for every signature below; tar's stands at 257."""
-
-_NEWER = re.compile(r"(?:np\.uint32\()?(\d{1,4})\)? is not a valid GGMLQuantizationType")
-"""How the gguf library says so. Damage makes larger numbers."""
 
 _LENGTH = struct.Struct("<Q")
 _LIBRARYS_HEADER_BYTES = 100_000_000
@@ -65,6 +62,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         FileDamaged: it is no weights file at all, or not a whole one.
         NotServed: weights, but of a kind that is not read here: pickle, a piece of a file, a newer
             quantisation.
+        JobImpossible: of a kind that nobody reads: a big-endian GGUF, or one of version 1.
         JobError: the disk does not give it.
     """
     try:
@@ -141,35 +139,36 @@ def _safetensors(path: Path, start: bytes) -> Checkpoint:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
             types = {name: each.get_dtype() for name, each in slices.items()}
-            said = {name: text for name, text in (file.metadata() or {}).items() if len(text) <= SHORT}
+            said = file.metadata() or {}
     except (SafetensorError, OSError, MemoryError) as error:
-        # The library names its checks (InvalidHeaderLength, MetadataIncompleteBuffer, …), never the content.
-        raise FileDamaged(
-            path, f"{path.name} is not a whole safetensors file ({path.stat().st_size} bytes): {error}"
-        ) from error
-    return Checkpoint(path, "safetensors", shapes, types, said)
+        odd = odd_header(path) if isinstance(error, SafetensorError) else None
+        if odd is None:
+            # The library names its checks (InvalidHeaderLength, MetadataIncompleteBuffer, …), never the
+            # content.
+            raise FileDamaged(
+                path, f"{path.name} is not a whole safetensors file ({path.stat().st_size} bytes): {error}"
+            ) from error
+        shapes = {name: each.shape for name, each in odd.entries.items()}
+        types = {name: each.type for name, each in odd.entries.items()}
+        said = odd.metadata
+    short = {name: text for name, text in said.items() if len(text) <= SHORT}
+    return Checkpoint(path, "safetensors", shapes, types, short)
 
 
 def _gguf(path: Path) -> Checkpoint:
     try:
-        reader = open_gguf(path)
-        shapes = {tensor.name: shape_of(reader, tensor) for tensor in reader.tensors}
-        types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-        facts, pieces = stated(reader), piece_count(reader)
+        file = open_gguf(path)
+        shapes = {tensor.name: shape_of(file, tensor) for tensor in file.tensors}
+        types = {tensor.name: tensor.tensor_type.name for tensor in file.tensors}
     except DAMAGE as error:
-        if newer := _NEWER.match(str(error)):
-            raise NotServed(
-                f"{path.name} has weights of a quantisation that this worker does not know (ggml's number "
-                f"{newer[1]}); register another one, such as Q4_K, Q6_K or Q8_0"
-            ) from error
         why = error if isinstance(error, BeyondLimits) else type(error).__name__
         raise FileDamaged(
             path,
             f"{path.name} is not a whole GGUF file ({path.stat().st_size} bytes): {why}",
         ) from error
-    if pieces > 1:
+    if (pieces := piece_count(file)) > 1:
         raise NotServed(
             f"{path.name} is one of {pieces} pieces of a GGUF file; register the single file that "
             "llama-gguf-split --merge makes of them"
         )
-    return Checkpoint(path, "gguf", shapes, types, facts)
+    return Checkpoint(path, "gguf", shapes, types, stated(file))

@@ -21,6 +21,7 @@ from diffusers.quantizers.gguf.utils import GGUFParameter
 from studio_worker.engine.families.component import Part, Tensors, Tokenizer, read_json
 from studio_worker.engine.families.family import Family, refused
 from studio_worker.engine.faults import is_device_lost, is_exhausted
+from studio_worker.engine.gguf_files import Stated
 from studio_worker.engine.packed import BlockLinear, EightBitLinear, use_packed_linears
 from studio_worker.engine.precision import numbers
 from studio_worker.engine.sections import Section
@@ -70,7 +71,10 @@ def load_part(
     layout = part.layout(section)
     if layout is None:
         raise refused(f"{section} is no {part.kind}: {part.why_not(section)}")
-    model = empty_model(part, _as_stated(part, section))
+    try:
+        model = empty_model(part, _as_stated(part, section))
+    except _TORSO as error:
+        raise refused(f"{section} states numbers of which no {part.kind} can be made") from error
     tensors = read_tensors(section, device, _read_as(part, dtype), alive)
     try:
         tensors = layout.rename(tensors)
@@ -126,8 +130,9 @@ def _as_stated(part: Part, section: Section) -> dict[str, Any]:
     """
     config = read_json(part.config / "config.json")
     stated = section.checkpoint.stated
-    scaling = stated.get("rope.scaling.type", "none")
-    if scaling != "none":
+    scaling = str(stated.get("rope.scaling.type", "none"))
+    # A linear one by 1 is none at all.
+    if scaling != "none" and (scaling, stated.get("rope.scaling.factor")) != ("linear", 1):
         raise refused(
             f"{section} stretches its positions for long texts (rope scaling {scaling!r}), which is not "
             f"served; register the {part.kind} without, not its version for a longer context"
@@ -138,8 +143,19 @@ def _as_stated(part: Part, section: Section) -> dict[str, Any]:
             inner = config
             for key in outer:
                 inner = inner[key]
-            inner[last] = stated[name]
+            inner[last] = _number(stated[name], inner[last], f"{section} states its {name}")
     return config
+
+
+def _number(stated: Stated, usual: float, what: str) -> float:
+    """``stated`` as a number of the kind of ``usual``: files have it as whatever their writer chose.
+
+    Raises:
+        NotServed: it is none.
+    """
+    if isinstance(stated, str | bool) or not stated > 0 or (isinstance(usual, int) and stated != int(stated)):
+        raise refused(f"{what} as {stated!r}")
+    return type(usual)(stated)
 
 
 def _fill(

@@ -12,12 +12,13 @@ from typing import Any
 import gguf
 import torch
 from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES, GGUFParameter, dequantize_gguf_tensor
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from studio_worker.engine.checkpoint import Checkpoint
 from studio_worker.engine.eight_bit import EightBitMatrix
 from studio_worker.engine.families.component import Tensors
 from studio_worker.engine.gguf_files import DAMAGE, PLAIN_TYPES, open_gguf
+from studio_worker.engine.safetensors_files import open_safetensors
 from studio_worker.engine.sections import Section
 from studio_worker.errors import FileDamaged, JobError, NotServed
 
@@ -62,7 +63,7 @@ def read_tensors(
         if section.checkpoint.format == "gguf":
             return dict(_gguf(section, device, alive))
         # Mapped: on the CPU these tensors are pages of the file until they are copied.
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with open_safetensors(path, str(device)) as file:
             return _safetensors(section, file, dtype, alive)
     except OSError as error:
         raise JobError(f"{path.name} cannot be read: {error.strerror}") from error
