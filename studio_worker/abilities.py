@@ -86,7 +86,7 @@ class Abilities:
             is_uploading=courier.is_uploading,
             is_just_delivered=courier.has_just_delivered,
             is_in_outbox=self._outbox.holds,
-            outbox_problem=self._outbox.fullness,
+            state_problem=lambda: self._outbox.fullness() or self._in_hand.problem(),
             is_poisoned=self._in_hand.is_poisoned,
             failed_for_good=self._failures.final,
             is_on_box=self._is_on_box,

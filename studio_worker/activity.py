@@ -242,7 +242,7 @@ class Activity:
         stages_s: Mapping[str, float] | None = None,
     ) -> None:
         ended = EndedJob(
-            job_id=job_id,
+            job_id=job_id[:_MODEL_CHARS],
             model=model[:_MODEL_CHARS],
             outcome=outcome,
             reason=None if reason is None else reason[:_REASON_CHARS],

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from studio_worker.config_files import Document, list_files, read_document, user
-from studio_worker.errors import ConfigError
+from studio_worker.errors import ConfigError, StateUnavailable
 from studio_worker.models import RequiredModel
 from studio_worker.required import read_required
 from studio_worker.settings import ENV_PREFIX, ENV_SEPARATOR, Settings, SettingsError
@@ -85,7 +85,14 @@ def check_folders(settings: Settings) -> None:
         ("state.dir", settings.state.dir, 0o700),
         ("models.root", settings.models.root, 0o755),
     ):
+        kind = StateUnavailable if key == "state.dir" and os.path.isdir(folder) else ConfigError  # noqa: PTH112
         try:
+            if (link := _dangling(folder)) is not None:
+                raise StateUnavailable(
+                    f"folder {folder}: {link} is a link to {link.readlink()}, which is not there",
+                    key=key,
+                    cure="mount the disk that it lies on, or name another folder",
+                )
             if not folder.is_dir():
                 folder.mkdir(mode=mode, parents=True, exist_ok=True)
             usable = os.access(folder, os.R_OK | os.W_OK | os.X_OK)
@@ -99,11 +106,17 @@ def check_folders(settings: Settings) -> None:
         if not usable:
             if is_read_only:
                 problem = "lies where everything is read-only"
-            raise ConfigError(
+            raise kind(
                 f"folder {folder} {problem}",
                 key=key,
                 cure=_unit_cure(folder) if is_read_only else _access_cure(folder),
             )
+
+
+def _dangling(folder: Path) -> Path | None:
+    """What of ``folder`` is a link to nowhere: to a disk that is not mounted, most likely."""
+    links = (each for each in (folder, *folder.parents) if each.is_symlink())
+    return next((each for each in links if not each.exists()), None)
 
 
 def _unit_cure(folder: Path) -> str:

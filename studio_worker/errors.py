@@ -4,7 +4,7 @@
 
   * :exc:`ConfigError` — the configuration cannot be used; exit status 78
 
-    * :exc:`StateUnavailable` — the state folder cannot be used for now; exit status 75
+    * :exc:`StateUnavailable` — the state folder, or a disk, cannot be used for now; exit status 75
 
   * :exc:`DeviceError` — the device asked for cannot be used; exit status 69
   * :exc:`DownloadError` — a file could not be fetched or verified; exit status 74 while provisioning
@@ -102,8 +102,8 @@ class ConfigError(StudioWorkerError):
 
 
 class StateUnavailable(ConfigError):
-    """The state folder is held by another process, or its disk takes nothing: that may pass, so systemd goes
-    on trying.
+    """The state folder is held by another process, its disk takes nothing or is not mounted: that may pass,
+    so systemd goes on trying.
     """
 
     exit_status: ClassVar[int] = 75  # EX_TEMPFAIL

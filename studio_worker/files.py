@@ -12,8 +12,8 @@ from pathlib import Path
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Error numbers of a disk, or of a user's share of it, that takes no more."""
-DISK_TROUBLES = DISK_FULL | {errno.EIO}
-"""Those, and that of a disk that fails: no fault of the program's."""
+DISK_TROUBLES = DISK_FULL | {errno.EIO, errno.EROFS}
+"""Those, and of a disk that fails, or that was made read-only since it did: no fault of the program's."""
 
 
 _COPY_BYTES = 1024 * 1024
@@ -77,6 +77,23 @@ def remove_temporaries(folder: Path) -> None:
     """Remove what :func:`write_atomic` left in ``folder`` when the process was killed in the middle."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def write_problem(folder: Path) -> str | None:
+    """Why nothing can be written into ``folder``, in a few words, or ``None``. Tried out: no mode and no
+    mount tells of a disk that fails.
+    """
+    probe = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.write(descriptor, b"x")
+        finally:
+            os.close(descriptor)
+            probe.unlink()
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return None
 
 
 def open_plain(path: Path, flags: int, mode: int = 0o644) -> int:

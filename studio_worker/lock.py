@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from studio_worker.errors import ConfigError, StateUnavailable
-from studio_worker.files import open_plain
+from studio_worker.files import DISK_TROUBLES, open_plain
 
 
 @contextlib.contextmanager
@@ -24,7 +24,8 @@ def state_lock(folder: Path) -> Iterator[None]:
     try:
         file = os.fdopen(open_plain(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
     except OSError as error:
-        raise ConfigError(
+        kind = StateUnavailable if error.errno in DISK_TROUBLES else ConfigError
+        raise kind(
             f"cannot be opened: {error.strerror}",
             source=str(path),
             key="state.dir",

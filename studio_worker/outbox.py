@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from studio_worker.files import fsync_directory, make_private, write_atomic
+from studio_worker.files import fsync_directory, make_private, write_atomic, write_problem
 from studio_worker.finished import Delivery
 from studio_worker.jobs import Job, Picture
 from studio_worker.outbox_clock import OutboxClock
@@ -189,9 +189,14 @@ class Outbox:
         usage = self.usage()
         if usage.size_bytes >= self._max_bytes:
             return f"{usage.count} finished pictures wait for delivery"
-        room = os.statvfs(self._folder)
+        try:
+            room = os.statvfs(self._folder)
+        except OSError as error:
+            return f"the disk for finished pictures cannot be asked: {error.strerror}"
         if room.f_bavail * room.f_frsize < self._reserve_bytes:
             return "the disk for finished pictures is full"
+        if problem := write_problem(self._folder):
+            return f"the folder for finished pictures takes nothing: {problem}"
         return None
 
     def usage(self) -> Usage:

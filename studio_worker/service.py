@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from studio_worker.control import ControlServer, runtime_dir
 from studio_worker.device import find_device
 from studio_worker.engine import default_router
 from studio_worker.errors import StudioWorkerError
+from studio_worker.files import DISK_TROUBLES
 from studio_worker.gpu_watch import GpuWatch
 from studio_worker.health import Health
 from studio_worker.inputs import input_fetcher
@@ -57,6 +59,7 @@ _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _RELOAD_SIGNAL = signal.SIGHUP
 _AFTER_LIMIT_S = 120.0
 """What handing a job back may take beyond stop_timeout_s: its step, the last delivery, the session's end."""
+_MAY_PASS = DISK_TROUBLES | {errno.EACCES, errno.EPERM}
 _LOOP_SILENCE_S = 30.0
 """The session's loop turns every second; silent for this long, it hangs."""
 
@@ -95,15 +98,16 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
         return error.exit_status
     except OSError as error:
         # The state folder's disk, most likely. Not the job's: those never come this far.
+        status = os.EX_TEMPFAIL if error.errno in _MAY_PASS else os.EX_IOERR
         log.critical(
             "service ends with an error",
             extra={
                 "op": "service",
                 "error": f"{error.filename or 'the disk'}: {error.strerror}",
-                "exit_status": os.EX_IOERR,
+                "exit_status": status,
             },
         )
-        return os.EX_IOERR
+        return status
     except Exception:  # a fault of ours: in the journal as every other line, by its priority and redacted
         log.critical("service crashed", exc_info=True, extra={"op": "service", "exit_status": 1})
         return 1

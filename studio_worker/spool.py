@@ -19,7 +19,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from studio_worker.files import make_private, write_atomic
+from studio_worker.files import make_private, write_atomic, write_problem
 from studio_worker.jobs import Job
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class JobInHand:
 
     def __init__(self, folder: Path) -> None:
         make_private(folder)
+        self._folder = folder
         self._note = folder / "job-in-hand.json"
         self._crashes_path = folder / "crashes.json"
         self._streak_path = folder / "crashes-in-a-row.json"
@@ -66,6 +67,11 @@ class JobInHand:
             log.error("crash cannot be noted", extra=_facts(self._crashes_path, error=error.strerror))
         self._clear()
         return job_id
+
+    def problem(self) -> str | None:
+        """Why no job can be noted, in a few words, or ``None``."""
+        problem = write_problem(self._folder)
+        return None if problem is None else f"the folder for the job in hand takes nothing: {problem}"
 
     def is_poisoned(self, job_id: str) -> bool:
         return len(self._crashes.get(job_id, ())) >= POISON_CRASHES

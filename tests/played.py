@@ -87,7 +87,7 @@ def situation(
         is_uploading=courier.is_uploading,
         is_just_delivered=courier.has_just_delivered,
         is_in_outbox=outbox.holds,
-        outbox_problem=outbox.fullness,
+        state_problem=outbox.fullness,
         is_poisoned=in_hand.is_poisoned,
         failed_for_good=failures.final,
         is_on_box=lambda files: True,

@@ -50,7 +50,7 @@ IDLE = Situation(
     is_uploading=lambda job_id: False,
     is_just_delivered=lambda job_id: False,
     is_in_outbox=lambda job_id: False,
-    outbox_problem=lambda: None,
+    state_problem=lambda: None,
     is_poisoned=lambda job_id: False,
     failed_for_good=lambda job_id: None,
     is_on_box=lambda files: True,
@@ -108,7 +108,7 @@ def test_offer_that_can_be_done_is_taken_with_the_wires_defaults() -> None:
             replace(IDLE, is_just_delivered=lambda job_id: True),
             Refuse("j1", "the job's result was delivered a moment ago", "busy", is_routine=True),
         ),
-        (replace(IDLE, outbox_problem=lambda: "3 pictures wait"), Refuse("j1", "3 pictures wait", "busy")),
+        (replace(IDLE, state_problem=lambda: "3 pictures wait"), Refuse("j1", "3 pictures wait", "busy")),
         (
             replace(IDLE, failed_for_good=lambda job_id: "no such sampler"),
             Impossible("j1", "no such sampler"),
@@ -300,7 +300,7 @@ def test_box_that_refuses_what_it_is_offered_says_why() -> None:
     """A box that looks healthy and makes nothing has the reason in its status line, until it takes a job."""
     said: list[str] = []
     line = ReadyLine(Notifier(said.append))
-    full = replace(IDLE, outbox_problem=lambda: "the disk for finished pictures is full")
+    full = replace(IDLE, state_problem=lambda: "the disk for finished pictures is full")
     busy = replace(IDLE, current_job_id="other")
     for situation in (full, busy, full, IDLE):
         note_answer(Activity(), line, judge(CLAIM, situation), "m")

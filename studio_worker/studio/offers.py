@@ -77,7 +77,7 @@ class Situation:
     ``threshold_gib``, which the studio's estimates are compared with; ``now`` in monotonic seconds.
 
     ``failed_for_good`` says why a job cannot be done, where that could not be reported when it was found out;
-    ``outbox_problem`` why no further result has room. ``memory_gb`` is what the device has for a job,
+    ``state_problem`` why no further job or result has room. ``memory_gb`` is what the device has for a job,
     ``needed_gb`` the least that a job needs of it by its files, where they are here to tell. ``held_back``
     says why jobs of a model, or with such a source, are not taken after others failed.
     """
@@ -92,7 +92,7 @@ class Situation:
     is_uploading: Callable[[str], bool]
     is_just_delivered: Callable[[str], bool]
     is_in_outbox: Callable[[str], bool]
-    outbox_problem: Callable[[], str | None]
+    state_problem: Callable[[], str | None]
     is_poisoned: Callable[[str], bool]
     failed_for_good: Callable[[str], str | None]
     is_on_box: Callable[[Sequence[ModelFile]], bool]
@@ -134,7 +134,7 @@ def judge(claim: dict[str, Any], situation: Situation) -> Judgement:
         return Refuse(job_id, "the worker crashed twice while it worked on this job")
     if failure := situation.failed_for_good(job_id):
         return Impossible(job_id, failure)
-    if problem := situation.outbox_problem():
+    if problem := situation.state_problem():
         return Refuse(job_id, problem, "busy")
     try:
         return _judge_content(Claim.model_validate(claim), situation)
