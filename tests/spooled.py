@@ -22,7 +22,8 @@ HOSTILE_IDS = [
 
 
 def job(job_id: str = "job-1", prompt: str = "a lighthouse") -> Job:
-    return Job(job_id, "sample", ImageTask(prompt=prompt), ModelSource(engine="sdcpp"))
+    task = ImageTask(prompt="").model_copy(update={"prompt": prompt})  # of any length
+    return Job(job_id, "sample", task, ModelSource(engine="sdcpp"))
 
 
 def names(folder: Path) -> set[str]:

@@ -373,7 +373,7 @@ def test_final_close_before_welcome_is_final_too(code: int, kind: type[Exception
 
 
 def test_frame_of_ten_megabytes_is_read(tmp_path: Path) -> None:
-    """A prompt of ten megabytes is unusual, and no reason to lose the session."""
+    """A prompt of ten megabytes is told as too long, and no reason to lose the session."""
     with ScriptedStudio() as studio:
         running = Running(studio)
         conversation = studio.accept()
@@ -381,6 +381,7 @@ def test_frame_of_ten_megabytes_is_read(tmp_path: Path) -> None:
         task = {**CLAIM["task"], "prompt": "p" * 10_000_000}
         conversation.send(type="offer", claim={**CLAIM, "task": task})
         assert conversation.receive_type("accept")["jobId"] == "j1"
+        assert "prompt: has 10000000 bytes" in conversation.receive_type("fail")["error"]
         running.session.stop()
         assert running.end() is None
 

@@ -140,7 +140,7 @@ def test_given_seed_is_used(seed: int) -> None:
 
 
 @settings(deadline=None)
-@given(st.none() | st.integers(max_value=-1))
+@given(st.none() | st.integers(-(2**64), -1))
 def test_absent_or_negative_seed_is_drawn(seed: int | None) -> None:
     """Without a seed, or with a negative one, a fresh one is drawn that any JSON reader keeps exact."""
     assert 0 <= decide({"seed": seed}).seed < 2**53
