@@ -15,10 +15,11 @@ import pytest
 import torch
 from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES, GGUFParameter
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from studio_worker.engine.canvas import Starting
 from studio_worker.engine.checkpoint import Checkpoint
-from studio_worker.engine.families import FAMILIES
+from studio_worker.engine.families import FAMILIES, identify
 from studio_worker.engine.families.component import Part, read_json
 from studio_worker.engine.families.family import Blueprint, Family, JobKind
 from studio_worker.engine.families.flux import FLUX_DEV
@@ -34,6 +35,7 @@ from studio_worker.engine.placement import Footprint, Mode, Plan
 from studio_worker.engine.rendering import LoadedModel
 from studio_worker.engine.sections import Section
 from studio_worker.engine.weights import dequantised
+from studio_worker.gpu_check.tiny.families import tiny
 from studio_worker.jobs import Cancel, ImageTask
 from studio_worker.models import CliDefaults, LocalFile
 from tests.engine_lab import scene
@@ -275,3 +277,19 @@ def test_layer_by_layer_takes_as_much_as_the_largest_layers(tmp_path: Path) -> N
     plan = next(plan for plan in needed.plans() if plan.mode is Mode.LAYERS)
     vocabulary_bytes = 2 * math.prod(vocabulary)
     assert plan.peak_bytes == 2 * vocabulary_bytes + needed.reading["text_encoder"]
+
+
+@pytest.mark.parametrize("head", ["lm_head.weight", "model.lm_head.weight"])
+def test_head_of_a_language_model_takes_nothing(head: str, tmp_path: Path) -> None:
+    """The file of a text encoder may hold what guesses the next word, a gigabyte that is never loaded."""
+    made = tiny("z-image", tmp_path)
+    files = made.files()
+    plain = footprint(identify(files, (made.family,)), "bfloat16", 64 * 64)
+    (encoder,) = (file for file in files if file.role == "text-encoder")
+    tensors = load_file(encoder.path)
+    (table,) = (tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
+    headed = encoder._replace(path=tmp_path / "headed.safetensors")
+    save_file(tensors | {head: table.clone()}, headed.path)
+    others = (file for file in files if file != encoder)
+    with_head = footprint(identify((*others, headed), (made.family,)), "bfloat16", 64 * 64)
+    assert [plan.peak_bytes for plan in with_head.plans()] == [plan.peak_bytes for plan in plain.plans()]

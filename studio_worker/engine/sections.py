@@ -36,6 +36,11 @@ _PREFIX = re.compile(
 _TABLE = re.compile(r"(token_embd|embed_tokens|shared|token_embedding|position_embedding)\.weight$")
 """Embeddings, in the names of llama.cpp, transformers and open_clip."""
 
+_HEAD = re.compile(r"(?:^|\.)lm_head\.weight$")
+"""What language models guess the next word with, in transformers' name; no text encoder loads it. llama.cpp's
+name for it is ``output.weight``, beside its table.
+"""
+
 
 @dataclass(frozen=True)
 class Section:
@@ -68,18 +73,26 @@ class Section:
         ``itemsize`` each.
         """
         if unpacked:
-            return sum(prod(shape) * itemsize for shape in self.shapes.values())
-        return sum(self._loaded_bytes(name, itemsize) for name in self.shapes)
+            return sum(prod(self.shapes[name]) * itemsize for name in self._loaded)
+        return sum(self._loaded_bytes(name, itemsize) for name in self._loaded)
 
     def largest_bytes(self, itemsize: int) -> int:
         """Bytes of the largest tensor, likewise."""
-        return max((self._loaded_bytes(name, itemsize) for name in self.shapes), default=0)
+        return max((self._loaded_bytes(name, itemsize) for name in self._loaded), default=0)
 
     def packed(self) -> Iterator[tuple[int, str]]:
         """The number of weights and the type of each matrix that stays quantised, or in 8-bit floats."""
-        for name, shape in self.shapes.items():
+        for name in self._loaded:
             if self.stays_eight_bit(name) or self._stays_in_blocks(name):
-                yield prod(shape), self.checkpoint.types[self.prefix + name]
+                yield prod(self.shapes[name]), self.checkpoint.types[self.prefix + name]
+
+    @property
+    def _loaded(self) -> Iterator[str]:
+        """The names of what is loaded."""
+        has_table = "token_embd.weight" in self.shapes
+        for name in self.shapes:
+            if not (_HEAD.search(name) or (has_table and name == "output.weight")):
+                yield name
 
     def _loaded_bytes(self, name: str, itemsize: int) -> int:
         elements = prod(self.shapes[name])
