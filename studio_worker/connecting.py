@@ -113,12 +113,12 @@ class Adapter(requests.adapters.HTTPAdapter):
 
     Args:
         stall_s: limit of each wait for more of a body; the session's ``timeout`` is that of its first byte.
-        check: called with a host and each address of it, and raises where it must not be connected to. A
-            proxy's own address is not looked at.
+        check: called with a host, the port and each address of it, and raises where it must not be connected
+            to. A proxy's own address is not looked at.
     """
 
     def __init__(
-        self, *, stall_s: float, reached: Reached, check: Callable[[str, str], None] | None = None
+        self, *, stall_s: float, reached: Reached, check: Callable[[str, int, str], None] | None = None
     ) -> None:
         self.stall_s = stall_s
         self.reached = reached
@@ -137,7 +137,7 @@ class Adapter(requests.adapters.HTTPAdapter):
         return manager
 
 
-def _pools(adapter: Adapter, check: Callable[[str, str], None] | None) -> dict[str, Any]:
+def _pools(adapter: Adapter, check: Callable[[str, int, str], None] | None) -> dict[str, Any]:
     ways = {
         "adapter": adapter,
         "check": staticmethod(check) if check else None,
@@ -170,7 +170,7 @@ class _Connection:
     """Mixed into a connection of urllib3."""
 
     adapter: Adapter
-    check: Callable[[str, str], None] | None
+    check: Callable[[str, int, str], None] | None
     response_class = _Response
 
     def connected(self: Any) -> socket.socket:
@@ -181,7 +181,7 @@ class _Connection:
             raise NameResolutionError(self.host, self, socket.gaierror(str(error))) from error
         if self.check is not None:
             for address in dict.fromkeys(str(entry[4][0]) for entry in found):
-                self.check(self.host, address)
+                self.check(self.host, self.port, address)
         reached = self.adapter.reached
         try:
             connected = connect_first(reached.ordered(self.host, found), self.timeout)

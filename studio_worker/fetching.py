@@ -6,11 +6,12 @@ disk. The caller holds the files.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from studio_worker.download import Policy, Progress, ensure_file, hash_file
@@ -33,12 +34,20 @@ _BRIM_BYTES = 64 * 1024 * 1024
 class Fetcher:
     """Fetches into the folder ``root``; notes what it has verified in ``ledger``."""
 
-    def __init__(self, root: Path, ledger: Ledger, space: Space, policy: Policy) -> None:
+    def __init__(
+        self, root: Path, ledger: Ledger, space: Space, policy: Policy, configured: Iterable[ModelFile]
+    ) -> None:
+        self.change(policy, configured)
         self._root = root
         self._ledger = ledger
         self._space = space
-        self.policy = policy
         self._staging = root / ".staging"
+
+    def change(self, policy: Policy, configured: Iterable[ModelFile]) -> None:
+        """From the next file on; ``configured`` are those whose addresses the operator chose."""
+        self.policy = policy
+        self._of_offers = dataclasses.replace(policy, networks=policy.offered)
+        self._configured = {file.url for file in configured}
 
     def fetch(
         self,
@@ -104,7 +113,7 @@ class Fetcher:
                 progress=tally.of(file),
                 reading=reading,
                 cancel=cancel,
-                policy=self.policy,
+                policy=self.policy if file.url in self._configured else self._of_offers,
             )
             sha256 = file.sha256 or hash_file(path, progress=reading, cancel=cancel)
             self._ledger.remember(file_name(file), sha256, safe_url(file.url))

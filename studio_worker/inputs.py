@@ -13,11 +13,11 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes
 
 from studio_worker.download import fetch_bytes
 from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused
-from studio_worker.networks import Networks
+from studio_worker.networks import Networks, server_of
 from studio_worker.policy import Policy
 from studio_worker.urls import is_data_url
 
@@ -37,12 +37,11 @@ def input_fetcher(
 
     Args:
         policy: the downloader's. Where it allows insecure addresses, private networks are allowed too.
-        studio_url: the studio's address; its host is trusted in whatever network it is.
+        studio_url: the studio's address; its host and port are trusted in whatever network they are.
 
     The function raises DownloadError and, when its event is set, DownloadCancelled.
     """
-    host = (urlsplit(studio_url).hostname or "").rstrip(".")
-    networks = Networks(private=policy.allow_insecure, trusted_hosts=frozenset({host} - {""}))
+    networks = Networks(private=policy.allow_insecure, trusted=frozenset({server_of(studio_url)}))
     guarded = dataclasses.replace(policy, networks=networks)
 
     def fetch(url: str, cancel: threading.Event) -> bytes:

@@ -83,7 +83,8 @@ class Policy:
     ``on_wait`` is told of each wait before another try: why it is needed, and its seconds.
     ``ca_bundle`` and ``proxy`` come before what the usual variables of the environment say.
 
-    ``networks``: where connections may go; ``None`` = anywhere.
+    ``networks``: where connections may go; ``None`` = anywhere. ``offered``: the same for files that an offer
+    brings, which the configuration does not name.
     """
 
     connect_s: float = 15.0
@@ -105,6 +106,7 @@ class Policy:
     on_end: Callable[[bool, int], None] = field(default=lambda _succeeded, _size_bytes: None, repr=False)
     on_wait: Callable[[str, float], None] = field(default=lambda _why, _seconds: None, repr=False)
     networks: Networks | None = None
+    offered: Networks | None = None
     reached: Reached = field(default_factory=Reached, repr=False)
 
     @property

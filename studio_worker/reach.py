@@ -11,8 +11,10 @@ from pathlib import Path
 
 from studio_worker.errors import ConfigError
 from studio_worker.logs import add_secret
+from studio_worker.networks import Networks, server_of
 from studio_worker.policy import Connections, Limit, Policy
 from studio_worker.settings import Settings
+from studio_worker.urls import is_loopback
 
 TOKEN_PREFIX = "download-token."
 """A token's file is called so, with the host's name behind it."""
@@ -47,6 +49,20 @@ def policy_from(settings: Settings) -> Policy:
         tokens=tokens,
         ca_bundle=models.ca_bundle,
         proxy=models.proxy,
+        offered=_offered(settings),
+    )
+
+
+def _offered(settings: Settings) -> Networks:
+    """Where model files of offers may come from: as input pictures, from mirrors that are configured, and
+    from this machine where the studio is one of its own programs.
+    """
+    studio = settings.studio.api_base_url
+    named = (studio, *settings.models.mirrors.values())
+    return Networks(
+        private=settings.models.allow_insecure_urls,
+        this_machine=is_loopback(server_of(studio)[0]),
+        trusted=frozenset(map(server_of, named)),
     )
 
 

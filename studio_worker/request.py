@@ -196,8 +196,7 @@ def _checked(url: str, name: str, via: str, policy: Policy) -> str:
     for spelling in (url, used):
         if problem := url_problem(spelling, allow_insecure=policy.allow_insecure):
             raise DownloadRefused("request error", f"GET {name}: {via}{problem}", is_jobs_fault=not via)
-    host = urlsplit(used).hostname or ""
-    if policy.networks is not None and (problem := policy.networks.literal_problem(host)):
+    if policy.networks is not None and (problem := policy.networks.literal_problem(used)):
         raise DownloadRefused("request error", f"GET {name}: {via}{problem}", is_jobs_fault=not via)
     return used
 

@@ -78,13 +78,13 @@ class Store:
         self._space = Space(
             root, self._ledger, required=self._required, budget_bytes=budget_bytes, spare_bytes=spare_bytes
         )
-        self._fetcher = Fetcher(root, self._ledger, self._space, policy or Policy())
+        self._fetcher = Fetcher(root, self._ledger, self._space, policy or Policy(), self._required)
 
     def change(self, *, policy: Policy, required: Iterable[ModelFile], budget_bytes: int | None) -> None:
         """Other values for the same arguments; downloads under way go on as they began."""
         self._required = tuple(required)
         self._space.change(required=self._required, budget_bytes=budget_bytes)
-        self._fetcher.policy = policy
+        self._fetcher.change(policy, self._required)
 
     def ensure(
         self,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
+import hashlib
 import ipaddress
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -15,8 +18,12 @@ import pytest
 
 from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused
 from studio_worker.inputs import input_fetcher
+from studio_worker.models import ModelFile
 from studio_worker.networks import Networks, network_kind
 from studio_worker.policy import Policy
+from studio_worker.reach import policy_from
+from studio_worker.settings import ModelsSection, Settings, StudioSection
+from studio_worker.store import Store
 from tests.servers import FileServer, resolve_to
 
 BODY = b"a tiny pretend picture\xfb\xef\xbe\xff"
@@ -69,9 +76,9 @@ def test_kind_of_network_is_told(address: str, kind: str) -> None:
 def test_private_networks_can_be_allowed_but_not_the_local_link() -> None:
     """allow_insecure_urls opens the local network, and never the metadata service of a cloud."""
     lan, link = ipaddress.ip_address("192.168.1.2"), ipaddress.ip_address("169.254.169.254")
-    assert Networks(private=True).problem("nas", lan) is None
-    assert Networks(private=True).problem("metadata", link) is not None
-    assert "allow_insecure_urls" in str(Networks().problem("nas", lan))
+    assert Networks(private=True).problem(("nas", 443), lan) is None
+    assert Networks(private=True).problem(("metadata", 80), link) is not None
+    assert "allow_insecure_urls" in str(Networks().problem(("nas", 443), lan))
 
 
 def test_input_on_this_machine_is_refused(server: FileServer) -> None:
@@ -107,7 +114,51 @@ def test_redirect_into_a_private_network_is_refused(server: FileServer) -> None:
 def test_input_of_the_studios_own_host_is_fetched(server: FileServer) -> None:
     """A studio on the local network, or on this machine, serves its own inputs without further settings."""
     file = server.serve("/input.png", BODY)
-    assert fetch(file.url, studio="http://127.0.0.1:1/custom/") == BODY
+    assert fetch(file.url, studio=f"http://127.0.0.1:{server.port}/custom/") == BODY
+
+
+def test_input_of_another_port_of_the_studios_host_is_refused(server: FileServer) -> None:
+    """That a studio is trusted opens none of its neighbours on the same machine."""
+    file = server.serve("/input.png", BODY)
+    with pytest.raises(DownloadRefused, match="this machine itself"):
+        fetch(file.url, studio="http://127.0.0.1:1/")
+    assert file.requests == []
+
+
+def offered(
+    server: FileServer, url: str, folder: Path, *, studio: str, is_required: bool, **models: Any
+) -> int:
+    """How many requests a model file at ``url`` brings, by the rules of that configuration."""
+    settings = Settings(
+        studio=StudioSection(api_base_url=studio), models=ModelsSection.model_validate(models)
+    )
+    policy = dataclasses.replace(policy_from(settings), delays_s=())
+    file = ModelFile("model", url, "m.safetensors", None, hashlib.sha256(BODY).hexdigest())
+    asked = server.serve("/m", BODY)
+    with contextlib.suppress(DownloadRefused):
+        Store(folder, policy, required=[file] if is_required else []).ensure([file])
+    return len(asked.requests)
+
+
+def test_model_that_an_offer_brings_opens_no_private_network(server: FileServer, tmp_path: Path) -> None:
+    """A job's model files make no worker ask its own machine or network; the operator's may be there."""
+    url, elsewhere = f"http://127.0.0.1:{server.port}/m", "https://studio.example"
+    lan = f"http://10.0.0.1:{server.port}/m"
+    insecure = {"allow_insecure_urls": True}
+    mirrors = {"mirrors": {"https://models.example/": f"http://127.0.0.1:{server.port}/"}}
+    for number, (address, studio, is_required, models, requests) in enumerate(
+        [
+            (url, elsewhere, False, {}, 0),
+            (url, elsewhere, True, {}, 1),
+            (url, elsewhere, False, insecure, 1),
+            (url, "http://127.0.0.1:1", False, {}, 1),
+            (url, f"http://127.0.0.1:{server.port}", False, {}, 1),
+            ("https://models.example/m", elsewhere, False, mirrors, 1),
+            (lan, "http://127.0.0.1:1", False, {}, 0),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        assert offered(server, address, folder, studio=studio, is_required=is_required, **models) == requests
 
 
 def test_insecure_setting_allows_private_inputs(server: FileServer) -> None:
