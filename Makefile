@@ -30,6 +30,7 @@ bench: $(STAMP) ## Measure, beside a peer in the same run; prints ratios
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -W ignore -m tests.bench_engine
 	$(BIN)/python -W ignore -m tests.bench_second_job
+	$(BIN)/python -W ignore -m tests.bench_cpu
 	$(BIN)/python -m tests.bench_download
 	$(BIN)/python -m tests.bench_loop
 	$(BIN)/python -m tests.bench_heartbeats

@@ -16,6 +16,7 @@ from studio_worker import sample_model
 from studio_worker.cli import app
 from studio_worker.errors import StudioWorkerError
 from tests.engine_lab import encoded, scene
+from tests.removal_graphs import pull_push, removal_graph
 from tests.servers import FileServer
 
 torch.set_num_threads(1)
@@ -129,6 +130,21 @@ def test_weights_file_is_a_model(tmp_path: Path) -> None:
     words = ("--size", "64", "--cfg", "4", "--device", "cpu")
     assert generate(tmp_path, "-m", str(sample_model.WEIGHTS), *words).exit_code == 0
     assert pixels(tmp_path / "out.png").shape == (64, 64, 3)
+
+
+def test_object_is_removed_without_a_studio(tmp_path: Path) -> None:
+    """A graph file, a picture and a mask make the picture without what is white in the mask."""
+    graph = removal_graph(tmp_path / "lama.onnx", pull_push)
+    clean = Image.new("RGB", (90, 70), (10, 120, 200))
+    picture, mask = clean.copy(), Image.new("L", clean.size)
+    picture.paste((255, 0, 0), (30, 30, 50, 50))
+    mask.paste(255, (30, 30, 50, 50))
+    picture.save(tmp_path / "picture.png")
+    mask.save(tmp_path / "mask.png")
+    words = ["--model", str(graph.path), "--init", str(tmp_path / "picture.png")]
+    result = generate(tmp_path, *words, "--mask", str(tmp_path / "mask.png"), "--device", "cpu", prompt="")
+    assert result.exit_code == 0, failure(result)
+    assert np.array_equal(pixels(tmp_path / "out.png"), np.asarray(clean, int))
 
 
 def test_picture_can_go_to_stdout(tmp_path: Path) -> None:

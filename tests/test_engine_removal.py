@@ -17,6 +17,7 @@ from onnx import TensorProto
 from PIL import Image, ImageDraw
 
 from studio_worker.engine import Inputs, default_router
+from studio_worker.engine.faults import OutOfMemory
 from studio_worker.engine.holes import holes
 from studio_worker.engine.removal import RemovalEngine
 from studio_worker.errors import FileDamaged, JobCancelled, JobError, JobImpossible, NotServed
@@ -27,6 +28,7 @@ from tests.removal_graphs import (
     IMAGE,
     MASK,
     constant,
+    greedy,
     mask_alone,
     mean_of_known,
     pull_push,
@@ -402,6 +404,14 @@ def test_graph_that_computes_no_numbers_is_told(tmp_path: Path) -> None:
     file = removal_graph(tmp_path / "nan.onnx", constant(float("nan")))
     with pytest.raises(JobError, match="not finite"):
         remove(file, backdrop(64, 64), masked((64, 64), (10, 10, 20, 20)))
+
+
+def test_graph_that_memory_does_not_suffice_for_is_left_to_another_worker(tmp_path: Path) -> None:
+    """Out of memory is told as that, with figures, and is nobody's fault for good."""
+    file = removal_graph(tmp_path / "greedy.onnx", greedy)
+    with pytest.raises(OutOfMemory, match="out of memory on cpu") as caught:
+        remove(file, backdrop(64, 64), masked((64, 64), (10, 10, 20, 20)))
+    assert caught.value.retryable
 
 
 def test_source_without_a_graph_is_refused(pull: LocalFile) -> None:

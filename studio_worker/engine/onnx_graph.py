@@ -35,6 +35,7 @@ _FATAL_ONLY = 4
 _DAMAGED = ("InvalidProtobuf", "InvalidArgument", "InvalidGraph")
 _NEWER = ("opset", "IR version", "is not a registered function/op")
 """How onnxruntime words that a graph wants what its version does not have."""
+_EXHAUSTED = "Failed to allocate memory"
 _BESIDE = "External data"
 _BESIDE_WORDS = "keeps its weights in another file; a graph must be one file"
 
@@ -85,9 +86,13 @@ class RemovalGraph:
         options = onnxruntime.RunOptions()
         if self.provider == CPU:  # what a run took is the machine's again
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        found = np.asarray(
-            self._session.run([self._output], {"image": image, "mask": mask}, options)[0], dtype=np.float32
-        )
+        try:
+            outputs = self._session.run([self._output], {"image": image, "mask": mask}, options)
+        except Exception as error:
+            if _EXHAUSTED in str(error):
+                raise MemoryError(_EXHAUSTED) from error
+            raise
+        found = np.asarray(outputs[0], dtype=np.float32)
         if found.shape != _INPUTS["image"]:
             raise JobImpossible(f"the graph painted {_shape(found.shape)}, not {_shape(_INPUTS['image'])}")
         if not np.isfinite(found).all():
