@@ -65,7 +65,21 @@ def expected_of(tiny: Tiny, cls: str, prediction_type: str = "epsilon", **argume
         **({"add_watermarker": False} if is_xl else fixed),
     )
     asked = {"prompt": PROMPT, "guidance_scale": 4.0} | arguments
+    if is_xl and "negative_prompt" not in asked:
+        asked |= unconditional(pipeline, asked.pop("prompt"))
     return np.asarray(run(pipeline, width=64, height=64, steps=3, seed=7, **asked), dtype=int)
+
+
+def unconditional(pipeline: Any, prompt: str) -> dict[str, torch.Tensor]:
+    """What Stable Diffusion XL reads without a negative prompt: nothing at all, but for what sums it up."""
+    found = pipeline.encode_prompt(prompt, negative_prompt="", device="cpu")
+    positive, nothing, pooled, sum_of_nothing = found
+    return {
+        "prompt_embeds": positive,
+        "negative_prompt_embeds": torch.zeros_like(nothing),
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": sum_of_nothing,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +142,39 @@ def test_inpainting_model_sees_the_mask(sd_inpaint: Tiny) -> None:
     inside = np.asarray(mask()) > 0
     assert alike(found[inside], expected[inside])
     assert (found[~inside] == np.asarray(scene())[~inside]).all()
+
+
+def test_negative_prompt_of_an_inpainting_model_sees_nothing_of_the_picture(sd_inpaint: Tiny) -> None:
+    """With guidance, what is told apart from the prompt sees zeros where the masked picture stands, as in
+    stable-diffusion.cpp; diffusers shows it to both.
+    """
+    file = sd_inpaint.file("model")
+    inputs = Inputs(encoded(scene()), encoded(mask()))
+    found = picture(sd_inpaint, file, inputs=inputs, denoise=1.0, cfg_scale=4.0)
+
+    def hide(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        latents = inputs[0].clone()
+        latents[0, 5:] = 0  # of the two the first one is without the prompt; noise, mask, masked picture
+        return (latents, *inputs[1:])
+
+    arguments = {
+        "picture": scene(),
+        "mask": mask(),
+        "is_grown": True,
+        "image": scene(),
+        "mask_image": mask(),
+        "masked_image_latents": stock_encoded(sd_inpaint.parts["vae"], scene(), seed=7, draw=1, mask=mask()),
+        "strength": 1.0,
+    }
+    hook = sd_inpaint.parts["unet"].register_forward_pre_hook(hide)
+    try:
+        expected = expected_of(sd_inpaint, "StableDiffusionInpaintPipeline", **arguments)
+    finally:
+        hook.remove()
+    inside = np.asarray(mask()) > 0
+    assert alike(found[inside], expected[inside])
+    shown = expected_of(sd_inpaint, "StableDiffusionInpaintPipeline", **arguments)
+    assert not alike(found[inside], shown[inside])
 
 
 @pytest.mark.parametrize("inputs", [Inputs(), Inputs(encoded(scene()))])

@@ -51,8 +51,8 @@ class StableDiffusionXL(UNetFamily):
         found = clip_prompts.embeddings(encoders, texts, device, layer=_LAST_BUT_ONE)
         read = [{"prompt_embeds": embeds, "text_embeds": pooled} for embeds, pooled in found]
         if len(texts) > 1 and not texts[1]:
-            # No negative prompt is a condition of zeros, as in diffusers and stable-diffusion.cpp.
-            read[1] = {name: tensor * 0.0 for name, tensor in read[1].items()}
+            # No negative prompt is a condition of zeros, but for what sums it up: stable-diffusion.cpp's way.
+            read[1]["prompt_embeds"] = read[1]["prompt_embeds"] * 0.0
         return read
 
     def prepare(
