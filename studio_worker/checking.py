@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +13,19 @@ from studio_worker.download import Progress, hash_file
 from studio_worker.errors import DownloadError
 from studio_worker.ledger import Ledger, Verified
 
+_BAD_SECTOR = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
+"""What disks and file systems say of content that they cannot give back."""
+
 OnDamage = Literal["remove", "repair", "leave"]
 """What becomes of a damaged file: gone, to be fetched when it is needed; fetched now; or left alone."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """One line of ``models verify``; ``state`` is ``verified``, ``repaired``, ``damaged`` or ``missing``.
+    """One line of ``models verify``; ``state`` is ``verified``, ``repaired``, ``damaged``, ``missing`` or
+    ``unreadable``: nobody knows what is in it.
 
-    ``error`` tells why a repair failed.
+    ``error`` tells why that is, or why a repair failed.
     """
 
     path: Path
@@ -57,7 +62,9 @@ def check_file(
     if path.is_file():
         try:
             is_right = hash_file(path, progress=progress, cancel=cancel) == entry.sha256
-        except OSError:  # the disk cannot read it back
+        except OSError as error:
+            if error.errno not in _BAD_SECTOR:  # this user may not, or the network's disk is away: no damage
+                return Checked(path, "unreadable", entry.size, f"{error.strerror}; nothing was changed")
             is_right = False
         if is_right:
             if on_damage != "leave" and not ledger.is_unchanged(name):

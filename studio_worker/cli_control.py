@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from studio_worker import config
 from studio_worker.cli_options import ConfigDir, Instance, Json, table_console
 from studio_worker.control import ask, runtime_dir
+from studio_worker.errors import ControlError
 from studio_worker.snapshot import EndedJob, GpuFacts, ResidentModel, Snapshot
 
 
@@ -30,9 +31,15 @@ def status(
         console.print(_last_jobs(snapshot.last_jobs, time.time()))
 
 
-def pause(directory: ConfigDir = config.DEFAULT_DIR, instance: Instance = None) -> None:  # noqa: ARG001
+def pause(
+    directory: ConfigDir = config.DEFAULT_DIR,
+    instance: Instance = None,  # noqa: ARG001  (it has had its effect)
+    lasting: Annotated[bool, typer.Option("--lasting", help="Over restarts too, until `resume`.")] = False,
+) -> None:
     """Take no more jobs until `resume` or the next start; the job in hand ends, then models leave the GPU."""
-    answer = _ask(directory, "pause")
+    answer = _ask(directory, "pause-lasting" if lasting else "pause")
+    if problem := answer.get("problem"):
+        raise ControlError(f"paused, but only until the next start: that cannot be noted ({problem})")
     if answer["phase"] in {"draining", "stopping"}:
         typer.echo("the service is stopping and takes no more jobs anyway")
     elif answer["job_id"]:

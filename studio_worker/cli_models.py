@@ -89,9 +89,9 @@ def models_verify(
     def tell(checked: Checked) -> None:
         results.append(checked)
         if not as_json:
-            say(f"{checked.state:9} {checked.size_bytes / 1e6:10.1f} MB  {checked.path}")
+            say(f"{checked.state:10} {checked.size_bytes / 1e6:10.1f} MB  {checked.path}")
             if checked.error:
-                say(f"{'':9} {checked.error}")
+                say(f"{'':10} {checked.error}")
 
     loaded, store = _opened(_Setup.of(directory))
     with _Bars() as bars:
@@ -119,7 +119,7 @@ def models_verify(
         say(f"{len(results) - wrong} file(s) verified")
         if wrong:
             cure = "see above" if repair else "`studio-worker models verify` fetches them again"
-            say(f"{wrong} file(s) damaged or missing; {cure}")
+            say(f"{wrong} file(s) damaged, missing or not readable; {cure}")
     if wrong:
         raise typer.Exit(1)
 

@@ -7,6 +7,7 @@ disk. The caller holds the files.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 import shutil
@@ -103,6 +104,11 @@ class Fetcher:
 
     def _ensure_one(self, file: ModelFile, tally: Tally, cancel: threading.Event) -> None:
         path = self._root / file_name(file)
+        if path.exists() and not os.access(path, os.R_OK, effective_ids=True):
+            # No damage: it may be all right, and stays.
+            raise PermissionError(
+                errno.EACCES, "cannot be read by this user; give the service's user access to it", str(path)
+            )
         reading = tally.reading(file)
         self._drop_changed(file, reading, cancel)
         if not is_verified(self._ledger, file) and not self._link_twin(file):

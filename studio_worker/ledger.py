@@ -101,15 +101,19 @@ class Ledger:
             self._change(change)
 
     def is_unchanged(self, name: str) -> bool:
-        """Whether the file ``name`` is on disk as it was when it was verified. Reads no content."""
+        """Whether the file ``name`` is on disk as it was when it was verified, and can be read. Reads no
+        content.
+        """
         entry = self._entries.get(name)
         if entry is None:
             return False
+        path = self._root / name
         try:
-            stat = (self._root / name).stat()
+            stat = path.stat()
         except OSError:
             return False
-        return (stat.st_size, stat.st_mtime_ns, stat.st_ino) == (entry.size, entry.mtime_ns, entry.inode)
+        is_same = (stat.st_size, stat.st_mtime_ns, stat.st_ino) == (entry.size, entry.mtime_ns, entry.inode)
+        return is_same and os.access(path, os.R_OK, effective_ids=True)
 
     def unchanged_in(self, content: str) -> str | None:
         """The name of a file with this content that is on disk as it was when it was verified."""

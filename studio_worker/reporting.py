@@ -5,6 +5,7 @@ Joins the record of what is done with the facts that live elsewhere: the process
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from studio_worker.device import Device
 from studio_worker.engine import Router
 from studio_worker.notify import ReadyLine
 from studio_worker.outbox import Outbox
+from studio_worker.pause_note import PauseNote
 from studio_worker.snapshot import (
     DeviceFacts,
     GpuFacts,
@@ -32,6 +34,8 @@ from studio_worker.studio.offers import AlreadyOurs, Impossible, Judgement, Refu
 
 _STARTED_AT, _STARTED = time.time(), time.monotonic()
 """When this module came in, right after the process began."""
+
+log = logging.getLogger(__name__)
 
 
 def early_handlers(activity: Activity, starts: Starts) -> dict[str, Callable[[], Mapping[str, Any]]]:
@@ -68,6 +72,7 @@ class Reporting:
         health: Callable[[], HealthFacts],
         studio: str,
         uploading: Callable[[], str | None],
+        pause_note: PauseNote,
         on_pause: Callable[[], None],
     ) -> None:
         self._activity = activity
@@ -80,6 +85,7 @@ class Reporting:
         self._health = health
         self._studio = studio
         self._uploading = uploading
+        self._pause_note = pause_note
         self._on_pause = on_pause
 
     def handlers(self) -> dict[str, Callable[[], Mapping[str, Any]]]:
@@ -87,6 +93,7 @@ class Reporting:
         return {
             "status": lambda: self.snapshot().model_dump(mode="json"),
             "pause": lambda: self._set_paused(True),
+            "pause-lasting": self._pause_for_good,
             "resume": lambda: self._set_paused(False),
         }
 
@@ -124,10 +131,28 @@ class Reporting:
             }
         )
 
+    def begin_paused(self) -> None:
+        """Where the operator wished so, before the last start."""
+        if self._pause_note.is_set:
+            log.warning(
+                "paused since before this start", extra={"op": "pause", "cure": "studio-worker resume"}
+            )
+            self._desk.pause()
+            self._activity.was_paused(True)
+
+    def _pause_for_good(self) -> dict[str, Any]:
+        answer = self._set_paused(True)
+        try:
+            self._pause_note.set()
+        except OSError as error:
+            return {**answer, "problem": error.strerror}
+        return answer
+
     def _set_paused(self, paused: bool) -> dict[str, Any]:
         if paused:
             self._desk.pause()
         else:
+            self._pause_note.clear()
             self._desk.resume()
         self._activity.was_paused(paused)
         self._on_pause()

@@ -34,6 +34,7 @@ from studio_worker.metrics import Exporter, Metrics
 from studio_worker.notify import Notifier, ReadyLine, watchdog_interval_s
 from studio_worker.outbox import Outbox
 from studio_worker.owner import become, give_folder, owner_of
+from studio_worker.pause_note import PauseNote
 from studio_worker.provision import (
     LaterProvision,
     SeenFiles,
@@ -236,8 +237,11 @@ class Service:
             health=self._health.facts,
             studio=logs.safe_url(settings.studio.api_base_url),
             uploading=lambda: self._studio.courier.uploading,
+            pause_note=PauseNote(settings.state.dir),
             on_pause=self._note_pause,
         )
+        self._reporting.begin_paused()
+        self._line.is_paused = self._desk.is_paused
         control.handlers = self._reporting.handlers()
 
     def run(self) -> None:

@@ -194,7 +194,7 @@ class Store:
 
         Raises:
             DownloadCancelled: ``cancel`` was set.
-            StoreError: the folder cannot be written.
+            StoreError: the folder cannot be written, or the file not be read.
         """
         name = path.relative_to(self.root).as_posix()
         entry = self._ledger.get(name)
@@ -204,6 +204,8 @@ class Store:
             checked = check_file(
                 self.root, self._ledger, name, entry, on_damage="remove", progress=progress, cancel=cancel
             )
+        if checked.state == "unreadable":
+            raise StoreError(f"{path}: {checked.error}")
         if not checked.is_right:
             log.warning("file is damaged", extra={"op": "store", "dest": str(path)})
         return checked.is_right

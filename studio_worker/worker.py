@@ -22,6 +22,7 @@ from studio_worker.errors import (
     JobCancelled,
     JobError,
     JobImpossible,
+    StudioWorkerError,
 )
 from studio_worker.jobs import Cancel, Job, Picture
 from studio_worker.models import RequiredModel
@@ -125,8 +126,10 @@ class Worker:
             if isinstance(engine, KeepsModels):
                 try:
                     engine.release()
-                except JobError as error:  # no room in RAM, say: they stay, and the next job finds them
-                    log.warning("models stay on the device", extra={"op": "pause", "error": str(error)})
+                # No room in RAM, or a device that is lost: the next job finds it. A pause ends no service.
+                except Exception as error:
+                    reason = str(error) if isinstance(error, StudioWorkerError) else type(error).__name__
+                    log.warning("models stay on the device", extra={"op": "pause", "error": reason})
 
     def hand_back(self, reason: str) -> None:
         """Stop the job in hand at its next step, and any later one: the process is ending.

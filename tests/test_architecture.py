@@ -31,7 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "transport health",
         "line",
         "ranges",
-        "metrics attempts config device spool outbox space pool activity",
+        "metrics attempts config device spool outbox space pool activity pause_note",
         "download reach gpu_watch",
         "fetching checking inputs",
         "store",

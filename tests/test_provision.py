@@ -216,7 +216,7 @@ def test_provision_fails_where_the_disk_is_too_small(
 
     with pytest.raises(StoreError) as failure:
         provision(
-            Store(tmp_path, QUICK), [required("one", file, size=10**18)], watched.progress, threading.Event()
+            Store(tmp_path, QUICK), [required("one", file, size=10**15)], watched.progress, threading.Event()
         )
 
     assert failure.value.exit_status == 74

@@ -486,6 +486,23 @@ def test_paused_service_finishes_its_job_and_takes_no_other(
         assert running.stop() == 0
 
 
+def test_lasting_pause_outlasts_a_restart(site: Path, studio: LocalStudio, tmp_path: Path) -> None:
+    """`pause --lasting` holds over a restart, which says so, until `resume` ends it for good."""
+    with ServiceProcess(site, tmp_path / "log") as running:
+        running.await_message("READY=1", READY_S)
+        assert command(site, "pause", "--lasting").stdout == "paused; no job is in hand\n"
+        assert running.stop() == 0
+    with ServiceProcess(site, tmp_path / "log") as running:
+        running.await_message("STATUS=ready, connected, paused", READY_S)
+        assert status(site)["paused"] is True
+        job_id = queue_synthetic(studio)
+        assert command(site, "resume").stdout == "resumed\n"
+        await_status(studio, job_id, "done")
+        assert running.stop() == 0
+    assert "paused since before this start" in [line["message"] for line in running.log_lines()]
+    assert not (tmp_path / "work" / "state" / "paused").exists()
+
+
 # --- ends -------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -9,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -93,6 +96,73 @@ def change_seen(path: Path, content: bytes) -> None:
     stat = path.stat()
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+def as_nobody(work: Callable[[], Any]) -> Any:
+    """What ``work`` gives, or raises, where it is done by a user without rights."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can act as somebody else")
+    ended: list[Any] = []
+
+    def run() -> None:
+        # setfsuid(2) changes one thread only, and takes root's right to pass over permissions from it.
+        ctypes.CDLL(None).setfsuid(65534)
+        try:
+            ended.append(work())
+        except Exception as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return ended[0]
+
+
+@pytest.fixture
+def closed(served: ServedFile) -> Iterator[tuple[Store, ModelFile]]:
+    """A store of that user's, and a verified file in it that it may not read any more."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        store, file = Store(Path(name) / "models", QUICK), model_file(served)
+        store.ensure([file])
+        for path in (store.root, *store.root.rglob("*")):
+            os.chown(path, 65534, 65534)
+        os.chown(store.path(file), 0, 0)
+        store.path(file).chmod(0o600)
+        yield store, file
+
+
+# --- what cannot be read ---
+
+
+def test_file_that_cannot_be_read_is_not_verified(
+    closed: tuple[Store, ModelFile], served: ServedFile
+) -> None:
+    """A verified file that the service may not read any more is no reason to be ready. It is named, stays
+    where it is, and is good again as soon as it can be read.
+    """
+    store, file = closed
+    assert as_nobody(lambda: store.is_verified(file)) is False
+    error = as_nobody(lambda: store.ensure([file]))
+    assert isinstance(error, StoreError)
+    assert f"{store.path(file)}: cannot be read by this user" in str(error)
+    assert not error.is_final_here
+    assert store.path(file).read_bytes() == BODY
+    os.chown(store.path(file), 65534, 65534)
+    assert as_nobody(lambda: store.is_verified(file)) is True
+    assert len(served.requests) == 1
+
+
+@pytest.mark.parametrize("on_damage", ["remove", "repair"])
+def test_file_that_cannot_be_read_is_no_damage(closed: tuple[Store, ModelFile], on_damage: Any) -> None:
+    """Nobody knows what is in a file that may not be read: it is told so, and neither removed nor fetched."""
+    store, file = closed
+    (checked,) = as_nobody(lambda: list(store.verify(on_damage=on_damage)))
+    assert (checked.state, checked.is_right) == ("unreadable", False)
+    assert checked.error == "Permission denied; nothing was changed"
+    assert isinstance(as_nobody(lambda: store.is_as_registered(store.path(file))), StoreError)
+    assert store.path(file).read_bytes() == BODY
+    assert store.is_verified(file)
 
 
 # --- fetching ---
@@ -330,12 +400,10 @@ def test_verify_renews_the_trust_in_a_touched_file(store: Store, served: ServedF
 
 def test_store_refuses_what_the_disk_cannot_hold_before_any_request(store: Store, served: ServedFile) -> None:
     """A model larger than the disk is refused at once, with the room that is missing."""
-    file = model_file(served, approx_bytes=10**18)
+    file = model_file(served, approx_bytes=10**15)
 
-    assert store.shortfall_bytes([file]) > 10**17
-    with pytest.raises(
-        StoreError, match=r"1000000000\.0 GB more and \d+\.\d GB of it are missing"
-    ) as failure:
+    assert store.shortfall_bytes([file]) > 9 * 10**14
+    with pytest.raises(StoreError, match=r"1000000\.0 GB more and \d+\.\d GB of it are missing") as failure:
         store.ensure([file])
 
     assert str(root_of(store, file)) in str(failure.value)

@@ -550,13 +550,19 @@ def test_paused_worker_lets_its_models_go(tmp_path: Path) -> None:
     assert not source.failures
 
 
-def test_pause_that_frees_nothing_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [JobError("out of memory on cpu"), DeviceError("cuda:0 failed"), RuntimeError("a fault")],
+)
+def test_pause_that_frees_nothing_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
     """Models that cannot leave the device at a pause, because RAM is full, say, stay; the loop goes on."""
     source = Source(job("a"), "paused", job("b"))
     engine = KeepingEngine()
 
     def full() -> None:
-        raise JobError("out of memory on cpu")
+        raise error
 
     engine.release = full  # type: ignore[method-assign]
     worker, _, _ = make(tmp_path, source)

@@ -42,6 +42,7 @@ complete -c studio-worker -n '__fish_seen_subcommand_from status' -l instance -r
 complete -c studio-worker -n '__fish_seen_subcommand_from status' -l json -d 'Machine-readable output.'
 complete -c studio-worker -n '__fish_seen_subcommand_from pause' -l config -r -a '(__fish_complete_directories)' -d 'Configuration folder.'
 complete -c studio-worker -n '__fish_seen_subcommand_from pause' -l instance -r -d 'The service studio-worker@N is meant.'
+complete -c studio-worker -n '__fish_seen_subcommand_from pause' -l lasting -d 'Over restarts too, until `resume`.'
 complete -c studio-worker -n '__fish_seen_subcommand_from resume' -l config -r -a '(__fish_complete_directories)' -d 'Configuration folder.'
 complete -c studio-worker -n '__fish_seen_subcommand_from resume' -l instance -r -d 'The service studio-worker@N is meant.'
 complete -c studio-worker -n '__fish_seen_subcommand_from doctor' -l config -r -a '(__fish_complete_directories)' -d 'Configuration folder.'
