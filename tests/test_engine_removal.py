@@ -16,7 +16,9 @@ import pytest
 from onnx import TensorProto
 from PIL import Image, ImageDraw
 
-from studio_worker.engine import Inputs, default_router
+from studio_worker.device import Device
+from studio_worker.engine import Inputs, default_router, removal
+from studio_worker.engine.estimate import Estimates
 from studio_worker.engine.faults import OutOfMemory
 from studio_worker.engine.holes import holes
 from studio_worker.engine.removal import RemovalEngine
@@ -452,6 +454,23 @@ def test_graph_stays_loaded_until_it_is_released(pull: LocalFile, tmp_path: Path
     engine.generate(request(files=(other,), inputs=inputs), lambda done, total: None, Cancel())
     engine.release()
     assert engine.resident() == {}
+
+
+def test_memory_is_asked_for_before_a_graph_is_loaded(
+    pull: LocalFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a removal needs is known from its file, before an offer is taken: of RAM, so that a GPU need have
+    no room. A box that is short of it says so with figures, and another worker may try.
+    """
+    task, size_bytes = request().task, pull.path.stat().st_size
+    needed = Estimates(Device("cpu", "", 8.0)).needed_bytes([pull], task, CliDefaults(), "onnx")
+    assert needed is not None
+    assert needed > 2 * size_bytes
+    assert Estimates(Device("cuda:0", "", 8.0)).needed_bytes([pull], task, CliDefaults(), "onnx") is None
+    monkeypatch.setattr(removal, "available_ram_bytes", lambda: needed - 1)
+    with pytest.raises(JobError, match=r"needs 1\.0 GiB of RAM, 1\.0 GiB are free") as caught:
+        remove(pull, backdrop(64, 64), masked((64, 64), (10, 10, 20, 20)))
+    assert caught.value.retryable
 
 
 def test_engine_is_there_only_with_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ class RemovalEngine:
 
     Args:
         device: ``cpu`` or ``cuda:N``. A GPU is used where onnxruntime's build has CUDA, which the one in the
-            package has not; else the CPU is, which takes a second or two a hole.
+            package has not; else the CPU is, which takes seconds a hole.
     """
 
     def __init__(self, device: str) -> None:
