@@ -97,10 +97,12 @@ IN_TESTS = (
 )
 """Those that only tests use, by their modules."""
 
-_LIBRARY = re.compile(r"(?:torch|diffusers|transformers|accelerate|peft|safetensors|gguf|urllib3)(?:\.\w+)+")
+_LIBRARY = re.compile(
+    r"(?:torch|diffusers|transformers|accelerate|peft|safetensors|gguf|onnxruntime|urllib3)(?:\.\w+)+"
+)
 """A string that is a dotted name inside one of them: a logger's, or one to import or replace."""
 
-LIBRARIES = {"torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "gguf"}
+LIBRARIES = {"torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "gguf", "onnxruntime"}
 
 PACKAGE = Path(__file__).parents[1] / "studio_worker"
 

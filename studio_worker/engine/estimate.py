@@ -24,8 +24,8 @@ _GRAPH_COPIES = 2
 """onnxruntime has a graph's weights twice while it loads it: as read, and as its kernels want them."""
 
 _REMOVAL_BYTES = 1_100_000_000
-"""What 512 px take beside them. Measured with random weights in LaMa's layers (182 MB): 1.38 GB at the peak in
-all, and no more than the weights between jobs."""
+"""What 512 px take beside them. Measured with random weights in layers like LaMa's (182 MB): 1.38 GB at the
+peak in all, and no more than the weights between jobs."""
 
 
 def removal_bytes(graph: Path) -> int:
