@@ -16,6 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.families import identify
+from studio_worker.engine.needs import footprint
+from studio_worker.engine.placement import Mode
+from studio_worker.engine.sections import Section
 from studio_worker.gpu_check.tiny.families import tiny as tiny_model
 from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.gpu_check.tiny.weights import state
@@ -23,6 +27,8 @@ from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, FileRole, LocalFile
 from tests.engine_lab import decoded, request
 from tests.lora_kinds import BIASES, FILTERS, MATRICES, NORMS, Made
+from tests.played_gpu import played
+from tests.test_engine_memory import GIB, Fake
 
 torch.set_num_threads(1)
 
@@ -32,7 +38,7 @@ pytestmark = [
 ]
 
 DEFAULTS = CliDefaults(width=64, height=64, steps=2, cfg_scale=1.0, sampling_method="euler")
-WIDTH = 64
+WIDTH, PROMPT = 64, "a red potion on grass"
 
 _TABLES = ("token_embedding", "position_embedding", "embed_tokens", "shared", "relative_attention")
 _OTHERS = ("visual.", "lm_head.")
@@ -86,16 +92,18 @@ class Model:
                 if bias is not None:
                     self.biases[component.part, layer] = next(ends), 0.3 * draw(*bias.shape)
 
-    def files(self, folder: Path, *, merged: bool = False) -> tuple[LocalFile, ...]:
+    def files(self, folder: Path, merged: float = 0.0) -> tuple[LocalFile, ...]:
+        """All its files, the LoRA merged into them at so much of its strength."""
         files = []
         for component in self.components:
             tensors = dict(component.tensors)
             for (part, layer), made in self.made.items() if merged else ():
                 if part == component.part:
-                    tensors[f"{layer}.weight"] = made.merged
+                    plain = tensors[f"{layer}.weight"]
+                    tensors[f"{layer}.weight"] = plain + merged * (made.merged - plain)
             for (part, layer), (_, change) in self.biases.items() if merged else ():
                 if part == component.part:
-                    tensors[f"{layer}.bias"] = tensors[f"{layer}.bias"] + change
+                    tensors[f"{layer}.bias"] = tensors[f"{layer}.bias"] + merged * change
             files.append(written(folder / f"{component.part}-{merged}", component.role, tensors))
         vae = self.tiny.published.get("vae")
         tensors = state(self.tiny.parts["vae"]) if vae is None else vae.tensors
@@ -243,7 +251,7 @@ class Bench:
         if (family, layout) not in self._pictures:
             model, folder = self.model(family, layout), self.folder(family, layout)
             engine = DiffusionEngine("cpu", families=[model.family])
-            expected = make(engine, model.files(folder, merged=True))
+            expected = make(engine, model.files(folder, merged=1.0))
             files = model.files(folder)
             self._pictures[family, layout] = engine, files, make(engine, files), expected
         return self._pictures[family, layout]
@@ -255,7 +263,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def make(engine: DiffusionEngine, files: tuple[LocalFile, ...], **task: Any) -> Picture:
-    asked = request(files=files, defaults=DEFAULTS, **{"prompt": "a red potion on grass"} | task)
+    asked = request(files=files, **{"prompt": PROMPT, "defaults": DEFAULTS} | task)
     return engine.generate(asked, lambda done, total: None, Cancel())
 
 
@@ -283,3 +291,64 @@ def test_lora_is_as_if_merged(bench: Bench, family: str, naming: str) -> None:
     assert apart(found, expected)[1] <= 2
     assert "lorasLeftOut" not in found.meta
     assert make(engine, files).data == plain.data
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux1-dev"])
+def test_lora_at_half_its_strength_is_half_way(bench: Bench, family: str) -> None:
+    """At a weight of 0.5 every kind takes the weights half way, a DoRA too."""
+    layout, named = LAYOUTS["kohya"]
+    engine, files, plain, _ = bench.pictures(family, layout)
+    model, folder = bench.model(family, layout), bench.folder(family, layout)
+    style = model.lora(folder / "style", named)
+    expected = make(engine, model.files(folder, merged=0.5))
+    found = make(engine, (*files, style), prompt=f"{PROMPT}<lora:style:0.5>")
+    assert apart(expected, plain)[0] > 2
+    assert apart(found, expected)[1] <= 2
+
+
+@pytest.mark.parametrize("family", ["sd1", "z-image"])
+def test_lora_of_every_kind_comes_and_goes_with_its_layers(
+    bench: Bench, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Component by component, or layer by layer, a GPU makes the pictures that it makes of the whole model,
+    with every kind of LoRA and then without.
+    """
+    # A tiny model's vocabulary is larger than all its layers.
+    monkeypatch.setattr(Section, "largest_bytes", lambda _, itemsize: itemsize)
+    layout, named = LAYOUTS["diffusers"]
+    model, folder = bench.model(family, layout), bench.folder(family, layout)
+    files, style = model.files(folder), model.lora(folder / "style", named)
+    needed = footprint(identify(files, (model.family,)), "float16", 64 * 64, loras=(style,))
+    layers = next(p.peak_bytes for p in needed.plans() if p.mode is Mode.LAYERS and not p.tiled)
+
+    def pictures(room: int, *, offload: bool) -> list[bytes]:
+        defaults = DEFAULTS.model_copy(update={"offload_to_cpu": offload})
+        memory = Fake(room, host=GIB)
+        engine = DiffusionEngine("cuda:1", families=[model.family], memory=memory)
+        made = [make(engine, each, defaults=defaults) for each in (files, (*files, style), files)]
+        modes = {each.meta.get("offload", "whole") for each in made}
+        assert modes == {"layers" if room < GIB else "component" if offload else "whole"}
+        return [each.data for each in made]
+
+    with played("cuda:1"):
+        whole = pictures(GIB, offload=False)
+        assert whole[0] == whole[2] != whole[1]
+        assert pictures(GIB, offload=True) == whole
+        assert pictures(layers, offload=True) == whole
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux1-dev", "z-image"])
+def test_memory_of_a_lora_is_planned_for(bench: Bench, family: str) -> None:
+    """What every kind of LoRA takes beside a model is what was planned for, to within a tenth."""
+    layout, named = LAYOUTS["kohya"]
+    engine, files, _, _ = bench.pictures(family, layout)
+    model, folder = bench.model(family, layout), bench.folder(family, layout)
+    style = model.lora(folder / "lora-kohya", named)
+
+    def size_bytes(*loras: LocalFile) -> int:
+        make(engine, (*files, *loras))
+        return engine.resident()["sample-model"].size_bytes
+
+    plain = size_bytes()
+    planned = footprint(identify(files, (model.family,)), "float32", 64 * 64, loras=(style,)).loras
+    assert 0.9 * planned < size_bytes(style) - plain <= planned

@@ -110,8 +110,8 @@ class Adapters:
                 place,
                 there,
                 lora.lora.weight,
-                lambda layers=layers: [_numbers(layer) for layer in layers],  # type: ignore[misc]
-                lambda layers=layers: [_bias(layer) for layer in layers],  # type: ignore[misc]
+                lambda layers=layers: [self._plain(layer, "weight") for layer in layers],  # type: ignore[misc]
+                lambda layers=layers: [self._plain(layer, "bias") for layer in layers],  # type: ignore[misc]
             )
             for layer, change in zip(layers, made, strict=True):
                 self._change(layer, change)
@@ -129,11 +129,23 @@ class Adapters:
         layer.get_submodule(_NAME).append(Branch(change, layer, shape, _computes_in(layer)))  # type: ignore[operator]
 
     def _exchange(self, layer: nn.Module, kind: str, added: torch.Tensor) -> None:
-        own = getattr(layer, kind)
+        now = getattr(layer, kind)
         if not any(each.layer is layer and each.kind == kind for each in self._exchanged):
-            self._exchanged.append(_Exchanged(layer, kind, own))
-        new = own.data.float() + added.reshape(own.shape)
-        setattr(layer, kind, nn.Parameter(new.to(own.dtype), requires_grad=False))
+            self._exchanged.append(_Exchanged(layer, kind, now))
+        new = now.data.float() + added.reshape(now.shape)
+        setattr(layer, kind, nn.Parameter(new.to(now.dtype), requires_grad=False))
+
+    def _plain(self, layer: nn.Module, kind: str) -> torch.Tensor:
+        """What the model's file has there, whatever other LoRAs make of it."""
+        if kind == "weight" and isinstance(layer, PackedLinear):
+            return layer.numbers(torch.float32)
+        now = getattr(layer, kind)
+        if now is None:
+            weight: Any = layer.weight
+            return torch.zeros(_shape(layer)[0], device=weight.device)
+        own = next((each.own for each in self._exchanged if each.layer is layer and each.kind == kind), now)
+        plain: torch.Tensor = own.detach().to(now.device).float()
+        return plain
 
 
 def is_adapted(component: nn.Module) -> bool:
@@ -145,10 +157,9 @@ def _add(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plain: torch.Tensor
 ) -> torch.Tensor:
     seen = args[0] if args else next(iter(kwargs.values()))
-    bias: torch.Tensor | None = layer.bias  # type: ignore[assignment]
     whole = plain
     for branch in layer.get_submodule(_NAME).children():
-        whole = whole + branch(seen, plain, bias)
+        whole = whole + branch(seen, plain, layer)
     return whole
 
 
@@ -161,23 +172,11 @@ def _own_weights(layer: nn.Module) -> Iterator[torch.Tensor]:
     return layer.parameters(recurse=False)
 
 
-def _numbers(layer: nn.Module) -> torch.Tensor:
-    if isinstance(layer, PackedLinear):
-        return layer.numbers(torch.float32)
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-    return weight.detach().float()
-
-
-def _bias(layer: nn.Module) -> torch.Tensor:
-    bias: torch.Tensor | None = getattr(layer, "bias", None)
-    return torch.zeros(len(_numbers(layer))) if bias is None else bias.detach().float()
-
-
-def _shape(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
-    # A packed matrix has another shape.
-    return (
-        (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
-    )
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features  # a packed matrix has another shape
+    weight: Any = layer.weight
+    return tuple(weight.shape)
 
 
 def _computes_in(layer: nn.Linear | nn.Conv2d) -> torch.dtype:

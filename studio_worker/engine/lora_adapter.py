@@ -14,7 +14,7 @@ from studio_worker.engine.gguf_files import Shape
 _WHOLE = {"set", "set_b"}
 """What whole checkpoints have as well."""
 
-_PIECES = {"qkv": 3, "in_proj": 3, "linear1": 4}
+_PIECES = {"qkv": 3, "qkv_lora1": 3, "qkv_lora2": 3, "in_proj": 3, "linear1": 4}
 """By the end of a layer's published name: of how many layers it is one here. Each has factors of its own."""
 
 
@@ -52,6 +52,34 @@ class Adapter:
         return ""
 
     @property
+    def is_whole(self) -> bool:
+        """Whether its tensors go together: factors have one rank, nothing is empty."""
+        shapes = self.shapes
+        if any(0 in shape for shape in shapes.values()):
+            return False
+        if any(len(shape) < 2 for name, shape in shapes.items() if name in _FACTORS):
+            return False
+        if any(prod(shapes[name]) != 1 for name in ("alpha", "scalar") if name in shapes):
+            return False
+        if "up" in shapes and prod(shapes["up"]) != prod(shapes["up"][:2]):
+            return False
+        return all(
+            shapes[left][axis] == shapes[right][0]
+            for left, axis, right in self._ranks()
+            if left in shapes and right in shapes
+        )
+
+    def _ranks(self) -> Iterator[tuple[str, int, str]]:
+        """Where two tensors have a rank in common: one, its axis, and the other's first."""
+        yield from (("mid", 0, "down"), ("mid", 1, "down"), ("up", 1, "down"))
+        for name, core in (("hada_w1", "hada_t1"), ("hada_w2", "hada_t2"), ("lokr_w2", "lokr_t2")):
+            if core in self.shapes:
+                yield from ((core, 0, f"{name}_a"), (core, 1, f"{name}_b"))
+            else:
+                yield f"{name}_a", 1, f"{name}_b"
+        yield "lokr_w1_a", 1, "lokr_w1_b"
+
+    @property
     def weight_shape(self) -> Shape | None:
         """The shape of what is added to the layer's weight; ``None`` where that is a bias alone."""
         shapes = self.shapes
@@ -72,20 +100,25 @@ class Adapter:
         return sum(self._counts()) * itemsize
 
     def _counts(self) -> Iterator[int]:
-        shapes, weight = self.shapes, self.weight_shape
-        yield sum(prod(shapes[name]) for name in ("up_bias", "diff_b") if name in shapes)
-        if weight is None:
-            return
-        rows = next((prod(shapes[name]) for name in ("dora", "magnitude") if name in shapes), 0)
-        is_by_column = rows and "dora" in shapes and shapes["dora"][0] != weight[0]
-        if "down" in shapes and not is_by_column:
-            yield sum(prod(shapes[name]) for name in ("up", "mid") if name in shapes) + rows
-            yield prod(shapes["down"]) * _piece_count(self.layer)
-        elif _starts(shapes, "lokr_") and len(weight) == 2 and not rows:
-            yield prod(_kronecker(shapes, "lokr_w1")) + prod(_kronecker(shapes, "lokr_w2"))
-        else:
-            yield prod(weight)
+        shapes = self.shapes
+        yield sum(prod(shapes[name]) for name in ("up_bias", "diff_b", "set_b") if name in shapes)
+        # With DoRA what is multiplied with the change, and what with the plain weight.
+        yield sum(2 * prod(shapes[name]) for name in ("dora", "magnitude") if name in shapes)
+        yield sum(prod(shapes[name]) for name in ("diff", "set", *_BY_ROW) if name in shapes)
+        pieces = next((count for end, count in _PIECES.items() if self.layer.endswith(end)), 1)
+        yield pieces * sum(prod(shapes[name]) for name in _BY_COLUMN if name in shapes)
+        if _starts(shapes, "lokr_"):
+            yield pieces * sum(prod(_kronecker(shapes, name)) for name in ("lokr_w1", "lokr_w2"))
 
+
+_BY_ROW = ("up", "hada_w1_a", "hada_w2_a")
+_BY_COLUMN = ("down", "mid", "hada_w1_b", "hada_w2_b", "hada_t1", "hada_t2")
+"""Factors that each of several layers has its rows of, and those that each has as a whole."""
+
+_FACTORS = {
+    *("down", "up", "mid", "hada_t1", "hada_t2", "lokr_t2"),
+    *(f"{kind}_w{n}{end}" for kind in ("hada", "lokr") for n in (1, 2) for end in ("", "_a", "_b")),
+}
 
 _NEEDS = (
     {"down", "up"},
@@ -109,7 +142,3 @@ def _kronecker(shapes: Mapping[str, Shape], name: str) -> Shape:
     if name == "lokr_w2" and "lokr_t2" in shapes:
         return (rows[1], columns[1], *shapes["lokr_t2"][2:])
     return (rows[0], columns[1], *columns[2:])
-
-
-def _piece_count(layer: str) -> int:
-    return next((count for end, count in _PIECES.items() if layer.endswith(end)), 1)

@@ -1,15 +1,16 @@
-"""What a LoRA's tensors mean: the change of each layer's weight and bias, as factors where it is some.
+"""What a LoRA's tensors mean: the change of each layer's weight and bias, as the factors that it is made of.
 
 ``W x`` becomes ``W x + B A x``, which is what weights merged by hand compute, within rounding, whatever W is
-stored as. Kinds whose change is no product of small factors (LoHa, DoRA by column, differences) are added up
-to a matrix of their own. This module owns that arithmetic, and no layer.
+stored as. So a LoRA takes the memory of its file, and not that of the model. This module owns that
+arithmetic, and no layer.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -18,58 +19,69 @@ from studio_worker.engine.lora_adapter import Adapter
 from studio_worker.engine.lora_places import Place
 
 Tensors = Mapping[str, torch.Tensor]
-"""An adapter's tensors in single precision, by what they do."""
+
+Plain = Callable[[], Sequence[torch.Tensor]]
+"""Gives what a place's layers have of their own, in single precision."""
 
 
-class Change(NamedTuple):
+@dataclass(frozen=True)
+class Change:
     """What is added to one layer, all at its strength.
 
-    Attributes:
-        factors: ``down``, ``up`` and perhaps ``mid`` of a low rank; ``outer`` and ``inner`` of a Kronecker
-            product; or ``whole``, the change itself.
-        gain: by how much of itself each row of the plain weight changes (DoRA).
+    Args:
+        factors: of the change to the weight: ``down``, ``up`` and perhaps ``mid`` of a low rank; ``outer``
+            and ``inner`` of a Kronecker product; the ``hada_`` of two products, times each other; or
+            ``whole``.
+        before, after: what the columns of that change are multiplied with, and the rows.
+        rows: the first row of it that is this layer's and their number, where it is larger.
+        by_row, by_column: by how much of itself the plain weight changes.
         bias: what is added to the bias.
     """
 
     factors: Tensors
-    gain: torch.Tensor | None = None
+    before: torch.Tensor | None = None
+    after: torch.Tensor | None = None
+    rows: tuple[int, int] | None = None
+    by_row: torch.Tensor | None = None
+    by_column: torch.Tensor | None = None
     bias: torch.Tensor | None = None
-
-
-Plain = Callable[[], Sequence[torch.Tensor]]
-"""Gives the weights of a place's layers in single precision."""
 
 
 def changes(
     adapter: Adapter, place: Place, tensors: Tensors, strength: float, weights: Plain, biases: Plain
 ) -> list[Change]:
-    """What ``adapter`` adds to each layer of ``place``."""
+    """What ``adapter`` adds to each layer of ``place``.
+
+    Args:
+        tensors: the adapter's, in single precision.
+    """
 
     def ours(by_row: torch.Tensor) -> torch.Tensor:
         """With the rows in the order of the class."""
         return by_row.roll(len(by_row) // 2, 0) if place.rolled else by_row
 
-    factors = _factors(adapter, tensors, place.row)
-    if place.rolled and factors:
-        factors = _rows_first(factors)
-        factors = {name: ours(each) if name in {"up", "whole"} else each for name, each in factors.items()}
-    gain = bias = None
-    if factors and (magnitude := tensors.get("dora", tensors.get("magnitude"))) is not None:
+    change = Change(_factors(adapter, tensors, place.row))
+    if place.rolled:
+        change = _with_rows(_multiplied(change), ours)
+    if change.factors and (magnitude := tensors.get("dora", tensors.get("magnitude"))) is not None:
         plain = torch.cat(list(weights()))
         if "magnitude" in tensors or magnitude.shape[0] == len(plain):
-            factors, gain = _decomposed(factors, ours(magnitude.flatten()), plain)
+            ratio = _ratio(change.factors, plain, ours(magnitude.flatten()), axis=0)
+            change = replace(change, after=ratio, by_row=ratio - 1)
         else:
-            factors = {"whole": _by_column(_whole(factors, plain), magnitude, plain)}
+            ratio = _ratio(change.factors, plain, magnitude.flatten(), axis=1)
+            change = replace(change, before=ratio, by_column=ratio - 1)
     if "set" in tensors:
         plain = torch.cat(list(weights()))
-        factors = {"whole": ours(tensors["set"]).reshape(plain.shape) - plain}
+        change = Change({"whole": ours(tensors["set"]).reshape(plain.shape) - plain})
     if "set_b" in tensors:
-        bias = ours(tensors["set_b"]) - torch.cat(list(biases()))
+        change = replace(change, bias=ours(tensors["set_b"]) - torch.cat(list(biases())))
     elif "up_bias" in tensors:
-        bias = ours(tensors["up_bias"]) * _strength(adapter, tensors, len(tensors["down"]))
+        scale = _strength(adapter, tensors, len(tensors["down"]))
+        change = replace(change, bias=ours(tensors["up_bias"]) * scale)
     elif "diff_b" in tensors:
-        bias = ours(tensors["diff_b"].flatten())
-    return _split(_times(Change(factors, gain, bias), strength), place.rows)
+        change = replace(change, bias=ours(tensors["diff_b"].flatten()))
+    return _split(_times(change, strength), place.rows)
 
 
 def _factors(adapter: Adapter, tensors: Tensors, row: Shape) -> Tensors:
@@ -81,20 +93,18 @@ def _factors(adapter: Adapter, tensors: Tensors, row: Shape) -> Tensors:
         return {"down": given["down"], "up": up} | {name: given[name] for name in ("mid",) if name in given}
     if "hada_w1_a" in given:
         scale *= _strength(adapter, given, len(given["hada_w1_b"]))
-        one, two = (_product(given, f"hada_w{n}", f"hada_t{n}") for n in (1, 2))
-        return {"whole": one * two * scale}
+        factors = {name: tensor for name, tensor in given.items() if name.startswith("hada_")}
+        return factors | {"hada_w1_a": given["hada_w1_a"] * scale}
     if any(name.startswith("lokr_") for name in given):
         ranks = [len(given[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in given]
         scale *= _strength(adapter, given, ranks[0]) if ranks else 1.0  # two whole factors have no rank
         outer, inner = (
-            given[name] if name in given else _product(given, name, "lokr_t2" if name == "lokr_w2" else "")
+            given[name]
+            if name in given
+            else product(given, f"{name}_a", f"{name}_b", "lokr_t2" if name == "lokr_w2" else "")
             for name in ("lokr_w1", "lokr_w2")
         )
-        outer = outer * scale
-        if len(row) > 1:
-            inner = inner.reshape(len(inner), -1, *row[1:])
-            return {"whole": torch.kron(outer.reshape(*outer.shape[:2], *[1] * (inner.ndim - 2)), inner)}
-        return {"outer": outer, "inner": inner}
+        return {"outer": outer * scale, "inner": inner.reshape(len(inner), -1, *row[1:])}
     return {"whole": given["diff"]} if "diff" in given else {}
 
 
@@ -105,17 +115,31 @@ def _strength(adapter: Adapter, tensors: Tensors, rank: int) -> float:
     return alpha / (math.sqrt(rank) if adapter.by_root and "alpha" not in tensors else rank)
 
 
-def _product(tensors: Tensors, name: str, core: str) -> torch.Tensor:
-    """``a @ b``, with LyCORIS' Tucker core between them where there is one."""
-    left, right = tensors[f"{name}_a"], tensors[f"{name}_b"]
+def product(tensors: Tensors, left: str, right: str, core: str) -> torch.Tensor:
+    """``left @ right``, with LyCORIS' Tucker core between them where there is one."""
+    a, b = tensors[left], tensors[right]
     if core not in tensors:
-        return (left @ right.flatten(1)).reshape(len(left), *right.shape[1:])
-    return torch.einsum("ijkl,jr,ip->prkl", tensors[core], right, left)
+        return (a @ b.flatten(1)).reshape(len(a), *b.shape[1:])
+    return torch.einsum("ijkl,jr,ip->prkl", tensors[core], b, a)
 
 
-def _rows_first(factors: Tensors) -> Tensors:
+def hadamard(tensors: Tensors) -> torch.Tensor:
+    """LoHa's change."""
+    one, two = (product(tensors, f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}") for n in (1, 2))
+    return one * two
+
+
+def _multiplied(change: Change) -> Change:
     """With rows that can change places: those of a Kronecker product lie in two factors."""
-    return {"whole": torch.kron(factors["outer"], factors["inner"])} if "outer" in factors else factors
+    factors = change.factors
+    if "outer" not in factors:
+        return change
+    return replace(change, factors={"whole": torch.kron(_as_long(factors), factors["inner"])})
+
+
+def _as_long(factors: Tensors) -> torch.Tensor:
+    """The outer factor with as many dimensions as the inner one."""
+    return factors["outer"].reshape(*factors["outer"].shape, *[1] * (factors["inner"].ndim - 2))
 
 
 def _whole(factors: Tensors, like: torch.Tensor) -> torch.Tensor:
@@ -123,7 +147,9 @@ def _whole(factors: Tensors, like: torch.Tensor) -> torch.Tensor:
     if "whole" in factors:
         change = factors["whole"]
     elif "outer" in factors:
-        change = _rows_first(factors)["whole"]
+        change = torch.kron(_as_long(factors), factors["inner"])
+    elif "up" not in factors:
+        change = hadamard(factors)
     elif "mid" in factors:
         down, mid, up = (factors[name] for name in ("down", "mid", "up"))
         change = torch.einsum("oi,ijkl,jn->onkl", up, mid, down.flatten(1))
@@ -136,66 +162,49 @@ _SMALLEST = 1e-12
 """A norm that nothing is divided by."""
 
 
-def _decomposed(
-    factors: Tensors, magnitude: torch.Tensor, plain: torch.Tensor
-) -> tuple[Tensors, torch.Tensor]:
-    """DoRA with a magnitude for each row: its factors, and how much each row of the weight changes.
-
-    ``m (W + D) / |W + D|`` (Liu et al. 2024) less ``W``.
-    """
-    norms = (plain + _whole(factors, plain)).flatten(1).norm(dim=1).clamp_min(_SMALLEST)
-    ratio = magnitude / norms
-    if "up" in factors:
-        return {**factors, "up": factors["up"] * ratio[:, None]}, ratio - 1
-    whole = _whole(factors, plain)
-    return {"whole": whole * ratio.reshape(-1, *[1] * (whole.ndim - 1))}, ratio - 1
+def _ratio(factors: Tensors, plain: torch.Tensor, magnitude: torch.Tensor, axis: int) -> torch.Tensor:
+    """DoRA: ``m / |W + D|``, with which ``W + D`` is multiplied by row or by column (Liu et al. 2024)."""
+    trained = (plain + _whole(factors, plain)).transpose(0, axis)
+    norms: torch.Tensor = trained.flatten(1).norm(dim=1)
+    return magnitude / norms.clamp_min(_SMALLEST)
 
 
-def _by_column(added: torch.Tensor, magnitude: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
-    """DoRA with a magnitude for each column (LyCORIS without ``wd_on_output``): the change as a whole."""
-    trained = plain + added
-    norms = trained.transpose(0, 1).flatten(1).norm(dim=1).clamp_min(_SMALLEST)
-    ratio = magnitude.flatten() / norms
-    change: torch.Tensor = trained * ratio.reshape(1, -1, *[1] * (plain.ndim - 2)) - plain
-    return change
+_ROWS = {"up", "whole", "hada_w1_a", "hada_w2_a"}
+"""Factors whose rows are those of the change; not with a Tucker core, which only filters have."""
+
+
+def _with_rows(change: Change, give: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    """``change`` with the rows that ``give`` makes of its own."""
+    factors = {name: give(each) if name in _ROWS else each for name, each in change.factors.items()}
+    given: dict[str, Any] = {
+        name: None if each is None else give(each)
+        for name, each in (("after", change.after), ("by_row", change.by_row), ("bias", change.bias))
+    }
+    return replace(change, factors=factors, **given)
 
 
 def _times(change: Change, strength: float) -> Change:
     """A DoRA of half the strength is half way to what it was trained to be, as in ComfyUI."""
-    factors = dict(change.factors)
-    for name in ("up", "outer", "whole"):
-        if name in factors:
-            factors[name] = factors[name] * strength
-    return Change(
-        factors,
-        None if change.gain is None else change.gain * strength,
-        None if change.bias is None else change.bias * strength,
-    )
+    last = next((name for name in ("up", "outer", "whole", "hada_w1_a") if name in change.factors), "")
+    factors = {name: each * strength if name == last else each for name, each in change.factors.items()}
+    given: dict[str, Any] = {
+        name: None if each is None else each * strength
+        for name, each in (
+            ("by_row", change.by_row),
+            ("by_column", change.by_column),
+            ("bias", change.bias),
+        )
+    }
+    return replace(change, factors=factors, **given)
 
 
 def _split(change: Change, rows: Sequence[int]) -> list[Change]:
     """Of a published layer that is several here, what each of them gets."""
     if len(rows) == 1:
         return [change]
-    factors = change.factors
-    if "outer" in factors:
-        inner = len(factors["inner"])
-        if any(each % inner for each in rows):
-            factors = _rows_first(factors)
-        else:
-            outers = _pieces(factors["outer"], [each // inner for each in rows])
-            return _with(change, rows, [{**factors, "outer": each} for each in outers])
-    name = "up" if "up" in factors else "whole"
-    if name not in factors:
-        return _with(change, rows, [{}] * len(rows))
-    return _with(change, rows, [{**factors, name: each} for each in _pieces(factors[name], rows)])
-
-
-def _with(change: Change, rows: Sequence[int], factors: Sequence[Tensors]) -> list[Change]:
-    gains = [None] * len(rows) if change.gain is None else _pieces(change.gain, rows)
-    biases = [None] * len(rows) if change.bias is None else _pieces(change.bias, rows)
-    return [Change(*each) for each in zip(factors, gains, biases, strict=True)]
-
-
-def _pieces(tensor: torch.Tensor, rows: Sequence[int]) -> Sequence[torch.Tensor]:
-    return torch.split(tensor, list(rows))
+    starts = [sum(rows[:index]) for index in range(len(rows))]
+    pieces = []
+    for start, count in zip(starts, rows, strict=True):
+        piece = _with_rows(change, lambda each, start=start, count=count: each[start : start + count])  # type: ignore[misc]
+        pieces.append(replace(piece, rows=(start, count)) if "outer" in change.factors else piece)
+    return pieces

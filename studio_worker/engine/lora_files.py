@@ -142,6 +142,9 @@ def read_lora(file: LocalFile) -> LoraFile:
             continue
         if lacks := adapter.lacks:
             raise JobImpossible(f"LoRA {name} is not whole: {layer} lacks {lacks}")
+        if not adapter.is_whole:
+            told = ", ".join(f"{role} {list(shape)}" for role, shape in shapes.items())
+            raise JobImpossible(f"LoRA {name} has tensors for {layer} that do not go together: {told}")
         adapters[layer] = adapter
     if not any(each.is_trained for each in adapters.values()):
         kinds = ", ".join(sorted({kind for kind in unread.values() if kind}))

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+import torch
+
 from studio_worker.engine.families.component import Part
 from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.layer_names import Named
@@ -153,10 +155,15 @@ class LoraPlaces:
         return self._known[part.identity]
 
 
+def _empty(part: Part) -> torch.nn.Module:
+    with torch.device("meta"):  # tables of places, too, which take Stable Diffusion 3 seconds
+        return empty_model(part)
+
+
 def _layers(part: Part) -> _Layers:
     shapes = {
         name: {kind: tuple(weight.shape) for kind, weight in module.named_parameters(recurse=False)}
-        for name, module in empty_model(part).named_modules()
+        for name, module in _empty(part).named_modules()
     }
     shapes = {name: own for name, own in shapes.items() if "weight" in own}
     ours = {name: Named((name,)) for name in shapes}
@@ -211,8 +218,10 @@ def _without_ones(shape: Shape) -> Shape:
 
 
 def _refuse_misfits(name: str, misfits: Collection[_Misfit]) -> None:
+    narrower = sum(each.kind == "sees more" for each in misfits)
     for each in misfits:
-        if each.kind == "other":
+        # Of a model that sees more, one layer is another: the first, which reads the mask too, say.
+        if each.kind == "other" or (each.kind == "sees more" and narrower > 1):
             raise JobImpossible(
                 f"LoRA {name} does not fit this model: size mismatch, {each.layer} is {list(each.found)} in "
                 f"it and {list(each.wanted)} in the model"
