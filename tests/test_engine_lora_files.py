@@ -286,7 +286,7 @@ WRONG = list(wrong({f"{DENOISER}input_blocks.3.1.transformer_blocks.0.attn1.to_v
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_file_that_is_refused(engine: DiffusionEngine, plain: Tensors, tmp_path: Path, kind: str) -> None:
-    """A LoRA that cannot be applied fails the job by its name, with what is wrong, before a model is loaded."""
+    """A LoRA that cannot be applied fails the job by name, with what is wrong, before a model is loaded."""
     tensors, says = wrong(plain)[kind]
     with pytest.raises(JobError, match=rf"LoRA broken\.safetensors .*{says}") as caught:
         make(engine, SAMPLE, written(tmp_path / "broken.safetensors", tensors))
