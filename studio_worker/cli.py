@@ -31,6 +31,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.add_typer(models_app, name="models")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 for command in (generate, status, pause, resume, doctor):
     app.command()(command)
 app.command("check-config")(check_config)
@@ -78,12 +95,15 @@ def register(
 
     settings = config.load(directory).settings
     become(owner_of(settings.state.dir, settings.models.root))
-    config.check_folders(settings)
+    config.check_folders(settings, make=False)
     path = settings.state.dir / "identity.json"
     if not path.exists() and (others := sorted(settings.state.dir.glob("instance-*/identity.json"))):
         names = ", ".join(other.parent.name.removeprefix("instance-") for other in others)
         raise ConfigError("this box has a service for each GPU", cure=f"say which: --instance N, of {names}")
     file = IdentityFile(path)
+    if not path.exists():
+        typer.echo("not registered: the service asks the studio when it starts")
+        return
     if reset:
         with state_lock(settings.state.dir):
             file.reset()
@@ -114,7 +134,7 @@ def local_studio(
     ] = False,
 ) -> None:
     """Run a small studio of your own: queue, approval, gallery."""
-    logs.configure()
+    logs.configure(fmt="text")  # it is a person who runs it
     token = _read_token(token_file) if token_file is not None else None
 
     from studio_worker.local_studio import run_local_studio
@@ -126,7 +146,14 @@ def local_studio(
         models_dir=models,
         token=token,
         auto_approve=approve_all,
-        on_ready=lambda studio: typer.echo(f"local studio: {studio.base_url}"),
+        on_ready=lambda studio: _say_where(studio.base_url, models or data / "models"),
+    )
+
+
+def _say_where(address: str, models: Path) -> None:
+    typer.echo(f"local studio: {address}")
+    typer.echo(
+        f"models: add them on that page, under Models; workers fetch the files that lie in {models} from here"
     )
 
 

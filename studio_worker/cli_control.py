@@ -11,7 +11,7 @@ import typer
 from studio_worker import config
 from studio_worker.cli_options import ConfigDir, Instance, Json, table_console
 from studio_worker.control import ask, runtime_dir
-from studio_worker.errors import ControlError
+from studio_worker.errors import ControlError, ServiceNotRunning
 from studio_worker.snapshot import EndedJob, GpuFacts, ResidentModel, Snapshot
 
 
@@ -58,7 +58,14 @@ def resume(directory: ConfigDir = config.DEFAULT_DIR, instance: Instance = None)
 
 
 def _ask(directory: Any, command: str) -> dict[str, Any]:
-    return ask(runtime_dir(config.load(directory).settings.state.runtime_dir), command)
+    try:
+        return ask(runtime_dir(config.load(directory).settings.state.runtime_dir), command)
+    except ServiceNotRunning as error:
+        if directory == config.DEFAULT_DIR:
+            raise
+        # A folder of one's own: no unit of the package serves it.
+        start = f"studio-worker run --config {directory}"
+        raise ServiceNotRunning(error.path, start=start) from None
 
 
 def _facts(snapshot: Snapshot, now: float) -> Any:

@@ -28,7 +28,7 @@ def check_config(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = Fals
     loaded = config.load(directory)
     policy_from(loaded.settings)
     become(owner_of(loaded.settings.state.dir, loaded.settings.models.root))
-    config.check_folders(loaded.settings)
+    config.check_folders(loaded.settings, make=False)
     identity = loaded.settings.state.dir / "identity.json"
     if identity.exists():
         IdentityFile(identity).load()

@@ -251,9 +251,9 @@ def _loras(given: list[str]) -> list[tuple[LocalFile, float]]:
 def _size(size: str | None) -> tuple[int | None, int | None]:
     if size is None:
         return None, None
-    width, _, height = size.lower().partition("x")
+    width, by, height = size.lower().partition("x")
     try:
-        sides = int(width), int(height or width)
+        sides = int(width), int(height if by else width)
     except ValueError:
         sides = -1, -1
     if min(sides) < 0:

@@ -141,6 +141,9 @@ def models_prune(
         say(f"{would}removed: unfinished downloads, {show_bytes(pruned.staging_bytes)}")
     for path in pruned.strangers:
         say(f"unknown, left alone: {path}")
+    if not pruned.models and not pruned.staging_bytes:
+        typer.echo("nothing to remove: all models are required or in use, and no download is unfinished")
+        return
     freed = pruned.staging_bytes + sum(removal.size_bytes for removal in pruned.models)
     say(f"{show_bytes(freed)} {would}freed")
 

@@ -75,8 +75,11 @@ def load(directory: Path = DEFAULT_DIR) -> Config:
     return Config(settings, required)
 
 
-def check_folders(settings: Settings) -> None:
+def check_folders(settings: Settings, *, make: bool = True) -> None:
     """Make the worker's own folders where they are missing and see that they can be written.
+
+    Args:
+        make: ``False`` only looks whether they could be made.
 
     Raises:
         ConfigError: a folder cannot be made, read or written by this user.
@@ -93,11 +96,14 @@ def check_folders(settings: Settings) -> None:
                     key=key,
                     cure="mount the disk that it lies on, or name another folder",
                 )
-            if not folder.is_dir():
+            if make and not folder.is_dir():
                 folder.mkdir(mode=mode, parents=True, exist_ok=True)
-            usable = os.access(folder, os.R_OK | os.W_OK | os.X_OK)
+            there = folder if make else _nearest(folder)
+            usable = os.access(there, os.R_OK | os.W_OK | os.X_OK)
             problem = "cannot be read and written by this user"
-            is_read_only = bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+            if there != folder:
+                problem = f"cannot be made: this user may not write to {there}"
+            is_read_only = bool(os.statvfs(there).f_flag & os.ST_RDONLY)
         except OSError as error:
             usable, problem = False, f"cannot be made: {error.strerror}"
             is_read_only = error.errno == errno.EROFS
@@ -111,6 +117,14 @@ def check_folders(settings: Settings) -> None:
                 key=key,
                 cure=_unit_cure(folder) if is_read_only else _access_cure(folder),
             )
+
+
+def _nearest(folder: Path) -> Path:
+    """``folder``, or what of the path to it is there. Raises NotADirectoryError where that is a file."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    return there
 
 
 def _dangling(folder: Path) -> Path | None:

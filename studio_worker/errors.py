@@ -319,14 +319,20 @@ class ControlError(StudioWorkerError):
 
 
 class ServiceNotRunning(ControlError):
-    """Nobody listens on the control socket ``path``. ``instances`` of the service may."""
+    """Nobody listens on the control socket ``path``. ``instances`` of the service may.
+
+    Args:
+        start: the command that starts it, where that is none of systemd's.
+    """
 
     exit_status: ClassVar[int] = 3  # LSB: program is not running
 
-    def __init__(self, path: Path, instances: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path, instances: Sequence[str] = (), start: str = "") -> None:
+        self.path = path
         # studio-worker@N.service has its socket in /run/studio-worker-N.
         unit = path.parent.name.replace("studio-worker-", "studio-worker@", 1)
-        self.cure = f"start it: systemctl start {unit if '@' in unit else 'studio-worker'}"
+        start = start or f"systemctl start {unit if '@' in unit else 'studio-worker'}"
+        self.cure = f"start it: {start}"
         if instances:
             self.cure = f"its instances do: give --instance N, of {', '.join(instances)}"
         super().__init__(f"the service is not running (nobody listens on {path}); {self.cure}")

@@ -23,9 +23,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from studio_worker import cli, settings
+from studio_worker import __version__, cli, settings
 from studio_worker.control import ControlServer
 from studio_worker.snapshot import ResidentModel, Snapshot
+from studio_worker.studio.identity import IdentityFile
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = b"weights " * 4096
@@ -280,13 +281,15 @@ def test_local_studio_prints_its_address_and_stops_when_asked(tmp_path: Path) ->
     """The local studio says where it listens once it does, and a SIGTERM ends it with status 0."""
     with start("local-studio", "--port", "0", "--data", tmp_path / "data") as studio:
         assert studio.stdout is not None
-        said = studio.stdout.readline()
+        said, more = studio.stdout.readline(), studio.stdout.readline()
         studio.send_signal(signal.SIGTERM)
         _, err = studio.communicate(timeout=60)
+    assert "Models" in more
+    assert str(tmp_path / "data" / "models") in more
+    assert err == ""  # no line of the log in a person's way
     assert said.startswith("local studio: http://127.0.0.1:"), err
     assert not said.strip().endswith(":0")
     assert studio.returncode == 0
-    assert "Traceback" not in err
 
 
 # --- register ---
@@ -303,12 +306,45 @@ def test_register_shows_who_the_worker_is(folder: Path, tmp_path: Path) -> None:
     assert "very-secret-token" not in done.stdout + done.stderr
 
 
-def test_register_reset_forgets_the_identity(folder: Path) -> None:
+def test_register_reset_forgets_the_identity(folder: Path, tmp_path: Path) -> None:
     """register --reset forgets the worker's identity; what comes next is a new worker."""
-    before = command("register", "--config", folder).stdout
-    assert "not registered yet" in before
+    (tmp_path / "state").mkdir()
+    before = IdentityFile(tmp_path / "state" / "identity.json").load()
+    assert before.install_id in command("register", "--config", folder).stdout
     assert command("register", "--reset", "--config", folder).returncode == 0
-    assert command("register", "--config", folder).stdout != before
+    assert before.install_id not in command("register", "--config", folder).stdout
+
+
+def test_commands_that_look_make_nothing(folder: Path, tmp_path: Path) -> None:
+    """register, check-config and doctor make neither folders nor an identity, and say that nobody asked."""
+    before = sorted(tmp_path.rglob("*"))
+    assert "the service asks" in command("register", "--config", folder).stdout
+    assert command("check-config", "--config", folder).returncode == 0
+    found = command("doctor", "--json", "--config", folder).stdout
+    (registration,) = (each for each in json.loads(found)["findings"] if each["check"] == "registration")
+    assert "start the service" in registration["cure"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("args", [("--version",), ("version",)])
+def test_version_is_printed_however_it_is_asked_for(args: tuple[str, ...]) -> None:
+    """``--version`` is understood as well as ``version``."""
+    done = command(*args)
+    assert (done.returncode, done.stdout) == (0, f"studio-worker {__version__}\n")
+
+
+def test_prune_with_nothing_to_remove_says_so(folder: Path) -> None:
+    """prune that frees nothing does not speak of 0 bytes."""
+    said = command("models", "prune", "--config", folder).stdout
+    assert said.startswith("nothing to remove")
+    assert "freed" not in said
+
+
+def test_status_without_a_service_fits_a_folder_of_ones_own(folder: Path) -> None:
+    """With a configuration of one's own, no unit of the package is said to serve it."""
+    said = command("status", "--config", folder).stderr
+    assert f"start it: studio-worker run --config {folder}" in said
+    assert "systemctl" not in said
 
 
 def test_register_on_a_box_of_instances_wants_to_know_which(folder: Path, tmp_path: Path) -> None:
@@ -330,7 +366,8 @@ def test_register_reset_mends_a_damaged_identity(folder: Path, tmp_path: Path) -
 
 def test_register_reset_refuses_while_the_service_runs(folder: Path, tmp_path: Path) -> None:
     """While a service holds the state folder, its identity is not taken from under it."""
-    command("register", "--config", folder)
+    (tmp_path / "state").mkdir()
+    IdentityFile(tmp_path / "state" / "identity.json").load()
     before = (tmp_path / "state" / "identity.json").read_bytes()
     hold = """
 import sys
@@ -576,7 +613,7 @@ def test_models_pull_shows_a_bar_for_each_file_on_a_terminal(folder: Path, requi
 def test_models_prune_tells_what_it_removes(folder: Path, required: Path) -> None:
     """prune removes what models.d does not name; with --dry-run it only says so."""
     command("models", "pull", "--config", folder)
-    assert command("models", "prune", "--config", folder).stdout == "0.0 kB freed\n"
+    assert command("models", "prune", "--config", folder).stdout.startswith("nothing to remove")
     (folder / "models.d" / "sample.json").unlink()
     stranger = required.parents[1] / "notes.txt"
     stranger.write_text("mine")

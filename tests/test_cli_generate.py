@@ -159,6 +159,7 @@ def test_picture_can_go_to_stdout(tmp_path: Path) -> None:
         (("-o", "nowhere/out.png"), "nowhere is not there"),
         (("--size", "20000"), "width 20000 px is outside"),
         (("--size", "large"), "write e.g. 1024x768"),
+        (("--size", "64x"), "write e.g. 1024x768"),
         (("--size", "-64x64"), "write e.g. 1024x768"),
         (("--sampler", "magic"), "unknown samplingMethod 'magic'; known: euler"),
         (("--mask", "mask.png"), "there is no picture to change"),

@@ -149,7 +149,7 @@ def test_registration_tells_the_operator_what_to_do(tmp_path: Path) -> None:
     said: list[str] = []
     with ScriptedHttp(REQUESTED, APPROVED) as server:
         registration(server.url, tmp_path, said=said).run()
-    assert said == [f"waiting for approval: approve box at {server.url}"]
+    assert said == [f"waiting for approval: approve box at {server.url} (asked about every 0 s)"]
 
 
 def test_registration_that_cannot_reach_the_studio_says_so_while_it_lasts(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_registration_that_cannot_reach_the_studio_says_so_while_it_lasts(tmp_pa
     not_there = (404, {}, {})
     with ScriptedHttp(not_there, not_there, REQUESTED, (502, {}, {}), PENDING, APPROVED) as server:
         registration(server.url, tmp_path, said=said).run()
-    approval = f"waiting for approval: approve box at {server.url}"
+    approval = f"waiting for approval: approve box at {server.url} (asked about every 0 s)"
     assert said == [
         "registration has to wait: the studio answered HTTP 404; is [studio] api_base_url right?",
         approval,

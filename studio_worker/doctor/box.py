@@ -69,7 +69,7 @@ def check_permissions(box: Box) -> Result:
         if not _may_read(path, owner.st_uid):
             return failure(f"the service's user {who} may not read {path}", f"chmod a+rX {path}")
     if os.geteuid() in {0, owner.st_uid}:
-        config.check_folders(settings)
+        config.check_folders(settings, make=False)
     return ok(f"user {who} can use {state} and {settings.models.root}")
 
 

@@ -15,7 +15,7 @@ from studio_worker.ledger import Ledger, is_verified
 from studio_worker.provision import show_bytes, show_duration
 from studio_worker.spool import poisoned_jobs
 from studio_worker.starts import Starts
-from studio_worker.studio.identity import IdentityFile
+from studio_worker.studio.identity import IdentityFile, Standing
 
 _AS_ROOT = "run this as root or as the service's user"
 _RECENT_S = 24 * 3600.0
@@ -58,7 +58,9 @@ def check_registration(box: Box) -> Result:
         return failure(
             identity.describe(), "talk to whoever runs the studio, then: studio-worker register --reset"
         )
-    return warning(identity.describe(), "approve this worker on the studio's page")
+    if identity.standing is Standing.PENDING:
+        return warning(identity.describe(), "approve this worker on the studio's page")
+    return warning(identity.describe(), "start the service: it asks")
 
 
 def check_service(box: Box) -> Result:

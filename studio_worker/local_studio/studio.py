@@ -130,7 +130,7 @@ class LocalStudio(Desk):
         if not self._server.started:
             self.stop()
             raise ConfigError("the web server did not start", cure="see the log above for its reason")
-        logger.info("local studio listens", extra={"host": self.host, "port": self.port})
+        logger.debug("local studio listens", extra={"host": self.host, "port": self.port})
         return self
 
     def stop(self) -> None:
@@ -142,7 +142,7 @@ class LocalStudio(Desk):
             self._thread.join()
         self.changes.forget_listeners()
         self.database.close()
-        logger.info("local studio stopped")
+        logger.debug("local studio stopped")
 
     def serve_forever(self, on_ready: Callable[[Self], None] | None = None) -> None:
         """Listen until SIGINT or SIGTERM. Only from the main thread.

@@ -98,7 +98,9 @@ class Registration:
         if not self._is_announced:
             self._is_announced = True
             log.info("waiting for approval at the studio", extra=_facts(studio=studio, machine=machine))
-        self._tell(f"waiting for approval: approve {machine} at {studio}")
+        self._tell(
+            f"waiting for approval: approve {machine} at {studio} (asked about every {self._tick_s:g} s)"
+        )
 
     def _tell(self, line: str) -> None:
         if line != self._told:

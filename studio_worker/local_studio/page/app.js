@@ -20,7 +20,8 @@ function askRow(entry) {
 
 function workerRow(worker) {
   const job = worker.currentJob;
-  const doing = { offline: "offline", paused: "paused", idle: "ready" }[worker.state]
+  const isNew = !worker.online && !worker.lastHeartbeatAt; // it asks every half minute whether it may
+  const doing = { offline: isNew ? "approved, connects within half a minute" : "offline", paused: "paused", idle: "ready" }[worker.state]
     ?? (job?.status === "offered" ? "being asked" : "working");
   const own = worker.capabilities;
   return el("li", { class: "item" }, el("span", { class: `dot ${worker.state}` }),
