@@ -19,6 +19,8 @@ _FIRM = {
     "TRANSFORMERS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
+    # onnxruntime's own builds report their use to their maker, by default.
+    "ORT_DISABLE_TELEMETRY": "1",
     # Prompts must never reach a log: diffusers warns with the very words that it cuts off a long one.
     "DIFFUSERS_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",

@@ -6,6 +6,8 @@ what it paints.
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -423,6 +425,24 @@ def test_source_without_a_graph_is_refused(pull: LocalFile) -> None:
 
 
 # --- how the engine behaves ---
+
+
+def test_nobody_is_told_that_a_graph_runs(pull: LocalFile, tmp_path: Path) -> None:
+    """onnxruntime's own builds report their use to their maker, and keep an identity for it: not from here,
+    whoever has started the process.
+    """
+    home = tmp_path / "home"
+    home.mkdir()
+    script = """
+import sys
+from pathlib import Path
+from studio_worker.engine.onnx_graph import RemovalGraph
+RemovalGraph(Path(sys.argv[1]), "cpu")
+"""
+    own = {**os.environ, "HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
+    own = {name: value for name, value in own.items() if not name.startswith(("ORT_", "XDG_"))}
+    subprocess.run([sys.executable, "-c", script, str(pull.path)], env=own, check=True, timeout=120)
+    assert list(home.rglob("*")) == []
 
 
 def test_job_stops_between_holes(tmp_path: Path) -> None:

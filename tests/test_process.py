@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error"}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "DIFFUSERS_VERBOSITY": "error",
+    "ORT_DISABLE_TELEMETRY": "1",
+}
 CHOSEN = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -32,6 +37,7 @@ def said(script: str, **environment: str) -> Any:
         "TRANSFORMERS_",
         "DIFFUSERS_",
         "DO_NOT_",
+        "ORT_",
         "TOKENIZERS_",
         "TORCH",
         "PYTORCH_",

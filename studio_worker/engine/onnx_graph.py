@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from studio_worker.engine.holes import SIDE_PX, Levels, White
@@ -38,6 +37,16 @@ _NEWER = ("opset", "IR version", "is not a registered function/op")
 _EXHAUSTED = "Failed to allocate memory"
 _BESIDE = "External data"
 _BESIDE_WORDS = "keeps its weights in another file; a graph must be one file"
+
+
+def _runtime() -> Any:
+    """onnxruntime. Its own builds report their use to their maker, and keep an identity for it, unless the
+    environment says otherwise when they are imported: so nobody imports it but by this.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    return onnxruntime
 
 
 class RemovalGraph:
@@ -83,7 +92,7 @@ class RemovalGraph:
     def _run(self, levels: Levels, white: White) -> NDArray[np.float32]:
         image = np.ascontiguousarray(levels.transpose(2, 0, 1)[None], dtype=np.float32) / 255
         mask = white[None, None].astype(np.float32)
-        options = onnxruntime.RunOptions()
+        options = _runtime().RunOptions()
         if self.provider == CPU:  # what a run took is the machine's again
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         try:
@@ -121,6 +130,7 @@ class RemovalGraph:
 
 
 def _opened(path: Path, device: str) -> Any:
+    onnxruntime = _runtime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
     # Threads that are named by number are not bound to cores, which a container may not have; and those that
@@ -144,7 +154,7 @@ def _opened(path: Path, device: str) -> Any:
 
 
 def _providers(device: str) -> Sequence[Any]:
-    kind, _, index = device.partition(":")
+    onnxruntime, (kind, _, index) = _runtime(), device.partition(":")
     if kind != "cuda" or CUDA not in onnxruntime.get_available_providers():
         return [CPU]
     onnxruntime.preload_dlls()  # the CUDA libraries that torch brings
