@@ -118,6 +118,25 @@ def check_folders(settings: Settings, *, make: bool = True) -> None:
                 cure=_unit_cure(folder) if is_read_only else _access_cure(folder),
             )
 
+    if settings.metrics.textfile is not None:
+        _check_textfile(settings.metrics.textfile)
+
+
+def _check_textfile(path: Path) -> None:
+    """What the start would meet first. Raises ConfigError."""
+    folder = path.parent
+    if not folder.is_dir():
+        problem = f"{folder} is not there"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        problem = f"{folder} cannot be written to by this user"
+    else:
+        return
+    raise ConfigError(
+        problem,
+        key="metrics.textfile",
+        cure=f"{_unit_cure(folder)}, or leave the key out",
+    )
+
 
 def _nearest(folder: Path) -> Path:
     """``folder``, or what of the path to it is there. Raises NotADirectoryError where that is a file."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from studio_worker.certificates import bundle_problem
 from studio_worker.errors import ConfigError
 from studio_worker.logs import add_secret
 from studio_worker.networks import Networks, server_of
@@ -27,9 +28,9 @@ def policy_from(settings: Settings) -> Policy:
         ConfigError: a token or the CA bundle cannot be read, or others can read a token.
     """
     models = settings.models
-    if models.ca_bundle is not None and not os.access(models.ca_bundle, os.R_OK):
+    if models.ca_bundle is not None and (problem := bundle_problem(models.ca_bundle)):
         raise ConfigError(
-            f"file {models.ca_bundle} cannot be read",
+            f"{models.ca_bundle} {problem}",
             key="models.ca_bundle",
             cure="name a file of certificates in PEM format, or leave the key out",
         )

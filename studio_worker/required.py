@@ -1,7 +1,7 @@
 """The required models: one file each in ``models.d``, in the shape of a studio's registry entry.
 
 Owns what is wrong with such a file. Every file of a required model needs its hash, because READY promises
-that all of them are verified.
+that all of them are verified; and it must be a model that this worker can serve, as far as its entry tells.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ from studio_worker.models import RequiredModel
 from studio_worker.urls import url_problem
 from studio_worker.wording import fault
 
+ENGINES = frozenset({"onnx", "sd-cpp", "synthetic"})
+"""What this package has; a required model of another would never be served."""
+
+_WITHOUT_FILES = frozenset({"synthetic"})
+_ROLES = ("model", "diffusion-model")
+"""Of files that make a model; the others only complete one."""
+
 
 def read_required(directory: Path, *, allow_insecure: bool) -> tuple[RequiredModel, ...]:
     """Every model that ``directory`` names, in file name order.
@@ -27,6 +34,7 @@ def read_required(directory: Path, *, allow_insecure: bool) -> tuple[RequiredMod
     for path in list_files(directory, {".json", ".toml"}):
         document = read_document(path)
         model = _read_model(document)
+        _check_served(document, model)
         _check_files(document, model, allow_insecure=allow_insecure)
         if model.id in required:
             raise ConfigError(
@@ -59,6 +67,22 @@ def _read_model(document: Document) -> RequiredModel:
             key=".".join(str(part) for part in first["loc"]),
             cure="compare with the examples in the package's documentation folder",
         ) from error
+
+
+def _check_served(document: Document, model: RequiredModel) -> None:
+    def refuse(key: str, given: object, problem: str, cure: str) -> ConfigError:
+        line = _line(document, key, given)
+        return ConfigError(problem, source=str(document.path), line=line, key=key, cure=cure)
+
+    if model.kind != "image":
+        raise refuse("kind", model.kind, f"{model.kind!r} is not served here", "this worker makes images")
+    if model.engine not in ENGINES:
+        known = ", ".join(sorted(ENGINES))
+        raise refuse("engine", model.engine, f"unknown engine {model.engine!r}", f"known are {known}")
+    if model.engine not in _WITHOUT_FILES and not any(file.role in _ROLES for file in model.files):
+        raise refuse(
+            "files", model.id, f"no file of role {' or '.join(_ROLES)}", "name the file of the model itself"
+        )
 
 
 def _check_files(document: Document, model: RequiredModel, *, allow_insecure: bool) -> None:

@@ -66,6 +66,16 @@ def listen_address(value: str) -> tuple[str, int]:
     return parts.hostname or "", parts.port or 0
 
 
+def _absolute(value: Path) -> Path:
+    # Of a service: it has no folder that it is in, and its home is no person's.
+    if not value.is_absolute():
+        raise ValueError("must be an absolute path, one that begins with /")
+    return value
+
+
+Absolute = Annotated[Path, AfterValidator(_absolute)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
@@ -85,7 +95,7 @@ class WorkerSection(_Section):
 
 
 class ModelsSection(_Section):
-    root: Path = Path("/var/lib/studio-worker/models")
+    root: Absolute = Path("/var/lib/studio-worker/models")
     on_demand: bool = True
     budget_gb: float | None = Field(default=None, gt=0)
     allow_insecure_urls: bool = False
@@ -95,14 +105,14 @@ class ModelsSection(_Section):
     first_byte_timeout_s: float = Field(default=60.0, gt=0, le=3600)
     stall_timeout_s: float = Field(default=15.0, gt=0, le=3600)
     mirrors: Annotated[dict[str, str], AfterValidator(_mirrors)] = {}
-    token_dir: Path | None = None
-    ca_bundle: Path | None = None
+    token_dir: Absolute | None = None
+    ca_bundle: Absolute | None = None
     proxy: Annotated[str, AfterValidator(_proxy)] | None = None
 
 
 class StateSection(_Section):
-    dir: Path = Path("/var/lib/studio-worker")
-    runtime_dir: Path = Path("/run/studio-worker")
+    dir: Absolute = Path("/var/lib/studio-worker")
+    runtime_dir: Absolute = Path("/run/studio-worker")
     outbox_max_gb: float = Field(default=5.0, gt=0)
     outbox_max_days: float = Field(default=14.0, gt=0)
 
@@ -114,7 +124,7 @@ class LogSection(_Section):
 
 class MetricsSection(_Section):
     listen: Annotated[str, AfterValidator(_listen)] | None = None
-    textfile: Path | None = None
+    textfile: Absolute | None = None
 
 
 class Settings(BaseSettings):

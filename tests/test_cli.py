@@ -89,7 +89,7 @@ def required(folder: Path, tmp_path: Path) -> Iterator[Path]:
         thread.start()
         entry = {
             "id": "sample",
-            "engine": "diffusion",
+            "engine": "sd-cpp",
             "files": [
                 {
                     "role": "model",
@@ -501,7 +501,7 @@ def test_models_verify_only_looks_where_told_to(folder: Path, required: Path) ->
     """verify --no-repair counts a required file that was never fetched as missing, and fetches nothing."""
     done = command("models", "verify", "--no-repair", "--config", folder)
     assert done.returncode == 1
-    assert f"missing          0.0 MB  {required}" in done.stdout
+    assert f"missing           0.0 MB  {required}" in done.stdout
     assert not required.exists()
 
 

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from studio_worker import config
+from studio_worker.engine import default_router
 from studio_worker.errors import ConfigError
+from studio_worker.required import ENGINES
 from studio_worker.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +76,7 @@ def model(**changes: Any) -> dict[str, Any]:
     } | changes
     return {
         "id": "sd15",
-        "engine": "diffusion",
+        "engine": "sd-cpp",
         "files": [{k: v for k, v in file.items() if v is not None}],
         "cliDefaults": {"steps": 20},
     }
@@ -271,6 +273,71 @@ def test_folder_that_the_unit_does_not_let_in_names_the_unit(folder: Path, small
             config.check_folders(config.load(folder).settings)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("models.root", "~/models"),
+        ("models.root", "models"),
+        ("models.token_dir", "tokens"),
+        ("models.ca_bundle", "~/ca.pem"),
+        ("state.dir", "./state"),
+        ("state.runtime_dir", "run"),
+        ("metrics.textfile", "worker.prom"),
+    ],
+)
+def test_path_that_depends_on_who_starts_it_is_refused(folder: Path, key: str, value: str) -> None:
+    """A service is in no folder and has no home: every path in its configuration is absolute."""
+    section, _, name = key.partition(".")
+    site(folder, f'[{section}]\n{name} = "{value}"\n')
+    with pytest.raises(ConfigError, match="must be an absolute path") as caught:
+        config.load(folder)
+    assert (caught.value.key, caught.value.line) == (key, 2)
+
+
+@pytest.mark.parametrize(
+    ("entry", "key", "says"),
+    [
+        ({"engine": "sdcpp"}, "engine", "unknown engine 'sdcpp'; known are onnx, sd-cpp, synthetic"),
+        ({"engine": "llama-cpp", "kind": "llm"}, "kind", "'llm' is not served here"),
+        ({"engine": "sd-cpp", "files": []}, "files", "no file of role model or diffusion-model"),
+        ({"engine": "onnx"}, "files", "no file of role model"),
+        (
+            {
+                "engine": "sd-cpp",
+                "files": [
+                    {"role": "vae", "url": "https://h/v", "filename": "v.safetensors", "sha256": "0" * 64}
+                ],
+            },
+            "files",
+            "no file of role model or diffusion-model",
+        ),
+    ],
+    ids=["engine", "kind", "no files", "no graph", "only a part"],
+)
+def test_required_model_that_cannot_be_is_refused(
+    folder: Path, entry: dict[str, Any], key: str, says: str
+) -> None:
+    """A required model that this worker could never serve is told before READY promises it."""
+    (folder / "models.d" / "m.json").write_text(json.dumps({"id": "m", **entry}))
+    with pytest.raises(ConfigError, match=says) as caught:
+        config.load(folder)
+    assert caught.value.key == key
+    assert caught.value.source.endswith("m.json")
+
+
+def test_required_models_may_be_of_every_engine_that_there_is() -> None:
+    """What a job may name, a required model may too."""
+    assert default_router("cpu").names() | {"onnx"} == ENGINES
+
+
+def test_missing_folder_of_the_textfile_is_told_by_check_config(folder: Path, tmp_path: Path) -> None:
+    """What would end the start is found by the check before it, with its key."""
+    site(folder, f'[metrics]\ntextfile = "{tmp_path}/none/worker.prom"\n')
+    done = command(folder)
+    assert done.returncode == 78
+    assert f"metrics.textfile: {tmp_path}/none is not there; make it and " in done.stderr
+
+
 # --- what it says and what wins ---
 
 
@@ -314,7 +381,7 @@ def test_load_reads_required_models_in_both_formats(folder: Path) -> None:
     """A model file may be JSON or TOML, and unknown fields of a registry entry are ignored."""
     required(folder, model() | {"displayName": "SD 1.5", "vramGbEstimate": 4})
     (folder / "models.d" / "other.toml").write_text(
-        'id = "other"\nengine = "diffusion"\n[[files]]\nrole = "model"\n'
+        'id = "other"\nengine = "sd-cpp"\n[[files]]\nrole = "model"\n'
         f'url = "https://models.example/b"\nfilename = "b.gguf"\nsha256 = "{SHA.upper()}"\n'
     )
     first, second = sorted(config.load(folder).required, key=lambda entry: entry.id)

@@ -123,7 +123,7 @@ def test_commands_print_no_words_that_steer_a_terminal(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rejected": EVIL}))
     (tmp_path / "models.d").mkdir()
     file = {"role": "model", "url": "https://a.example/x", "filename": "x", "sha256": "0" * 64}
-    model = {"id": f"[/] [bold]{EVIL}", "engine": "diffusion", "files": [file]}
+    model = {"id": f"[/] [bold]{EVIL}", "engine": "sd-cpp", "files": [file]}
     (tmp_path / "models.d" / "m.json").write_text(json.dumps(model))
     for command in (["register"], ["models", "list"]):
         done = CliRunner().invoke(app, [*command, "--config", str(tmp_path)])

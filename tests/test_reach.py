@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import certifi
 import pytest
 
 from studio_worker.download import Policy, download_file
@@ -292,8 +294,7 @@ def settings(**models: object) -> Settings:
 
 def test_policy_holds_what_the_configuration_says(tmp_path: Path) -> None:
     """Every key that concerns downloads arrives in their policy."""
-    bundle = tmp_path / "ca.pem"
-    bundle.touch()
+    bundle = Path(certifi.where())
 
     policy = policy_from(
         settings(
@@ -353,6 +354,33 @@ def test_configuration_of_downloads_that_cannot_be_used_is_refused(tmp_path: Pat
 
     assert failure.value.key.startswith("models.")
     assert TOKEN not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b"-----BEGIN RSA PRIVATE KEY-----\n", "holds no certificate in PEM format"),
+        ("der", "is in DER format (openssl x509 -inform der"),
+        (None, "cannot be read: No such file"),
+    ],
+    ids=["empty", "no certificate", "DER", "missing"],
+)
+def test_bundle_that_holds_no_certificates_is_told_with_its_key(
+    tmp_path: Path, content: bytes | str | None, says: str
+) -> None:
+    """A file of certificates that no connection could be made with is a fault of the configuration."""
+    bundle = tmp_path / "ca"
+    if content == "der":
+        pem = Path(certifi.where()).read_text()
+        first = pem[pem.index("-----BEGIN") : pem.index("-----END CERTIFICATE-----") + 25] + "\n"
+        content = ssl.PEM_cert_to_DER_cert(first)
+    if isinstance(content, bytes):
+        bundle.write_bytes(content)
+    with pytest.raises(ConfigError, match="PEM format, or leave the key out") as caught:
+        policy_from(settings(ca_bundle=bundle))
+    assert caught.value.key == "models.ca_bundle"
+    assert f"{bundle} {says}" in str(caught.value)
 
 
 @pytest.mark.parametrize("keys", [{"mirrors": {"a": "https://b/"}}, {"proxy": "proxy:3128"}])
