@@ -182,6 +182,17 @@ def test_diffusers_folders_in_one_file(shelf: Shelf, name: str, tmp_path: Path) 
     assert (shelf.picture(name, file) == shelf.expected(name)).all()
 
 
+def test_diffusers_folders_of_a_model_that_sees(shelf: Shelf, tmp_path: Path) -> None:
+    """In such a file the vision encoder stands within the text encoder, and reads a reference picture."""
+    whole: Tensors = {}
+    for part, module in shelf.model("qwen-image").parts.items():
+        whole |= prefixed(module.state_dict(), f"{part}.")
+    file = safetensors(tmp_path / "whole.safetensors", "model", whole)
+    assert (
+        shelf.picture("qwen-image", file, is_edit=True) == shelf.expected("qwen-image", is_edit=True)
+    ).all()
+
+
 # --- stable-diffusion.cpp's GGUF files ---
 
 

@@ -116,6 +116,13 @@ def test_gguf_is_read_whatever_its_metadata(name: str, tmp_path: Path) -> None:
         assert (found[key] == tensor).all()
 
 
+def test_gguf_states_what_its_model_predicts(tmp_path: Path) -> None:
+    """What a GGUF file says of itself in ModelSpec's words is known, as of a safetensors file."""
+    said = word(b"modelspec.prediction_type", b"v")
+    file = write(tmp_path / "v.gguf", {"a": torch.ones(2)}, ARCHITECTURE, said)
+    assert read_checkpoint(file.path).stated == {"modelspec.prediction_type": "v"}
+
+
 def test_gguf_with_odd_metadata_makes_the_same_picture(tiny: Tiny) -> None:
     """A text encoder whose metadata are of other kinds than usual, and whose positions are stretched by
     nothing, makes its usual picture.

@@ -29,7 +29,7 @@ _PREFIX = re.compile(
     r"|first_stage_model\.|vae\."
     r"|(?:cond_stage_model\.(?:\d+\.)?|conditioner\.embedders\.\d+\.(?:open_clip\.)?|text_encoders\.\w+\.)"
     r"(?:transformer|model)\.(?:(?:model\.)?visual\.)?"
-    r"|text_encoder(?:_\d)?\."
+    r"|text_encoder(?:_\d)?\.(?:(?:model\.)?visual\.)?"
     r"|(?:model\.)?visual\."
 )
 
