@@ -70,6 +70,7 @@ CHUNKS: dict[str, bytes] = {
     "chromaticities cut short": chunk(b"cHRM", b"\0" * 7),
     "an animation's control": chunk(b"acTL", b"\0"),
     "EXIF that is none": chunk(b"eXIf", b"not a TIFF header"),
+    "EXIF with a wrong checksum": chunk(b"eXIf", b"II*\0", checksum=0),
     "a kind of its own": chunk(b"prVt", random.Random(1).randbytes(3000)),
 }
 

@@ -49,6 +49,8 @@ def _png(data: bytes) -> Iterator[bytes]:
             scale = _key_scale(data[at + 16], data[at + 17])
         if kind == b"tRNS" and scale:
             yield _chunk(kind, _key(data[at + 8 : end - 4], scale))
+        elif kind == b"eXIf":  # with a checksum of its own: a wrong one matters to no picture
+            yield _chunk(kind, data[at + 8 : end - 4])
         elif kind in _PNG_KEPT:
             yield data[at:end]
         at = end
