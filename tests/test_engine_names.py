@@ -193,6 +193,15 @@ def test_diffusers_folders_of_a_model_that_sees(shelf: Shelf, tmp_path: Path) ->
     ).all()
 
 
+def test_open_clips_projection_as_a_layer(shelf: Shelf, tmp_path: Path) -> None:
+    """A Stable Diffusion XL whose open_clip text encoder has its projection as a layer's weight works."""
+    place = "conditioner.embedders.1.model.text_projection"
+    state = dict(shelf.model("sdxl").published["model"].tensors)
+    state[f"{place}.weight"] = state.pop(place).T.contiguous()
+    file = safetensors(tmp_path / "layer.safetensors", "model", state)
+    assert (shelf.picture("sdxl", file) == shelf.expected("sdxl")).all()
+
+
 # --- stable-diffusion.cpp's GGUF files ---
 
 

@@ -192,6 +192,7 @@ _OPEN_CLIP_ENDS = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
     "text_projection": "text_projection",
+    "text_projection.weight": "text_projection",  # a layer's, which is turned already
     "ln_final.weight": "final_layer_norm.weight",
     "ln_final.bias": "final_layer_norm.bias",
 }
