@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import re
 import shutil
@@ -119,3 +120,13 @@ def test_unit_that_makes_device_files_may_do_little_else() -> None:
     needed = {"CAP_SYS_MODULE", "CAP_MKNOD"}
     (capabilities,) = re.findall(r"^CapabilityBoundingSet=(.*)$", unit.read_text(), re.MULTILINE)
     assert needed <= set(capabilities.split())
+
+
+def test_onnxruntime_has_no_code_that_reports_its_use() -> None:
+    """The onnxruntime of the package is a build without an uploader of telemetry, as 1.29 and later have."""
+    spec = importlib.util.find_spec("onnxruntime")
+    assert spec is not None
+    assert spec.origin is not None
+    libraries = list(Path(spec.origin).parent.rglob("*.so*"))
+    assert libraries
+    assert [each.name for each in libraries if b".events.data.microsoft.com" in each.read_bytes()] == []

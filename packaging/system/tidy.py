@@ -16,7 +16,7 @@ TESTS_OF = ("mpmath", "networkx", "numpy", "sympy")
 REMOVED = (
     "bin",  # commands of the libraries, for the interpreter that built the package
     "share",  # their manuals
-    # 39 MB of 78: the module for Python brings the runtime itself; the others convert and quantise graphs.
+    # Half of it: the module for Python brings the runtime itself; the others convert and quantise graphs.
     "onnxruntime/capi/libonnxruntime.so.*",
     "onnxruntime/datasets",
     "onnxruntime/quantization",
