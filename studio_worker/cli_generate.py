@@ -19,7 +19,7 @@ from studio_worker import config, logs, process, sample_model
 from studio_worker.cli_options import ConfigDir, Json
 from studio_worker.config_files import read_document
 from studio_worker.errors import ConfigError, DeviceError
-from studio_worker.files import write_atomic
+from studio_worker.files import output_problem, write_atomic
 from studio_worker.models import CliDefaults, LocalFile, ModelSource
 from studio_worker.owner import Owner, become, owner_of, written_by_caller
 
@@ -90,8 +90,8 @@ def generate(
 
     process.prepare()
     logs.configure("error" if sys.stderr.isatty() else "warning", "text")
-    if str(output) != "-" and not os.access(output.parent, os.W_OK):
-        raise ConfigError(f"folder {output.parent} is not there or not writable", cure="name another -o FILE")
+    if str(output) != "-" and (problem := output_problem(output)):
+        raise ConfigError(problem, cure="name another -o FILE")
     chosen = _find_model(model, directory)
     loras = _loras(lora or [])
     width, height = _size(size)

@@ -16,7 +16,7 @@ def gpu_check(
         Path, typer.Option("--output", "-o", metavar="FILE", help="Everything that was found, as JSON.")
     ] = Path("gpu-check.json"),
     only: Annotated[
-        str, typer.Option(metavar="PATTERN", help="Rows whose names match, e.g. 'flux*' or '*LoRA*'.")
+        str, typer.Option(metavar="PATTERN", help="Rows whose names match, e.g. 'flux*' or '*Q4_K'.")
     ] = "*",
     minutes: Annotated[
         float, typer.Option(min=0.5, help="Rows that are left after so many are left out.")

@@ -96,6 +96,15 @@ def write_problem(folder: Path) -> str | None:
     return None
 
 
+def output_problem(path: Path) -> str | None:
+    """Why no file can be put at ``path``, in a few words, or ``None``. A device, say, would be replaced."""
+    if path.exists() and not path.is_file():
+        return f"{path} is no plain file"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"folder {path.parent} is not there or not writable"
+    return None
+
+
 def open_plain(path: Path, flags: int, mode: int = 0o644) -> int:
     """A descriptor of ``path``, as of :func:`os.open`: of a plain file alone, and at once.
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from studio_worker.engine.families import FAMILIES
-from studio_worker.gpu_check import check, places
+from studio_worker.errors import ConfigError
+from studio_worker.gpu_check import check, places, runner
 from studio_worker.gpu_check.programme import FORMS, PLACES, rows
 from studio_worker.gpu_check.report import Report
 from studio_worker.gpu_check.rows import Found, Row
@@ -86,6 +87,37 @@ def test_row_that_ends_its_process_has_failed(
     assert found["go"].state == "ok"
 
 
+@pytest.mark.parametrize(
+    ("command", "error", "trace"),
+    [
+        (["-c", "import sys; sys.exit('no such library')"], "its process ended: exit status 1", "no such"),
+        (["-c", "import time; time.sleep(600)"], "its process did not start within 1 s", ""),
+        (None, "its process cannot be started: No such file or directory", ""),
+    ],
+    ids=["ends", "hangs", "is not there"],
+)
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+def test_process_that_does_not_start_is_a_row_that_failed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str] | None,
+    error: str,
+    trace: str,
+    together: bool,
+) -> None:
+    """Where libraries cannot be loaded, or hang, each row has failed with how that was; none is lost."""
+    monkeypatch.setattr(runner, "START_LIMIT_S", 1.0 if error.endswith("within 1 s") else 60.0)
+    words = [sys.executable, *command] if command else [str(tmp_path / "none")]
+    found: list[Found] = []
+    looking = Runner(words, words, tmp_path, together=2, on_found=found.append)
+    asked = [Row(name, "go", together=together) for name in ("one", "two", "three")]
+    looking.run(asked, deadline=time.monotonic() + 600)
+    looking.end()
+    assert {each.name for each in found} == {"one", "two", "three"}
+    assert {(each.state, each.error) for each in found} == {("failed", error)}
+    assert all(trace in each.trace for each in found)
+
+
 def test_row_after_one_that_lost_the_device_begins_anew(look: Callable[..., dict[str, Found]]) -> None:
     """After a lost device the next row comes to a process that has it."""
     found = look("lose the device", "go")
@@ -128,6 +160,46 @@ def test_everything_found_so_far_is_in_the_file(tmp_path: Path) -> None:
     assert report.close(4.0) == 1
     assert "    where" in shown
     assert "1 ok, 1 failed in 4 s" in shown[-1]
+
+
+def test_disk_that_is_full_keeps_no_row_from_being_looked_at(tmp_path: Path) -> None:
+    """Where the file can be written no more, the table goes on; its last line and the exit status say so."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    shown: list[str] = []
+    report = Report(folder / "out.json", "cpu", shown.append)
+    (folder / "out.json").unlink()
+    folder.rmdir()
+    report.add(Found("first", "ok"))
+    assert report.close(4.0) == os.EX_IOERR
+    assert shown[0].startswith("ok       first")
+    assert shown[-1].endswith("out.json could not be written: No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"output": "a folder"}, "a folder is no plain file; name another -o FILE"),
+        ({"output": "a pipe"}, "a pipe is no plain file; name another -o FILE"),
+        ({"output": "none/out.json"}, "folder .*none is not there or not writable; name another -o FILE"),
+        ({"work": "none"}, "folder .*none is not there or not writable; name another --work DIR"),
+        ({"only": "flux9*"}, "no row has a name like 'flux9\\*'"),
+    ],
+    ids=["folder", "pipe", "no folder", "no work folder", "no row"],
+)
+def test_what_cannot_be_done_is_told_before_anything_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], says: str
+) -> None:
+    """Places that cannot be written and rows that do not exist are told at once; nothing is replaced by the
+    file but a file.
+    """
+    (tmp_path / "a folder").mkdir()
+    os.mkfifo(tmp_path / "a pipe")
+    monkeypatch.setattr(check, "probe", lambda _name: pytest.fail("it was tried out"))
+    output, work = tmp_path / given.get("output", "out.json"), given.get("work")
+    with pytest.raises(ConfigError, match=says):
+        check.run_check("cpu", output, only=given.get("only", "*"), work=tmp_path / work if work else None)
+    assert (tmp_path / "a pipe").is_fifo()
 
 
 @pytest.mark.parametrize(("state", "status"), [("ok", 0), ("skipped", 0), ("left out", 0), ("failed", 1)])
@@ -220,8 +292,11 @@ def test_rehearsal_on_the_cpu_finds_nothing_wrong(tmp_path: Path) -> None:
     assert by_name["sdxl: compiled"]["levels_apart"] < 1
 
 
-def test_check_that_is_ended_leaves_nothing_behind(tmp_path: Path) -> None:
-    """At SIGTERM its processes end, its files are removed, and what was found so far stays."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda each: each.name)
+def test_check_that_is_ended_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
+    """At SIGTERM, Ctrl-C, and where the terminal goes away, its processes end, its files are removed, and
+    what was found so far stays.
+    """
     work, output = tmp_path / "work", tmp_path / "out.json"
     work.mkdir()
     words = ["--device", "cpu", "--output", str(output), "--work", str(work), "--only", "libraries"]
@@ -231,7 +306,7 @@ def test_check_that_is_ended_leaves_nothing_behind(tmp_path: Path) -> None:
         assert process.poll() is None
     while not list(work.iterdir()):
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
     assert list(work.iterdir()) == []
     assert [row["name"] for row in json.loads(output.read_text())["rows"]] == ["probe"]

@@ -15,7 +15,8 @@ from types import FrameType
 
 from studio_worker import process
 from studio_worker.device import Device, find_device, probe
-from studio_worker.errors import DeviceError
+from studio_worker.errors import ConfigError, DeviceError
+from studio_worker.files import output_problem
 from studio_worker.gpu_check.places import folder_for_files
 from studio_worker.gpu_check.programme import rows
 from studio_worker.gpu_check.report import Report
@@ -52,10 +53,14 @@ def run_check(
         show: is given each line of the table.
 
     Raises:
+        ConfigError: no row matches, or nothing can be written where it should be.
         DeviceError: there is no such device.
     """
     began = time.monotonic()
     process.prepare()
+    _check_places(output, work)
+    if not any(fnmatch.fnmatch(row.name, only) for row in rows(small=setting == "cpu")):
+        raise ConfigError(f"no row has a name like {only!r}", cure="name others, as in --only 'flux*'")
     device = find_device(setting)
     report = Report(output, f"{device.name} ({device.description})", show)
     show(f"studio-worker gpu-check on {device.name} ({device.description})")
@@ -72,7 +77,9 @@ def run_check(
     together = _processes(device)
     threads = max(1, (os.cpu_count() or 1) // together)
     with ExitStack() as at_the_end:
-        at_the_end.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _leave))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                at_the_end.callback(signal.signal, number, signal.signal(number, _leave))
         folder = Path(tempfile.mkdtemp(prefix="studio-worker-gpu-check-", dir=work or folder_for_files()))
         at_the_end.callback(shutil.rmtree, folder, ignore_errors=True)
         runner = Runner(
@@ -88,9 +95,19 @@ def run_check(
     return report.close(time.monotonic() - began)
 
 
-def _leave(_signal: int, _frame: FrameType | None) -> None:
-    """At SIGTERM: whatever was started is ended, files are removed, what was found stays."""
-    raise SystemExit(128 + signal.SIGTERM)
+def _check_places(output: Path, work: Path | None) -> None:
+    """Whether what is found can be written, asked before minutes are spent on finding it."""
+    if problem := output_problem(output):
+        raise ConfigError(problem, cure="name another -o FILE")
+    if work is not None and not (work.is_dir() and os.access(work, os.W_OK | os.X_OK)):
+        raise ConfigError(f"folder {work} is not there or not writable", cure="name another --work DIR")
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    """At SIGTERM, and where the terminal goes away: whatever was started is ended, files are removed, what
+    was found stays.
+    """
+    raise SystemExit(128 + number)
 
 
 def _processes(device: Device) -> int:

@@ -19,7 +19,7 @@ class Report:
     """Of one check.
 
     Args:
-        path: the file.
+        path: the file; that it cannot be written is an error at the start alone.
         device: what it is about, in words.
         show: is given each line of the table.
     """
@@ -39,7 +39,7 @@ class Report:
         """One more row."""
         self._found.append(found)
         self._show(found.line())
-        self._write()
+        self._try_to_write()
 
     def counts(self) -> Counter[str]:
         """How many rows there are of each state."""
@@ -56,9 +56,20 @@ class Report:
         states = ("ok", "failed", "skipped", "left out")
         told = ", ".join(f"{counts[state]} {state}" for state in states if counts[state])
         self._facts |= {"seconds": round(seconds, 1), "counts": dict(counts)}
-        self._write()
-        self._show(f"\n{told} in {seconds:.0f} s; everything is in {self._path}")
-        return 1 if failed else os.EX_OK
+        problem = self._try_to_write()
+        where = (
+            f"{self._path} could not be written: {problem}" if problem else f"everything is in {self._path}"
+        )
+        self._show(f"\n{told} in {seconds:.0f} s; {where}")
+        return 1 if failed else os.EX_IOERR if problem else os.EX_OK
+
+    def _try_to_write(self) -> str:
+        """What keeps the file from being written, if anything does: the rows go on, for the table is there."""
+        try:
+            self._write()
+        except OSError as error:
+            return error.strerror or type(error).__name__
+        return ""
 
     def _write(self) -> None:
         content = {**self._facts, "rows": [found.as_json() for found in self._found]}

@@ -52,32 +52,40 @@ class Child:
         self._process: subprocess.Popen[str] | None = None
         self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
-    def look(self, row: Row, limit_s: float) -> Found:
-        """What becomes of ``row``; after ``limit_s`` it has failed."""
+    def look(self, row: Row, deadline: float) -> Found:
+        """What becomes of ``row``; after its limit, or at ``deadline`` (:func:`time.monotonic`), it has
+        failed.
+        """
         found, began = Found(row.name), time.monotonic()
+        heard_from, is_started = self._heard_bytes(), False
+        until = min(began + START_LIMIT_S, deadline)
         try:
-            process = self._process or self._start()
-            heard_from = self._log.stat().st_size
-            began = time.monotonic()
+            process = self._process or self._start(until)
+            is_started, heard_from, began = True, self._heard_bytes(), time.monotonic()
+            until = min(began + row.limit_s, deadline)
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # it has ended: the next message says so
                 print(json.dumps({"work": row.work, "given": row.given}), file=process.stdin, flush=True)
-            answer = self._await(began + limit_s, found)
+            answer = self._await(until, found)
             found.state, found.error, found.trace = answer["state"], answer["error"], answer["trace"]
             if not answer["is_usable"]:
                 self.end()
         except TimeoutError:
-            found.state, found.error = "failed", f"no end within {limit_s:.0f} s"
+            what = "no end" if is_started else "its process did not start"
+            found.state, found.error = "failed", f"{what} within {until - began:.0f} s"
             self._ask_where()
             self.end()
             found.trace = self._last_words(heard_from)
         except EOFError:
             found.state, found.error = "failed", f"its process ended: {self.end()}"
             found.trace = self._last_words(heard_from)
+        except OSError as error:  # no process, no descriptor, no room for the log
+            found.state, found.error = "failed", f"its process cannot be started: {error.strerror}"
+            self.end()
         found.seconds = round(time.monotonic() - began, 2)
         return found
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self, until: float) -> subprocess.Popen[str]:
         with self._log.open("ab") as log:
             process = subprocess.Popen(
                 self._command,
@@ -89,7 +97,7 @@ class Child:
             )
         self._process, self._messages = process, queue.Queue()
         threading.Thread(target=self._listen, args=(process, self._messages), daemon=True).start()
-        self._await(time.monotonic() + START_LIMIT_S, Found(""), "ready")
+        self._await(until, Found(""), "ready")
         return process
 
     @staticmethod
@@ -125,10 +133,19 @@ class Child:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_DUMP_S)
 
+    def _heard_bytes(self) -> int:
+        try:
+            return self._log.stat().st_size
+        except FileNotFoundError:  # it is the first, and has not started
+            return 0
+
     def _last_words(self, since: int) -> str:
-        with self._log.open("rb") as log:
-            log.seek(since)
-            lines = log.read().decode(errors="replace").splitlines()
+        try:
+            with self._log.open("rb") as log:
+                log.seek(since)
+                lines = log.read().decode(errors="replace").splitlines()
+        except FileNotFoundError:  # the check is over, and its files are removed
+            return ""
         return "\n".join(lines[-_TRACE_LINES:])
 
     def end(self) -> str:
@@ -211,7 +228,7 @@ class Runner:
             if left_s < _LEAST_S:
                 found = Found(row.name, "left out", error="no time was left")
             else:
-                found = child.look(row, min(row.limit_s, left_s))
+                found = child.look(row, deadline)
                 if found.state == "failed" and time.monotonic() >= deadline:
                     found.state, found.error = "left out", "the time was over while it was looked at"
             with self._lock:

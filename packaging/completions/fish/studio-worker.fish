@@ -53,7 +53,7 @@ complete -c studio-worker -n '__fish_seen_subcommand_from check-config' -l json 
 complete -c studio-worker -n '__fish_seen_subcommand_from gpu-check' -l device -r -d 'cuda or cuda:N; cpu rehearses everything at small sizes.'
 complete -c studio-worker -n '__fish_seen_subcommand_from gpu-check' -l output -r -d 'Everything that was found, as JSON.'
 complete -c studio-worker -n '__fish_seen_subcommand_from gpu-check' -s o -r -d 'Everything that was found, as JSON.'
-complete -c studio-worker -n '__fish_seen_subcommand_from gpu-check' -l only -r -d 'Rows whose names match, e.g. ’flux*’ or ’*LoRA*’.'
+complete -c studio-worker -n '__fish_seen_subcommand_from gpu-check' -l only -r -d 'Rows whose names match, e.g. ’flux*’ or ’*Q4_K’.'
 complete -c studio-worker -n '__fish_seen_subcommand_from gpu-check' -l minutes -r -d 'Rows that are left after so many are left out.'
 complete -c studio-worker -n '__fish_seen_subcommand_from gpu-check' -l work -r -a '(__fish_complete_directories)' -d 'For files of 14 GB; by default a folder on a disk that has room.'
 complete -c studio-worker -n '__fish_seen_subcommand_from run' -l config -r -a '(__fish_complete_directories)' -d 'Configuration folder.'
