@@ -64,7 +64,7 @@ class Report:
         return 1 if failed else os.EX_IOERR if problem else os.EX_OK
 
     def _try_to_write(self) -> str:
-        """What keeps the file from being written, if anything does: the rows go on, for the table is there."""
+        """What keeps the file from being written; empty where nothing does. The table goes on."""
         try:
             self._write()
         except OSError as error:
