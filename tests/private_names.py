@@ -98,11 +98,11 @@ IN_TESTS = (
 """Those that only tests use, by their modules."""
 
 _LIBRARY = re.compile(
-    r"(?:torch|diffusers|transformers|accelerate|peft|safetensors|gguf|onnxruntime|urllib3)(?:\.\w+)+"
+    r"(?:torch|diffusers|transformers|accelerate|safetensors|gguf|onnxruntime|urllib3)(?:\.\w+)+"
 )
 """A string that is a dotted name inside one of them: a logger's, or one to import or replace."""
 
-LIBRARIES = {"torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "gguf", "onnxruntime"}
+LIBRARIES = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "gguf", "onnxruntime"}
 
 PACKAGE = Path(__file__).parents[1] / "studio_worker"
 

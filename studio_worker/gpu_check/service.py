@@ -28,7 +28,6 @@ LIBRARIES = (
     "diffusers",
     "transformers",
     "accelerate",
-    "peft",
     "safetensors",
     "gguf",
     "numpy",
