@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,23 @@ def test_hole_larger_than_the_graph_is_filled_whole(pull: LocalFile) -> None:
     assert np.abs(found - levels(clean))[white].mean() < 30
     assert found[white].max() < 250
     assert np.array_equal(found[far], levels(dirty)[far])
+
+
+def test_banner_is_filled_within_modest_memory(pull: LocalFile) -> None:
+    """A hole as long as a very long picture is shown in its proportions, and no square of that side is made."""
+    clean = backdrop(12_000, 300)
+    dirty = clean.copy()
+    box = (50, 140, 11_950, 160)
+    dirty.paste((255, 255, 255), box)
+    tracemalloc.start()
+    try:
+        found = removed(pull, dirty, masked(dirty.size, box))
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 300e6
+    assert np.abs(found - levels(clean)).mean() < 10
+    assert np.abs(found - levels(clean))[150, 100:11_900].mean() < 80
 
 
 def test_each_hole_sees_its_own_surroundings(tmp_path: Path) -> None:

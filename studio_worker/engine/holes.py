@@ -83,33 +83,38 @@ def holes(mask: White) -> list[Hole]:
 def shown(picture: Levels, mask: White, hole: Hole) -> tuple[Levels, White]:
     """What a graph is shown of ``picture`` and ``mask`` for ``hole``: squares of :data:`SIDE_PX`.
 
-    Beyond the picture's edge it is mirrored, so that what is shown keeps its size and is never empty. All
-    that is white there is shown as removed, other holes too.
+    Beyond the picture's edge it is mirrored, so that what is shown keeps its proportions and is never empty.
+    All that is white there is shown as removed, other holes too.
     """
-    missing = [(0, hole.side - size) for size in hole.white.shape]
-    levels = np.pad(picture[hole.window.part], [*missing, (0, 0)], mode="symmetric")
-    white = np.pad(mask[hole.window.part], missing, mode="symmetric")
-    if hole.side == SIDE_PX:
-        return levels, white
-    # Boxes, of which those with any white in them are white: every wider filter would lay the object's
-    # colours over what is around it.
-    size = (SIDE_PX, SIDE_PX)
-    smaller = Image.fromarray(levels).resize(size, Image.Resampling.BOX)
-    share = Image.fromarray(white.astype(np.float32)).resize(size, Image.Resampling.BOX)
-    return np.asarray(smaller), np.asarray(share) > 0
+    levels, white = picture[hole.window.part], mask[hole.window.part]
+    if hole.side != SIDE_PX:
+        # Boxes, of which those with any white in them are white: every wider filter would lay the object's
+        # colours over what is around it.
+        height, width = _shown_size(hole)
+        levels = np.asarray(Image.fromarray(levels).resize((width, height), Image.Resampling.BOX))
+        share = Image.fromarray(white.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
+        white = np.asarray(share) > 0
+    missing = [(0, SIDE_PX - size) for size in white.shape]
+    return np.pad(levels, [*missing, (0, 0)], mode="symmetric"), np.pad(white, missing, mode="symmetric")
 
 
 def lay_in(picture: Levels, painted: Levels, hole: Hole) -> None:
     """Put what was ``painted`` for ``hole`` into ``picture``, feathered around it."""
+    height, width = _shown_size(hole)
+    paint = painted[:height, :width]
     if hole.side != SIDE_PX:
-        whole = Image.fromarray(painted).resize((hole.side, hole.side), Image.Resampling.LANCZOS)
-        painted = np.asarray(whole)
-    height, width = hole.white.shape
-    paint = painted[:height, :width].astype(np.float32)
+        size = hole.white.shape[::-1]
+        paint = np.asarray(Image.fromarray(paint).resize(size, Image.Resampling.LANCZOS))
     window = picture[hole.window.part]
     share = _feather(hole.white)[..., None]
-    mixed = window + (paint - window) * share
+    mixed = window + (paint.astype(np.float32) - window) * share
     window[:] = np.where(share > 0, np.rint(mixed), window).astype(np.uint8)
+
+
+def _shown_size(hole: Hole) -> tuple[int, int]:
+    """How high and wide a hole's window is in the square that is shown."""
+    height, width = hole.white.shape
+    return max(1, height * SIDE_PX // hole.side), max(1, width * SIDE_PX // hole.side)
 
 
 def _feather(white: White) -> NDArray[np.float32]:
