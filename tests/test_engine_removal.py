@@ -157,7 +157,7 @@ def test_hole_larger_than_the_graph_is_filled_whole(pull: LocalFile) -> None:
 
 
 def test_banner_is_filled_within_modest_memory(pull: LocalFile) -> None:
-    """A hole as long as a very long picture is shown in its proportions, and no square of that side is made."""
+    """A hole as long as a very long picture is shown in its proportions: no square of that side is made."""
     clean = backdrop(12_000, 300)
     dirty = clean.copy()
     box = (50, 140, 11_950, 160)
