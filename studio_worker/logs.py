@@ -52,6 +52,7 @@ _JOURNALS_OWN = ("MESSAGE_ID", "CODE_FILE", "CODE_LINE", "CODE_FUNC", "ERRNO", "
 """Names that mean something else in the journal (systemd.journal-fields(7))."""
 
 _secrets: tuple[str, ...] = ()
+_adding = threading.Lock()
 
 
 def add_secret(secret: str) -> None:
@@ -60,9 +61,10 @@ def add_secret(secret: str) -> None:
     if len(secret) < 8:  # anything shorter would blot out ordinary words
         return
     in_json = (json.dumps(secret, ensure_ascii=escaped)[1:-1] for escaped in (False, True))
-    forms = {secret, *in_json, quote(secret, safe="", errors="replace"), *_secrets}
-    # The longest first: a secret that begins with another one must not leave its end behind.
-    _secrets = tuple(sorted(forms, key=len, reverse=True))
+    forms = {secret, *in_json, quote(secret, safe="", errors="replace")}
+    with _adding:  # a reload and a registration may come with theirs at once
+        # The longest first: a secret that begins with another one must not leave its end behind.
+        _secrets = tuple(sorted(forms | set(_secrets), key=len, reverse=True))
 
 
 def redact(text: str) -> str:

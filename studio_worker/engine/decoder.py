@@ -33,7 +33,7 @@ them."""
 _CPU_S = 10
 """For one picture, of the processor's time: a box that is busy with something else refuses none for it."""
 
-_LIMIT_S = 20.0
+_LIMIT_S = 15.0
 """For one picture by the clock, well below the worker's own limit for a step."""
 
 _CHUNK_BYTES = 2**20
