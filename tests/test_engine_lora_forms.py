@@ -10,10 +10,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
@@ -21,7 +22,7 @@ from studio_worker.engine.needs import footprint
 from studio_worker.engine.placement import Mode
 from studio_worker.engine.sections import Section
 from studio_worker.gpu_check.tiny.families import tiny as tiny_model
-from studio_worker.gpu_check.tiny.model import Tiny
+from studio_worker.gpu_check.tiny.model import Form, Tiny
 from studio_worker.gpu_check.tiny.weights import state
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, FileRole, LocalFile
@@ -72,9 +73,11 @@ class Component:
 class Model:
     """A tiny model in one layout, and its LoRA of all kinds at once."""
 
-    def __init__(self, tiny: Tiny, layout: str) -> None:
+    def __init__(self, tiny: Tiny, layout: str, denoiser: Mapping[str, torch.Tensor] | None = None) -> None:
         self.tiny, self.family = tiny, tiny.family
         self.components = list(_components(tiny, layout))
+        if denoiser is not None:
+            self.components[0] = Component(tiny.family.denoiser, "diffusion-model", denoiser)
         self.made: dict[tuple[str, str], Made] = {}
         self.biases: dict[tuple[str, str], tuple[str, torch.Tensor]] = {}
         generator = torch.Generator().manual_seed(5)
@@ -352,3 +355,39 @@ def test_memory_of_a_lora_is_planned_for(bench: Bench, family: str) -> None:
     plain = size_bytes()
     planned = footprint(identify(files, (model.family,)), "float32", 64 * 64, loras=(style,)).loras
     assert 0.9 * planned < size_bytes(style) - plain <= planned
+
+
+@pytest.mark.parametrize("form", ["Q8_0", "8-bit"])
+def test_lora_works_on_packed_weights(bench: Bench, tmp_path: Path, form: Form) -> None:
+    """On matrices in GGUF's blocks, or in 8-bit floats, every kind does what it does on their numbers."""
+    _, named = LAYOUTS["ComfyUI"]
+    tiny = bench.model("z-image", "original").tiny
+    packed = tiny.file("transformer", form)
+    numbers = decoded_blocks(packed.path) if form == "Q8_0" else decoded_floats(packed.path)
+    model = Model(tiny, "original", numbers)
+    engine = DiffusionEngine("cpu", families=[tiny.family])
+    expected = make(engine, model.files(tmp_path, merged=1.0))
+    files = (packed, *model.files(tmp_path)[1:])
+    plain = make(engine, files)
+    found = make(engine, (*files, model.lora(tmp_path / "style", named)))
+    assert apart(expected, plain)[0] > 5
+    assert apart(found, expected)[1] <= 3
+    assert make(engine, files).data == plain.data
+
+
+def decoded_blocks(path: Path) -> dict[str, torch.Tensor]:
+    """What the gguf library makes of a file's numbers."""
+    return {
+        tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+def decoded_floats(path: Path) -> dict[str, torch.Tensor]:
+    """The numbers of ComfyUI's 8-bit files: those of a matrix times the scale beside it."""
+    tensors, one = load_file(path), torch.ones(())
+    return {
+        name: tensor.float() * tensors.get(f"{name.removesuffix('.weight')}.scale_weight", one)
+        for name, tensor in tensors.items()
+        if not name.endswith("scale_weight")
+    }
