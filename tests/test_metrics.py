@@ -115,7 +115,7 @@ def test_metrics_tell_everything_by_conventional_names(metrics: Metrics) -> None
             "studio_worker_outbox_pictures": 1,
             "studio_worker_outbox_oldest_timestamp_seconds": 1e9,
             "studio_worker_device_memory_used_bytes device=cuda:0": 6e9,
-            'studio_worker_model_memory_bytes model=a "b"\n': 4e9,
+            'studio_worker_model_memory_bytes model=a "b" ': 4e9,
             "studio_worker_job_stage_seconds_bucket le=5.0 stage=generate": 1,
             "studio_worker_job_stage_seconds_bucket le=2.5 stage=generate": 0,
             "studio_worker_job_stage_seconds_sum stage=upload": 0.2,
