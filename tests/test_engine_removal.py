@@ -519,3 +519,12 @@ def test_engine_is_there_only_with_onnxruntime(monkeypatch: pytest.MonkeyPatch) 
     assert "onnx" not in without.names()
     with pytest.raises(NotServed, match="onnx"):
         without.for_source(ModelSource(engine="onnx"))
+
+
+def test_onnxruntime_that_cannot_be_loaded_leaves_jobs_to_others(
+    pull: LocalFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is installed and broken, a job says so, and its source goes to other workers from then on."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(NotServed, match="onnxruntime cannot be loaded"):
+        remove(pull, backdrop(64, 64), masked((64, 64), (10, 10, 20, 20)))

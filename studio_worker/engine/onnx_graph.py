@@ -42,10 +42,15 @@ _BESIDE_WORDS = "keeps its weights in another file; a graph must be one file"
 def _runtime() -> Any:
     """onnxruntime. Its own builds report their use to their maker, and keep an identity for it, unless the
     environment says otherwise when they are imported: so nobody imports it but by this.
+
+    Raises:
+        NotServed: it cannot be loaded.
     """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise NotServed(f"onnxruntime cannot be loaded here: {error}") from error
     return onnxruntime
 
 
