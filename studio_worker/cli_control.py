@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from studio_worker import config
-from studio_worker.cli_options import ConfigDir, Instance, Json, table_console
+from studio_worker.cli_options import ConfigDir, Instance, Json, show
 from studio_worker.control import ask, runtime_dir
 from studio_worker.errors import ControlError, ServiceNotRunning
 from studio_worker.snapshot import EndedJob, GpuFacts, ResidentModel, Snapshot
@@ -25,10 +25,8 @@ def status(
     if as_json:
         typer.echo(snapshot.model_dump_json(indent=2))
         return
-    console = table_console()
-    console.print(_facts(snapshot, time.time()))
-    if snapshot.last_jobs:
-        console.print(_last_jobs(snapshot.last_jobs, time.time()))
+    now = time.time()
+    show(_facts(snapshot, now), *([_last_jobs(snapshot.last_jobs, now)] if snapshot.last_jobs else []))
 
 
 def pause(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from studio_worker import config, logs
-from studio_worker.cli_options import ConfigDir, Json, cell, say, table_console
+from studio_worker.cli_options import ConfigDir, Json, cell, say, show
 from studio_worker.owner import Owner, become, give_folder, owner_of, written_by_caller
 
 models_app = typer.Typer(no_args_is_help=True, help="The models on this box.")
@@ -51,7 +51,7 @@ def models_list(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False
             cell(row["in_memory"] or ""),
             (row["last_used"] or "never").replace("T", " ")[:16],
         )
-    table_console().print(table)
+    show(table)
 
 
 @models_app.command("pull")

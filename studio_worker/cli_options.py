@@ -23,6 +23,20 @@ def table_console() -> Any:
     return Console(width=None if sys.stdout.isatty() else 1000)
 
 
+def show(*tables: Any) -> None:
+    """Print tables; in a pipe without the blanks that fill their last column."""
+    console = table_console()
+    if sys.stdout.isatty():
+        for table in tables:
+            console.print(table)
+        return
+    with console.capture() as captured:
+        for table in tables:
+            console.print(table)
+    for line in captured.get().splitlines():
+        typer.echo(line.rstrip())
+
+
 def say(text: str) -> None:
     """Print what may hold words from outside."""
     typer.echo(plain(text))

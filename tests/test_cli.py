@@ -485,6 +485,7 @@ def test_models_list_is_a_table_for_people(
     done = command("models", "list", "--config", folder)
     for word in ("sample", "model", required.name, "missing", "33 kB", "required", "never"):
         assert word in done.stdout
+    assert all(line == line.rstrip() for line in done.stdout.splitlines())
 
 
 def test_models_list_shows_on_demand_models(folder: Path, required: Path) -> None:
