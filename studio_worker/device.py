@@ -102,7 +102,8 @@ def probe(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # a driver complains in whatever it likes
     )
     given_up_at = time.monotonic() + timeout_s
     while True:
@@ -121,8 +122,8 @@ def probe(
         return {"device": name, "ok": False, "error": error}
     lines = answer.splitlines()
     try:
-        facts: dict[str, Any] = json.loads(lines[-1] if lines else "")
-    except ValueError:
+        facts: dict[str, Any] = dict(json.loads(lines[-1] if lines else ""))
+    except (TypeError, ValueError):
         last = (complaints.splitlines() or ["no message"])[-1][:300]
         how = f"exit status {process.returncode}: {last}"
         error = f"torch crashed on {name} ({how}); reinstall the driver and torch"

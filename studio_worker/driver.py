@@ -28,6 +28,20 @@ _COMPUTE_MODE, *_CAPABILITY = 20, 75, 76
 _PROHIBITED = 2
 """CU_COMPUTEMODE_PROHIBITED (cuda.h)."""
 
+_FUNCTIONS = (
+    "cuInit",
+    "cuDriverGetVersion",
+    "cuDeviceGetCount",
+    "cuDeviceGet",
+    "cuDeviceGetName",
+    "cuDeviceTotalMem_v2",
+    "cuDeviceGetAttribute",
+    "cuDeviceGetPCIBusId",
+    "cuDevicePrimaryCtxRetain",
+    "cuGetErrorName",
+)
+"""What is called here. Every driver since 2012 has them."""
+
 _CURES = {
     2: "another process uses its memory: nvidia-smi shows which, end it",
     34: "what the linker finds is the CUDA toolkit's stub: take its folder out of LD_LIBRARY_PATH",
@@ -58,13 +72,18 @@ class Gpu:
 
 
 class Driver:
-    """The driver of this machine. Its methods raise :class:`DeviceError` with the cure.
+    """The driver of this machine. It and its methods raise :class:`DeviceError` with the cure.
 
     Args:
         version: its own, e.g. ``550.163.01``; empty where its file does not say.
     """
 
     def __init__(self, library: ctypes.CDLL, version: str, root: Path = Path("/")) -> None:
+        if lacking := [name for name in _FUNCTIONS if not hasattr(library, name)]:
+            raise DeviceError(
+                f"the NVIDIA driver's library {_NAME} is not whole, or none (it lacks {lacking[0]}); "
+                "reinstall the driver, then reboot"
+            )
         self._cuda = library
         self._root = root
         self.version = version
@@ -148,6 +167,9 @@ def find_driver(root: Path = Path("/")) -> Driver | None:
     """The driver's library, wherever it is; ``None`` where there is none.
 
     Loaded once, torch finds it too, also where the dynamic linker alone would not.
+
+    Raises:
+        DeviceError: what goes by its name is something else.
     """
     # cuda:1 is the GPU that nvidia-smi calls 1; by itself CUDA would count the fastest first. It looks once.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -196,7 +218,7 @@ def surroundings(root: Path = Path("/")) -> Surroundings:
     )
     for place in ("etc/os-release", "usr/lib/os-release"):  # os-release(5)
         try:
-            text = (root / place).read_text(encoding="utf-8")
+            text = (root / place).read_text(encoding="utf-8", errors="replace")
         except OSError:
             continue
         pairs = (line.partition("=") for line in text.splitlines())

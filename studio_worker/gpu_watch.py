@@ -70,6 +70,8 @@ class Judge:
             return None
         if first.is_on_bus and not look.is_on_bus:
             return _lost("it has left the PCI bus")
+        if look.answer.status is None:  # nobody has asked the driver, so nothing is known
+            return None
         self._doubts += 1
         is_certain = look.answer.status in {GPU_IS_LOST, RESET_REQUIRED}
         is_worse = self._has_answered and self._doubts >= _DOUBTS
@@ -168,7 +170,12 @@ class GpuWatch:
         """What is seen now; ``None`` where the driver holds up whoever looks."""
         if self._looks is None:
             self._looks = queue.SimpleQueue()
-            threading.Thread(target=self._look, args=(self._looks,), name="gpu-look", daemon=True).start()
+            looking = threading.Thread(target=self._look, args=(self._looks,), name="gpu-look", daemon=True)
+            try:
+                looking.start()
+            except RuntimeError as error:  # this process may have no more threads now
+                self._looks = None
+                return Look(NvmlError(f"it cannot be asked: {error}"), True, None, None)
         try:
             look = self._looks.get(timeout=self._limit_s)
         except queue.Empty:  # one that hangs is waited for again, and not joined by another
@@ -182,6 +189,10 @@ class GpuWatch:
             answer = self._nvml.read()
         except NvmlError as error:
             answer = error
+        except (
+            Exception
+        ) as error:  # whatever it is, who waits for it must not take it for a driver that hangs
+            answer = NvmlError(f"it cannot be asked: {type(error).__name__}: {error}")
         module = module_version(self._root) or (answer.driver if isinstance(answer, Reading) else None)
         is_on_bus = not has_left_the_bus(self._place, self._root)
         looks.put(Look(answer, is_on_bus, module, installed_version()))

@@ -82,8 +82,11 @@ def library_version(maps: str | None = None) -> str | None:
 
 def installed_version() -> str | None:
     """The version of the ``libcuda`` that another process would load now from where this one has its own."""
-    path = library_path()
-    return None if path is None else _version_of(path.with_name("libcuda.so.1").resolve())
+    try:
+        path = library_path()
+        return None if path is None else _version_of(path.with_name("libcuda.so.1").resolve())
+    except OSError:  # no descriptor is free, say: nothing is known
+        return None
 
 
 def _version_of(library: Path) -> str | None:

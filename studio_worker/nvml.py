@@ -76,6 +76,8 @@ class Nvml:
         self._place = pci_bus_id.encode()
         self._name = library
         self._library: ctypes.CDLL | None = None
+        self._untold: list[NvmlError] = []
+        """Why figures are missing that this GPU should tell."""
 
     def read(self) -> Reading:
         """How the GPU is now.
@@ -93,11 +95,14 @@ class Nvml:
         # Anew each time: one that has left the bus is no longer found.
         gpu = ctypes.c_void_p()
         self._check(library, library.nvmlDeviceGetHandleByPciBusId_v2(self._place, ctypes.byref(gpu)))
+        self._untold = []
         temperature = self._told("nvmlDeviceGetTemperature", ctypes.c_uint(), gpu, _GPU_SENSOR)
         milliwatts = self._told("nvmlDeviceGetPowerUsage", ctypes.c_uint(), gpu)
         use = self._told("nvmlDeviceGetUtilizationRates", _Utilization(), gpu)
         memory = self._told("nvmlDeviceGetMemoryInfo", _Memory(), gpu)
         reasons = self._told("nvmlDeviceGetCurrentClocksThrottleReasons", ctypes.c_ulonglong(), gpu)
+        if self._untold and all(told is None for told in (temperature, milliwatts, use, memory, reasons)):
+            raise self._untold[0]
         return Reading(
             driver=version.value.decode(errors="replace"),
             temperature_celsius=None if temperature is None else float(temperature.value),
@@ -108,7 +113,9 @@ class Nvml:
         )
 
     def _told(self, function: str, into: _Told, *args: Any) -> _Told | None:
-        """``into`` with what ``function`` says; ``None`` where this GPU does not tell, or not this user."""
+        """``into`` with what ``function`` says; ``None`` where this GPU does not tell, or not this user, and
+        where one sensor alone is broken, as on many a card that computes well.
+        """
         library = self._library
         assert library is not None
         if (call := getattr(library, function, None)) is None:
@@ -116,7 +123,13 @@ class Nvml:
         status = call(*args, ctypes.byref(into))
         if status in {NOT_SUPPORTED, NO_PERMISSION}:
             return None
-        self._check(library, status)
+        try:
+            self._check(library, status)
+        except NvmlError as error:
+            if status in {GPU_IS_LOST, RESET_REQUIRED}:
+                raise
+            self._untold.append(error)
+            return None
         return into
 
     @staticmethod

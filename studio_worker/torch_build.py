@@ -33,14 +33,17 @@ def installed_torch() -> TorchBuild | None:
         return None
     try:
         # Every build writes it (pytorch/pytorch, tools/generate_torch_version.py).
-        text = Path(found.origin).with_name("version.py").read_text(encoding="utf-8")
-    except OSError:
+        return read_build(Path(found.origin).with_name("version.py").read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):  # half written, where an installation was broken off
         return None
-    return read_build(text)
 
 
 def read_build(text: str) -> TorchBuild:
-    """What a torch's ``version.py`` says."""
+    """What a torch's ``version.py`` says.
+
+    Raises:
+        SyntaxError, ValueError: it is none.
+    """
     told = {}
     for node in ast.parse(text).body:
         # cuda: Optional[str] = '13.0', and before 2.0 without the type

@@ -7,6 +7,7 @@ A line ``NAME NUMBER`` each:
 * ``hang 1``: no call comes back
 * ``temperature``, ``milliwatts``, ``percent``, ``used``, ``reasons``: the GPU's figures
 * ``untold``: the one of these, counted from 1, that this GPU does not support
+* ``broken``: the one of which it tells no more than an error
 * ``driver``: the kernel module's version
 """
 
@@ -35,7 +36,8 @@ static unsigned long long told(const char *wanted, unsigned long long otherwise)
     return found; }
 static int answer(const char *status) { while (told("hang", 0)) usleep(1000); return told(status, 0); }
 static int about(int question) {
-    int status = answer("ask"); return status ? status : told("untold", 0) == question ? 3 : 0; }
+    int status = answer("ask"); if (status) return status;
+    return told("untold", 0) == question ? 3 : told("broken", 0) == question ? 999 : 0; }
 int nvmlInit_v2(void) { return answer("init"); }
 const char *nvmlErrorString(int status) {
     return status == 15 ? "GPU is lost" : status == 999 ? "Unknown Error" : "Some Error"; }

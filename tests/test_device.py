@@ -176,12 +176,19 @@ def test_probe_tells_why_a_gpu_cannot_be_used(tmp_path: Path, monkeypatch: pytes
         ("import os; os.abort()", "crashed on cuda:0 .*reinstall"),
         ("raise OSError('libcudart.so.13: cannot open shared object file')", "libcudart.* reinstall"),
         ("import time; time.sleep(600)", "did not answer within 1 s; reboot"),
+        (
+            "import os; os.write(2, b'g\\xe9n\\xe9ral'); os._exit(3)",
+            "crashed on cuda:0 .exit status 3.*reinstall",
+        ),
+        ("import os; print(12, flush=True); os._exit(0)", "crashed on cuda:0 .*reinstall"),
     ],
 )
 def test_probe_survives_a_torch_that_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch_does: str, says: str
 ) -> None:
-    """A torch that crashes, cannot be loaded or hangs in the driver is a sentence with its cure."""
+    """A torch that crashes, cannot be loaded, hangs in the driver or prints whatever it likes is a sentence
+    with its cure.
+    """
     (tmp_path / "torch.py").write_text(torch_does)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     facts = probe("cuda:0", timeout_s=1.0 if "sleep" in torch_does else 60.0)

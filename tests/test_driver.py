@@ -186,6 +186,29 @@ def test_torch_is_not_imported_to_see_what_it_is(tmp_path: Path) -> None:
     assert "torch" not in modules.split()
 
 
+@pytest.mark.parametrize(
+    "version", [b"cuda: str = '13", b"cuda = '13.0'\0", b"\xff\xfe"], ids=["cut", "zeros", "bytes"]
+)
+def test_torch_that_is_half_installed_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: bytes
+) -> None:
+    """What an installation left that was broken off is no crash: it is tried out, and told then."""
+    torch_for(tmp_path, "")
+    (tmp_path / "torch" / "version.py").write_bytes(version)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert installed_torch() is None
+
+
+def test_library_that_is_no_driver_is_told_with_the_cure(tmp_path: Path) -> None:
+    """What goes by the driver's name and is something else, or of long ago, is told, and no crash."""
+    folder = build_driver(tmp_path / "usr/local/nvidia/lib64")
+    (folder / "none.c").write_text("int cuInit(unsigned flags) { return 0; }")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "libcuda.so.1", folder / "none.c"], check=True)
+    with pytest.raises(DeviceError, match=r"is not whole.*lacks cuDriverGetVersion\); reinstall the driver"):
+        find_device("cuda", tmp_path)
+
+
 def test_this_torch_is_known_as_what_it_is() -> None:
     """The version file of the torch that the tests run with says what torch says when it is imported."""
     import torch
@@ -206,6 +229,7 @@ def test_this_torch_is_known_as_what_it_is() -> None:
         ),
         ({"usr/lib/os-release": "ID='debian'\nVERSION_ID=13\n", ".dockerenv": ""}, ("debian", "13"), True),
         ({"run/.containerenv": ""}, (None, None), True),
+        ({"etc/os-release": 'NAME="D\udce9"\nID=debian\nVERSION_ID=12\n'}, ("debian", "12"), False),
     ],
 )
 def test_surroundings_are_read(
@@ -219,7 +243,7 @@ def test_surroundings_are_read(
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
     here = surroundings(tmp_path)
     assert (here.os_release.get("ID"), here.os_release.get("VERSION_ID")) == distribution
     assert here.is_container == is_container

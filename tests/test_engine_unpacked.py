@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,11 @@ from studio_worker.engine.loading import load_part
 from studio_worker.engine.lora_places import LoraPlaces
 from studio_worker.engine.loras import Lora
 from studio_worker.engine.needs import footprint
-from studio_worker.engine.packed import pack, packed_linears, unpack
+from studio_worker.engine.packed import PackedLinear, pack, packed_linears, unpack
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.placement import Footprint
 from studio_worker.engine.rendering import LoadedModel
+from studio_worker.errors import JobCancelled
 from studio_worker.gpu_check.tiny.families import tiny
 from studio_worker.gpu_check.tiny.model import Published, Tiny
 from studio_worker.gpu_check.tiny.quantised import Kind, write_eight_bit, write_gguf
@@ -240,6 +242,37 @@ def test_model_that_waits_in_ram_is_packed(shelf: Shelf) -> None:
     assert resident(made).size_bytes == pytest.approx(shelf.needed().weight_bytes, rel=0.01)
     assert make(made, shelf.first, defaults=DEFAULTS).data == before
     assert resident(made).is_unpacked
+
+
+def test_model_whose_unpacking_was_cancelled_is_unpacked_by_the_next_job(shelf: Shelf) -> None:
+    """A job that is cancelled while weights are written out leaves nothing half done: the next one writes the
+    rest out, and has the same picture.
+    """
+    whole = engine(shelf.model, Fake(GIB))
+    meant = make(whole, shelf.first, defaults=DEFAULTS).data
+    made, cancel = engine(shelf.model, Fake(GIB)), Cancel()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedLinear, "unpack", _cancelling(PackedLinear.unpack, cancel))
+        with pytest.raises(JobCancelled):
+            made.generate(
+                request(files=shelf.first, defaults=DEFAULTS, prompt=PROMPT, seed=SEED),
+                lambda done, total: None,
+                cancel,
+            )
+    assert make(made, shelf.first, defaults=DEFAULTS).data == meant
+    assert resident(made) == resident(whole)
+    packed = [
+        layer for part in made.components("sample-model") for layer in packed_linears(part) if layer.is_packed
+    ]
+    assert packed == []
+
+
+def _cancelling(unpack: Callable[..., None], cancel: Cancel) -> Callable[..., None]:
+    def unpack_and_cancel(layer: PackedLinear, **how: Any) -> None:
+        unpack(layer, **how)
+        cancel.set("the studio wants it no more")
+
+    return unpack_and_cancel
 
 
 def test_on_a_cpu_weights_are_unpacked_where_ram_has_room(shelf: Shelf) -> None:

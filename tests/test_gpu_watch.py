@@ -5,6 +5,7 @@ Faked is the driver alone, by libraries of our own that do what a test's file sa
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import re
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,17 @@ def test_figure_that_a_gpu_does_not_tell_is_missing_alone(library: Path, told: P
     assert [value is None for value in facts[1:]] == [place == question for place in range(1, 6)]
 
 
+@pytest.mark.parametrize("question", range(1, 6))
+def test_sensor_that_is_broken_is_no_gpu_that_is_lost(library: Path, told: Path, question: int) -> None:
+    """A card of which one figure alone is an "Unknown Error" tells the rest, and is not lost."""
+    tell(told, broken=question)
+    facts = Nvml(PLACE, str(library)).read()
+    assert [value is None for value in facts[1:]] == [place == question for place in range(1, 6)]
+    tell(told, ask=999)
+    with pytest.raises(NvmlError, match="999"):
+        Nvml(PLACE, str(library)).read()
+
+
 def test_gpu_that_is_not_found_is_an_error_with_nvmls_words(library: Path, told: Path) -> None:
     """What NVML says is kept, with its number, to be looked up."""
     tell(told, find=999)
@@ -100,14 +112,14 @@ def test_gpu_that_fell_off_the_bus_is_seen(tmp_path: Path) -> None:
 
 
 def look(
-    answer: Reading | int = FINE,
+    answer: Reading | int | None = FINE,
     *,
     on_bus: bool = True,
     module: str | None = MODULE,
     library: str | None = MODULE,
 ) -> Look:
-    """What is seen of a GPU; a number is NVML's error."""
-    told = NvmlError(f"NVML error {answer}", answer) if isinstance(answer, int) else answer
+    """What is seen of a GPU; a number is NVML's error, ``None`` that nobody could ask."""
+    told = answer if isinstance(answer, Reading) else NvmlError(f"NVML error {answer}", answer)
     return Look(told, on_bus, module, library)
 
 
@@ -148,6 +160,7 @@ def test_gpu_that_cannot_be_used_any_more_is_told_with_the_cure(looks: list[Look
         [look(library="575.51.03"), look(library="575.51.03")],
         [look(module=None, library="1.1"), look(module="537.13", library="1.1")],
         [look(), look(library=None), look(module=None), look()],
+        [look(), *4 * [look(None)], look()],
     ],
     ids=[
         "an error that passes",
@@ -160,6 +173,7 @@ def test_gpu_that_cannot_be_used_any_more_is_told_with_the_cure(looks: list[Look
         "a compatibility library",
         "a module whose version shows late",
         "a driver that is being replaced",
+        "a process that could not ask for a while",
     ],
 )
 def test_machine_that_is_odd_from_the_start_goes_on(looks: list[Look | None]) -> None:
@@ -242,6 +256,32 @@ def test_trouble_that_passes_is_taken_back(library: Path, told: Path) -> None:
         found.is_idle.set()
         await_figures(found.watch, are_there=True)
     assert found.ended.empty()
+
+
+@pytest.mark.parametrize("trouble", ["threads", "descriptors"])
+def test_process_that_is_short_itself_has_not_lost_its_gpu(
+    library: Path, told: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """Without a thread or a descriptor to look with there are no figures for a while, and that is all."""
+    with watched(library, limit_s=0.3) as found, monkeypatch.context() as patch:
+        found.is_idle.set()
+        await_figures(found.watch, are_there=True)
+        if trouble == "threads":
+            patch.setattr(threading.Thread, "start", _fails(RuntimeError("can't start new thread")))
+        else:
+            patch.setattr(Nvml, "read", _fails(OSError(errno.EMFILE, "Too many open files")))
+        await_figures(found.watch, are_there=False)
+        assert found.ended.empty()
+        patch.undo()
+        await_figures(found.watch, are_there=True)
+        assert found.ended.empty()
+
+
+def _fails(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
 
 
 # --- the whole service ---

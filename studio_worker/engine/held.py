@@ -38,7 +38,8 @@ class Held:
         copy_bytes: of what is in RAM, too, and need not be.
         ram_bytes: what it takes in RAM, wherever it is.
         lacking_bytes: what RAM needs for it to leave the device.
-        is_unpacked: whether packed matrices are written out; on the device alone.
+        is_unpacked: whether all packed matrices are written out; on the device alone.
+        unpacked_bytes: of those that are: also where that was broken off.
     """
 
     def __init__(
@@ -58,7 +59,8 @@ class Held:
         self.copy_bytes = sum(kept.nbytes for kept in self._copy.values())
         is_in_ram = self.place is Place.RAM
         self.ram_bytes = self.size_bytes if is_in_ram else self.copy_bytes + kept_bytes(self.component)
-        packed_bytes = self.size_bytes - unpacked_bytes(self.component)
+        self.unpacked_bytes = unpacked_bytes(self.component)
+        packed_bytes = self.size_bytes - self.unpacked_bytes
         self.lacking_bytes = 0 if is_in_ram else max(0, packed_bytes - self.copy_bytes)
 
     def is_torn(self) -> bool:
@@ -97,14 +99,16 @@ class Held:
         """Write out packed matrices on the device, one by one; with ``keeps`` they stay in RAM as they are.
         ``on_matrix`` is called after each, and may raise.
         """
-        self.is_unpacked = True
         try:
             unpack(self.component, keeps=keeps, copy=self._copy, on_matrix=on_matrix)
+            self.is_unpacked = True
         finally:
             self.weigh()
 
     def pack(self) -> None:
         """Have matrices on the device packed again, which were kept."""
-        self._copy.update(pack(self.component, self._device))
         self.is_unpacked = False
-        self.weigh()
+        try:
+            self._copy.update(pack(self.component, self._device))
+        finally:
+            self.weigh()

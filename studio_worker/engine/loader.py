@@ -111,7 +111,7 @@ class Loader:
         residency.drop_torn(keys.values())
         unpacked = [keys[part] for part in plan.unpacked]
         for key in keys.values():
-            if residency.is_unpacked(key) and key not in unpacked:
+            if key not in unpacked:
                 residency.pack(key)
         place = Place.DEVICE if plan.mode is Mode.WHOLE else Place.RAM
         coming = {

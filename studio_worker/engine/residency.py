@@ -145,7 +145,7 @@ class Residency:
         return min(available, self._weights_limit(available)) - others
 
     def is_unpacked(self, key: Key) -> bool:
-        """Whether the component of ``key`` is loaded, and its packed matrices are written out."""
+        """Whether the component of ``key`` is loaded, and all its packed matrices are written out."""
         held = self._held.get(key)
         return held is not None and held.is_unpacked
 
@@ -167,11 +167,11 @@ class Residency:
             self._show()
 
     def pack(self, key: Key) -> None:
-        """Have the matrices of a component on the device packed again, if they were; where nothing was kept
+        """Have the matrices of a component on the device packed again that were so; where nothing was kept
         of them, the component goes.
         """
-        held = self._held[key]
-        if not held.is_unpacked:
+        held = self._held.get(key)
+        if held is None or not held.unpacked_bytes:
             return
         if self._memory.has_host:
             held.pack()
