@@ -20,7 +20,6 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
 from studio_worker.engine.needs import footprint
 from studio_worker.engine.placement import Mode
-from studio_worker.engine.sections import Section
 from studio_worker.gpu_check.tiny.families import tiny as tiny_model
 from studio_worker.gpu_check.tiny.model import Form, Tiny
 from studio_worker.gpu_check.tiny.weights import state
@@ -316,8 +315,6 @@ def test_lora_of_every_kind_comes_and_goes_with_its_layers(
     """Component by component, or layer by layer, a GPU makes the pictures that it makes of the whole model,
     with every kind of LoRA and then without.
     """
-    # A tiny model's vocabulary is larger than all its layers.
-    monkeypatch.setattr(Section, "largest_bytes", lambda _, itemsize: itemsize)
     layout, named = LAYOUTS["diffusers"]
     model, folder = bench.model(family, layout), bench.folder(family, layout)
     files, style = model.files(folder), model.lora(folder / "style", named)

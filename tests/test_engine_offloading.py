@@ -19,7 +19,6 @@ from studio_worker.engine.families.family import Family
 from studio_worker.engine.needs import footprint
 from studio_worker.engine.placement import Mode
 from studio_worker.engine.probe import probe
-from studio_worker.engine.sections import Section
 from studio_worker.errors import JobCancelled, JobError
 from studio_worker.gpu_check.tiny.families import tiny as tiny_model
 from studio_worker.jobs import Cancel
@@ -72,14 +71,6 @@ def gpu() -> Iterator[PlayedGpu]:
     """The second of two GPUs, so that whatever does not say which one it means touches the other."""
     with played("cuda:1") as gpu:
         yield gpu
-
-
-@pytest.fixture(autouse=True)
-def _layers_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The vocabularies of tiny models are larger than all else in them: by the figures they would never come
-    layer by layer.
-    """
-    monkeypatch.setattr(Section, "largest_bytes", lambda _, itemsize: itemsize)
 
 
 def left_on(gpu: PlayedGpu) -> int:

@@ -130,7 +130,7 @@ def footprint(
         reading={
             name: _reading(family, name, itemsize) for name in weights if name not in {family.denoiser, "vae"}
         },
-        layers={name: section.largest_bytes(itemsize) for name, section in sections.items()},
+        layers={name: section.largest_bytes(2, itemsize) for name, section in sections.items()},
         unpacking={name: _unpacking(section, itemsize) for name, section in sections.items()},
         unpacked={name: size for name, size in plain.items() if size > weights[name]},
         loras=sum(read_lora(lora).size_bytes(itemsize) for lora in loras),

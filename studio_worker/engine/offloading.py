@@ -123,8 +123,8 @@ class _Whole:
 class _Layers:
     """A component's layers one by one; while one computes, those that came next the last time are copied.
 
-    A layer is any module with weights of its own. As much is copied ahead as the largest layer has, so that
-    the copies go on while a layer between two large ones, a norm say, computes nearly nothing.
+    A layer is any module with weights of its own. No more is there at once than the two largest layers take:
+    while a layer between two large ones, a norm say, computes nearly nothing, the copies go on.
     """
 
     def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
@@ -143,7 +143,7 @@ class _Layers:
         self._next: dict[torch.nn.Module | None, torch.nn.Module] = {}
         self._last: torch.nn.Module | None = None
         self._ahead: deque[torch.nn.Module] = deque()
-        self._ahead_bytes = max((layer.size_bytes for layer in self._layers.values()), default=0)
+        self._limit_bytes = sum(sorted(layer.size_bytes for layer in found.values())[-2:])
         self._handles = [
             handle
             for each in layers
@@ -183,11 +183,11 @@ class _Layers:
         self._layers[module].leave()
 
     def _start_next(self, module: torch.nn.Module) -> None:
-        coming = sum(self._layers[each].size_bytes for each in self._ahead)
+        there = sum(self._layers[each].size_bytes for each in (module, *self._ahead))
         last = self._ahead[-1] if self._ahead else module
         while (following := self._next.get(last)) is not None and not self._layers[following].is_here:
-            coming += self._layers[following].size_bytes
-            if coming > self._ahead_bytes:
+            there += self._layers[following].size_bytes
+            if there > self._limit_bytes:
                 break
             self._layers[following].start()
             self._ahead.append(following)

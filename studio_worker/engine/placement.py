@@ -12,9 +12,6 @@ from typing import NamedTuple
 
 from studio_worker.errors import JobError
 
-_LAYERS_AT_A_TIME = 2
-"""Of a component whose layers come one by one: one that computes, and as much of the next (offloading.py)."""
-
 
 class Mode(Enum):
     """How much of a model is on the device at a time."""
@@ -66,7 +63,8 @@ class Footprint:
         denoising, decoding: what lives beside the weights while the denoiser works, and the VAE.
         tile: the latter where it decodes in tiles.
         reading: likewise by text encoder.
-        layers: by component, weights of its largest layer.
+        layers: by component, weights of its two largest layers: what is there of it at once where they come
+            one by one (offloading.py).
         unpacking: by component, what one of its quantised matrices takes for a moment when it is used.
         unpacked: weights with quantised matrices written out, for the components that have any.
         loras: weights of LoRAs, beside the denoiser's.
@@ -128,9 +126,7 @@ class Footprint:
             return Plan(mode, tiled, here + working, working, unpacked)
         there = weights
         if mode is Mode.LAYERS:  # a VAE comes as a whole
-            there = {
-                name: min(_LAYERS_AT_A_TIME * self.layers.get(name, 0), weights[name]) for name in weights
-            }
+            there = {name: self.layers.get(name, 0) for name in weights}
         texts_bytes = [there[name] + working for name, working in reading.items()]
         return Plan(mode, tiled, max(there[self.denoiser] + denoising, vae + decoding, *texts_bytes))
 

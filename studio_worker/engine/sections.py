@@ -76,9 +76,9 @@ class Section:
             return sum(prod(self.shapes[name]) * itemsize for name in self._loaded)
         return sum(self._loaded_bytes(name, itemsize) for name in self._loaded)
 
-    def largest_bytes(self, itemsize: int) -> int:
-        """Bytes of the largest tensor, likewise."""
-        return max((self._loaded_bytes(name, itemsize) for name in self._loaded), default=0)
+    def largest_bytes(self, count: int, itemsize: int) -> int:
+        """Bytes of the ``count`` largest tensors, likewise."""
+        return sum(sorted(self._loaded_bytes(name, itemsize) for name in self._loaded)[-count:])
 
     def packed(self) -> Iterator[tuple[int, str]]:
         """The number of weights and the type of each matrix that stays quantised, or in 8-bit floats."""
