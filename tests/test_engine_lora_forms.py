@@ -309,9 +309,7 @@ def test_lora_at_half_its_strength_is_half_way(bench: Bench, family: str) -> Non
 
 
 @pytest.mark.parametrize("family", ["sd1", "z-image"])
-def test_lora_of_every_kind_comes_and_goes_with_its_layers(
-    bench: Bench, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lora_of_every_kind_comes_and_goes_with_its_layers(bench: Bench, family: str) -> None:
     """Component by component, or layer by layer, a GPU makes the pictures that it makes of the whole model,
     with every kind of LoRA and then without.
     """
