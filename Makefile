@@ -19,7 +19,7 @@ demo: $(STAMP) ## Make a dozen pictures with torch: studio, service and all (KEE
 	$(BIN)/studio-worker demo $(if $(KEEP),--keep)
 
 test: $(STAMP) ## Run the whole test suite (no root needed)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
