@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -27,6 +28,9 @@ from studio_worker.ram import total_ram_bytes
 
 PROBE_TIMEOUT_S = 180.0
 """Importing torch from a cold, slow disk takes a minute; a GPU that hangs takes for ever."""
+
+DRIVER_LIMIT_S = 60.0
+"""A driver that is being started answers after seconds; one whose GPU hangs never."""
 
 _LOOK_AGAIN_S = 0.2
 
@@ -49,8 +53,11 @@ class Device:
         return self.name != "cpu"
 
 
-def find_device(setting: str, root: Path = Path("/")) -> Device:
+def find_device(setting: str, root: Path = Path("/"), *, limit_s: float = DRIVER_LIMIT_S) -> Device:
     """The device for ``[worker] device``: ``auto``, ``cuda``, ``cuda:N`` or ``cpu``.
+
+    Args:
+        limit_s: how long the driver may take to answer.
 
     Raises:
         DeviceError: the device cannot be used; the text names the cure.
@@ -62,7 +69,30 @@ def find_device(setting: str, root: Path = Path("/")) -> Device:
     match = re.fullmatch(r"auto|cuda(?::(\d+))?", setting)
     if match is None:  # the configuration's own check comes first; this guards other callers
         raise DeviceError(f"unknown device {setting!r}; use auto, cuda, cuda:N or cpu")
-    driver, index = require_driver(root), int(match[1] or 0)
+    answers: queue.SimpleQueue[Device | Exception] = queue.SimpleQueue()
+
+    def answer() -> None:
+        try:
+            answers.put(_find_gpu(int(match[1] or 0), root))
+        except Exception as error:  # whatever it is, who asked gets it
+            answers.put(error)
+
+    # In a thread that nobody waits for: a call to a driver that hangs can be neither ended nor interrupted.
+    threading.Thread(target=answer, name="driver", daemon=True).start()
+    try:
+        found = answers.get(timeout=limit_s)
+    except queue.Empty:
+        raise DeviceError(
+            f"the NVIDIA driver did not answer within {limit_s:g} s; look for Xid errors in the kernel log "
+            "(journalctl -k), and reboot the machine"
+        ) from None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _find_gpu(index: int, root: Path) -> Device:
+    driver = require_driver(root)
     driver.start()
     gpu = driver.gpu(index)
     driver.check_torch(gpu.capability)

@@ -4,6 +4,7 @@
 library plays every box:
 
 * ``FAKE_INIT``: CUresult of cuInit, e.g. 100 no device, 802 no fabric manager
+* ``FAKE_HANG``: cuInit never comes back, as on a GPU that hangs
 * ``FAKE_CUDA``: the driver's CUDA version as cuDriverGetVersion says it, e.g. 12020; 13000 by default
 * ``FAKE_COUNT``: how many GPUs there are; as with the real one they come by their places on the bus only
   where ``CUDA_DEVICE_ORDER`` says ``PCI_BUS_ID``, else the other way round, and ``CUDA_VISIBLE_DEVICES`` may
@@ -27,9 +28,10 @@ SOURCE = r"""
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 static int number(const char *name, int otherwise) {
     const char *v = getenv(name); return v ? atoi(v) : otherwise; }
-int cuInit(unsigned flags) { return number("FAKE_INIT", 0); }
+int cuInit(unsigned flags) { while (getenv("FAKE_HANG")) pause(); return number("FAKE_INIT", 0); }
 int cuDriverGetVersion(int *version) { *version = number("FAKE_CUDA", 13000); return 0; }
 int cuDeviceGetCount(int *count) {
     *count = getenv("CUDA_VISIBLE_DEVICES") ? 1 : number("FAKE_COUNT", 0); return 0; }

@@ -39,10 +39,12 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_driver(tmp_path_factory.mktemp("driver"))
 
 
-def ask(driver: Path, setting: str, **environment: object) -> subprocess.CompletedProcess[str]:
+def ask(
+    driver: Path, setting: str, *, script: str = ASK, **environment: object
+) -> subprocess.CompletedProcess[str]:
     told = {name.upper(): str(value) for name, value in environment.items()}
     return subprocess.run(
-        [sys.executable, "-c", ASK, setting],
+        [sys.executable, "-c", script, setting],
         cwd=ROOT,
         env=os.environ | {"LD_LIBRARY_PATH": str(driver)} | told,
         capture_output=True,
@@ -132,6 +134,15 @@ def test_unusable_driver_names_the_cure(driver: Path, status: int, cure: str) ->
     assert done.returncode == 69
     assert cure in done.stdout
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_driver_that_hangs_is_told_within_its_limit(driver: Path) -> None:
+    """A GPU that hangs holds nobody up, at its first call: whoever asks is told what to do, and ends."""
+    script = ASK.replace("find_device(sys.argv[1])", "find_device(sys.argv[1], limit_s=0.5)")
+    answer = ask(driver, "cuda", script=script, fake_count=1, fake_hang=1)
+    assert answer.returncode == 69, answer.stderr
+    assert answer.stdout.startswith("the NVIDIA driver did not answer within 0.5 s; ")
+    assert "reboot" in answer.stdout
 
 
 def test_gpu_that_cannot_be_opened_is_refused(driver: Path) -> None:
