@@ -320,7 +320,7 @@ def test_lora_of_every_kind_comes_and_goes_with_its_layers(bench: Bench, family:
     layers = next(p.peak_bytes for p in needed.plans() if p.mode is Mode.LAYERS and not p.tiled)
 
     def pictures(room: int, *, offload: bool) -> list[bytes]:
-        defaults = DEFAULTS.model_copy(update={"offload_to_cpu": offload})
+        defaults = DEFAULTS.model_copy(update={"offload_to_cpu": offload, "steps": 1})
         memory = Fake(room, host=GIB)
         engine = DiffusionEngine("cuda:1", families=[model.family], memory=memory)
         made = [make(engine, each, defaults=defaults) for each in (files, (*files, style), files)]

@@ -8,6 +8,7 @@
    by which tensor names and shapes it is told (one :class:`Layout` for each published naming) and how those
    names become the library's. Take the shapes from the configuration, so that tests can make the same family
    tiny. Parts that several families use stand in ``parts.py``; a file that two models share is loaded once.
+   What its layers are called in LoRA files, where that is not the class's word, is a table (layer_names.py).
 3. What its pipeline wants differently from the defaults, by overriding :class:`Family`'s methods.
 4. The family into ``FAMILIES`` (``families/__init__.py``), its row out of ``recognised.py``; what its
    denoiser has in memory into ``needs.py``: the tests measure it.
