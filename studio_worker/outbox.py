@@ -72,6 +72,7 @@ class Outbox:
         self._reserve_bytes = reserve_bytes
         self._changed = threading.Event()
         self._guard = threading.Lock()
+        self._writing = threading.Lock()  # or what is written anew for a job would go with what is gone
         self._in_memory: dict[str, Delivery] = {}
         self._gone: set[str] = set()
         for data in folder.glob("*.data"):
@@ -102,6 +103,12 @@ class Outbox:
             kept_since_s=self._clock.now_s(),
             in_memory=picture.data,
         )
+        with self._writing:
+            self._keep(delivery)
+            with self._guard:
+                self._gone.discard(job.job_id)
+
+    def _keep(self, delivery: Delivery) -> None:
         try:
             self._write(delivery)
         except OSError as error:
@@ -109,18 +116,16 @@ class Outbox:
                 "picture cannot be written and waits in memory; make room on the disk",
                 extra={
                     "op": "spool",
-                    "job_id": job.job_id,
+                    "job_id": delivery.job_id,
                     "path": str(self._folder),
                     "error": error.strerror,
                 },
             )
             with self._guard:
                 held = sum(len(d.in_memory) for d in self._in_memory.values())
-                if held + len(picture.data) > _MEMORY_BYTES:
+                if held + len(delivery.in_memory) > _MEMORY_BYTES:
                     raise
-                self._in_memory[job.job_id] = delivery
-        with self._guard:
-            self._gone.discard(job.job_id)
+                self._in_memory[delivery.job_id] = delivery
 
     def _write(self, delivery: Delivery) -> None:
         data, note = self._path(delivery.job_id, ".data"), self._path(delivery.job_id, ".json")
@@ -141,10 +146,15 @@ class Outbox:
             waiting += self._in_memory.values()
         return sorted(waiting, key=lambda delivery: (delivery.kept_since_s, delivery.finished_at))
 
-    def retry_writing(self) -> None:
-        """Write what waits in memory, where the disk has room again."""
+    def catch_up(self) -> None:
+        """Write what waits in memory and remove what is gone, where the disk lets it again."""
         with self._guard:
-            waiting = list(self._in_memory.values())
+            gone, waiting = list(self._gone), list(self._in_memory.values())
+        for job_id in gone:
+            try:
+                self._remove_again(job_id)
+            except OSError:
+                return  # said when it was to go; it stays hidden
         for delivery in waiting:
             try:
                 self._write(delivery)
@@ -153,6 +163,20 @@ class Outbox:
             with self._guard:
                 self._in_memory.pop(delivery.job_id, None)
             log.info("picture is on disk now", extra={"op": "spool", "job_id": delivery.job_id})
+
+    def _remove_again(self, job_id: str) -> None:
+        with self._writing:
+            with self._guard:
+                if job_id not in self._gone:  # its picture has been made anew
+                    return
+            self._unlink(job_id)
+            with self._guard:
+                self._gone.discard(job_id)
+
+    def is_caught_up(self) -> bool:
+        """Whether the disk holds what waits and nothing that is gone."""
+        with self._guard:
+            return not self._gone and not self._in_memory
 
     def only_in_memory(self) -> list[str]:
         """The jobs whose pictures would be lost with the process."""
@@ -224,16 +248,19 @@ class Outbox:
         with self._guard:
             self._in_memory.pop(delivery.job_id, None)
         try:
-            self._path(delivery.job_id, ".json").unlink(missing_ok=True)
-            fsync_directory(self._folder)
-            self._path(delivery.job_id, ".data").unlink(missing_ok=True)
+            self._unlink(delivery.job_id)
         except OSError as error:
             with self._guard:
                 self._gone.add(delivery.job_id)
             log.error(
-                "delivered picture cannot be removed; it is offered again after a restart",
+                "delivered picture cannot be removed; that is tried again",
                 extra={"op": "spool", "job_id": delivery.job_id, "error": error.strerror},
             )
+
+    def _unlink(self, job_id: str) -> None:
+        self._path(job_id, ".json").unlink(missing_ok=True)
+        fsync_directory(self._folder)
+        self._path(job_id, ".data").unlink(missing_ok=True)
 
     def wake(self) -> None:
         """Let whoever waits in :meth:`wait` look again."""

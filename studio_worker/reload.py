@@ -75,7 +75,7 @@ def read_again(directory: Path, running: Config, policy: Policy) -> Reloaded:
     changed = tuple(_differences(running.settings, wanted.settings))
     settings = _with_live_keys(running.settings, wanted.settings)
     # Always: a token may have changed in its file.
-    new_policy = dataclasses.replace(policy_from(settings), on_end=policy.on_end)
+    new_policy = dataclasses.replace(policy_from(settings), on_end=policy.on_end, on_wait=policy.on_wait)
     # The same objects, or downloads under way and new ones would each take all that is allowed.
     if policy.limit and new_policy.limit and policy.limit.bytes_per_s == new_policy.limit.bytes_per_s:
         new_policy = dataclasses.replace(new_policy, limit=policy.limit)

@@ -41,6 +41,8 @@ class JobInHand:
         make_private(folder)
         self._folder = folder
         self._note = folder / "job-in-hand.json"
+        self._guard = threading.Lock()  # asked for a problem while a job begins
+        self._has_note_of_ended = False
         self._crashes_path = folder / "crashes.json"
         self._streak_path = folder / "crashes-in-a-row.json"
         crashes = _read_json(self._crashes_path) or {}
@@ -71,6 +73,10 @@ class JobInHand:
     def problem(self) -> str | None:
         """Why no job can be noted, in a few words, or ``None``."""
         problem = write_problem(self._folder)
+        if problem is None:
+            with self._guard:
+                if self._has_note_of_ended:
+                    self._clear()
         return None if problem is None else f"the folder for the job in hand takes nothing: {problem}"
 
     def is_poisoned(self, job_id: str) -> bool:
@@ -84,11 +90,14 @@ class JobInHand:
             "began_at": time.time(),
             "note_id": uuid.uuid4().hex,
         }
-        write_atomic(self._note, json.dumps(note).encode())
+        with self._guard:
+            write_atomic(self._note, json.dumps(note).encode())
+            self._has_note_of_ended = False
 
     def end(self) -> None:
         """The job in hand has ended: its result is in the outbox, or its failure is known."""
-        self._clear()
+        with self._guard:
+            self._clear()
         if self.crashes_in_a_row:
             self.crashes_in_a_row = 0
             with contextlib.suppress(OSError):  # a disk that takes nothing: some crashes too many are counted
@@ -99,7 +108,9 @@ class JobInHand:
             # Not synced: between two jobs the device waits for it. The next note syncs the folder, and a
             # power cut before that counts one crash too many of a job that has ended.
             self._note.unlink(missing_ok=True)
+            self._has_note_of_ended = False
         except OSError as error:
+            self._has_note_of_ended = True
             log.error("note of the job in hand stays", extra=_facts(self._note, error=error.strerror))
 
 

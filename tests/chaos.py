@@ -36,12 +36,13 @@ from rich.table import Table
 from studio_worker import sample_model
 from studio_worker.control import ask
 from studio_worker.demo import MODEL_ID, sample_source, write_configuration
-from studio_worker.errors import ControlError
+from studio_worker.errors import ControlError, StateUnavailable
 from studio_worker.local_studio import LocalStudio
 from studio_worker.local_studio.rules import JobStatus
 from studio_worker.local_studio.studio import DATABASE_NAME
 from studio_worker.service_process import ServiceProcess, ServiceProcessError
 from studio_worker.spool import poisoned_jobs
+from tests.chaos_disk import StateDisk
 from tests.chaos_proxy import ChaosProxy, UploadFault
 
 STALLED_S = 90.0
@@ -51,7 +52,7 @@ MARK = "a hidden castle"
 WEIGHTS = {
     "drop": 18, "kill studio": 7, "kill worker": 13, "stop worker": 6, "duplicate": 12, "pause": 7,
     "upload status": 12, "upload refused": 6, "upload swallowed": 8, "upload denied": 5, "upload cut": 6,
-    "upload slow": 8,
+    "upload slow": 8, "read-only disk": 8, "portal": 8, "broken IPv6": 8,
 }  # fmt: skip
 """How often each fault comes, relative to the others."""
 
@@ -154,14 +155,21 @@ class Soak:
         self._chance = random.Random(seed)
 
     def run(self) -> Account:
+        with contextlib.ExitStack() as ends:
+            self._run(ends)
+        return self._account
+
+    def _run(self, ends: contextlib.ExitStack) -> None:
         began = time.monotonic()
         with LocalStudio(self._folder / DATABASE_NAME, auto_approve=True) as studio:
             port = studio.port
+            work = self._folder / "work"
+            work.mkdir()
+            self._state = work / "state"
+            self._disk = ends.enter_context(StateDisk(self._state))
             with ChaosProxy(port) as proxy:
-                work = self._folder / "work"
-                work.mkdir()
+                self._environment = proxy.names(self._folder / "names")
                 self._config = write_configuration(studio, work)
-                self._state = work / "state"
                 text = (self._config / "config.toml").read_text()
                 text = text.replace(studio.base_url, proxy.url).replace("[log]", '[log]\nlevel = "debug"')
                 (self._config / "config.toml").write_text(text)
@@ -174,7 +182,6 @@ class Soak:
             self._judge(studio)
         self._check_state()
         self._account.seconds = time.monotonic() - began
-        return self._account
 
     # --- the jobs ---
 
@@ -241,7 +248,8 @@ class Soak:
         return bool(counts) and counts["done"] + counts["failed"] + min(left, counts["queued"]) == self._jobs
 
     def _do(self, fault: Fault) -> None:
-        self._account.faults[fault.kind] += 1
+        is_left_out = fault.kind == "read-only disk" and not self._disk.is_there
+        self._account.faults[fault.kind + " (left out: not root)" * is_left_out] += 1
         match fault.kind:
             case "drop":
                 self._proxy.drop()
@@ -262,9 +270,28 @@ class Soak:
                 self._service = self._start_worker()
             case "pause":
                 self._pause(fault.seconds)
+            case "portal":
+                self._proxy.open_portal(fault.seconds)
+            case "broken IPv6":
+                with self._proxy.broken_first_address():
+                    time.sleep(fault.seconds)
+            case "read-only disk":
+                with self._disk.read_only():
+                    time.sleep(fault.seconds)
+                self._await_start()
             case _:
                 kind: Any = fault.kind.removeprefix("upload ")
                 self._proxy.spoil_next_upload(UploadFault(kind, fault.status, fault.seconds))
+
+    def _await_start(self) -> None:
+        """A start that found the disk read-only has ended with 75; systemd would try again."""
+        try:
+            self._service.await_message("READY=1", STALLED_S)
+        except ServiceProcessError:
+            if self._service.process.poll() != StateUnavailable.exit_status:
+                raise
+            self._end_worker()
+            self._service = self._start_worker()
 
     def _pause(self, seconds: float) -> None:
         run = self._folder / "work" / "run"
@@ -300,7 +327,8 @@ class Soak:
         # What is on disk is what counts: a line about it may have gone down with the process.
         self._held = {json.loads(note.read_text())["job_id"] for note in self._notes()}
         self._account.processes += 1
-        return ServiceProcess(self._config, self._folder / f"service-{self._account.processes}.log")
+        log_path = self._folder / f"service-{self._account.processes}.log"
+        return ServiceProcess(self._config, log_path, self._environment)
 
     def _notes(self) -> Iterator[Path]:
         return (self._state / "outbox").glob("*.json")

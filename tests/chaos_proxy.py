@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import json
+import os
 import re
 import socket
 import struct
 import threading
-from collections.abc import Coroutine
+import time
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
-_PIECE = 16 * 1024
+from tests.servers import black_hole
+
 _MAX_HEAD = 64 * 1024
+_PAGE = b"<!DOCTYPE html><html><title>Welcome</title>Sign in to use this network.</html>"
 
 UploadKind = Literal["status", "refused", "swallowed", "denied", "cut", "slow"]
 
@@ -47,7 +53,10 @@ class Session:
 
 
 class ChaosProxy:
-    """Listens on a free port of 127.0.0.1 and forwards to ``port``; a context manager, for any thread."""
+    """Listens on a free port of two addresses and forwards to ``port``; a context manager, for any thread.
+
+    Both are addresses of ``localhost`` for a process with :meth:`names` in its environment, IPv6 first.
+    """
 
     def __init__(self, port: int) -> None:
         self._studio_port = port
@@ -55,6 +64,7 @@ class ChaosProxy:
         self._sessions: set[Session] = set()
         self._uploads: collections.deque[UploadFault] = collections.deque()
         self._duplicates = 0
+        self._portal_until = 0.0
         self._changed = threading.Condition()
         self.counts: collections.Counter[str] = collections.Counter()
         """Frames by type, uploads, and the faults that really happened."""
@@ -62,8 +72,15 @@ class ChaosProxy:
         self._thread = threading.Thread(target=self._loop.run_forever, name="chaos-proxy", daemon=True)
         self._thread.start()
         listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._server = self._do(asyncio.start_server(self._serve, sock=listener, limit=_MAX_HEAD))
+        self._port = listener.getsockname()[1]
+        self.url = f"http://localhost:{self._port}"
+        self._server = self._listen(listener)
+        try:
+            self._first = "::1"
+            self._first_server = self._listen(self._first_listener())
+        except OSError:  # this machine has no IPv6; what is told of it holds of any address
+            self._first = "127.0.0.2"
+            self._first_server = self._listen(self._first_listener())
 
     def __enter__(self) -> Self:
         return self
@@ -71,6 +88,7 @@ class ChaosProxy:
     def __exit__(self, *_: object) -> None:
         async def end() -> None:
             self._server.close()
+            self._first_server.close()
             tasks = asyncio.all_tasks() - {asyncio.current_task()}
             for task in tasks:
                 task.cancel()
@@ -80,6 +98,21 @@ class ChaosProxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def names(self, folder: Path) -> dict[str, str]:
+        """An environment in which ``localhost`` has both addresses; ``folder`` takes what that needs."""
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(
+            "import socket\n"
+            "real = socket.getaddrinfo\n"
+            "def both(host, *rest, **named):\n"
+            "    if host != 'localhost':\n"
+            "        return real(host, *rest, **named)\n"
+            f"    first, second = (real(name, *rest, **named) for name in ('{self._first}', '127.0.0.1'))\n"
+            "    return first + second\n"
+            "socket.getaddrinfo = both\n"
+        )
+        return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
     # --- orders ---
 
@@ -96,6 +129,20 @@ class ChaosProxy:
                 self._count("stall")
 
         self._loop.call_soon_threadsafe(stall)
+
+    def open_portal(self, seconds: float) -> None:
+        """For so long a network's sign-in page answers for the studio, with 200; the sessions are gone."""
+        self._portal_until = time.monotonic() + seconds
+        self.drop()
+
+    @contextlib.contextmanager
+    def broken_first_address(self) -> Iterator[None]:
+        """The first address, IPv6, swallows what is sent to it; the sessions are gone."""
+        self._do(self._close_first())
+        with black_hole(self._first, self._port):
+            self.drop()
+            yield
+        self._first_server = self._listen(self._first_listener())
 
     def duplicate_next_offer(self) -> None:
         """The next offer goes out twice."""
@@ -114,6 +161,18 @@ class ChaosProxy:
     def _do(self, what: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(what, self._loop).result()
 
+    def _listen(self, listener: socket.socket) -> asyncio.Server:
+        server = self._do(asyncio.start_server(self._serve, sock=listener, limit=_MAX_HEAD))
+        assert isinstance(server, asyncio.Server)
+        return server
+
+    def _first_listener(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self._first else socket.AF_INET
+        return socket.create_server((self._first, self._port), family=family)
+
+    async def _close_first(self) -> None:
+        self._first_server.close()
+
     def _count(self, what: str) -> None:
         with self._changed:
             self.counts[what] += 1
@@ -129,6 +188,11 @@ class ChaosProxy:
         upstream: asyncio.StreamWriter | None = None
         try:
             head = await reader.readuntil(b"\r\n\r\n")
+            if time.monotonic() < self._portal_until:
+                await reader.readexactly(_length(head))
+                self._count("portal")
+                await _answer(writer, 200, _PAGE)
+                return
             from_studio, upstream = await asyncio.open_connection("127.0.0.1", self._studio_port)
             if b"/connect HTTP" in head.partition(b"\r\n")[0]:
                 # Frames are to be read here, so nobody is to compress them.
@@ -160,8 +224,7 @@ class ChaosProxy:
         from_studio: asyncio.StreamReader,
         upstream: asyncio.StreamWriter,
     ) -> None:
-        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
-        body = await reader.readexactly(int(length[1]) if length else 0)
+        body = await reader.readexactly(_length(head))
         kind = fault.kind if fault else None
         if fault is not None:
             self._count(fault.kind)
@@ -267,8 +330,15 @@ async def _frames(reader: asyncio.StreamReader) -> Any:
         yield raw, content
 
 
-async def _answer(writer: asyncio.StreamWriter, status: int) -> None:
-    writer.write(f"HTTP/1.1 {status} Chaos\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+def _length(head: bytes) -> int:
+    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+    return int(length[1]) if length else 0
+
+
+async def _answer(writer: asyncio.StreamWriter, status: int, page: bytes = b"") -> None:
+    kind = "Content-Type: text/html\r\n" if page else ""
+    head = f"HTTP/1.1 {status} Chaos\r\n{kind}Content-Length: {len(page)}\r\nConnection: close\r\n\r\n"
+    writer.write(head.encode() + page)
     await writer.drain()
 
 

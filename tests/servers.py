@@ -351,13 +351,14 @@ def raw_server(answer: bytes) -> Iterator[str]:
 @contextlib.contextmanager
 def black_hole(address: str, port: int) -> Iterator[None]:
     """``address`` takes no connection and refuses none: whoever connects to it waits."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with contextlib.ExitStack() as held:
-        listener = held.enter_context(socket.socket())
+        listener = held.enter_context(socket.socket(family))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((address, port))
         listener.listen(0)
         for _ in range(4):  # the queue is full then: what comes after is dropped without an answer
-            filling = held.enter_context(socket.socket())
+            filling = held.enter_context(socket.socket(family))
             filling.setblocking(False)
             filling.connect_ex((address, port))
         yield

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.chaos import WEIGHTS, script, soak
 
-FAULTS = 14
+FAULTS = 17
 
 
 def test_soak_under_chaos_loses_nothing_and_makes_nothing_twice(tmp_path: Path) -> None:

@@ -298,6 +298,32 @@ def test_courier_delivers_from_memory_what_the_disk_did_not_take(outbox: Outbox)
     assert b"bytes of a" in server.heard[0].body
 
 
+def test_courier_rids_a_mended_disk_of_what_it_delivered(
+    outbox: Outbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a disk did not let go after its delivery goes once the disk is mended, without a further job."""
+    is_gone = threading.Event()
+    real = Path.unlink
+    refused: list[Path] = []
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".json" and len(refused) < 3:
+            refused.append(path)
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        real(path, missing_ok=missing_ok)
+        if path.suffix == ".data":
+            is_gone.set()
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    patience = Patience(disk_s=0.02)
+    with ScriptedHttp(OK) as server, courier(outbox, server.url, patience) as (_, told, _):
+        add(outbox, "job-1")
+        told.await_count(1)
+        assert is_gone.wait(LIMIT_S)
+    assert len(refused) == 3
+    assert not [path for path in (tmp_path / "outbox").iterdir() if path.suffix in {".json", ".data"}]
+
+
 @pytest.mark.usefixtures("full_disk")
 def test_courier_stopped_reports_what_only_memory_holds(outbox: Outbox) -> None:
     """A picture that would be lost with the process is given back as a job, with the reason."""

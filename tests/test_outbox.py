@@ -211,7 +211,7 @@ def test_outbox_keeps_a_picture_the_disk_does_not_take_in_memory(
     with full_disk():
         outbox.add(job(prompt="p" * prompt_bytes), picture(content), {"generate": 1.0})
         assert names(folder) == set()
-        outbox.retry_writing()
+        outbox.catch_up()
         (delivery,) = outbox.oldest()
     assert (delivery.job_id, delivery.read(), delivery.timings_s) == ("job-1", content, {"generate": 1.0})
     assert outbox.holds("job-1")
@@ -220,7 +220,7 @@ def test_outbox_keeps_a_picture_the_disk_does_not_take_in_memory(
     assert "does not take" in (outbox.fullness() or "")
     assert caplog.messages == ["picture cannot be written and waits in memory; make room on the disk"]
 
-    outbox.retry_writing()
+    outbox.catch_up()
 
     assert outbox.only_in_memory() == []
     assert outbox.fullness() is None
@@ -386,6 +386,35 @@ def test_outbox_that_cannot_remove_delivers_nothing_twice(
     assert caplog.records[0].__dict__["error"] == "Read-only file system"
     outbox.add(job(), picture(b"another"), {})
     assert outbox.holds("job-1")
+
+
+def test_outbox_removes_what_is_delivered_once_the_disk_lets_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is mended is rid of what was delivered meanwhile, at once and not at the next start; a
+    picture that came for the same job since then stays.
+    """
+    outbox = Outbox(folder)
+    for job_id in ("job-1", "job-2"):
+        outbox.add(job(job_id), picture(), {})
+
+    def read_only(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", read_only)
+        for delivery in outbox.oldest():
+            outbox.remove(delivery)
+        outbox.catch_up()
+        assert not outbox.is_caught_up()
+    outbox.add(job("job-2"), picture(b"another"), {})
+
+    outbox.catch_up()
+
+    assert outbox.is_caught_up()
+    (left,) = Outbox(folder).oldest()
+    assert (left.job_id, left.read()) == ("job-2", b"another")
+    assert len(list(folder.glob("*.data"))) == 1
 
 
 def test_outbox_leaves_nothing_of_a_picture_it_cannot_describe(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import signal
@@ -219,6 +220,22 @@ def test_unchanged_limits_are_shared_with_downloads_under_way(tmp_path: Path) ->
     changed = read_again(tmp_path, running, policy).policy
     assert changed.limit is not None
     assert (changed.limit.bytes_per_s, changed.connections.most) == (6e6, 7)
+
+
+def test_downloads_after_a_reload_are_told_of_as_before(tmp_path: Path) -> None:
+    """Who hears of ends and waits of downloads, the metrics and the log, hears of them after a reload too."""
+    write(tmp_path, "download_limit_mb_s = 5\n")
+    running = config.load(tmp_path)
+    told: list[tuple[object, ...]] = []
+    policy = dataclasses.replace(
+        policy_from(running.settings),
+        on_end=lambda *facts: told.append(facts),
+        on_wait=lambda *facts: told.append(facts),
+    )
+    reloaded = read_again(tmp_path, running, policy).policy
+    reloaded.on_end(True, 3)
+    reloaded.on_wait("the host allows no more", 2.0)
+    assert told == [(True, 3), ("the host allows no more", 2.0)]
 
 
 # --- required models that come later ---

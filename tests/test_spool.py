@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import stat
 from pathlib import Path
@@ -68,6 +69,28 @@ def test_job_that_ended_is_no_crash(folder: Path) -> None:
     in_hand.end()  # twice is as good as once
 
     assert JobInHand(folder).recover() is None
+
+
+def test_job_that_ended_on_a_read_only_disk_is_no_crash(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A note that the disk did not let go is removed once it does, before another job is taken; the note of
+    a job begun since then stays.
+    """
+    in_hand = JobInHand(folder)
+
+    def read_only(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    for is_begun in (False, True):
+        in_hand.begin(job("job-1"))
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", read_only)
+            in_hand.end()
+        if is_begun:
+            in_hand.begin(job("job-2"))
+        assert in_hand.problem() is None
+        assert JobInHand(folder).recover() == ("job-2" if is_begun else None)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"job_id": 5}', b"\0\0\0", b"\xff\xfe"])

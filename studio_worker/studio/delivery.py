@@ -48,11 +48,14 @@ _OFFER_MAY_CROSS_S = 10.0
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds between tries: doubled from ``base_s`` to ``cap_s``, shortened by jitter."""
+    """Seconds between tries: doubled from ``base_s`` to ``cap_s``, shortened by jitter; ``disk_s`` between
+    those to write and remove what a disk does not let be written and removed.
+    """
 
     base_s: float = 1.0
     cap_s: float = 60.0
     token_refused_s: float = _TOKEN_REFUSED_DELAY_S
+    disk_s: float = 10.0
 
 
 class _Wait:
@@ -158,13 +161,15 @@ class Courier:
         """Try what is due once; returns the seconds until the next try, ``None`` = nothing waits."""
         for delivery, reason in self._outbox.expire():
             self._on_lost(delivery.job_id, f"the picture was dropped undelivered: {reason}")
-        self._outbox.retry_writing()
+        self._outbox.catch_up()
         waiting = self._outbox.oldest()
         self._forget_others({delivery.job_id for delivery in waiting})
         for delivery in waiting:
             if self._due_in_s(delivery.job_id) <= 0.0:
                 self._try(credentials, delivery)
         left = [self._due_in_s(d.job_id) for d in waiting if self._outbox.holds(d.job_id)]
+        if not self._outbox.is_caught_up():
+            left.append(self._patience.disk_s)
         return max(0.0, min(left)) if left else None
 
     def _due_in_s(self, job_id: str) -> float:
