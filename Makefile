@@ -43,7 +43,7 @@ gpu-check: ## Prove on this box's GPU what only a GPU can: 8 minutes at most, a 
 soak: $(STAMP) ## 300 jobs in one process, models and LoRAs in turn: does its memory grow? (about 5 minutes)
 	$(BIN)/python -W ignore -m tests.soak_engine
 
-chaos: $(STAMP) ## Soak: 500 jobs while studio, network and worker fail 110 times (SEED=1; about 10 minutes)
+chaos: $(STAMP) ## Soak: 500 jobs while studio, network and worker fail 110 times (SEED=1; about 15 minutes)
 	$(BIN)/python -m tests.chaos --seed $(or $(SEED),1)
 
 docs: $(STAMP) ## Renew man pages and shell completions from the program and config.toml
