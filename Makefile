@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := packaging/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: docs help demo test test-deb cuda-build lint bench gpu-check soak chaos check venv clean deb lock
+.PHONY: docs help demo test test-deb cuda-build lint bench gpu-check soak chaos fuzz check venv clean deb lock
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ soak: $(STAMP) ## 300 jobs in one process, models and LoRAs in turn: does its me
 
 chaos: $(STAMP) ## Soak: 500 jobs while studio, network and worker fail 110 times (SEED=1; about 15 minutes)
 	$(BIN)/python -m tests.chaos --seed $(or $(SEED),1)
+
+fuzz: $(STAMP) ## Feed what reads from outside odd input (SECONDS=600 each of 6; TARGET=bundles alone)
+	$(BIN)/python -m tests.fuzz $(TARGET) --seconds $(or $(SECONDS),600) --seed $(or $(SEED),1)
 
 docs: $(STAMP) ## Renew man pages and shell completions from the program and config.toml
 	$(BIN)/python packaging/docs/make.py

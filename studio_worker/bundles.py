@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import lzma
 import os
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +27,7 @@ from studio_worker.logs import safe_url
 from studio_worker.models import FileName, ModelFile, RequiredModel, Sha256
 from studio_worker.owner import written_by_caller
 from studio_worker.store import Store, store_errors
+from studio_worker.tars import open_tar
 
 Told = Callable[["BundledFile", int], None]
 """Called as bytes of a file are read: (file, bytes so far)."""
@@ -249,11 +248,8 @@ def _opened(source: Path, file: IO[bytes] | None) -> Iterator[tarfile.TarFile | 
             raise StoreError(f"{source}: is no bundle: it holds no {_MANIFEST}")
         yield None
         return
-    try:
-        with tarfile.open(source, "r:*", fileobj=file) as tar:  # packed again by hand, it may be compressed
-            yield tar
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise StoreError(f"{source}: is no bundle, or a damaged one: {error}") from error
+    with open_tar(source, file) as tar:
+        yield tar
 
 
 def _size(source: Path, bundle: tarfile.TarFile | None, name: str) -> int:

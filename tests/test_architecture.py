@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "__init__ errors sample_model files journal process crowd plain",
         "networks connecting torch_build",
         "compatibility logs notify models urls lock config_files wording spans policy pace formats scrapes "
-        "certificates",
+        "certificates tars",
         "nodes jobs required settings finished outbox_clock staging request ledger leftovers copying ram",
         "snapshot starts control holding owner driver nvml breaker",
         "transport health",

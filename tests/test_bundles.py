@@ -223,6 +223,36 @@ def test_import_refuses_what_is_no_bundle(tmp_path: Path, kind: str) -> None:
         import_bundle(Store(tmp_path / "empty"), source)
 
 
+def tar_header(kind: bytes, size: int, content: bytes = b"") -> bytes:
+    """A header of a tar file, its size in binary as GNU tar has large ones, and what follows it."""
+    header = bytearray(512)
+    header[:1], header[156:157], header[257:265] = b"a", kind, b"ustar\x0000"
+    header[124:136] = (size % 2**96).to_bytes(12, "big") if size < 0 else b"\x80" + size.to_bytes(11, "big")
+    header[148:156] = b"%06o\0 " % (sum(header) + 8 * ord(" "))
+    return bytes(header) + content + bytes(-len(content) % 512)
+
+
+ODD_TARS = {
+    "a size below zero": tar_header(b"0", 0) + tar_header(b"0", -512),
+    "a size below zero in its notes": tar_header(b"x", 14, b"14 size=-2048\n") + tar_header(b"0", 0),
+    "a size beyond any disk": tar_header(b"0", 2**80),
+    "a name beyond memory": tar_header(b"L", 2**45),
+    "a name of 2 MB": tar_header(b"L", 2 * 2**20, b"x" * 2 * 2**20) + tar_header(b"0", 0),
+    "names of names": 2000 * tar_header(b"L", 2, b"bc") + tar_header(b"0", 0),
+    "holes that are no numbers": tar_header(b"x", 20, b"20 GNU.sparse.map=x\n") + tar_header(b"0", 0),
+    "30,000 members": 30_000 * tar_header(b"0", 0),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_TARS)
+def test_import_refuses_a_tar_that_would_lead_its_reader_astray(kind: str, tmp_path: Path) -> None:
+    """Headers with which Python's own reader never ends, takes all memory or fails are a damaged bundle."""
+    path = tmp_path / "bundle.tar"
+    path.write_bytes(ODD_TARS[kind] + bytes(1024))
+    with pytest.raises(StoreError, match=r"bundle\.tar: is no bundle, or a damaged one: "):
+        import_bundle(Store(tmp_path / "empty"), path)
+
+
 @SUFFIXES
 def test_import_takes_no_more_than_was_announced(
     full: Store, required: RequiredModel, tmp_path: Path, suffix: str

@@ -21,6 +21,7 @@ from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, LocalFile
 from tests.engine_lab import SAMPLE, decoded, encoded, request, scene
+from tests.test_engine_odd_headers import written as with_metadata
 
 torch.set_num_threads(1)
 
@@ -292,6 +293,18 @@ def test_file_that_is_refused(engine: DiffusionEngine, plain: Tensors, tmp_path:
         make(engine, SAMPLE, written(tmp_path / "broken.safetensors", tensors))
     assert caught.value.is_final_here
     assert not engine.resident()
+
+
+def test_odd_metadata_change_nothing(engine: DiffusionEngine, plain: Tensors, tmp_path: Path) -> None:
+    """A LoRA works, at the strength that it says, where its metadata hold numbers and lists too."""
+    tensors = {}
+    for index, layer in enumerate(layers(plain, "to_v")):
+        down, up = factors(plain, layer, index)
+        tensors |= {f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}
+    said = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 1})}
+    lora = written(tmp_path / "style.safetensors", tensors, **said)
+    odd = with_metadata(tmp_path / "odd.safetensors", tensors, said | {"epoch": 5, "tags": ["a"]})
+    assert make(engine, SAMPLE, odd._replace(role="lora")).data == make(engine, SAMPLE, lora).data
 
 
 def test_metadata_that_cannot_be_read_is_refused(

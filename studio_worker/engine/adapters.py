@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from studio_worker.engine.lora_branches import Branch
@@ -21,6 +21,7 @@ from studio_worker.engine.lora_changes import Change, changes
 from studio_worker.engine.lora_places import PlacedLora
 from studio_worker.engine.loras import Lora
 from studio_worker.engine.packed import PackedLinear
+from studio_worker.engine.safetensors_files import open_safetensors
 from studio_worker.errors import FileDamaged, JobImpossible
 
 _LOG = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ def _read(placed: PlacedLora) -> list[dict[str, torch.Tensor]]:
     """
     path = placed.lora.file.path
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path, "cpu") as file:
             read = [
                 {role: file.get_tensor(name).clone() for role, name in adapter.names.items()}
                 for adapter, _ in placed.adapters

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from safetensors import safe_open
-
 from studio_worker.engine.checkpoint import read_checkpoint
 from studio_worker.engine.lora_adapter import Adapter
+from studio_worker.engine.safetensors_files import metadata
 from studio_worker.errors import JobImpossible, NotServed
 from studio_worker.models import LocalFile
 
@@ -167,8 +166,7 @@ def _within(layer: str, settings: Mapping[str, Scaling]) -> tuple[str, str]:
 
 def _settings(file: LocalFile) -> dict[str, Scaling]:
     """What the header says of the strength, by component."""
-    with safe_open(file.path, framework="numpy") as opened:
-        text = (opened.metadata() or {}).get(_SETTINGS, "")
+    text = metadata(file.path).get(_SETTINGS, "")
     try:
         said = json.loads(text) if text else {}
         by_component: dict[str, dict[str, Any]] = {}

@@ -75,6 +75,22 @@ def odd_header(path: Path) -> OddHeader | None:
     return OddHeader(entries, plain)
 
 
+def metadata(path: Path) -> Mapping[str, str]:
+    """What the file at ``path`` says of itself, in words.
+
+    Raises:
+        SafetensorError: it is no whole file.
+        OSError: the disk does not give it.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        if (header := odd_header(path)) is None:
+            raise
+        return header.metadata
+
+
 def _entry(stated: Any, base: int) -> Entry:
     start, end = stated["data_offsets"]
     shape = tuple(stated["shape"])
