@@ -68,8 +68,8 @@ class StudioWorkerError(Exception):
 
     @property
     def retryable(self) -> bool:
-        """What the studio is told of a job that ended so."""
-        return not self.is_jobs_fault
+        """Whether another try on this box may end otherwise."""
+        return not self.is_final_here
 
 
 class ConfigError(StudioWorkerError):

@@ -177,7 +177,7 @@ class Worker:
             self._report(job, self._cancel.reason, retryable=True, handed_back=True)
         except (JobError, DownloadError) as error:
             judged = self._judged(error)
-            self._report(job, str(error), retryable=judged.retryable)
+            self._report(job, str(error), retryable=not judged.is_jobs_fault)
             self._health.failed(job, judged)
         except DeviceError as error:
             # What the engine was at work on may have killed it: the note stays, for the next start to count.
