@@ -186,7 +186,8 @@ def patterns() -> Iterator[tuple[str, str | bytes, int, str]]:
                 continue
             method = ast.unparse(node.func)[3:]
             if method == "compile":
-                used = set(re.findall(rf"\b{names.get(id(node), '?')}\.(\w+)\(", content)) & _METHODS
+                name = names.get(id(node))  # none where it stands in an expression
+                used = set(re.findall(rf"\b{name}\.(\w+)\(", content) if name else ()) & _METHODS
                 flags = [ast.unparse(each) for each in node.args[1:]]
             else:
                 used, flags = {method} & _METHODS, []
