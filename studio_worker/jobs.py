@@ -18,8 +18,8 @@ from studio_worker.models import CAMEL, Count, Label, ModelSource
 from studio_worker.plain import REPLACEMENT, plain_lines
 
 MAX_PROMPT_BYTES = 128 * 1024
-"""In UTF-8. The longest text encoder served reads 1,024 tokens, some 5,000 letters, and cuts off what is beyond,
-as stable-diffusion.cpp does, so that ten thousand words still make a picture."""
+"""In UTF-8. The longest text encoder served reads 1,024 tokens, some 5,000 letters, and cuts off what is
+beyond, as stable-diffusion.cpp does, so that ten thousand words still make a picture."""
 
 
 def _readable(prompt: str) -> str:
