@@ -285,7 +285,7 @@ _NOTES = {
     **{"GNU.sparse.numblocks": "2", "GNU.sparse.offset": "0", "GNU.sparse.numbytes": "1"},
     **{"GNU.sparse.name": "z", "GNU.sparse.realsize": "20"},
 }
-_VALUES = ("", "-1", "x", "1e999", "9" * 30, "\0", "files/" + SHA256)
+_VALUES = ("", "-1", "-2048", "x", "1e999", "9" * 30, "\0", "files/" + SHA256)
 
 
 @st.composite
@@ -298,10 +298,14 @@ def bundles(draw: Draw) -> bytes:
     is_longer = kind != tarfile.USTAR_FORMAT and bool(notes)
     made = _tar(manifest, kind, notes if is_longer else {})
     data = bytearray(draw(changed_bytes([made], reach=draw(st.sampled_from([1024, 2**20])))))
-    for at in range(0, len(data) - 511, 512):
-        if data[at + 257 : at + 262] == b"ustar":
-            data[at + 148 : at + 156] = b" " * 8
-            data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    heads = [at for at in range(0, len(data) - 511, 512) if data[at + 257 : at + 262] == b"ustar"]
+    if heads and draw(st.booleans()):
+        at = draw(st.sampled_from(heads))
+        size = draw(st.sampled_from([-2048, -1024, -512, 0, 2**31, 2**45, 2**80]))
+        data[at + 124 : at + 136] = (size % 2**96 | 2**95).to_bytes(12, "big")  # as GNU tar has large ones
+    for at in heads:
+        data[at + 148 : at + 156] = b" " * 8
+        data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
     pack = draw(st.sampled_from([bytes, bytes, gzip.compress, bz2.compress, lzma.compress]))
     packed = pack(bytes(data))
     return packed if pack is bytes else draw(changed_bytes([packed]))
