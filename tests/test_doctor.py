@@ -45,6 +45,7 @@ from studio_worker.snapshot import EndedJob, HealthFacts, HeldFacts, ProcessFact
 from studio_worker.starts import Starts
 from studio_worker.studio.identity import Identity, IdentityFile
 from tests.fake_driver import build_driver
+from tests.nobody import open_above, told_to_nobody
 from tests.servers import raw_server, refused_url
 from tests.test_nodes import ALL, CLOSED, bus, machine
 from tests.test_service import READY_S
@@ -199,22 +200,14 @@ def test_doctor_by_a_user_who_may_not_look(tmp_path: Path) -> None:
     box = dataclasses.replace(box_with(tmp_path, '[worker]\ndevice = "cpu"\n'), root=Path("/"))
     IdentityFile(tmp_path / "state" / "identity.json").save(Identity("i"))
     (tmp_path / "models").chmod(0o700)
-    for folder in tmp_path.parents[:2]:
-        folder.chmod(0o755)
-    tmp_path.chmod(0o755)
-    ours, theirs = os.pipe()
-    if os.fork() == 0:
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
+    open_above(tmp_path)
+
+    def ask() -> str:
         names = {"registration", "models", "last errors", "disk speed", "service", "permissions"}
         found = examine(box, [check for check in CHECKS if check.name in names])
-        os.write(theirs, json.dumps([vars(finding) for finding in found]).encode())
-        os._exit(0)
-    os.close(theirs)
-    with os.fdopen(ours) as answer:
-        findings = [Finding(**each) for each in json.load(answer)]
-    os.wait()
+        return json.dumps([vars(finding) for finding in found])
+
+    findings = [Finding(**each) for each in json.loads(told_to_nobody(ask))]
     assert not [f for f in findings if "check itself failed" in f.text]
     by_name = {finding.check: finding for finding in findings}
     for name in ("registration", "last errors", "disk speed"):

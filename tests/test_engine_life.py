@@ -69,7 +69,7 @@ class SlowMachine:
 def machine(monkeypatch: pytest.MonkeyPatch) -> SlowMachine:
     made = SlowMachine()
     monkeypatch.setattr("studio_worker.worker.time", SimpleNamespace(monotonic=lambda: made.now))
-    is_mapped, load_part, open_file = reading.dequantised, loading.load_part, reading.safe_open
+    is_mapped, load_part, open_file = reading.dequantised, loading.load_part, reading.open_safetensors
 
     class SlowFile:
         """A safetensors file on a slow disk."""
@@ -99,7 +99,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SlowMachine:
             made.slow_down(component)
         return component
 
-    monkeypatch.setattr(reading, "safe_open", SlowFile)
+    monkeypatch.setattr(reading, "open_safetensors", SlowFile)
     monkeypatch.setattr("studio_worker.engine.loading.dequantised", copied)
     monkeypatch.setattr(loading, "load_part", loaded)
     return made

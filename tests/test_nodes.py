@@ -22,6 +22,7 @@ from studio_worker.nodes import (
 )
 from studio_worker.service_process import ServiceProcess
 from studio_worker.snapshot import Snapshot
+from tests.nobody import open_above, told_to_nobody
 from tests.test_service import READY_S
 
 CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n"
@@ -162,19 +163,8 @@ def test_node_that_may_not_be_opened_names_user_and_groups(tmp_path: Path) -> No
     machine(tmp_path, *ALL)
     for name in ALL:
         (tmp_path / "dev" / name).chmod(0o660)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    ours, theirs = os.pipe()
-    if os.fork() == 0:
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
-        os.write(theirs, (driver_problem(tmp_path) or "nothing").encode())
-        os._exit(0)
-    os.close(theirs)
-    with os.fdopen(ours) as answer:
-        said = answer.read()
-    os.wait()
+    open_above(tmp_path)
+    said = told_to_nobody(lambda: driver_problem(tmp_path) or "nothing")
     assert "may not open /dev/nvidiactl" in said
     assert "video and render" in said
 

@@ -59,7 +59,7 @@ def server() -> Iterator[FileServer]:
 def required(model_id: str, *files: ServedFile, size: int | None = None) -> RequiredModel:
     return RequiredModel(
         id=model_id,
-        engine="sdcpp",
+        engine="sd-cpp",
         files=tuple(
             ModelFile(role="model", url=file.url, filename="m.gguf", sha256=file.sha256, approx_bytes=size)
             for file in files
