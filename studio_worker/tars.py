@@ -13,7 +13,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from studio_worker.errors import StoreError
 
@@ -23,11 +23,6 @@ _MAX_MEMBERS = 20_000
 _MAX_NOTE_BYTES = 2**20
 """Of a header that says more of the next one: a long name, notes. They are read into memory as they are."""
 
-_NOTES = {
-    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
-    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
-}
-
 _DAMAGE = (
     *(tarfile.TarError, EOFError, zlib.error, lzma.LZMAError),
     *(ValueError, TypeError, LookupError, OverflowError, RecursionError, MemoryError),
@@ -35,13 +30,27 @@ _DAMAGE = (
 """What reading a tar file that someone made up may end in, beside what the disk says."""
 
 
+class _Sparing:
+    """``file``, of which nobody reads more at once than a header may say."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_NOTE_BYTES:
+            raise tarfile.ReadError(f"a name or note of {size} bytes")
+        data: bytes = self.file.read(size)
+        return data
+
+
 class _Header(tarfile.TarInfo):
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        header = super().frombuf(buf, encoding, errors)
-        if header.type in _NOTES and header.size > _MAX_NOTE_BYTES:
-            raise tarfile.ReadError(f"a name or note of {header.size} bytes")
-        return header
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        # Here, since what has been unpacked is seen nowhere else.
+        if tarfile.fileobj is not None and not isinstance(tarfile.fileobj, _Sparing):
+            tarfile.fileobj = _Sparing(tarfile.fileobj)  # type: ignore[assignment]
+        return super().fromtarfile(tarfile)
 
 
 @contextlib.contextmanager
@@ -56,6 +65,8 @@ def open_tar(source: Path, file: IO[bytes] | None = None) -> Iterator[tarfile.Ta
         # Packed again by hand, it may be compressed.
         with tarfile.open(source, "r:*", fileobj=file, tarinfo=_Header) as tar:
             _check(tar)
+            if isinstance(tar.fileobj, _Sparing):
+                tar.fileobj = tar.fileobj.file
             yield tar
     except _DAMAGE as error:
         why = str(error) or type(error).__name__

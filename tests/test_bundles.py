@@ -249,7 +249,10 @@ def test_import_refuses_a_tar_that_would_lead_its_reader_astray(kind: str, tmp_p
     """Headers with which Python's own reader never ends, takes all memory or fails are a damaged bundle."""
     path = tmp_path / "bundle.tar"
     path.write_bytes(ODD_TARS[kind] + bytes(1024))
-    with pytest.raises(StoreError, match=r"bundle\.tar: is no bundle, or a damaged one: "):
+    # For a mended Python (CVE-2025-8194) a tar file ends before such a header.
+    with pytest.raises(
+        StoreError, match=r"bundle\.tar: (is no bundle, or a damaged one|manifest\.json is miss)"
+    ):
         import_bundle(Store(tmp_path / "empty"), path)
 
 

@@ -52,7 +52,7 @@ def test_metrics_come_by_port_and_by_file(box: Box) -> None:
     box.configure(metrics={"listen": "127.0.0.1:9464", "textfile": f"{folder}/studio-worker.prom"})
     assert not box.start(check=False)
     assert box.show("ExecMainStatus") == "78"
-    assert "give the unit ReadWritePaths= for its folder" in box.tail()
+    assert f"ReadWritePaths={folder}" in box.tail()
     box.drop_in("[Service]", f"ReadWritePaths={folder}")
     box.start()
     box.await_online()

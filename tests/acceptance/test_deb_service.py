@@ -48,9 +48,12 @@ def test_provisioning_longer_than_the_start_limit_ends_in_ready(box: Box) -> Non
 
 
 def test_stalled_mirror_fails_the_start_in_bounded_time(box: Box) -> None:
-    """A mirror that sends nothing more does not hold the start for ever; the journal says what was wrong."""
+    """A mirror that sends nothing more does not hold the start for ever, though all tries may take longer
+    than TimeoutStartSec; the journal says what was wrong.
+    """
     with FileServer() as server:
         file = server.serve("/stalled.safetensors", b"x" * 100_000, hold_after=0)
+        box.configure(models={"stall_timeout_s": 3.0})
         box.require("stalled", file.url, file.sha256)
         box.drop_in("[Service]", "TimeoutStartSec=20", "Restart=no")
         began = time.monotonic()
@@ -58,11 +61,10 @@ def test_stalled_mirror_fails_the_start_in_bounded_time(box: Box) -> None:
         took_s = time.monotonic() - began
         file.release()
     figures.note("stalled mirror with TimeoutStartSec=20", f"start failed after {took_s:.0f} s")
-    assert box.show("Result") in {"timeout", "exit-code"}
+    assert box.show("Result") == "exit-code"
     assert took_s < 60
-    journal = box.tail()
-    assert "stalled" in journal
-    assert "service ready" not in journal
+    assert "stalled.safetensors: streaming body" in box.log_lines()[-1]["error"]
+    assert "service ready" not in box.messages()
 
 
 def test_wrong_hash_is_never_ready(box: Box) -> None:
