@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from studio_worker.engine.images import any_white
+
 Levels = NDArray[np.uint8]
 """A picture (height, width, 3) of 0 to 255."""
 White = NDArray[np.bool_]
@@ -92,8 +94,7 @@ def shown(picture: Levels, mask: White, hole: Hole) -> tuple[Levels, White]:
         # colours over what is around it.
         height, width = _shown_size(hole)
         levels = np.asarray(Image.fromarray(levels).resize((width, height), Image.Resampling.BOX))
-        share = Image.fromarray(white.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
-        white = np.asarray(share) > 0
+        white = any_white(white, (width, height))
     missing = [(0, SIDE_PX - size) for size in white.shape]
     return np.pad(levels, [*missing, (0, 0)], mode="symmetric"), np.pad(white, missing, mode="symmetric")
 

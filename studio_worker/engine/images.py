@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from studio_worker.engine.bare_pictures import bare
@@ -84,7 +85,7 @@ def decode_picture(
         JobImpossible: not a picture of a known format, damaged, too large, or too costly to decode.
         JobError: a web page came in its place: another worker may get the picture.
     """
-    picture = _decoded(data, what, "white", check)
+    picture = decode_upright(data, what, check=check)
     return picture if picture.size == (width, height) else _box_filtered(picture, width, height)
 
 
@@ -96,12 +97,17 @@ def decode_reference(data: bytes, check: Callable[[], None] = _goes_on) -> Image
 def decode_upright(
     data: bytes, what: str, background: str = "white", check: Callable[[], None] = _goes_on
 ) -> Image.Image:
-    """The picture in ``data``, upright, laid onto ``background``, as RGB of its own size.
+    """The picture in ``data``, upright, laid onto ``background``, as RGB of its own size. As :func:`read`,
+    within limits of memory and time.
 
     Raises:
         JobError: as :func:`decode_picture`.
     """
-    return _decoded(data, what, background, check)
+    if not data:
+        raise _bad(what, "is empty")
+    if len(data) > MAX_BYTES:
+        raise _bad(what, f"has {len(data)} bytes; at most {MAX_BYTES} are read")
+    return _DECODER.decode(data, what, background, check)
 
 
 def decode_mask(data: bytes, width: int, height: int, check: Callable[[], None] = _goes_on) -> Image.Image:
@@ -114,16 +120,24 @@ def decode_mask(data: bytes, width: int, height: int, check: Callable[[], None] 
     Raises:
         JobError: as :func:`decode_picture`, or no pixel is white.
     """
-    grey = _decoded(data, "mask", "black", check).convert("L")
+    grey = decode_upright(data, "mask", "black", check).convert("L")
     mask = grey.point([255 if level >= MASK_THRESHOLD else 0 for level in range(256)])
     if mask.size != (width, height):
         box = _centre(mask.size, width, height)
-        # As numbers with fractions: rounded to grey levels a thin line in a large mask would vanish.
-        resized = mask.convert("F").resize((width, height), Image.Resampling.BOX, box=box)
-        mask = Image.fromarray(np.where(np.asarray(resized) > 0, 255, 0).astype(np.uint8))
+        white = any_white(np.asarray(mask) > 0, (width, height), box)
+        mask = Image.fromarray(np.where(white, 255, 0).astype(np.uint8))
     if mask.getbbox() is None:
         raise JobImpossible("the mask is black everywhere: white marks what may change")
     return mask
+
+
+def any_white(
+    white: NDArray[np.bool_], size: tuple[int, int], box: tuple[int, int, int, int] | None = None
+) -> NDArray[np.bool_]:
+    """A mask, or its part within ``box``, in another ``size`` (width, height): white where any of it is."""
+    # As numbers with fractions: rounded to grey levels a thin line in a large mask would vanish.
+    share = Image.fromarray(white.astype(np.float32)).resize(size, Image.Resampling.BOX, box=box)
+    return np.asarray(share) > 0
 
 
 def cells(mask: Image.Image, width: int, height: int) -> np.ndarray:
@@ -167,15 +181,6 @@ def _box_filtered(picture: Image.Image, width: int, height: int) -> Image.Image:
         grey = np.where(mixed <= 0.0031308, mixed * 12.92, 1.055 * mixed ** (1 / 2.4) - 0.055)
         bands.append(Image.fromarray((grey * 255).round().astype(np.uint8)))
     return Image.merge("RGB", bands)
-
-
-def _decoded(data: bytes, what: str, background: str, check: Callable[[], None]) -> Image.Image:
-    """As :func:`read`, within limits of memory and time."""
-    if not data:
-        raise _bad(what, "is empty")
-    if len(data) > MAX_BYTES:
-        raise _bad(what, f"has {len(data)} bytes; at most {MAX_BYTES} are read")
-    return _DECODER.decode(data, what, background, check)
 
 
 def read(data: bytes, what: str, background: str) -> Image.Image:

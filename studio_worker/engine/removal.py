@@ -20,7 +20,7 @@ from studio_worker.engine.encoding import check_ext, encode, generation_meta
 from studio_worker.engine.estimate import removal_bytes
 from studio_worker.engine.faults import translated
 from studio_worker.engine.holes import Levels, White, holes, lay_in, shown
-from studio_worker.engine.images import MAX_PIXELS, decode_upright
+from studio_worker.engine.images import MAX_PIXELS, any_white, decode_upright
 from studio_worker.engine.onnx_graph import CUDA, RemovalGraph
 from studio_worker.engine.parameters import Parameters, printable
 from studio_worker.errors import JobError, JobImpossible
@@ -171,9 +171,8 @@ def _understood(request: Request, check: Callable[[], None]) -> tuple[Levels, Wh
     # Of another size, all of it is made to fit, as upstream does: the studio lays the result over its own.
     grey = decode_upright(inputs.mask, "mask", "black", check).convert("L")
     mask = np.asarray(grey) > WHITE_ABOVE
-    if grey.size != size:  # what has any white in it is white, so that thin lines are removed
-        share = Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BOX)
-        mask = np.asarray(share) > 0
+    if grey.size != size:
+        mask = any_white(mask, size)  # so that thin lines are removed
     if not mask.any():
         raise JobImpossible("the mask is black everywhere: white marks what is removed")
     if picture.size != size:
