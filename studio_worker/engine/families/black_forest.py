@@ -61,9 +61,9 @@ SHIFT_BEFORE_SCALE = "final_layer.adaLN_modulation.1"
 
 _X_LABS: Mapping[str, tuple[str, ...]] = {
     **{
-        f"double_blocks.N.{theirs}_lora{number}": PUBLISHED[f"double_blocks.N.{stream}_attn.{ours}"]
+        f"double_blocks.N.{layer}_lora{number}": PUBLISHED[f"double_blocks.N.{stream}_attn.{layer}"]
         for number, stream in ((1, "img"), (2, "txt"))
-        for theirs, ours in (("qkv", "qkv"), ("proj", "proj"))
+        for layer in ("qkv", "proj")
     },
     "single_blocks.N.qkv": PUBLISHED["single_blocks.N.linear1"][:3],
     "single_blocks.N.proj": PUBLISHED["single_blocks.N.linear2"],
