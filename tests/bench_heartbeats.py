@@ -129,7 +129,7 @@ def write_model(path: Path, seed: int) -> tuple[Path, str]:
     """A Stable Diffusion 1.x checkpoint of random half-precision weights, and its sha256."""
     with torch.device("meta"):
         unet, vae, text_encoder = (part.state_dict() for part in sd1_parts())
-    state = compvis.single_file(unet, vae, text_encoder, layers_per_block=2, vae_levels=4)
+    state = compvis.single_file(unet, vae, text_encoder, vae_levels=4)
     header, end = {}, 0
     for name, tensor in state.items():
         start, end = end, end + 2 * math.prod(tensor.shape)

@@ -109,7 +109,7 @@ def test_sd1_configuration_is_what_a_checkpoint_fills() -> None:
     """The tensors of a checkpoint, renamed by diffusers, are exactly those that the configuration builds."""
     unet, vae, text_encoder = sd1_parts()
     checkpoint = compvis.single_file(
-        unet.state_dict(), vae.state_dict(), text_encoder.state_dict(), layers_per_block=2, vae_levels=4
+        unet.state_dict(), vae.state_dict(), text_encoder.state_dict(), vae_levels=4
     )
     assert {name: tuple(checkpoint[name].shape) for name in SD1_KEYS} == SD1_KEYS
 

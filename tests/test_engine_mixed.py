@@ -155,7 +155,7 @@ CASES = {
             "projection_class_embeddings_input_dim": WIDTH + 6 * 32,
         },
         unet,
-        lambda tensors: compvis.unet(tensors, 1),
+        compvis.unet,
         "sdxl",
         lambda: {
             "sample": numbers(1, 4, 8, 8),

@@ -210,7 +210,7 @@ def test_xl_in_parts(xl: Tiny, layout: str) -> None:
     """From a UNet, a vae and two text encoders of one role, told apart by their sizes, the same picture."""
     unet, vae = xl.parts["unet"].state_dict(), xl.parts["vae"].state_dict()
     if layout == "original":
-        unet, vae = compvis.unet(unet, 1), compvis.vae(vae, 2)
+        unet, vae = compvis.unet(unet), compvis.vae(vae, 2)
     clip_l = {f"text_model.{n}": t for n, t in xl.parts["text_encoder"].state_dict().items()}
     clip_g = xl.parts["text_encoder_2"].state_dict()
     files = (
@@ -310,7 +310,7 @@ def published_xl() -> dict[str, torch.Tensor]:
     tiny = {f"text_model.{n}": t for n, t in first.items()}
     with torch.device("meta"):
         return {
-            **prefixed(compvis.unet(unet, 2), UNET),
+            **prefixed(compvis.unet(unet), UNET),
             **prefixed(compvis.vae(vae, 4), VAE),
             **prefixed(tiny, "conditioner.embedders.0.transformer."),
             **prefixed(compvis.open_clip(second), "conditioner.embedders.1.model."),

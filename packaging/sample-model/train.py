@@ -419,9 +419,7 @@ def write_package(
     pipe.text_encoder.config.save_pretrained(config / "text_encoder")
     tokenizer.save_pretrained(config / "tokenizer")
     weights = target / "sample.safetensors"
-    state = compvis.single_file(
-        unet.state_dict(), vae.state_dict(), text_encoder.state_dict(), layers_per_block=1, vae_levels=3
-    )
+    state = compvis.single_file(unet.state_dict(), vae.state_dict(), text_encoder.state_dict(), vae_levels=3)
     save_file(state, weights, metadata={"format": "pt", "license": "MIT"})
     weights.chmod(0o644)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()

@@ -8,54 +8,13 @@ training writes with it, too.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 import torch
 
+from studio_worker.engine.families.layer_names import comp_vis
 from studio_worker.gpu_check.tiny.weights import State, Tensors, prefixed
 
-_UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_UNET_ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-
-
-def _unet_name(name: str, per_block: int, attends: Mapping[int, bool]) -> str:
-    """One UNet name; attends tells for each up block whether attention sits before its upsampler."""
-    stem, _, kind = name.rpartition(".")
-    if stem in _UNET_ENDS:
-        return f"{_UNET_ENDS[stem]}.{kind}"
-    if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", name):
-        part, index, rest = match[1], int(match[2]), match[3]
-        place = f"middle_block.{2 * index if part == 'resnets' else 2 * index + 1}"
-    elif match := re.fullmatch(r"(down|up)_blocks\.(\d)\.(resnets|attentions)\.(\d)\.(.+)", name):
-        block, part, layer, rest = int(match[2]), match[3], int(match[4]), match[5]
-        number = block * (per_block + 1) + layer
-        place = f"input_blocks.{number + 1}" if match[1] == "down" else f"output_blocks.{number}"
-        place += ".0" if part == "resnets" else ".1"
-    elif match := re.fullmatch(r"down_blocks\.(\d)\.downsamplers\.0\.conv\.(.+)", name):
-        return f"input_blocks.{(int(match[1]) + 1) * (per_block + 1)}.0.op.{match[2]}"
-    elif match := re.fullmatch(r"up_blocks\.(\d)\.upsamplers\.0\.(conv\..+)", name):
-        block = int(match[1])
-        return f"output_blocks.{(block + 1) * (per_block + 1) - 1}.{2 if attends[block] else 1}.{match[2]}"
-    else:
-        raise KeyError(name)
-    if part == "resnets":
-        layer_name, _, tensor = rest.partition(".")
-        rest = f"{_UNET_RESNET[layer_name]}.{tensor}"
-    return f"{place}.{rest}"
 
 
 def _vae_name(name: str, levels: int) -> str:
@@ -76,21 +35,14 @@ def _vae_name(name: str, levels: int) -> str:
     return f"{half}.{rest}"
 
 
-def unet(state: State, per_block: int) -> Tensors:
-    """A UNet's tensors, those of Stability's SDXL included.
-
-    Args:
-        per_block: the configuration's ``layers_per_block``.
-    """
-    attends = {
-        block: any(name.startswith(f"up_blocks.{block}.attentions") for name in state) for block in range(9)
-    }
-    added = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+def unet(state: State) -> Tensors:
+    """A UNet's tensors, those of Stability's SDXL included. diffusers' own conversion reads them back."""
+    stems = {name.rpartition(".")[0] for name in state}
+    published = {named.layers[0]: name for name, named in comp_vis(stems).items()}
     renamed = {}
     for name, tensor in state.items():
         stem, _, kind = name.rpartition(".")
-        new = f"{added[stem]}.{kind}" if stem in added else _unet_name(name, per_block, attends)
-        renamed[new] = tensor
+        renamed[f"{published[stem]}.{kind}"] = tensor
     return renamed
 
 
@@ -149,19 +101,16 @@ def open_clip(state: State) -> Tensors:
     return renamed
 
 
-def single_file(
-    unet_state: State, vae_state: State, text_encoder: State, *, layers_per_block: int, vae_levels: int
-) -> Tensors:
+def single_file(unet_state: State, vae_state: State, text_encoder: State, *, vae_levels: int) -> Tensors:
     """All weights of a Stable Diffusion pipeline under their original names, in half precision.
 
     Args:
         unet_state, vae_state, text_encoder: diffusers' and transformers' state dicts.
-        layers_per_block: the UNet's.
         vae_levels: how many resolutions the VAE has.
     """
     text = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in text_encoder.items()}
     state = {
-        **prefixed(unet(unet_state, layers_per_block), "model.diffusion_model."),
+        **prefixed(unet(unet_state), "model.diffusion_model."),
         **prefixed(vae(vae_state, vae_levels), "first_stage_model."),
         **prefixed(text, "cond_stage_model.transformer."),
     }

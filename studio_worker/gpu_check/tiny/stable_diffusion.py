@@ -130,9 +130,9 @@ def _write(folder: Path, parts: Mapping[str, Any]) -> dict[str, Path]:
 
 def unet_and_vae(parts: Mapping[str, Any]) -> Tensors:
     """What a checkpoint holds beside its text encoders."""
-    levels, per_block = len(parts["vae"].config.block_out_channels), parts["unet"].config.layers_per_block
+    levels = len(parts["vae"].config.block_out_channels)
     return {
-        **prefixed(compvis.unet(parts["unet"].state_dict(), per_block), UNET),
+        **prefixed(compvis.unet(parts["unet"].state_dict()), UNET),
         **prefixed(compvis.vae(parts["vae"].state_dict(), levels), VAE),
     }
 
