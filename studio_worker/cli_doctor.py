@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from studio_worker import config, logs
-from studio_worker.cli_options import ConfigDir, Instance, Json
+from studio_worker.cli_options import ConfigDir, Instance, Json, say
 from studio_worker.errors import StudioWorkerError
 from studio_worker.owner import become, owner_of
 from studio_worker.plain import plain
@@ -80,7 +80,7 @@ def doctor(
             word, color = _MARKS[finding.level]
             typer.echo(f"{typer.style(f'{word:8}', fg=color)} {finding.check}: {plain(finding.text)}")
             if finding.cure:
-                typer.echo(f"{'':8} → {plain(finding.cure)}")
+                say(f"{'':8} → {finding.cure}")
     if sys.stdout is not None:  # closed by the caller
         sys.stdout.flush()
     os._exit(1 if failed else 0)  # a check that hangs in a driver must not hold up the end

@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 storage_logger = logger.getChild("storage")
 
 HELLO_TIMEOUT_S = 15.0
-MAX_REASON_CHARS = 2000
 """Of a worker's reason for a failure or a rejection; it is shown whole on the page."""
 
 UPLOADED_KINDS = ("image", "audio_tts", "video")
@@ -175,8 +174,7 @@ class Sessions:
             case wire.Reject():
                 self._reject(session, event)
             case wire.Fail():
-                error = event.error[:MAX_REASON_CHARS]
-                self._queue.fail(event.job_id, session.worker_id, error, retryable=event.retryable)
+                self._queue.fail(event.job_id, session.worker_id, event.error, retryable=event.retryable)
                 extra = {"worker_id": session.worker_id, "job_id": event.job_id, "retryable": event.retryable}
                 logger.info("job failed", extra=extra)
                 await session.send(wire.FailAck(job_id=event.job_id))
@@ -196,8 +194,8 @@ class Sessions:
             # Not on the protocol's list of violations: the job may have been deleted or released meanwhile.
             logger.warning("stray reject dropped", extra=extra)
             return
-        reason, for_now = frame.reason[:MAX_REASON_CHARS], frame.code is not None
-        self._queue.reject(frame.job_id, session.worker_id, reason, for_now=for_now)
+        for_now = frame.code is not None
+        self._queue.reject(frame.job_id, session.worker_id, frame.reason, for_now=for_now)
         logger.info("job rejected", extra=extra)
 
     def _complete(self, session: Session, frame: wire.CompleteJson) -> None:

@@ -118,8 +118,7 @@ class SessionProtocol:
             case HeartbeatAck():
                 return BeatAcknowledged()
             case ErrorFrame():
-                detail = f"{frame.code}: {frame.message}"[:_DETAIL_CHARS]
-                raise error_for_code(CLOSE_CODES.get(frame.code, 1000), detail)
+                raise error_for_code(CLOSE_CODES.get(frame.code, 1000), f"{frame.code}: {frame.message}")
 
     def heartbeat(self, capabilities: Capabilities, current_job_id: str | None) -> Heartbeat:
         self._assert_open()
@@ -160,7 +159,7 @@ class SessionProtocol:
 
 def error_for_code(close_code: int, detail: str) -> ProtocolError:
     """What a close code means for the worker: the one place that tells passing from final."""
-    detail = plain(detail)
+    detail = plain(detail[:_DETAIL_CHARS])
     match close_code:
         case 4001:
             return RefusedByStudio(

@@ -8,7 +8,6 @@ from collections import deque
 from datetime import UTC, datetime
 
 from studio_worker.logs import ShippingBuffer, facts, redact
-from studio_worker.plain import plain_lines
 from studio_worker.studio.wire import LogEntry
 
 _ENTRIES_A_BATCH = 100
@@ -77,7 +76,7 @@ def _entry(record: logging.LogRecord) -> LogEntry:
     job_id = fields.pop("job_id", None)
     category = str(fields.pop("op", record.name.rpartition(".")[2]))
     words = [record.getMessage(), *(f"{key}={value}" for key, value in fields.items())]
-    text = plain_lines(redact(" ".join(words)))
+    text = redact(" ".join(words))
     if len(text) > _MESSAGE_CHARS:
         text = f"{text[: _MESSAGE_CHARS - 1]}…"
     if record.levelno >= logging.ERROR:
