@@ -170,10 +170,6 @@ class StudioApi:
         headers = {"User-Agent": USER_AGENT, **(headers or {})}
         if token:
             headers["Authorization"] = f"Bearer {token}"
-        session = requests.Session()
-        session.trust_env = False  # the route has read the environment; a netrc must not replace the token
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, Adapter(stall_s=_TIMEOUT_S[1], reached=self._reached))
         # Read piece by piece: one write of everything would have to be through within the time limit.
         body = None if data is None else io.BytesIO(data)
         is_lost = False
@@ -185,11 +181,19 @@ class StudioApi:
                 is_lost = _is_sent(body)
                 if body is not None:
                     body.seek(0)
-            return self._send_by(session, method, path, headers, body)._replace(is_second=is_lost)
+            answer = self._send_by(self._new_session(), method, path, headers, body)
+            return answer._replace(is_second=is_lost)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise StudioUnavailable(
                 f"the studio cannot be reached: {why(error)}", is_answer_lost=is_lost or _is_sent(body)
             ) from None
+
+    def _new_session(self) -> requests.Session:
+        session = requests.Session()
+        session.trust_env = False  # the route has read the environment; a netrc must not replace the token
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, Adapter(stall_s=_TIMEOUT_S[1], reached=self._reached))
+        return session
 
     def _take_warm(self) -> requests.Session | None:
         """This thread's connection, where it has answered lately.
