@@ -59,7 +59,9 @@ def run_check(
     began = time.monotonic()
     process.prepare()
     _check_places(output, work)
-    if not any(fnmatch.fnmatch(row.name, only) for row in rows(small=setting == "cpu")):
+    small = setting == "cpu"
+    chosen = [row for row in rows(small=small) if fnmatch.fnmatch(row.name, only)]
+    if not chosen:
         raise ConfigError(f"no row has a name like {only!r}", cure="name others, as in --only 'flux*'")
     device = find_device(setting)
     report = Report(output, f"{device.name} ({device.description})", show)
@@ -73,7 +75,6 @@ def run_check(
     if found.state == "failed":
         report.close(time.monotonic() - began)
         return DeviceError.exit_status
-    small = not device.is_gpu
     together = _processes(device)
     threads = max(1, (os.cpu_count() or 1) // together)
     with ExitStack() as at_the_end:
@@ -90,7 +91,6 @@ def run_check(
             on_found=report.add,
         )
         at_the_end.callback(runner.end)
-        chosen = [row for row in rows(small=small) if fnmatch.fnmatch(row.name, only)]
         runner.run(chosen, deadline=began + 60 * minutes)
     return report.close(time.monotonic() - began)
 
