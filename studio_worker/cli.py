@@ -97,13 +97,14 @@ def register(
     become(owner_of(settings.state.dir, settings.models.root))
     config.check_folders(settings, make=False)
     path = settings.state.dir / "identity.json"
-    if not path.exists() and (others := sorted(settings.state.dir.glob("instance-*/identity.json"))):
-        names = ", ".join(other.parent.name.removeprefix("instance-") for other in others)
-        raise ConfigError("this box has a service for each GPU", cure=f"say which: --instance N, of {names}")
-    file = IdentityFile(path)
     if not path.exists():
+        if others := sorted(settings.state.dir.glob("instance-*/identity.json")):
+            names = ", ".join(other.parent.name.removeprefix("instance-") for other in others)
+            cure = f"say which: --instance N, of {names}"
+            raise ConfigError("this box has a service for each GPU", cure=cure)
         typer.echo("not registered: the service asks the studio when it starts")
         return
+    file = IdentityFile(path)
     if reset:
         with state_lock(settings.state.dir):
             file.reset()
@@ -137,8 +138,9 @@ def local_studio(
     logs.configure(fmt="text")  # it is a person who runs it
     token = _read_token(token_file) if token_file is not None else None
 
-    from studio_worker.local_studio import run_local_studio
+    from studio_worker.local_studio import MODELS_FOLDER, run_local_studio
 
+    models = models or data / MODELS_FOLDER
     run_local_studio(
         data_dir=data,
         host=host,
@@ -146,7 +148,7 @@ def local_studio(
         models_dir=models,
         token=token,
         auto_approve=approve_all,
-        on_ready=lambda studio: _say_where(studio.base_url, models or data / "models"),
+        on_ready=lambda studio: _say_where(studio.base_url, models),
     )
 
 

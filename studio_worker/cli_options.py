@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -16,25 +17,20 @@ ConfigDir = Annotated[
 ]
 
 
-def table_console() -> Any:
-    """What prints tables. In a pipe nothing is folded, so that names and reasons can be searched for."""
+def show(*tables: Any) -> None:
+    """Print tables. In a pipe nothing is folded, so that names and reasons can be searched for, and there are
+    no blanks that fill the last column.
+    """
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 1000)
-
-
-def show(*tables: Any) -> None:
-    """Print tables; in a pipe without the blanks that fill their last column."""
-    console = table_console()
-    if sys.stdout.isatty():
+    is_terminal = sys.stdout.isatty()
+    console = Console(width=None if is_terminal else 1000)
+    with contextlib.nullcontext() if is_terminal else console.capture() as captured:
         for table in tables:
             console.print(table)
-        return
-    with console.capture() as captured:
-        for table in tables:
-            console.print(table)
-    for line in captured.get().splitlines():
-        typer.echo(line.rstrip())
+    if captured is not None:
+        for line in captured.get().splitlines():
+            typer.echo(line.rstrip())
 
 
 def say(text: str) -> None:

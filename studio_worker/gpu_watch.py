@@ -189,9 +189,8 @@ class GpuWatch:
             answer = self._nvml.read()
         except NvmlError as error:
             answer = error
-        except (
-            Exception
-        ) as error:  # whatever it is, who waits for it must not take it for a driver that hangs
+        except Exception as error:
+            # Whatever it is, who waits for it must not take it for a driver that hangs.
             answer = NvmlError(f"it cannot be asked: {type(error).__name__}: {error}")
         module = module_version(self._root) or (answer.driver if isinstance(answer, Reading) else None)
         is_on_bus = not has_left_the_bus(self._place, self._root)

@@ -197,14 +197,14 @@ def _as_utf8(request: Request) -> Scope | None:
     return {**request.scope, "headers": headers}
 
 
-async def read_fields(request: Request, limit_bytes: int = MAX_FIELDS_BYTES) -> dict[str, str]:
+async def read_fields(request: Request) -> dict[str, str]:
     """The body as what a plain HTML form sends, in UTF-8.
 
     Raises:
-        HTTPException: 400 where it is none, 413 where it is larger than ``limit_bytes``.
+        HTTPException: 400 where it is none, 413 where it is larger than :data:`MAX_FIELDS_BYTES`.
     """
     kind, _, _ = request.headers.get("content-type", "").partition(";")
-    content = await read_bytes(request, limit_bytes)
+    content = await read_bytes(request, MAX_FIELDS_BYTES)
     if kind.strip().lower() != "application/x-www-form-urlencoded":
         raise HTTPException(400, "the body must be a form, application/x-www-form-urlencoded")
     try:

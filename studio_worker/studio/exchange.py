@@ -182,9 +182,8 @@ class Exchange:
             case OnItsWay(job_id):
                 self._postponed[job_id] = offer
                 self._on_redelivery(job_id)
-                if (
-                    self._uploading() != job_id
-                ):  # it ended meanwhile, and perhaps before it knew of this offer
+                # It may have ended meanwhile, and perhaps before it knew of this offer.
+                if self._uploading() != job_id:
                     self.settle(job_id)
             case Take(job):
                 self._send(self.protocol.accept(job.job_id))
