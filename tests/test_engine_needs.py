@@ -33,8 +33,8 @@ from studio_worker.engine.packed import BlockLinear
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.placement import Footprint, Mode, Plan
 from studio_worker.engine.rendering import LoadedModel
-from studio_worker.engine.sections import Section
-from studio_worker.engine.weights import dequantised
+from studio_worker.engine.sections import Section, read_sections
+from studio_worker.engine.weights import dequantised, read_tensors
 from studio_worker.gpu_check.tiny.families import tiny
 from studio_worker.jobs import Cancel, ImageTask
 from studio_worker.models import CliDefaults, LocalFile
@@ -293,3 +293,7 @@ def test_head_of_a_language_model_takes_nothing(head: str, tmp_path: Path) -> No
     others = (file for file in files if file != encoder)
     with_head = footprint(identify((*others, headed), (made.family,)), "bfloat16", 64 * 64)
     assert [plan.peak_bytes for plan in with_head.plans()] == [plan.peak_bytes for plan in plain.plans()]
+    (loaded,) = read_sections([headed])
+    assert not [
+        name for name in read_tensors(loaded, torch.device("cpu"), torch.float32) if "lm_head" in name
+    ]

@@ -73,22 +73,22 @@ class Section:
         ``itemsize`` each.
         """
         if unpacked:
-            return sum(prod(self.shapes[name]) * itemsize for name in self._loaded)
-        return sum(self._loaded_bytes(name, itemsize) for name in self._loaded)
+            return sum(prod(self.shapes[name]) * itemsize for name in self.loaded)
+        return sum(self._loaded_bytes(name, itemsize) for name in self.loaded)
 
     def largest_bytes(self, count: int, itemsize: int) -> int:
         """Bytes of the ``count`` largest tensors, likewise."""
-        return sum(sorted(self._loaded_bytes(name, itemsize) for name in self._loaded)[-count:])
+        return sum(sorted(self._loaded_bytes(name, itemsize) for name in self.loaded)[-count:])
 
     def packed(self) -> Iterator[tuple[int, str]]:
         """The number of weights and the type of each matrix that stays quantised, or in 8-bit floats."""
-        for name in self._loaded:
+        for name in self.loaded:
             if self.stays_eight_bit(name) or self._stays_in_blocks(name):
                 yield prod(self.shapes[name]), self.checkpoint.types[self.prefix + name]
 
     @property
-    def _loaded(self) -> Iterator[str]:
-        """The names of what is loaded."""
+    def loaded(self) -> Iterator[str]:
+        """The names of what is read when it is loaded."""
         has_table = "token_embd.weight" in self.shapes
         for name in self.shapes:
             if not (_HEAD.search(name) or (has_table and name == "output.weight")):

@@ -106,7 +106,7 @@ def _multiplied_out(blocks: GGUFParameter, dtype: torch.dtype | None = None) -> 
 
 def _safetensors(section: Section, file: Any, dtype: torch.dtype, alive: Callable[[], object]) -> Tensors:
     tensors: Tensors = {}
-    for name in section.shapes:
+    for name in section.loaded:
         alive()
         if _FP8_NOTE.search(name):
             continue
@@ -128,10 +128,11 @@ def _safetensors(section: Section, file: Any, dtype: torch.dtype, alive: Callabl
 def _gguf(
     section: Section, device: torch.device, alive: Callable[[], object]
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    loaded = set(section.loaded)
     for tensor in open_gguf(section.checkpoint.path, "c").tensors:
         alive()
         name = tensor.name.removeprefix(section.prefix)
-        if not tensor.name.startswith(section.prefix) or name not in section.shapes:
+        if not tensor.name.startswith(section.prefix) or name not in loaded:
             continue
         numbers = torch.from_numpy(tensor.data).to(device)
         shape = section.shapes[name]

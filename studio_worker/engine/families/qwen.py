@@ -67,10 +67,6 @@ the bare language model's.
 """
 
 
-def _headless(tensors: Tensors) -> Tensors:
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("lm_head.weight")}
-
-
 def qwen3(kind: str, config_dir: Path) -> Part:
     """A Qwen3 language model without its head."""
     config = read_json(config_dir / "config.json")
@@ -85,7 +81,6 @@ def qwen3(kind: str, config_dir: Path) -> Part:
             *Layout(
                 "transformers",
                 {"embed_tokens.weight": embedding, f"layers.{last}.self_attn.q_norm.weight": head},
-                _headless,
             ).nested(_OUTERS),
             Layout(
                 "llama.cpp",
@@ -112,9 +107,9 @@ def qwen25_language(kind: str, config_dir: Path) -> Part:
         cls="transformers.Qwen2_5_VLTextModel",
         config=config_dir,
         layouts=(
-            *Layout(
-                "transformers", tells("embed_tokens", f"layers.{layers - 1}.self_attn.q_proj"), _headless
-            ).nested(_OUTERS),
+            *Layout("transformers", tells("embed_tokens", f"layers.{layers - 1}.self_attn.q_proj")).nested(
+                _OUTERS
+            ),
             Layout("llama.cpp", tells("token_embd", f"blk.{layers - 1}.attn_q"), from_llama_cpp),
         ),
         stated=_STATED,
