@@ -7,7 +7,7 @@ name single layers. Nothing here imports torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 
@@ -81,31 +81,31 @@ def comp_vis(layers: Collection[str]) -> Mapping[str, Named]:
 
     Source: https://github.com/CompVis/latent-diffusion (ldm/modules/diffusionmodules/openaimodel.py).
     """
-    return {theirs: Named((ours,)) for ours in layers for theirs in _in_comp_vis(ours, layers)}
+    down = sum(1 for each in layers if re.fullmatch(r"down_blocks\.0\.resnets\.\d+\.conv1", each))
+    named = ((_in_comp_vis(ours, layers, down), ours) for ours in layers)
+    return {theirs: Named((ours,)) for theirs, ours in named if theirs is not None}
 
 
-def _in_comp_vis(layer: str, layers: Collection[str]) -> Iterator[str]:
+def _in_comp_vis(layer: str, layers: Collection[str], down: int) -> str | None:
+    """CompVis' name of ``layer``, where a level has ``down`` residual blocks on its way down."""
     if layer in _COMP_VIS_ENDS:
-        yield _COMP_VIS_ENDS[layer]
-        return
+        return _COMP_VIS_ENDS[layer]
     match = re.match(
         r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|\w+samplers)\.(\d+)\.(.+)", layer
     )
     if match is None:
-        return
+        return None
     way, kind, inner = match[1], match[3], match[5]
     level, index = int(match[2] or 0), int(match[4])
-    down = sum(1 for each in layers if re.fullmatch(r"down_blocks\.0\.resnets\.\d+\.conv1", each))
     if kind == "resnets":
         inner = _COMP_VIS_RESNET[inner]
     if way == "mid":
-        yield f"middle_block.{1 if kind == 'attentions' else 2 * index}.{inner}"
-    elif way == "down" and kind == "downsamplers":
-        yield f"input_blocks.{(level + 1) * (down + 1)}.0.op"
-    elif way == "down":
-        yield f"input_blocks.{1 + level * (down + 1) + index}.{int(kind == 'attentions')}.{inner}"
-    elif kind == "upsamplers":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{inner}"
+    if way == "down" and kind == "downsamplers":
+        return f"input_blocks.{(level + 1) * (down + 1)}.0.op"
+    if way == "down":
+        return f"input_blocks.{1 + level * (down + 1) + index}.{int(kind == 'attentions')}.{inner}"
+    if kind == "upsamplers":
         attends = any(each.startswith(f"up_blocks.{level}.attentions.") for each in layers)
-        yield f"output_blocks.{level * (down + 1) + down}.{1 + attends}.conv"
-    else:
-        yield f"output_blocks.{level * (down + 1) + index}.{int(kind == 'attentions')}.{inner}"
+        return f"output_blocks.{level * (down + 1) + down}.{1 + attends}.conv"
+    return f"output_blocks.{level * (down + 1) + index}.{int(kind == 'attentions')}.{inner}"
