@@ -105,7 +105,8 @@ def open_gguf(path: Path, mode: Literal["r", "c"] = "r") -> GgufFile:
     found = [cursor.tensor() for _ in range(count)]
     if len({name for name, *_ in found}) < count:
         raise ValueError("two tensors of one name")
-    start = -(-cursor.at // _alignment(facts)) * _alignment(facts)
+    alignment = _alignment(facts)
+    start = -(-cursor.at // alignment) * alignment
     return GgufFile(tuple(_mapped(cursor.data, start, *each) for each in found), facts)
 
 
@@ -196,7 +197,7 @@ class _Cursor:
             raise BeyondLimits(f"a tensor of {dimensions} dimensions")
         shape = tuple(self.number("Q") for _ in range(dimensions))[::-1]
         kind = self.number("I")
-        if kind not in {int(each) for each in gguf.GGML_QUANT_SIZES}:
+        if kind not in _KINDS:
             self._refuse_newer(
                 kind, "has weights of a quantisation", "ggml's number", ", such as Q4_K, Q6_K or Q8_0"
             )
@@ -218,8 +219,9 @@ class _Cursor:
 
 def _alignment(facts: Mapping[str, Any]) -> int:
     stated = facts.get("general.alignment")
-    is_one = isinstance(stated, int) and stated > 0 and stated & (stated - 1) == 0
-    return stated if is_one and isinstance(stated, int) else _ALIGNMENT
+    if isinstance(stated, int) and stated > 0 and stated & (stated - 1) == 0:
+        return stated
+    return _ALIGNMENT
 
 
 def _mapped(data: Any, start: int, name: str, kind: Any, shape: Shape, offset: int) -> Tensor:
