@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from studio_worker import sample_model
 from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
-from studio_worker.errors import JobError
+from studio_worker.errors import FileDamaged, JobError
 from studio_worker.gpu_check.tiny.families import tiny as tiny_model
 from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.jobs import Cancel, Picture
@@ -316,3 +318,22 @@ def test_metadata_that_cannot_be_read_is_refused(
         path = tmp_path / f"style{len(text)}.safetensors"
         with pytest.raises(JobError, match="metadata"):
             make(engine, SAMPLE, written(path, tensors, lora_adapter_metadata=text))
+
+
+def test_disk_that_does_not_give_a_lora_is_no_damage(
+    engine: DiffusionEngine, plain: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails while a LoRA is read does not blame the file, which another worker may well read."""
+
+    @contextlib.contextmanager
+    def failing(path: Path, device: str) -> Iterator[Any]:
+        raise OSError(errno.EIO, "Input/output error")
+        yield
+
+    style = written(tmp_path / "style.safetensors", kohya(plain, layers(plain, "attn1.to_q")[:1]))
+    make(engine, SAMPLE)
+    monkeypatch.setattr("studio_worker.engine.adapters.open_safetensors", failing)
+    with pytest.raises(JobError, match=r"style\.safetensors cannot be read: Input/output error") as caught:
+        make(engine, SAMPLE, style)
+    assert not isinstance(caught.value, FileDamaged)
+    assert not caught.value.is_jobs_fault

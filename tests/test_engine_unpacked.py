@@ -159,7 +159,7 @@ def test_half_precision_is_the_same_to_the_bit(name: str, form: str, tinies: Cal
         adapters = Adapters()
         for loras in ((), (placed,)):
             loaded = LoadedModel(family, {part: parts.get(part) for part in family.parts})
-            adapters.set(loaded.parts, loras)
+            adapters.set(loaded.parts, loras, {})
             yield loaded.render(parameters, begun, lambda done, total: None, Cancel()).picture.tobytes()
         adapters.clear()
 

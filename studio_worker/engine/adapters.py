@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +22,7 @@ from studio_worker.engine.lora_places import PlacedLora
 from studio_worker.engine.loras import Lora
 from studio_worker.engine.packed import PackedLinear
 from studio_worker.engine.safetensors_files import open_safetensors
-from studio_worker.errors import FileDamaged, JobImpossible
+from studio_worker.errors import FileDamaged, JobError, JobImpossible
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,14 +30,8 @@ _NAME = "loras"
 """Of the module beside a layer."""
 
 Parts = Mapping[str, nn.Module | None]
-
-
-class _Exchanged(NamedTuple):
-    """A weight of the model's own that another is in the place of."""
-
-    layer: nn.Module
-    kind: str
-    own: nn.Parameter
+Read = dict[Lora, list[dict[str, torch.Tensor]]]
+"""What files hold: the tensors of each adapter."""
 
 
 class Adapters:
@@ -48,24 +42,29 @@ class Adapters:
         self._adapted: list[weakref.ref[nn.Module]] = []
         self._beside: list[tuple[weakref.ref[nn.Module], Any]] = []
         """Layers with branches, and what takes their hook away."""
-        self._exchanged: list[_Exchanged] = []
-        self._read: dict[Lora, list[dict[str, torch.Tensor]]] = {}
+        self._exchanged: dict[tuple[nn.Module, str], nn.Parameter] = {}
+        """Weights of the model's own that others are in the place of, by layer and kind."""
 
-    def read(self, placed: Sequence[PlacedLora]) -> None:
-        """Read the files of those of ``placed`` that are not in a model now.
+    def read(self, placed: Sequence[PlacedLora]) -> Read:
+        """The tensors of ``placed``, before a model is loaded for them; none where they are in one now.
 
         Raises:
             FileDamaged: a file is not whole.
+            JobError: the disk does not give it.
             JobImpossible: it has numbers that are none.
         """
-        if tuple(each.lora for each in placed) != self._loras:
-            self._read = {each.lora: _read(each) for each in placed}
+        if tuple(each.lora for each in placed) == self._loras:
+            return {}
+        return {each.lora: _read(each) for each in placed}
 
-    def set(self, parts: Parts, placed: Sequence[PlacedLora]) -> bool:
+    def set(self, parts: Parts, placed: Sequence[PlacedLora], read: Read) -> bool:
         """Bring exactly ``placed`` into the components ``parts``; whether that changed anything.
 
+        Args:
+            read: what :meth:`read` gave; it is emptied.
+
         Raises:
-            FileDamaged, JobImpossible: as :meth:`read`.
+            JobError: as :meth:`read`.
         """
         components = [part for part in parts.values() if part is not None]
         loras = tuple(each.lora for each in placed)
@@ -78,12 +77,10 @@ class Adapters:
         self._adapted = [weakref.ref(component) for component in components]
         try:
             for lora in placed:
-                self._bring(parts, lora, self._read.get(lora.lora) or _read(lora))
+                self._bring(parts, lora, read.pop(lora.lora) if lora.lora in read else _read(lora))
         except BaseException:
             self.clear()
             raise
-        finally:
-            self._read = {}
         self._loras = loras
         return True
 
@@ -94,26 +91,23 @@ class Adapters:
             layer = reference()
             if layer is not None and hasattr(layer, _NAME):
                 delattr(layer, _NAME)
-        for layer, kind, own in reversed(self._exchanged):
+        for (layer, kind), own in self._exchanged.items():
             own.data = own.data.to(getattr(layer, kind).device)
             setattr(layer, kind, own)
-        self._adapted, self._beside, self._exchanged, self._loras = [], [], [], ()
+        self._adapted, self._beside, self._exchanged, self._loras = [], [], {}, ()
 
     def _bring(self, parts: Parts, lora: PlacedLora, read: Sequence[dict[str, torch.Tensor]]) -> None:
         for (adapter, place), tensors in zip(lora.adapters, read, strict=True):
             component = parts[place.part]
             assert component is not None
             layers = [component.get_submodule(name) for name in place.layers]
-            device = next(_own_weights(layers[0])).device
+            device = next(layers[0].parameters(recurse=False)).device
             there = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
-            made = changes(
-                adapter,
-                place,
-                there,
-                lora.lora.weight,
-                lambda layers=layers: [self._plain(layer, "weight") for layer in layers],  # type: ignore[misc]
-                lambda layers=layers: [self._plain(layer, "bias") for layer in layers],  # type: ignore[misc]
-            )
+
+            def plain(kind: str, layers: Sequence[nn.Module] = layers) -> torch.Tensor:
+                return torch.cat([self._plain(layer, kind) for layer in layers])
+
+            made = changes(adapter, place, there, lora.lora.weight, plain)
             for layer, change in zip(layers, made, strict=True):
                 self._change(layer, change)
 
@@ -131,8 +125,7 @@ class Adapters:
 
     def _exchange(self, layer: nn.Module, kind: str, added: torch.Tensor) -> None:
         now = getattr(layer, kind)
-        if not any(each.layer is layer and each.kind == kind for each in self._exchanged):
-            self._exchanged.append(_Exchanged(layer, kind, now))
+        self._exchanged.setdefault((layer, kind), now)
         new = now.data.float() + added.reshape(now.shape)
         setattr(layer, kind, nn.Parameter(new.to(now.dtype), requires_grad=False))
 
@@ -144,7 +137,7 @@ class Adapters:
         if now is None:
             weight: Any = layer.weight
             return torch.zeros(_shape(layer)[0], device=weight.device)
-        own = next((each.own for each in self._exchanged if each.layer is layer and each.kind == kind), now)
+        own = self._exchanged.get((layer, kind), now)
         plain: torch.Tensor = own.detach().to(now.device).float()
         return plain
 
@@ -169,10 +162,6 @@ def _same(adapted: Sequence[weakref.ref[nn.Module]], components: Sequence[nn.Mod
     return len(held) == len(components) and all(a is b for a, b in zip(held, components, strict=True))
 
 
-def _own_weights(layer: nn.Module) -> Iterator[torch.Tensor]:
-    return layer.parameters(recurse=False)
-
-
 def _shape(layer: nn.Module) -> tuple[int, ...]:
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features  # a packed matrix has another shape
@@ -195,7 +184,9 @@ def _read(placed: PlacedLora) -> list[dict[str, torch.Tensor]]:
                 {role: file.get_tensor(name).clone() for role, name in adapter.names.items()}
                 for adapter, _ in placed.adapters
             ]
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise JobError(f"{path.name} cannot be read: {error.strerror}") from error
+    except SafetensorError as error:
         raise FileDamaged(path, f"{path.name} cannot be read: {type(error).__name__}") from error
     for (adapter, _), tensors in zip(placed.adapters, read, strict=True):
         for tensor in tensors.values():

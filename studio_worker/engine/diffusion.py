@@ -206,11 +206,11 @@ class DiffusionEngine:
             cancel.check()
             return True
 
-        self._adapters.read(job.placed)
+        read = self._adapters.read(job.placed)
         model, load_s = self._loader.load(request.model, job.blueprint, plan, loras, goes_on)
         goes_on()
         started = time.perf_counter()
-        if self._adapters.set(model.parts, job.placed):
+        if self._adapters.set(model.parts, job.placed, read):
             self._residency.weigh()
         if loras:
             load_s += time.perf_counter() - started

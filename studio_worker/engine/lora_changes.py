@@ -8,7 +8,7 @@ arithmetic, and no layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,10 @@ from studio_worker.engine.lora_places import Place
 
 Tensors = Mapping[str, torch.Tensor]
 
-Plain = Callable[[], Sequence[torch.Tensor]]
-"""Gives what a place's layers have of their own, in single precision."""
+Plain = Callable[[str], torch.Tensor]
+"""Gives the ``weight`` or ``bias`` that a place's layers have of their own, one after the other, in single
+precision.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,7 @@ class Change:
     bias: torch.Tensor | None = None
 
 
-def changes(
-    adapter: Adapter, place: Place, tensors: Tensors, strength: float, weights: Plain, biases: Plain
-) -> list[Change]:
+def changes(adapter: Adapter, place: Place, tensors: Tensors, strength: float, plain: Plain) -> list[Change]:
     """What ``adapter`` adds to each layer of ``place``.
 
     Args:
@@ -64,18 +64,18 @@ def changes(
     if place.rolled:
         change = _with_rows(_multiplied(change), ours)
     if change.factors and (magnitude := tensors.get("dora", tensors.get("magnitude"))) is not None:
-        plain = torch.cat(list(weights()))
-        if "magnitude" in tensors or magnitude.shape[0] == len(plain):
-            ratio = _ratio(change.factors, plain, ours(magnitude.flatten()), axis=0)
+        own = plain("weight")
+        if "magnitude" in tensors or magnitude.shape[0] == len(own):
+            ratio = _ratio(change.factors, own, ours(magnitude.flatten()), axis=0)
             change = replace(change, after=ratio, by_row=ratio - 1)
         else:
-            ratio = _ratio(change.factors, plain, magnitude.flatten(), axis=1)
+            ratio = _ratio(change.factors, own, magnitude.flatten(), axis=1)
             change = replace(change, before=ratio, by_column=ratio - 1)
     if "set" in tensors:
-        plain = torch.cat(list(weights()))
-        change = Change({"whole": ours(tensors["set"]).reshape(plain.shape) - plain})
+        own = plain("weight")
+        change = Change({"whole": ours(tensors["set"]).reshape(own.shape) - own})
     if "set_b" in tensors:
-        change = replace(change, bias=ours(tensors["set_b"]) - torch.cat(list(biases())))
+        change = replace(change, bias=ours(tensors["set_b"]) - plain("bias"))
     elif "up_bias" in tensors:
         scale = _strength(adapter, tensors, len(tensors["down"]))
         change = replace(change, bias=ours(tensors["up_bias"]) * scale)
@@ -175,27 +175,26 @@ _ROWS = {"up", "whole", "hada_w1_a", "hada_w2_a"}
 
 def _with_rows(change: Change, give: Callable[[torch.Tensor], torch.Tensor]) -> Change:
     """``change`` with the rows that ``give`` makes of its own."""
-    factors = {name: give(each) if name in _ROWS else each for name, each in change.factors.items()}
-    given: dict[str, Any] = {
-        name: None if each is None else give(each)
-        for name, each in (("after", change.after), ("by_row", change.by_row), ("bias", change.bias))
-    }
-    return replace(change, factors=factors, **given)
+    return _made(change, _ROWS, ("after", "by_row", "bias"), give)
 
 
 def _times(change: Change, strength: float) -> Change:
     """A DoRA of half the strength is half way to what it was trained to be, as in ComfyUI."""
     last = next((name for name in ("up", "outer", "whole", "hada_w1_a") if name in change.factors), "")
-    factors = {name: each * strength if name == last else each for name, each in change.factors.items()}
-    given: dict[str, Any] = {
-        name: None if each is None else each * strength
-        for name, each in (
-            ("by_row", change.by_row),
-            ("by_column", change.by_column),
-            ("bias", change.bias),
-        )
-    }
-    return replace(change, factors=factors, **given)
+    return _made(change, {last}, ("by_row", "by_column", "bias"), lambda each: each * strength)
+
+
+def _made(
+    change: Change,
+    factors: Collection[str],
+    vectors: Sequence[str],
+    give: Callable[[torch.Tensor], torch.Tensor],
+) -> Change:
+    """``change`` with what ``give`` makes of those of its tensors that are named."""
+    made = {name: give(each) if name in factors else each for name, each in change.factors.items()}
+    own = ((name, getattr(change, name)) for name in vectors)
+    given: dict[str, Any] = {name: None if each is None else give(each) for name, each in own}
+    return replace(change, factors=made, **given)
 
 
 def _split(change: Change, rows: Sequence[int]) -> list[Change]:
