@@ -33,8 +33,10 @@ MAX_GGUF_NAME_BYTES = 65_535
 MAX_GGUF_DIMENSIONS = 8
 """Of a GGUF file's tensor; the format says 4 at present."""
 
-_GGUF_STRING, _GGUF_ARRAY = 8, 9
-_GGUF_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""struct's letters for the types of a GGUF file's metadata."""
+
 _GGUF_BLOCKS = {
     **{0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40)},
     **{10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292)},
@@ -121,7 +123,7 @@ def _check_gguf(file: IO[bytes], size: int) -> None:
     version, tensors, pairs = struct.unpack("<IQQ", file.read(_GGUF_HEAD - 4))
     if version == 1:
         raise _Wrong("it is of version 1, which no program reads any more")
-    if version & 0xFFFF == 0 and version >> 24 in {1, 2, 3}:
+    if is_big_endian(version):
         raise _Wrong("it is big-endian, for machines of the other byte order")
     if version not in {2, 3}:
         raise _Wrong(f"version {version}")
@@ -147,6 +149,11 @@ def _check_gguf(file: IO[bytes], size: int) -> None:
         raise _Wrong(f"it tells of {start + max(ends)} bytes, the file has {size}")
 
 
+def is_big_endian(version: int) -> bool:
+    """Whether a GGUF file's version is one whose bytes lie the other way round."""
+    return version & 0xFFFF == 0 and version >> 24 in {1, 2, 3}
+
+
 def _number(file: IO[bytes], code: str) -> int:
     width = struct.calcsize(code)
     if len(found := file.read(width)) < width:
@@ -162,21 +169,21 @@ def _string(file: IO[bytes]) -> bytes:
 
 def _value(file: IO[bytes], size: int, kind: int) -> int | None:
     """Read past one value; returns it where it is a plain 32-bit number."""
-    if kind == _GGUF_STRING:
+    if kind == GGUF_STRING:
         _skip(file, size, _number(file, "<Q"))
-    elif kind == _GGUF_ARRAY:
+    elif kind == GGUF_ARRAY:
         item, count = _number(file, "<I"), _number(file, "<Q")
-        if item in _GGUF_SCALARS:
-            _skip(file, size, count * _GGUF_SCALARS[item])
-        elif item != _GGUF_STRING or count > MAX_GGUF_WORDS:
+        if item in GGUF_SCALARS:
+            _skip(file, size, count * struct.calcsize(f"<{GGUF_SCALARS[item]}"))
+        elif item != GGUF_STRING or count > MAX_GGUF_WORDS:
             raise _Wrong(f"a list of {count} values of type {item}")
         else:
             for _ in range(count):
                 _skip(file, size, _number(file, "<Q"))
     elif kind == 4:
         return _number(file, "<I")
-    elif kind in _GGUF_SCALARS:
-        _skip(file, size, _GGUF_SCALARS[kind])
+    elif kind in GGUF_SCALARS:
+        _skip(file, size, struct.calcsize(f"<{GGUF_SCALARS[kind]}"))
     else:
         raise _Wrong(f"a value of type {kind}")
     return None

@@ -19,10 +19,14 @@ import numpy as np
 
 from studio_worker.errors import JobImpossible, NotServed
 from studio_worker.formats import (
+    GGUF_ARRAY,
+    GGUF_SCALARS,
+    GGUF_STRING,
     MAX_GGUF_DIMENSIONS,
     MAX_GGUF_ENTRIES,
     MAX_GGUF_NAME_BYTES,
     MAX_GGUF_WORDS,
+    is_big_endian,
 )
 
 Shape = tuple[int, ...]
@@ -50,9 +54,6 @@ of it, and notes here what they were (outermost dimension first).
 """
 
 _MAGIC = b"GGUF"
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""struct's letters for the types of metadata."""
-_STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
 
 _ALIGNMENT = 32
@@ -129,7 +130,7 @@ class _Cursor:
         version = self.number("I")
         if version == 1:
             raise JobImpossible(f"{self._name} is a GGUF file of version 1, which no program reads any more")
-        if version & 0xFFFF == 0 and version >> 24 in {1, 2, 3}:
+        if is_big_endian(version):
             raise JobImpossible(
                 f"{self._name} is a big-endian GGUF file, for machines of the other byte order; register the "
                 "usual, little-endian one"
@@ -161,17 +162,17 @@ class _Cursor:
 
     def value(self, kind: int, depth: int = 0) -> Stated | tuple[Stated, ...] | None:
         """The next value; ``None`` for what is not kept."""
-        if kind in _SCALARS:
-            number: Stated = self.number(_SCALARS[kind])
+        if kind in GGUF_SCALARS:
+            number: Stated = self.number(GGUF_SCALARS[kind])
             return number
-        if kind == _STRING:
+        if kind == GGUF_STRING:
             return self.text()
-        if kind != _ARRAY:
+        if kind != GGUF_ARRAY:
             self._refuse_newer(kind, "has metadata of a type", "GGUF's number")
         return self._array(self.number("I"), self.number("Q"), depth)
 
     def _array(self, kind: int, count: int, depth: int) -> tuple[Stated, ...] | None:
-        if letter := _SCALARS.get(kind):
+        if letter := GGUF_SCALARS.get(kind):
             if count <= SHORT:
                 return tuple(self.number(letter) for _ in range(count))
             self._skip(count * struct.calcsize(f"<{letter}"))
@@ -179,7 +180,7 @@ class _Cursor:
         self._words += count
         if self._words > MAX_GGUF_WORDS or depth > _MAX_DEPTH:
             raise BeyondLimits("it has lists of too many words, or too many within each other")
-        if kind == _STRING:
+        if kind == GGUF_STRING:
             at = self.at
             for _ in range(count):
                 at += _LENGTH.size + _LENGTH.unpack_from(self._bytes, at)[0]
