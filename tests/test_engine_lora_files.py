@@ -337,3 +337,16 @@ def test_disk_that_does_not_give_a_lora_is_no_damage(
         make(engine, SAMPLE, style)
     assert not isinstance(caught.value, FileDamaged)
     assert not caught.value.is_jobs_fault
+
+
+def test_lora_that_was_exchanged_is_read_anew(
+    engine: DiffusionEngine, plain: Tensors, tmp_path: Path
+) -> None:
+    """A file without a known hash may be another one for the next job: it is that job's."""
+    one, other = layers(plain, "attn1.to_q")[:1], layers(plain, "attn1.to_v")
+    expected = make(engine, SAMPLE, written(tmp_path / "other.safetensors", kohya(plain, other)))
+    style = LocalFile("lora", tmp_path / "style.safetensors", "the address")
+    first = make(engine, SAMPLE, style._replace(path=written(style.path, kohya(plain, one)).path))
+    make(engine, SAMPLE)
+    written(style.path, kohya(plain, other))
+    assert make(engine, SAMPLE, style).data == expected.data != first.data

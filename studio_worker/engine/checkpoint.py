@@ -55,6 +55,19 @@ class Checkpoint:
     stated: Mapping[str, Stated] = field(default_factory=dict)
 
 
+def version_of(path: Path) -> tuple[int, int, int]:
+    """What is another once a file has been exchanged, for who keeps what its header says.
+
+    Raises:
+        JobError: the disk does not give it.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise JobError(f"{path.name} cannot be read: {error.strerror}") from error
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """The header of the weights file at ``path``.
 

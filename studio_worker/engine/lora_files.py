@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from studio_worker.engine.checkpoint import read_checkpoint
+from studio_worker.engine.checkpoint import read_checkpoint, version_of
 from studio_worker.engine.lora_adapter import Adapter
 from studio_worker.engine.safetensors_files import metadata
 from studio_worker.errors import JobImpossible, NotServed
@@ -104,7 +104,6 @@ class LoraFile:
         return sum(each.size_bytes(itemsize) for each in self.adapters.values())
 
 
-@lru_cache(maxsize=64)  # one that is in a model already is not read again
 def read_lora(file: LocalFile) -> LoraFile:
     """The header of a LoRA file.
 
@@ -113,6 +112,11 @@ def read_lora(file: LocalFile) -> LoraFile:
         JobImpossible: it is no LoRA, or not a whole one.
         FileDamaged, JobError: as :func:`studio_worker.engine.checkpoint.read_checkpoint`.
     """
+    return _read(file, version_of(file.path))
+
+
+@lru_cache(maxsize=64)  # one that is in a model already is not read again
+def _read(file: LocalFile, _version: tuple[int, int, int]) -> LoraFile:
     checkpoint = read_checkpoint(file.path)
     name = file.path.name
     if checkpoint.format != "safetensors":

@@ -18,9 +18,8 @@ from math import prod
 
 import gguf
 
-from studio_worker.engine.checkpoint import Checkpoint, read_checkpoint
+from studio_worker.engine.checkpoint import Checkpoint, read_checkpoint, version_of
 from studio_worker.engine.gguf_files import PLAIN_TYPES, Shape
-from studio_worker.errors import JobError
 from studio_worker.models import FileRole, LocalFile
 
 _PREFIX = re.compile(
@@ -158,22 +157,13 @@ def read_sections(files: Iterable[LocalFile]) -> tuple[Section, ...]:
     Raises:
         JobError: a file is no weights file, or damaged.
     """
-    return tuple(section for file in files if file.role != "lora" for section in _sections(file))
+    return tuple(
+        section for file in files if file.role != "lora" for section in _sections(file, version_of(file.path))
+    )
 
 
-def _sections(file: LocalFile) -> tuple[Section, ...]:
-    try:
-        found = file.path.stat()
-    except OSError as error:
-        raise JobError(f"{file.path.name} cannot be read: {error.strerror}") from error
-    return _unchanged_sections(file, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _unchanged_sections(
-    file: LocalFile, _inode: int, _size_bytes: int, _mtime_ns: int
-) -> tuple[Section, ...]:
-    """The sections of a file that is the same as long as these numbers are: every job asks again."""
+@lru_cache(maxsize=64)  # every job asks again
+def _sections(file: LocalFile, _version: tuple[int, int, int]) -> tuple[Section, ...]:
     return tuple(split(file, read_checkpoint(file.path)))
 
 
