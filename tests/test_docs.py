@@ -1,7 +1,8 @@
-"""Man pages, completions, recipes and examples: what is shipped is what the program does."""
+"""Man pages, completions, recipes, examples and the table of failures: what they say is so."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
@@ -229,3 +230,31 @@ def test_example_models_are_valid() -> None:
     """Every example of models.d can be copied as it is; its address and hash are to be replaced."""
     models = read_required(PACKAGING / "examples" / "models.d", allow_insecure=False)
     assert [model.id for model in models] == ["sd15"]
+
+
+# --- the table of failures ---
+
+
+def promised() -> set[str]:
+    """The names of all tests."""
+    return {
+        node.name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+
+
+def test_failures_are_held_by_tests_that_exist() -> None:
+    """Every kind of failure in docs/failures.md names a test that holds it, and each of those is there."""
+    lines = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith(("| what", "| --- |"))]
+    assert len(rows) > 100
+    known = promised()
+    wrong = []
+    for row in rows:
+        happens, does, tests = [cell.strip() for cell in row.strip("|").split("|")]
+        named = [each.strip("` ") for each in tests.split(",")]
+        if not happens or not does or not known.issuperset(named):
+            wrong.append(row)
+    assert wrong == []
