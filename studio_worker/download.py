@@ -19,16 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from studio_worker.attempts import Attempts
 from studio_worker.errors import DownloadCancelled, DownloadError, StoreError
 from studio_worker.files import DISK_FULL
-from studio_worker.holding import hold, staging_key
-from studio_worker.logs import safe_url
-from studio_worker.request import Address
-from studio_worker.staging import Progress as Progress
-from studio_worker.staging import Staged
-from studio_worker.transport import Answer
-from studio_worker.transport import Policy as Policy
+from studio_worker.report.logs import safe_url
+from studio_worker.transfer.answer import Answer
+from studio_worker.transfer.answer import Policy as Policy
+from studio_worker.transfer.asking import Address
+from studio_worker.transfer.attempts import Attempts
+from studio_worker.transfer.holding import hold, staging_key
+from studio_worker.transfer.staging import Progress as Progress
+from studio_worker.transfer.staging import Staged
 
 log = logging.getLogger(__name__)
 

@@ -18,41 +18,42 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from studio_worker import __version__, config, logs
-from studio_worker.abilities import Abilities
-from studio_worker.activity import Activity
-from studio_worker.control import ControlServer, runtime_dir
-from studio_worker.device import find_device
-from studio_worker.engine import default_router
-from studio_worker.errors import StudioWorkerError
-from studio_worker.files import DISK_TROUBLES
-from studio_worker.gpu_watch import GpuWatch
-from studio_worker.health import Health
-from studio_worker.inputs import input_fetcher
-from studio_worker.lock import state_lock
-from studio_worker.metrics import Exporter, Metrics
-from studio_worker.notify import Notifier, ReadyLine, watchdog_interval_s
-from studio_worker.outbox import Outbox
-from studio_worker.owner import become, give_folder, owner_of
-from studio_worker.pause_note import PauseNote
-from studio_worker.provision import (
+from studio_worker import __version__, config
+from studio_worker.appliance.abilities import Abilities
+from studio_worker.appliance.answers import Reporting, early_handlers, note_answer
+from studio_worker.appliance.gpu_watch import GpuWatch
+from studio_worker.appliance.pause_note import PauseNote
+from studio_worker.appliance.preparation import Preparation, await_nodes, try_again
+from studio_worker.appliance.provisioning import (
     LaterProvision,
     SeenFiles,
     change_store,
     open_store,
 )
-from studio_worker.reach import policy_from
-from studio_worker.reload import REQUIRED_MODELS, Reloaded, Reloader
-from studio_worker.reporting import Reporting, early_handlers, note_answer
-from studio_worker.settings import Settings, listen_address
-from studio_worker.spool import Failures, JobInHand
-from studio_worker.starting import Preparation, await_nodes, try_again
-from studio_worker.starts import Starts
-from studio_worker.studio.api import StudioApi
-from studio_worker.studio.desk import Desk
-from studio_worker.studio.identity import IdentityFile
+from studio_worker.appliance.reload import REQUIRED_MODELS, Reloaded, Reloader
+from studio_worker.box.device import find_device
+from studio_worker.box.owner import become, give_folder, owner_of
+from studio_worker.box.state_lock import state_lock
+from studio_worker.config.downloads import policy_from
+from studio_worker.config.settings import Settings, listen_address
+from studio_worker.engine import default_router
+from studio_worker.errors import StudioWorkerError
+from studio_worker.files import DISK_TROUBLES
+from studio_worker.report import logs
+from studio_worker.report.activity import Activity
+from studio_worker.report.control import ControlServer, runtime_dir
+from studio_worker.report.metrics import Exporter, Metrics
+from studio_worker.report.notify import Notifier, ReadyLine, watchdog_interval_s
+from studio_worker.report.starts import Starts
+from studio_worker.spool.in_hand import Failures, JobInHand
+from studio_worker.spool.outbox import Outbox
+from studio_worker.studio.http.api import StudioApi
+from studio_worker.studio.http.identity import IdentityFile
 from studio_worker.studio.link import StudioLink
-from studio_worker.worker import Worker
+from studio_worker.work.desk import Desk
+from studio_worker.work.health import Health
+from studio_worker.work.inputs import input_fetcher
+from studio_worker.work.worker import Worker
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
-"""What is wrong with a value, in an operator's words; the library's speak of dictionaries and instances."""
+"""Words for an operator: what is wrong with a value (libraries speak of dictionaries), who runs this."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,3 +37,8 @@ def fault(error: Mapping[str, Any]) -> str:
     for theirs, ours in (("Input should be ", "must be "), ("Input should ", "should ")):
         message = message.replace(theirs, ours)
     return message
+
+
+def user() -> str:
+    """Who runs this, as a cure names them."""
+    return os.environ.get("USER") or f"with id {os.getuid()}"

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from studio_worker import sample_model
 from studio_worker.demo import write_configuration
+from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
-from studio_worker.service_process import ServiceProcess
 
 REPEATS = 5
 IDLE_S = 30.0

@@ -29,7 +29,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from studio_worker import process, sample_model
+from studio_worker import sample_model
+from studio_worker.box import process
 
 GOAL_PLAIN, GOAL_SD_CPP = 1.03, 3.0
 GUIDANCE = 7.0
@@ -122,9 +123,9 @@ def plain(work: Work) -> list[Cost]:
 def service(work: Work) -> list[Cost]:
     """The service, from a studio's offer to the encoded picture; files are there, and uploads not counted."""
     from studio_worker.demo import write_configuration
+    from studio_worker.demo.service_process import ServiceProcess
     from studio_worker.local_studio import LocalStudio
     from studio_worker.local_studio.rules import JobStatus
-    from studio_worker.service_process import ServiceProcess
 
     checkpoint = Path(work.checkpoint)
     with tempfile.TemporaryDirectory() as name:
@@ -213,7 +214,7 @@ def checkpoint(folder: Path) -> tuple[str, str]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from studio_worker.engine.families.component import CONFIGS, read_json
+    from studio_worker.engine.families.parts.component import CONFIGS, read_json
     from studio_worker.gpu_check.tiny.stable_diffusion import sd1_checkpoint
     from studio_worker.gpu_check.tiny.weights import drawn, safetensors
 

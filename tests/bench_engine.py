@@ -30,7 +30,8 @@ from diffusers import (
 )
 from PIL import Image
 
-from studio_worker import process, sample_model
+from studio_worker import sample_model
+from studio_worker.box import process
 from studio_worker.engine import Request
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.family import Family

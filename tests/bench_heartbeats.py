@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from studio_worker.demo import write_configuration
+from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.gpu_check.tiny import compvis
 from studio_worker.local_studio import LocalStudio
 from studio_worker.models import CliDefaults, ModelFile, ModelSource
-from studio_worker.service_process import ServiceProcess
-from tests.test_engine_families import sd1_parts
+from tests.engine.families.test_identify import sd1_parts
 
 MODELS = 3
 LIMIT_S = 7.0

@@ -19,8 +19,8 @@ from websockets.sync.client import connect
 
 from studio_worker import sample_model
 from studio_worker.demo import MODEL_ID, sample_source, write_configuration
+from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
-from studio_worker.service_process import ServiceProcess
 from studio_worker.studio.wire import SUBPROTOCOL, Capabilities
 
 JOBS = 200

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from studio_worker import process
+from studio_worker.box import process
 from studio_worker.engine.diffusion import DiffusionEngine
 from tests.bench_engine import SAMPLE_MODEL, Model, device, made, random_model, show, written
 

@@ -1,6 +1,6 @@
 """How long the check of verified models takes at the start; a part of ``tests.bench_download``.
 
-The files are sparse: their content is never read, which tests/test_store.py proves.
+The files are sparse: their content is never read, which tests/store/test_store.py proves.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from studio_worker.ledger import Verified, file_name
 from studio_worker.models import ModelFile
 from studio_worker.store import Store
+from studio_worker.store.ledger import Verified, file_name
 
 
 def large_models(root: Path, *, count: int, size_bytes: int) -> list[ModelFile]:

@@ -34,14 +34,14 @@ from rich.console import Console
 from rich.table import Table
 
 from studio_worker import sample_model
-from studio_worker.control import ask
 from studio_worker.demo import MODEL_ID, sample_source, write_configuration
+from studio_worker.demo.service_process import ServiceProcess, ServiceProcessError
 from studio_worker.errors import ControlError, StateUnavailable
 from studio_worker.local_studio import LocalStudio
 from studio_worker.local_studio.rules import JobStatus
 from studio_worker.local_studio.studio import DATABASE_NAME
-from studio_worker.service_process import ServiceProcess, ServiceProcessError
-from studio_worker.spool import poisoned_jobs
+from studio_worker.report.control import ask
+from studio_worker.spool.in_hand import poisoned_jobs
 from tests.chaos_disk import StateDisk
 from tests.chaos_proxy import ChaosProxy, UploadFault
 

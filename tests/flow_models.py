@@ -10,14 +10,14 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from studio_worker.engine.canvas import Starting
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.family import Family
-from studio_worker.engine.loading import load_part, load_tokenizer
+from studio_worker.engine.memory.loading import load_part, load_tokenizer
+from studio_worker.engine.memory.placement import Mode, Plan
 from studio_worker.engine.parameters import resolve
-from studio_worker.engine.placement import Mode, Plan
-from studio_worker.engine.rendering import LoadedModel
+from studio_worker.engine.rendering.canvas import Starting
+from studio_worker.engine.rendering.pipeline import LoadedModel
 from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.gpu_check.tiny.weights import Tensors
 from studio_worker.jobs import Cancel, Picture

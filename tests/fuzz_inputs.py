@@ -25,11 +25,11 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
-from studio_worker.ledger import file_name
 from studio_worker.models import ModelFile
 from studio_worker.store import Store
+from studio_worker.store.ledger import file_name
 from tests import published
-from tests.test_offers import CLAIM
+from tests.studio.session.test_offers import CLAIM
 
 Draw = Any
 

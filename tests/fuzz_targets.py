@@ -26,7 +26,7 @@ def frames(folder: Path) -> Iterator[Attempt]:
     from studio_worker.errors import FrameError, ProtocolError
     from studio_worker.studio.wire import read_studio_frame
     from tests.scripted import Conversation, ScriptedStudio
-    from tests.test_session import Running
+    from tests.studio.session.test_session import Running
 
     with ScriptedStudio() as studio, _no_tracebacks():
         running, conversation, number = Running(studio), None, 0
@@ -71,13 +71,13 @@ def frames(folder: Path) -> Iterator[Attempt]:
 @contextlib.contextmanager
 def offers(folder: Path) -> Iterator[Attempt]:
     """An offer is judged with the real store, outbox and spool, models of every kind on the box."""
-    from studio_worker.device import Device
+    from studio_worker.box.device import Device
     from studio_worker.errors import StudioWorkerError
     from studio_worker.models import ModelSource
     from studio_worker.store import Store
-    from studio_worker.studio.offers import judge
+    from studio_worker.studio.session.offers import judge
+    from tests.appliance.test_abilities import abilities_of
     from tests.fuzz_inputs import SOURCES, adopted
-    from tests.test_abilities import abilities_of
 
     store = Store(folder / "models")
     for source in SOURCES:
@@ -97,10 +97,10 @@ def offers(folder: Path) -> Iterator[Attempt]:
 @contextlib.contextmanager
 def headers(folder: Path) -> Iterator[Attempt]:
     """Headers of safetensors and GGUF files are read, and what their model is and needs is told from them."""
-    from studio_worker.device import Device
-    from studio_worker.engine.checkpoint import read_checkpoint
+    from studio_worker.box.device import Device
     from studio_worker.engine.estimate import Estimates
-    from studio_worker.engine.lora_files import read_lora
+    from studio_worker.engine.files.checkpoint import read_checkpoint
+    from studio_worker.engine.loras.files import read_lora
     from studio_worker.errors import JobError
     from studio_worker.formats import header_problem
     from studio_worker.jobs import ImageTask
@@ -135,9 +135,9 @@ def tars(folder: Path) -> Iterator[Attempt]:
     import hashlib
     import shutil
 
-    from studio_worker.bundles import import_bundle
     from studio_worker.errors import StoreError
     from studio_worker.store import Store
+    from studio_worker.store.bundles import import_bundle
 
     def attempt(bundle: bytes) -> None:
         path, root = folder / "bundle.tar", folder / "models"
@@ -159,12 +159,12 @@ def http(folder: Path) -> Iterator[Attempt]:
 
     from studio_worker.download import download_file
     from studio_worker.errors import DownloadCancelled, DownloadError, ProtocolError
-    from studio_worker.finished import Delivery
-    from studio_worker.studio.api import StudioApi
+    from studio_worker.spool.delivery import Delivery
+    from studio_worker.studio.http.api import StudioApi
     from studio_worker.studio.wire import RegisterRequest
-    from studio_worker.transport import Policy
+    from studio_worker.transfer.answer import Policy
     from tests.fuzz_inputs import CONTENT, SHA256, Answering
-    from tests.test_wire import CAPABILITIES
+    from tests.studio.test_wire import CAPABILITIES
 
     picture = folder / "picture"
     picture.write_bytes(b"a picture")
@@ -207,7 +207,7 @@ def http(folder: Path) -> Iterator[Attempt]:
 @contextlib.contextmanager
 def pictures(folder: Path) -> Iterator[Attempt]:
     """A picture is decoded by the child, or refused; the child lives as long as it keeps its limits."""
-    from studio_worker.engine.images import close, decode_mask, decode_picture, decode_reference
+    from studio_worker.engine.pictures.images import close, decode_mask, decode_picture, decode_reference
     from studio_worker.errors import JobError
 
     def attempt(data: bytes) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 
 from studio_worker.engine import Progress, Request
 from studio_worker.errors import JobError, JobImpossible
-from studio_worker.health import Health
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile, ModelFile
-from studio_worker.outbox import Outbox
-from studio_worker.spool import Failures, JobInHand
-from studio_worker.studio.delivery import Courier
-from studio_worker.studio.desk import Desk
-from studio_worker.studio.offers import Situation
+from studio_worker.spool.in_hand import Failures, JobInHand
+from studio_worker.spool.outbox import Outbox
+from studio_worker.studio.http.courier import Courier
+from studio_worker.studio.session.offers import Situation
+from studio_worker.work.desk import Desk
+from studio_worker.work.health import Health
 from tests.scripted import LIMIT_S
 
 

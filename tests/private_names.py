@@ -43,19 +43,19 @@ _COMPILERS = (
 UNAVOIDABLE = (
     PrivateName(
         "torch._dynamo",
-        ("engine.compiling",),
+        ("engine.rendering.compiling",),
         f"{_COMPILERS}; import torch._dynamo.config as c; assert c.suppress_errors",
         "torch has the logger of what cannot be compiled under this name alone",
     ),
     PrivateName(
         "torch._inductor",
-        ("engine.compiling",),
+        ("engine.rendering.compiling",),
         f"{_COMPILERS}; import torch._inductor.config as c; assert c.compile_threads == 1",
         "torch has the logger of what its compiler says under this name alone",
     ),
     PrivateName(
         "_keep_in_fp32_modules",
-        ("engine.loading",),
+        ("engine.memory.loading",),
         "import diffusers, transformers\n"
         "diffusers.ModelMixin._keep_in_fp32_modules\n"
         "assert transformers.T5EncoderModel._keep_in_fp32_modules == ['wo']",
@@ -63,13 +63,13 @@ UNAVOIDABLE = (
     ),
     PrivateName(
         "HTTPConnection._new_conn",
-        ("connecting",),
+        ("network.connecting",),
         "from urllib3.connection import HTTPConnection; HTTPConnection('h')._new_conn",
         "an address can be checked before it is connected to nowhere else",
     ),
     PrivateName(
         "_dns_host",
-        ("connecting",),
+        ("network.connecting",),
         "from urllib3.connection import HTTPConnection; assert HTTPConnection('h')._dns_host == 'h'",
         "the address to connect to, apart from the name that the certificate is for",
     ),
@@ -78,7 +78,7 @@ UNAVOIDABLE = (
 IN_TESTS = (
     PrivateName(
         "_python_dispatch",
-        ("played_gpu", "live_memory", "test_engine_waiting"),
+        ("played_gpu", "live_memory", "test_waiting"),
         "from torch.utils._python_dispatch import TorchDispatchMode",
         "torch documents TorchDispatchMode, which sees every operation, under this name alone",
     ),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from studio_worker.engine.gguf_files import open_gguf, shape_of
+from studio_worker.engine.files.gguf_files import open_gguf, shape_of
 from studio_worker.gpu_check.tiny.quantised import Kind
 from studio_worker.models import LocalFile
 

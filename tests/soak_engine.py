@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from studio_worker import process, sample_model
+from studio_worker import sample_model
+from studio_worker.box import process
 from studio_worker.engine import Inputs, Request
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.jobs import Cancel, ImageTask

@@ -14,7 +14,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from studio_worker.engine.noise import normal
+from studio_worker.engine.sampling.noise import normal
 
 
 def philox(seed: int, shape: Sequence[int], draw: int = 0) -> torch.Tensor:

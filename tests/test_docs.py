@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from studio_worker import errors
+from studio_worker.config.required import read_required
 from studio_worker.demo import write_configuration
-from studio_worker.journal import field_name
+from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
-from studio_worker.required import read_required
+from studio_worker.report.journal import field_name
 from studio_worker.sample_model import WEIGHTS
-from studio_worker.service_process import ServiceProcess
+from tests.appliance.test_reload import reload
 from tests.servers import FileServer
-from tests.test_reload import reload
 from tests.test_service import READY_S, await_status, queue_synthetic, require
 
 ROOT = Path(__file__).parents[1]

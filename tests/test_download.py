@@ -20,8 +20,8 @@ import pytest
 
 from studio_worker.download import Policy, download_file, ensure_file, fetch_bytes
 from studio_worker.errors import DownloadCancelled, DownloadError
-from studio_worker.logs import facts
 from studio_worker.models import ModelFile
+from studio_worker.report.logs import facts
 from tests.servers import FileServer, ServedFile, raw_server, refused_url
 
 BODY = b"a tiny pretend model"

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from studio_worker.box.state_lock import state_lock
 from studio_worker.errors import ConfigError, StateUnavailable
 from studio_worker.files import fsync_directory, remove_temporaries, write_atomic
-from studio_worker.lock import state_lock
 
 ROOT = Path(__file__).parents[1]
 
 HOLD = """
 import sys
 from pathlib import Path
-from studio_worker.lock import state_lock
+from studio_worker.box.state_lock import state_lock
 with state_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from studio_worker import sample_model
 from studio_worker.demo import MODEL_ID, sample_source, write_configuration
-from studio_worker.demo_jobs import shown_jobs
+from studio_worker.demo.jobs import shown_jobs
+from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
 from studio_worker.local_studio.rules import Job, JobStatus
-from studio_worker.service_process import ServiceProcess
-from tests.test_health import hurried
+from tests.work.test_health import hurried
 
 KILLS = 10
 SEED = 20

@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
-from studio_worker.engine.checkpoint import read_checkpoint
+from studio_worker.engine.files.checkpoint import read_checkpoint
 from studio_worker.engine.sources import Sources
 from studio_worker.errors import FileDamaged, FrameError, NotServed, ProtocolError
 from studio_worker.formats import header_problem
 from studio_worker.jobs import MAX_PROMPT_BYTES
 from studio_worker.models import LocalFile
 from studio_worker.studio import wire
-from studio_worker.studio.offers import Impossible, Take, judge
-from studio_worker.studio.protocol import SessionProtocol
-from tests.test_offers import CLAIM, IDLE, SOURCE, claim
+from studio_worker.studio.session.offers import Impossible, Take, judge
+from studio_worker.studio.session.protocol import SessionProtocol
+from tests.studio.session.test_offers import CLAIM, IDLE, SOURCE, claim
 
 PACKAGE = Path(__file__).parents[1] / "studio_worker"
 LONG = "x" * 201

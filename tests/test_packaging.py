@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from studio_worker.cli_options import as_instance
+from studio_worker.cli.options import as_instance
 
 ROOT = Path(__file__).parents[1]
 LOCK = ROOT / "packaging" / "lock"

@@ -13,18 +13,18 @@ import pytest
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from studio_worker import logs
 from studio_worker.cli import app
 from studio_worker.jobs import ImageTask
-from studio_worker.logs import ShippingBuffer
 from studio_worker.models import ModelSource
 from studio_worker.plain import plain, plain_lines
-from studio_worker.snapshot import EndedJob, JobFacts, Snapshot
+from studio_worker.report import logs
+from studio_worker.report.logs import ShippingBuffer
+from studio_worker.report.snapshot import EndedJob, JobFacts, Snapshot
 from studio_worker.studio import wire
-from studio_worker.studio.identity import IdentityFile
-from studio_worker.studio.protocol import error_for_code
-from studio_worker.studio.shipping import Shipping
-from tests.test_wire import CAPABILITIES_JSON
+from studio_worker.studio.http.identity import IdentityFile
+from studio_worker.studio.session.protocol import error_for_code
+from studio_worker.studio.session.shipping import Shipping
+from tests.studio.test_wire import CAPABILITIES_JSON
 
 EVIL = "a\x1b]0;title\x07\x1b[31m\x9b31m\x7f\u202eb\u2066c\u200f\u2028d\r\nREADY e\x00f"
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")

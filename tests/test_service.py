@@ -19,16 +19,16 @@ import pytest
 from PIL import Image
 
 from studio_worker.demo import MODEL_ID, sample_source, write_configuration
+from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
-from studio_worker.notify import EXTEND_S
+from studio_worker.report.notify import EXTEND_S
 from studio_worker.sample_model import prompt
-from studio_worker.service_process import ServiceProcess
-from studio_worker.studio.api import StudioApi
-from studio_worker.studio.identity import IdentityFile
-from studio_worker.studio.registration import Registration
+from studio_worker.studio.http.api import StudioApi
+from studio_worker.studio.http.identity import IdentityFile
+from studio_worker.studio.http.registration import Registration
 from tests.engine_lab import decoded, encoded, scene
 from tests.servers import FileServer, ServedFile
-from tests.test_wire import CAPABILITIES
+from tests.studio.test_wire import CAPABILITIES
 
 pytestmark = pytest.mark.welcoming_studio
 
@@ -555,7 +555,7 @@ def test_service_that_crashes_says_so_in_its_log(site: Path, tmp_path: Path) -> 
     (tmp_path / "python").mkdir()
     (tmp_path / "python" / "sitecustomize.py").write_text(
         "import threading\n"
-        "import studio_worker.starting as starting\n"
+        "import studio_worker.appliance.preparation as starting\n"
         "def crash(*_):\n"
         "    thread = threading.Thread(target=lambda: 1 / 0, name='helper')\n"
         "    thread.start()\n"

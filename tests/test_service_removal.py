@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
-from studio_worker.service_process import ServiceProcess
 from tests.engine_lab import decoded, encoded
 from tests.removal_graphs import IMAGE, MASK, pull_push, removal_graph, same
 from tests.servers import FileServer, ServedFile

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from studio_worker import config
+from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.errors import StateUnavailable
 from studio_worker.files import write_problem
 from studio_worker.local_studio import LocalStudio
-from studio_worker.service_process import ServiceProcess
 from tests.test_service import DONE_S, READY_S, await_online, await_status, override, queue_synthetic
 
 pytestmark = pytest.mark.welcoming_studio

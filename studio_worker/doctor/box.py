@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from studio_worker import config
-from studio_worker.compatibility import show
-from studio_worker.device import find_device, probe
-from studio_worker.doctor import Box, Result, failure, ok, warning
-from studio_worker.driver import gpu_index, require_driver
+from studio_worker.appliance.provisioning import show_bytes
+from studio_worker.box.compatibility import show
+from studio_worker.box.device import find_device, probe
+from studio_worker.box.driver import gpu_index, require_driver
+from studio_worker.box.nodes import driver_problem, has_nvidia_gpu, missing_nodes, module_version, no_gpu
+from studio_worker.config.downloads import policy_from
+from studio_worker.doctor.results import Box, Result, failure, ok, warning
 from studio_worker.errors import ConfigError
-from studio_worker.ledger import content_key
-from studio_worker.logs import safe_url
-from studio_worker.nodes import driver_problem, has_nvidia_gpu, missing_nodes, module_version, no_gpu
-from studio_worker.provision import show_bytes
-from studio_worker.reach import policy_from
+from studio_worker.report.logs import safe_url
+from studio_worker.store.ledger import content_key
 
 PROBE_LIMIT_S = 90.0
 _LITTLE_MEMORY_BYTES = 4e9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from studio_worker.doctor import Check
 from studio_worker.doctor.box import (
     PROBE_LIMIT_S,
     check_compute,
@@ -15,6 +14,7 @@ from studio_worker.doctor.box import (
     check_permissions,
 )
 from studio_worker.doctor.network import check_clock, check_dns, check_proxy, check_studio, check_tls
+from studio_worker.doctor.results import Check
 from studio_worker.doctor.worker import (
     check_last_errors,
     check_models,

@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 
 import requests
 
-from studio_worker.doctor import Box, Result, failure, ok, warning
-from studio_worker.logs import safe_url
-from studio_worker.studio.api import USER_AGENT, api_root
-from studio_worker.studio.route import route_to
+from studio_worker.doctor.results import Box, Result, failure, ok, warning
+from studio_worker.report.logs import safe_url
+from studio_worker.studio.http.api import USER_AGENT, api_root
+from studio_worker.studio.http.route import route_to
 
 _CONNECT_S = 10.0
 _CLOCK_WARNING_S = 30.0

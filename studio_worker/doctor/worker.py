@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from studio_worker.breaker import FAILURES
-from studio_worker.control import ask, runtime_dir
-from studio_worker.doctor import Box, Result, failure, ok, warning
+from studio_worker.appliance.provisioning import show_bytes, show_duration
+from studio_worker.doctor.results import Box, Result, failure, ok, warning
 from studio_worker.errors import ControlDenied, ServiceNotRunning
-from studio_worker.ledger import Ledger, is_verified
-from studio_worker.provision import show_bytes, show_duration
-from studio_worker.spool import poisoned_jobs
-from studio_worker.starts import Starts
-from studio_worker.studio.identity import IdentityFile, Standing
+from studio_worker.report.control import ask, runtime_dir
+from studio_worker.report.starts import Starts
+from studio_worker.spool.in_hand import poisoned_jobs
+from studio_worker.store.ledger import Ledger, is_verified
+from studio_worker.studio.http.identity import IdentityFile, Standing
+from studio_worker.work.breaker import FAILURES
 
 _AS_ROOT = "run this as root or as the service's user"
 _RECENT_S = 24 * 3600.0

@@ -15,29 +15,29 @@ from typing import Any
 import torch
 from PIL import Image
 
-from studio_worker.engine import Progress, Request, Resident
-from studio_worker.engine.adapters import Adapters
-from studio_worker.engine.canvas import Starting
-from studio_worker.engine.encoding import encode, generation_meta
+from studio_worker.box.process import giving_memory_back
+from studio_worker.engine.contract import Progress, Request, Resident
 from studio_worker.engine.families import FAMILIES
 from studio_worker.engine.families.family import Family
 from studio_worker.engine.faults import OutOfMemory, translated, usable_device
 from studio_worker.engine.libraries import settle
-from studio_worker.engine.loader import Loader
-from studio_worker.engine.loading import computed_in
-from studio_worker.engine.lora_places import LoraPlaces, PlacedLora
-from studio_worker.engine.memory import MachineMemory, Memory, free_bytes, total_bytes
+from studio_worker.engine.loras.adapters import Adapters
+from studio_worker.engine.loras.places import LoraPlaces, PlacedLora
+from studio_worker.engine.memory.loading import computed_in
+from studio_worker.engine.memory.machine import MachineMemory, Memory, free_bytes, total_bytes
+from studio_worker.engine.memory.peaks import Peaks
+from studio_worker.engine.memory.placement import Footprint, Plan
+from studio_worker.engine.memory.residency import Residency
 from studio_worker.engine.parameters import Parameters, printable
-from studio_worker.engine.peaks import Peaks
-from studio_worker.engine.placement import Footprint, Plan
-from studio_worker.engine.rendering import LoadedModel, Rendered
-from studio_worker.engine.residency import Residency
+from studio_worker.engine.pictures.encoding import encode, generation_meta
+from studio_worker.engine.rendering.canvas import Starting
+from studio_worker.engine.rendering.loader import Loader
+from studio_worker.engine.rendering.pipeline import LoadedModel, Rendered
 from studio_worker.engine.sources import Sources
 from studio_worker.engine.understood import Understood, understand
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, LocalFile
-from studio_worker.process import giving_memory_back
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class DiffusionEngine:
 
     @giving_memory_back()  # between jobs, whatever else runs here may want it
     def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
-        """See :meth:`studio_worker.engine.Engine.generate`."""
+        """See :meth:`studio_worker.engine.contract.Engine.generate`."""
         prompts = (printable(request.task.prompt), printable(request.task.negative_prompt or ""))
         cancel.check()
         with translated(self._device, prompts):
@@ -117,7 +117,7 @@ class DiffusionEngine:
     def preload(
         self, model: str, files: Sequence[LocalFile], defaults: CliDefaults, go_on: Callable[[], bool]
     ) -> bool:
-        """See :meth:`studio_worker.engine.KeepsModels.preload`."""
+        """See :meth:`studio_worker.engine.contract.KeepsModels.preload`."""
         with translated(self._device, ()):
             blueprint = self._sources.identify([file for file in files if file.role != "lora"])
             own = blueprint.family.defaults
@@ -126,7 +126,7 @@ class DiffusionEngine:
             return self._loader.preload(model, blueprint, needed, defaults, go_on)
 
     def release(self) -> None:
-        """See :meth:`studio_worker.engine.KeepsModels.release`."""
+        """See :meth:`studio_worker.engine.contract.KeepsModels.release`."""
         try:
             with translated(self._device, ()):
                 self._residency.release()
@@ -134,7 +134,7 @@ class DiffusionEngine:
             self._residency.clear()
 
     def resident(self) -> Mapping[str, Resident]:
-        """See :meth:`studio_worker.engine.KeepsModels.resident`."""
+        """See :meth:`studio_worker.engine.contract.KeepsModels.resident`."""
         return self._residency.models
 
     def components(self, model: str) -> tuple[torch.nn.Module, ...]:
@@ -142,14 +142,14 @@ class DiffusionEngine:
         return self._residency.components(model)
 
     def used_bytes(self) -> int | None:
-        """See :meth:`studio_worker.engine.KeepsModels.used_bytes`."""
+        """See :meth:`studio_worker.engine.contract.KeepsModels.used_bytes`."""
         try:
             return total_bytes(self._device) - free_bytes(self._device)
         except RuntimeError:  # the device is lost: the job in hand says so, and why
             return None
 
     def available_bytes(self) -> int | None:
-        """See :meth:`studio_worker.engine.KeepsModels.available_bytes`."""
+        """See :meth:`studio_worker.engine.contract.KeepsModels.available_bytes`."""
         try:
             return self._available()
         except RuntimeError:

@@ -11,14 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from studio_worker.device import Device
+from studio_worker.box.device import Device
+from studio_worker.box.ram import total_ram_bytes
+from studio_worker.engine.memory.peaks import Peaks
+from studio_worker.engine.memory.precision import numbers
 from studio_worker.engine.parameters import resolve
-from studio_worker.engine.peaks import Peaks
-from studio_worker.engine.precision import numbers
 from studio_worker.errors import JobError, NotServed
 from studio_worker.jobs import ImageTask
 from studio_worker.models import CliDefaults, LocalFile
-from studio_worker.ram import total_ram_bytes
 
 _GRAPH_COPIES = 2
 """onnxruntime has a graph's weights twice while it loads it: as read, and as its kernels want them."""
@@ -72,8 +72,8 @@ class Estimates:
             return removal_bytes(graphs[0]) if graphs and not self._device.is_gpu else None
         if engine != "sd-cpp":
             return None
-        from studio_worker.engine.needs import footprint
-        from studio_worker.engine.placement import leanest
+        from studio_worker.engine.memory.placement import leanest
+        from studio_worker.engine.rendering.needs import footprint
 
         kind: Literal["text", "image", "inpaint", "edit"] = "text"
         if task.ref_image_url:

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 import torch
 
-from studio_worker.compatibility import no_code
-from studio_worker.driver import find_driver, gpu_index, surroundings
-from studio_worker.engine.memory import free_bytes, release_cached, total_bytes
+from studio_worker.box.compatibility import no_code
+from studio_worker.box.driver import find_driver, gpu_index, surroundings
+from studio_worker.engine.memory.machine import free_bytes, release_cached, total_bytes
 from studio_worker.errors import DeviceError, JobCancelled, JobError, StudioWorkerError
 
 

@@ -2,7 +2,7 @@
 cuda:0``.
 
 The service must know before READY, and must neither import torch for it nor hang with a GPU that hangs; so
-:func:`studio_worker.device.probe` starts this and gives it a time limit.
+:func:`studio_worker.box.device.probe` starts this and gives it a time limit.
 
 Prints one line of JSON on stdout, an object, whatever becomes of it, and exits with 0 or 69:
 
@@ -26,11 +26,11 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from studio_worker.compatibility import show
-from studio_worker.driver import find_driver
-from studio_worker.engine.precision import numbers
+from studio_worker.box.compatibility import show
+from studio_worker.box.driver import find_driver
+from studio_worker.box.process import prepare
+from studio_worker.engine.memory.precision import numbers
 from studio_worker.errors import DeviceError
-from studio_worker.process import prepare
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def _try_out(name: str, facts: dict[str, Any], *, compiles: bool) -> None:
     if computed != 64.0 * 64.0:
         raise DeviceError(f"{name} computes wrong numbers ({computed:g} for 4096); test it, it may be broken")
     if compiles:
-        from studio_worker.engine.compiling import try_out
+        from studio_worker.engine.rendering.compiling import try_out
 
         try_out(device)
 

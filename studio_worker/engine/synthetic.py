@@ -14,9 +14,9 @@ import time
 
 from PIL import Image, ImageDraw, ImageFont
 
-from studio_worker.engine import Progress, Request
-from studio_worker.engine.encoding import check_ext, encode, generation_meta
+from studio_worker.engine.contract import Progress, Request
 from studio_worker.engine.parameters import EngineDefaults, Parameters, resolve
+from studio_worker.engine.pictures.encoding import check_ext, encode, generation_meta
 from studio_worker.jobs import Cancel, Picture
 
 _DEFAULTS = EngineDefaults(sampler="none", size_multiple=1)
@@ -28,7 +28,7 @@ class SyntheticEngine:
     """Draws placeholders."""
 
     def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
-        """See :meth:`studio_worker.engine.Engine.generate`."""
+        """See :meth:`studio_worker.engine.contract.Engine.generate`."""
         check_ext(request.task.ext)
         parameters = resolve(request.task, request.defaults, _DEFAULTS, from_image=False)
         started = time.perf_counter()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from studio_worker.engine import Inputs, Request
-from studio_worker.engine.canvas import Starting
-from studio_worker.engine.encoding import check_ext
+from studio_worker.engine.contract import Inputs, Request
 from studio_worker.engine.families.family import Blueprint
-from studio_worker.engine.images import decode_mask, decode_picture, decode_reference
-from studio_worker.engine.lora_places import LoraPlaces, PlacedLora
-from studio_worker.engine.loras import Lora, asked_loras
+from studio_worker.engine.loras.places import LoraPlaces, PlacedLora
+from studio_worker.engine.loras.wanted import Lora, asked_loras
 from studio_worker.engine.parameters import Parameters, resolve
+from studio_worker.engine.pictures.encoding import check_ext
+from studio_worker.engine.pictures.images import decode_mask, decode_picture, decode_reference
+from studio_worker.engine.rendering.canvas import Starting
 from studio_worker.engine.sources import Sources
 from studio_worker.errors import JobError, JobImpossible
 from studio_worker.jobs import ImageTask

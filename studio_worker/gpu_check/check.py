@@ -13,8 +13,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from studio_worker import process
-from studio_worker.device import Device, find_device, probe
+from studio_worker.box import process
+from studio_worker.box.device import Device, find_device, probe
+from studio_worker.box.ram import available_ram_bytes
 from studio_worker.errors import ConfigError, DeviceError
 from studio_worker.files import output_problem
 from studio_worker.gpu_check.places import folder_for_files
@@ -22,7 +23,6 @@ from studio_worker.gpu_check.programme import rows
 from studio_worker.gpu_check.report import Report
 from studio_worker.gpu_check.rows import Found
 from studio_worker.gpu_check.runner import Runner, command_for
-from studio_worker.ram import available_ram_bytes
 
 MINUTES = 8.0
 

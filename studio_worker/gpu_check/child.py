@@ -19,10 +19,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from studio_worker import process
+from studio_worker.box import process
 from studio_worker.errors import DeviceError
-from studio_worker.gpu_check.lab import Lab
 from studio_worker.gpu_check.rows import Skipped
+from studio_worker.gpu_check.subjects.lab import Lab
 
 _TRACE_LINES = 12
 
@@ -32,7 +32,7 @@ def look(lab: Lab, work: str, given: dict[str, Any]) -> dict[str, Any]:
     module, _, function = work.partition(":")
     answer: dict[str, Any] = {"state": "ok", "error": "", "trace": "", "is_usable": True}
     try:
-        getattr(importlib.import_module(f"studio_worker.gpu_check.{module}"), function)(lab, **given)
+        getattr(importlib.import_module(f"studio_worker.gpu_check.subjects.{module}"), function)(lab, **given)
     except Skipped as reason:
         answer |= {"state": "skipped", "error": str(reason)}
     except Exception as error:  # whatever a library raises: the other rows are looked at all the same

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from studio_worker.device import find_device
-from studio_worker.engine.memory import release_cached
+from studio_worker.box.device import find_device
+from studio_worker.box.nvml import Nvml, NvmlError
+from studio_worker.box.ram import available_ram_bytes, total_ram_bytes
+from studio_worker.engine.memory.machine import release_cached
 from studio_worker.gpu_check.gpu import Gpu, Shares
 from studio_worker.gpu_check.trace import Trace, read_trace
-from studio_worker.nvml import Nvml, NvmlError
-from studio_worker.ram import available_ram_bytes, total_ram_bytes
 
 _LOOK_EVERY_S = 0.2
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from studio_worker.jobs import ImageTask
-from studio_worker.local_studio import bodies
 from studio_worker.local_studio.changes import Changes
 from studio_worker.local_studio.database import Database
 from studio_worker.local_studio.job_queue import JobQueue
@@ -16,7 +15,8 @@ from studio_worker.local_studio.registry import Registration, Registry, Worker
 from studio_worker.local_studio.rules import RESTARTED, Job, JobStatus
 from studio_worker.local_studio.sessions import HELLO_TIMEOUT_S, Sessions
 from studio_worker.local_studio.shelf import LogLine, Model, Shelf
-from studio_worker.local_studio.views import Views
+from studio_worker.local_studio.web import bodies
+from studio_worker.local_studio.web.views import Views
 from studio_worker.models import ModelSource
 from studio_worker.studio import wire
 

@@ -21,7 +21,6 @@ from typing import Any, Literal
 from starlette.websockets import WebSocket
 
 from studio_worker.errors import FrameError
-from studio_worker.local_studio.access import bearer, error_response, http_base
 from studio_worker.local_studio.changes import Changes
 from studio_worker.local_studio.database import StorageFull
 from studio_worker.local_studio.job_queue import JobQueue
@@ -29,6 +28,7 @@ from studio_worker.local_studio.registry import Registry, Standing
 from studio_worker.local_studio.rules import LOST_CONNECTION, RESTARTED, Job, RuleBroken
 from studio_worker.local_studio.session import EndSession, Session, WorkerGone
 from studio_worker.local_studio.shelf import Shelf
+from studio_worker.local_studio.web.access import bearer, error_response, http_base
 from studio_worker.studio import wire
 
 logger = logging.getLogger(__name__)

@@ -14,14 +14,14 @@ from typing import Self
 
 import uvicorn
 
-from studio_worker.crowd import most_connections
 from studio_worker.errors import ConfigError, StudioWorkerError
-from studio_worker.local_studio import seldom
-from studio_worker.local_studio.access import Access, is_loopback
-from studio_worker.local_studio.app import build_app
 from studio_worker.local_studio.desk import Desk
 from studio_worker.local_studio.sessions import HELLO_TIMEOUT_S
-from studio_worker.local_studio.visit import visits_of
+from studio_worker.local_studio.web import seldom
+from studio_worker.local_studio.web.access import Access, is_loopback
+from studio_worker.local_studio.web.app import build_app
+from studio_worker.local_studio.web.visit import visits_of
+from studio_worker.network.crowd import most_connections
 from studio_worker.studio import wire
 
 logger = logging.getLogger(__name__)

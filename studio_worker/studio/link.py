@@ -8,19 +8,19 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 from studio_worker.errors import StudioWorkerError
-from studio_worker.logs import ShippingBuffer
-from studio_worker.outbox import Outbox
-from studio_worker.spool import Failures
-from studio_worker.studio import delivery
-from studio_worker.studio.api import StudioApi
-from studio_worker.studio.connection import Timings
-from studio_worker.studio.delivery import Courier, Patience
-from studio_worker.studio.desk import Desk
-from studio_worker.studio.identity import Credentials, IdentityFile, given_credentials
-from studio_worker.studio.offers import Judgement, Situation
-from studio_worker.studio.registration import Registration
-from studio_worker.studio.session import StudioSession
+from studio_worker.report.logs import ShippingBuffer
+from studio_worker.spool.in_hand import Failures
+from studio_worker.spool.outbox import Outbox
+from studio_worker.studio.http import courier
+from studio_worker.studio.http.api import StudioApi
+from studio_worker.studio.http.courier import Courier, Patience
+from studio_worker.studio.http.identity import Credentials, IdentityFile, given_credentials
+from studio_worker.studio.http.registration import Registration
+from studio_worker.studio.session.connection import Timings
+from studio_worker.studio.session.offers import Judgement, Situation
+from studio_worker.studio.session.session import StudioSession
 from studio_worker.studio.wire import Capabilities
+from studio_worker.work.desk import Desk
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _LAST_DELIVERY_S = 30.0
 """How long a stop waits for the last upload; what is not delivered by then stays in the outbox."""
 
 
-class Reports(delivery.Reports, Protocol):
+class Reports(courier.Reports, Protocol):
     """Who is told how registration, session and uploads go."""
 
     def registration(

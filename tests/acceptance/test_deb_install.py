@@ -18,12 +18,23 @@ EXPOSURE_AT_MOST = 2.0
 SITE_PACKAGES = "/usr/lib/studio-worker/lib/python3.11/site-packages"
 
 SUITE = (
-    "test_api.py", "test_bundles.py", "test_config.py", "test_delivery.py", "test_engine_diffusion.py",
-    "test_engine_families.py", "test_engine_parameters.py", "test_formats.py", "test_offers.py",
-    "test_protocol.py",
-    "test_registration.py", "test_sample_model.py", "test_session.py", "test_spool.py", "test_wire.py",
-    "test_worker.py",
-)  # fmt: skip
+    "config/test_loading.py",
+    "engine/families/test_identify.py",
+    "engine/test_diffusion.py",
+    "engine/test_parameters.py",
+    "spool/test_in_hand.py",
+    "store/test_bundles.py",
+    "studio/http/test_api.py",
+    "studio/http/test_courier.py",
+    "studio/http/test_registration.py",
+    "studio/session/test_offers.py",
+    "studio/session/test_protocol.py",
+    "studio/session/test_session.py",
+    "studio/test_wire.py",
+    "test_formats.py",
+    "test_sample_model.py",
+    "work/test_worker.py",
+)
 """Tests of what an installed copy can get wrong: its libraries' versions, torch, the files it carries."""
 
 
@@ -170,7 +181,7 @@ def test_suite_passes_against_the_installed_copy(base: Path, installed: Path, wo
         tests = ROOT / "tests"
         helpers = [path for path in tests.glob("*.py") if not path.name.startswith("test_")]
         for path in (*(tests / name for name in SUITE), *helpers, tests / "data"):
-            machine.copy_in(path, "/opt/suite/tests")
+            machine.copy_in(path, f"/opt/suite/{path.parent.relative_to(ROOT)}")
         machine.copy_in(ROOT / "packaging", "/opt/suite")
         _copy_test_libraries(machine)
         machine.shell("useradd --create-home tester && chown -R tester /opt/suite")
@@ -178,6 +189,7 @@ def test_suite_passes_against_the_installed_copy(base: Path, installed: Path, wo
             "cd /opt/suite && PYTHONPATH=/opt/suite:/opt/libraries "
             "/usr/lib/studio-worker/bin/python3 -B -m pytest "
             f"-q -p no:cacheprovider --timeout=300 --rootdir=/opt/suite -o pythonpath= -c /dev/null "
+            "--import-mode=importlib "
             f"{' '.join(f'tests/{name}' for name in SUITE)}"
         )
         where = machine.shell(

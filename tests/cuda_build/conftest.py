@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from studio_worker.torch_build import installed_torch
+from studio_worker.box.torch_build import installed_torch
 
 
 def pytest_sessionstart() -> None:

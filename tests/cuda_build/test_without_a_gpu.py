@@ -19,12 +19,12 @@ import pytest
 import torch
 
 import studio_worker.engine
-from studio_worker.compatibility import PACKAGES, Surroundings, no_code
+from studio_worker.box.compatibility import PACKAGES, Surroundings, no_code
+from studio_worker.box.torch_build import installed_torch, version
 from studio_worker.demo import MODEL_ID, sample_source
+from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
 from studio_worker.sample_model import prompt
-from studio_worker.service_process import ServiceProcess
-from studio_worker.torch_build import installed_torch, version
 from tests.fake_driver import build_driver
 from tests.test_service import READY_S, await_status, override
 

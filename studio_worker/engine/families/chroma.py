@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine.families.black_forest import black_forest_names, from_black_forest
-from studio_worker.engine.families.component import CONFIGS, Layout, Part, read_json
 from studio_worker.engine.families.family import Family, Pipelines, Seen
 from studio_worker.engine.families.flux import predict_packed
-from studio_worker.engine.families.packing import places
-from studio_worker.engine.families.parts import kl_vae
-from studio_worker.engine.families.t5 import T5_TOKENIZER, is_t5_truncated, t5, t5_states
+from studio_worker.engine.families.parts.black_forest import black_forest_names, from_black_forest
+from studio_worker.engine.families.parts.common import kl_vae
+from studio_worker.engine.families.parts.component import CONFIGS, Layout, Part, read_json
+from studio_worker.engine.families.parts.packing import places
+from studio_worker.engine.families.parts.t5 import T5_TOKENIZER, is_t5_truncated, t5, t5_states
 from studio_worker.engine.parameters import EngineDefaults, Parameters
 
 _PROMPT_TOKENS = 512
@@ -84,7 +84,7 @@ def _keep_guidance_still(denoiser: Any) -> None:
     """It has no guidance, which diffusers embeds on the CPU at every step: the device would be waited for."""
     import torch
 
-    from studio_worker.engine.still import keep_still
+    from studio_worker.engine.families.parts.still import keep_still
 
     keep_still(denoiser.time_text_embed, "guidance_proj", torch.zeros(1, dtype=torch.long))
 

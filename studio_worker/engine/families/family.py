@@ -7,7 +7,7 @@
 2. A module beside this one with a :class:`Part` for each component and a :class:`Family` of them. A part says
    by which tensor names and shapes it is told (one :class:`Layout` for each published naming) and how those
    names become the library's. Take the shapes from the configuration, so that tests can make the same family
-   tiny. Parts that several families use stand in ``parts.py``; a file that two models share is loaded once.
+   tiny. Parts that several families use stand in ``common.py``; a file that two models share is loaded once.
    What its layers are called in LoRA files, where that is not the class's word, is a table (layer_names.py).
 3. What its pipeline wants differently from the defaults, by overriding :class:`Family`'s methods.
 4. The family into ``FAMILIES`` (``families/__init__.py``), its row out of ``recognised.py``; what its
@@ -26,11 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from studio_worker.engine.families.component import Part, Tokenizer
-from studio_worker.engine.levels import Diffusion, Flow, Scale
+from studio_worker.engine.families.parts.component import Part, Tokenizer
+from studio_worker.engine.files.sections import Section
 from studio_worker.engine.parameters import MAX_FLOW_SHIFT, EngineDefaults, Parameters
-from studio_worker.engine.samplers import sampler
-from studio_worker.engine.sections import Section
+from studio_worker.engine.sampling.levels import Diffusion, Flow, Scale
+from studio_worker.engine.sampling.samplers import sampler
 from studio_worker.errors import JobImpossible, NotServed
 
 

@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tensors, read_json
 from studio_worker.engine.families.family import Family, JobKind, Pipelines, Seen, refused
 from studio_worker.engine.families.flux import predict_packed
-from studio_worker.engine.families.packing import packed, tokens_a_side
-from studio_worker.engine.families.qwen import (
+from studio_worker.engine.families.parts.component import CONFIGS, Layout, Part, read_json
+from studio_worker.engine.families.parts.packing import packed, tokens_a_side
+from studio_worker.engine.families.parts.qwen import (
     QWEN_TOKENIZER,
     framed,
     language_states,
     qwen25_language,
     qwen25_vision,
 )
-from studio_worker.engine.images import in_area
+from studio_worker.engine.files.sections import Tensors
 from studio_worker.engine.parameters import EngineDefaults, Parameters
+from studio_worker.engine.pictures.images import in_area
 
 ZERO_COND_T = "__index_timestep_zero__"
 """By this empty tensor ComfyUI's files of Qwen-Image-Edit-2511 say what ``zeroCondT`` says: the reference
@@ -54,7 +55,7 @@ class QwenImage(Family):
             )
 
     def assemble(self, components: dict[str, Any]) -> dict[str, Any]:
-        from studio_worker.engine.qwen_vl import PictureProcessor, join
+        from studio_worker.engine.families.parts.qwen_vl import PictureProcessor, join
 
         vision = components.pop("vision", None)
         processor = None if vision is None else PictureProcessor(components["tokenizer"], vision.config)
@@ -67,7 +68,7 @@ class QwenImage(Family):
     def read(self, pipeline: Any, texts: Sequence[str], device: Any, reference: Any) -> list[dict[str, Any]]:
         from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE
 
-        from studio_worker.engine.qwen_vl import PICTURE_TOKEN
+        from studio_worker.engine.families.parts.qwen_vl import PICTURE_TOKEN
 
         tokenizer, drop = pipeline.tokenizer, pipeline.prompt_template_encode_start_idx
         before, after = pipeline.prompt_template_encode.split("{}")

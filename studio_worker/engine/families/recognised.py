@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from studio_worker.engine.checkpoint import Checkpoint
-from studio_worker.engine.gguf_files import Shape
-from studio_worker.engine.sections import Section
+from studio_worker.engine.files.checkpoint import Checkpoint
+from studio_worker.engine.files.gguf_files import Shape
+from studio_worker.engine.files.sections import Section
 
 _ATTENTION_KEY = ".transformer_blocks.0.attn2.to_k.weight"
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine.families import clip_prompts
-from studio_worker.engine.families.component import CONFIGS, Tokenizer
 from studio_worker.engine.families.family import Pipelines, Seen
-from studio_worker.engine.families.parts import clip, clip_tokenizer, kl_vae, unet
-from studio_worker.engine.families.unet import UNetFamily
+from studio_worker.engine.families.parts import clip_prompts
+from studio_worker.engine.families.parts.common import clip, clip_tokenizer, kl_vae, unet
+from studio_worker.engine.families.parts.component import CONFIGS, Tokenizer
+from studio_worker.engine.families.parts.unet import UNetFamily
+from studio_worker.engine.files.sections import Section
 from studio_worker.engine.parameters import UNET_PX, EngineDefaults, Parameters
-from studio_worker.engine.sections import Section
 
 _OTHERS = {"edm_mean", "edm_vpred.sigma_max"}
 """Playground 2.5 and CosXL are shaped like it and have other noise schedules; by these tensors they tell

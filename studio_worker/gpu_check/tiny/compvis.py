@@ -11,7 +11,7 @@ import re
 
 import torch
 
-from studio_worker.engine.families.layer_names import comp_vis
+from studio_worker.engine.families.parts.layer_names import comp_vis
 from studio_worker.gpu_check.tiny.weights import State, Tensors, prefixed
 
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}

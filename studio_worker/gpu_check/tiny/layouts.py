@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
-from studio_worker.engine.families.black_forest import PUBLISHED, SHIFT_BEFORE_SCALE
+from studio_worker.engine.families.parts.black_forest import PUBLISHED, SHIFT_BEFORE_SCALE
 from studio_worker.gpu_check.tiny.weights import State, Tensors, renamed
 
 

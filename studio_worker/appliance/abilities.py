@@ -1,0 +1,138 @@
+"""What this box can do: as the studio is told, and as each offer is judged by."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+import time
+from collections.abc import Callable, Sequence
+
+from studio_worker import __version__
+from studio_worker.box.device import Device
+from studio_worker.box.ram import available_ram_bytes
+from studio_worker.config.settings import Settings
+from studio_worker.engine import Router
+from studio_worker.engine.estimate import Estimates
+from studio_worker.jobs import ImageTask
+from studio_worker.models import LocalFile, ModelFile, ModelSource
+from studio_worker.network.urls import is_data_url
+from studio_worker.spool.in_hand import Failures, JobInHand
+from studio_worker.spool.outbox import Outbox
+from studio_worker.store import Store
+from studio_worker.studio.http.courier import Courier
+from studio_worker.studio.session.offers import Situation
+from studio_worker.studio.wire import Capabilities
+from studio_worker.work.breaker import Refusal
+from studio_worker.work.desk import Desk
+from studio_worker.work.health import Health
+
+
+class Abilities:
+    """Asked anew each time, since all of it changes. Safe from any thread.
+
+    Args:
+        settings: as they are now; a reload changes them.
+    """
+
+    def __init__(
+        self,
+        settings: Callable[[], Settings],
+        *,
+        device: Device,
+        engines: Router,
+        store: Store,
+        desk: Desk,
+        in_hand: JobInHand,
+        failures: Failures,
+        outbox: Outbox,
+        health: Health,
+    ) -> None:
+        self._settings = settings
+        self._device = device
+        self._engines = engines
+        self._estimates = Estimates(device, engines.peaks)
+        self._store = store
+        self._desk = desk
+        self._in_hand = in_hand
+        self._failures = failures
+        self._outbox = outbox
+        self._health = health
+
+    def capabilities(self) -> Capabilities:
+        """What registration and heartbeats say of this box."""
+        models = tuple(f"{engine}:*" for engine in sorted(self._engines.names()))
+        return Capabilities(
+            machine_name=socket.gethostname(),
+            username=_username(),
+            agent_version=__version__,
+            vram_total_gb=self._device_gib() if self._device.is_gpu else 0,
+            vram_threshold_gb=self._threshold_gib(),
+            auto_enabled=not self._desk.is_paused,
+            supported_models=models,
+            supported_models_per_kind={"image": models},
+        )
+
+    def situation(self, courier: Courier) -> Situation:
+        """What an offer is judged by at this moment."""
+        models = self._settings().models
+        return Situation(
+            now=time.monotonic(),
+            current_job_id=self._desk.current_job_id,
+            is_paused=self._desk.is_paused,
+            threshold_gib=self._threshold_gib(),
+            engines=self._engines.names(),
+            on_demand=models.on_demand,
+            allow_insecure_urls=models.allow_insecure_urls,
+            is_uploading=courier.is_uploading,
+            is_just_delivered=courier.has_just_delivered,
+            is_in_outbox=self._outbox.holds,
+            state_problem=lambda: self._outbox.fullness() or self._in_hand.problem(),
+            is_poisoned=self._in_hand.is_poisoned,
+            failed_for_good=self._failures.final,
+            is_on_box=self._is_on_box,
+            shortfall_bytes=self._store.shortfall_bytes,
+            memory_gb=self._memory_gb(),
+            needed_gb=self._needed_gb,
+            held_back=self._held_back,
+        )
+
+    def _threshold_gib(self) -> float:
+        return self._settings().worker.vram_threshold_gb or self._device_gib()
+
+    def _device_gib(self) -> float:
+        """As the studio is told: what it then offers is not refused for a difference in rounding."""
+        return round(self._device.memory_gb * 1e9 / 2**30, 2)
+
+    def _memory_gb(self) -> float:
+        """What the device has for a job when our own models have left it, as far as it says.
+
+        A GPU says so from the first job on: asking costs a context on it, and some hundred MB.
+        """
+        found = self._engines.available_bytes()
+        if found is None and not self._device.is_gpu:
+            found = available_ram_bytes()
+        return self._device.memory_gb if found is None else min(self._device.memory_gb, found / 1e9)
+
+    def _is_on_box(self, files: Sequence[ModelFile]) -> bool:
+        return all(self._store.is_verified(file) for file in files)
+
+    def _held_back(self, model: str, source: ModelSource, task: ImageTask) -> Refusal | None:
+        fetches = not all(map(is_data_url, task.input_urls)) or not self._is_on_box(source.files)
+        return self._health.refusal(model, source, task, fetches=fetches)
+
+    def _needed_gb(self, source: ModelSource, task: ImageTask) -> float | None:
+        """What a job needs of the device's memory at least; ``None`` where its files are not here to tell."""
+        if not source.files or not self._is_on_box(source.files):
+            return None
+        files = [
+            LocalFile(file.role, self._store.path(file), file.sha256 or file.url) for file in source.files
+        ]
+        needed_bytes = self._estimates.needed_bytes(files, task, source.cli_defaults, source.engine)
+        return None if needed_bytes is None else needed_bytes / 1e9
+
+
+def _username() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a passwd entry
+        return "unknown"

@@ -1,0 +1,178 @@
+"""Whether driver, GPU and torch fit each other, and what to install where they do not. Tables, and no I/O."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from studio_worker.box.torch_build import TorchBuild, Version
+
+
+class Package(NamedTuple):
+    """A package of ours with torch: the CUDA version it needs, the GPUs it has code for (first and last)."""
+
+    name: str
+    cuda_major: int
+    oldest: Version
+    newest: Version
+
+
+PACKAGES = (
+    Package("studio-worker-torch-cuda", 13, (7, 5), (99, 0)),
+    Package("studio-worker-torch-cuda12", 12, (5, 0), (9, 9)),
+)
+"""Best first. What PyTorch's builds for CUDA 13.0 and 12.6 hold (``torch.cuda.get_arch_list``)."""
+
+DRIVER_BRANCHES = {12: 525, 13: 580}
+"""The first driver that runs programs of a CUDA version, whatever its minor number (NVIDIA, CUDA Toolkit
+release notes, "CUDA Toolkit and minimum required driver version for CUDA minor version compatibility").
+"""
+
+GENERATIONS: tuple[tuple[Version, str], ...] = (
+    ((3, 0), "Kepler"),
+    ((5, 0), "Maxwell"),
+    ((6, 0), "Pascal"),
+    ((7, 0), "Volta"),
+    ((7, 5), "Turing"),
+    ((8, 0), "Ampere"),
+    ((8, 9), "Ada"),
+    ((9, 0), "Hopper"),
+    ((10, 0), "Blackwell"),
+)
+"""NVIDIA's generations by their first compute capability (NVIDIA, CUDA GPU compute capability)."""
+
+_OPEN_MODULES_ONLY: Version = (10, 0)
+"""From Blackwell on there are no other kernel modules than the open ones (NVIDIA's driver README)."""
+
+_SUPPORTED_AFTER_580: Version = (7, 5)
+"""Drivers after 580 know no older GPUs (NVIDIA, Unix graphics feature deprecation schedule)."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where a driver is to be installed.
+
+    Args:
+        os_release: os-release(5) as pairs.
+        is_container: the driver is then the host's.
+    """
+
+    os_release: Mapping[str, str]
+    is_container: bool = False
+
+
+def misfit(
+    cuda: Version, driver: str, capability: Version | None, build: TorchBuild, here: Surroundings
+) -> str | None:
+    """Why torch ``build`` cannot run with a driver that knows ``cuda``, with the cure; ``None`` where it can.
+
+    A driver runs what was built for its own CUDA version, for older ones and for newer ones of the same major
+    number ("CUDA minor version compatibility" in NVIDIA's guide to compatibility).
+
+    Args:
+        driver: its own version, e.g. ``535.309``; may be empty.
+        capability: the GPU's, where known.
+    """
+    if build.cuda is None or cuda[0] >= build.cuda[0]:
+        return None
+    ways = []
+    if any(package.cuda_major == build.cuda[0] for package in _with_code_for(capability)):
+        ways.append(f"install {driver_to_install(build.cuda[0], capability, here)}")
+    if fitting := [each for each in _with_code_for(capability) if each.cuda_major <= cuda[0]]:
+        ways.append(f"{'' if ways else 'install '}the package {fitting[0].name}")
+    if not ways:
+        ways = [_other_torch(capability, cuda, here)]
+    return (
+        f"the NVIDIA driver{f' {driver}' if driver else ''} knows CUDA {show(cuda)}, and torch "
+        f"{build.version} here needs CUDA {show(build.cuda)}; {', or '.join(ways)}"
+    )
+
+
+def no_code(
+    name: str,
+    capability: Version,
+    architectures: Iterable[str],
+    *,
+    torch: str,
+    cuda: Version | None,
+    here: Surroundings,
+) -> str | None:
+    """Why a torch with code for ``architectures`` cannot use the GPU ``name``; ``None`` where it can.
+
+    Args:
+        architectures: as ``torch.cuda.get_arch_list`` has them, e.g. ``sm_86``, ``compute_120``.
+        torch: its version.
+        cuda: the newest version that the driver knows, where it says.
+    """
+    known = list(architectures)
+    if not known or any(_runs(architecture, capability) for architecture in known):
+        return None
+    generation = next((word for first, word in reversed(GENERATIONS) if capability >= first), "older")
+    return (
+        f"{name} ({generation}, compute capability {show(capability)}): torch {torch} here has code for "
+        f"{', '.join(known)} and none for it; {_other_torch(capability, cuda, here)}"
+    )
+
+
+def driver_to_install(cuda_major: int, capability: Version | None, here: Surroundings) -> str:
+    """Which driver torch for CUDA ``cuda_major`` needs, and where this machine gets it."""
+    branch = DRIVER_BRANCHES.get(cuda_major)
+    which = f"driver {branch} or newer" if branch else f"a driver that knows CUDA {cuda_major}"
+    return f"{which} ({_source(cuda_major, capability, here)})"
+
+
+def show(version: Version) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def _with_code_for(capability: Version | None) -> list[Package]:
+    return [each for each in PACKAGES if capability is None or each.oldest <= capability <= each.newest]
+
+
+def _other_torch(capability: Version | None, cuda: Version | None, here: Surroundings) -> str:
+    for package in _with_code_for(capability):
+        if cuda is None or package.cuda_major <= cuda[0]:
+            return f"install {package.name}"
+    for package in reversed(_with_code_for(capability)):
+        return f"install {package.name} and {driver_to_install(package.cuda_major, capability, here)}"
+    return "no torch of today has code for it: use a newer GPU"
+
+
+def _runs(architecture: str, capability: Version) -> bool:
+    """Whether a GPU of ``capability`` runs the code ``architecture``.
+
+    Machine code (``sm_``) runs on GPUs of its own major number from its own minor number on; PTX
+    (``compute_``) is translated for every later GPU; what ends in ``a`` is for that very GPU, in ``f`` for
+    its family (NVIDIA, CUDA programming guide, "compute capabilities").
+    """
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+    if match is None:
+        return False
+    built = int(match[2]), int(match[3])
+    if match[4] == "a":
+        return capability == built
+    if match[1] == "compute" and not match[4]:
+        return capability >= built
+    return capability[0] == built[0] and capability >= built
+
+
+def _source(cuda_major: int, capability: Version | None, here: Surroundings) -> str:
+    if here.is_container:
+        return "on the machine that runs this container"
+    distribution = here.os_release.get("ID", "")
+    is_open = capability is not None and capability >= _OPEN_MODULES_ONLY
+    if distribution == "ubuntu" and _release(here) >= (22, 4):
+        return f"apt install nvidia-driver-580-server{'-open' if is_open else ''}"
+    if distribution == "debian" and cuda_major <= 12:
+        return "apt install nvidia-driver"
+    is_old = capability is not None and capability < _SUPPORTED_AFTER_580
+    package = "nvidia-open" if is_open else "cuda-drivers-580" if is_old else "cuda-drivers"
+    why = ", since Debian's has 550 at most" if distribution == "debian" else ""
+    return f"{package} from NVIDIA's own repository{why}"
+
+
+def _release(here: Surroundings) -> Version:
+    numbers = [int(part) for part in here.os_release.get("VERSION_ID", "").split(".") if part.isdecimal()]
+    return (numbers[0], numbers[1]) if len(numbers) > 1 else (0, 0)

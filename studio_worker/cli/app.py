@@ -1,0 +1,195 @@
+"""The commands. Each is a thin shell over the room that does the work; none imports torch by itself."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from studio_worker import __version__, config
+from studio_worker.box import process
+from studio_worker.box.owner import become, owner_of
+from studio_worker.cli.control import pause, resume, status
+from studio_worker.cli.doctor import check_config, doctor
+from studio_worker.cli.generate import generate
+from studio_worker.cli.gpu_check import gpu_check
+from studio_worker.cli.models import models_app
+from studio_worker.cli.options import ConfigDir, Instance, say
+from studio_worker.errors import ConfigError, StudioWorkerError
+from studio_worker.files import DISK_TROUBLES, others_can_read
+from studio_worker.plain import plain
+from studio_worker.report import logs
+
+app = typer.Typer(
+    name="studio-worker",
+    help="Takes image jobs from a studio, makes the pictures with torch, delivers them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+app.add_typer(models_app, name="models")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (generate, status, pause, resume, doctor):
+    app.command()(command)
+app.command("check-config")(check_config)
+app.command("gpu-check")(gpu_check)
+
+
+def main() -> None:
+    """Entry point: an operator's mistake is one line on stderr and an exit status, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A terminal or pipe that is not UTF-8, or a name that is none, must not end a command half-way.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        app(prog_name="studio-worker")  # however it is started; completion goes by it
+    except StudioWorkerError as error:
+        print(f"studio-worker: {plain(str(error))}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except OSError as error:
+        # Else neither one file nor a full disk behind the output: a fault of ours, its traceback is wanted.
+        if error.filename is None and error.errno not in DISK_TROUBLES:
+            raise
+        print(f"studio-worker: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        sys.exit(os.EX_IOERR)
+
+
+@app.command()
+def run(directory: ConfigDir = config.DEFAULT_DIR) -> None:
+    """Run the service (what systemd starts)."""
+    from studio_worker import service
+
+    process.prepare()
+    raise typer.Exit(service.run(directory))
+
+
+@app.command()
+def register(
+    directory: ConfigDir = config.DEFAULT_DIR,
+    instance: Instance = None,  # noqa: ARG001  (it has had its effect)
+    reset: Annotated[
+        bool, typer.Option("--reset", help="Forget this worker's identity; the next start asks anew.")
+    ] = False,
+) -> None:
+    """Show who this worker is to the studio, or forget it."""
+    from studio_worker.box.state_lock import state_lock
+    from studio_worker.studio.http.identity import IdentityFile
+
+    settings = config.load(directory).settings
+    become(owner_of(settings.state.dir, settings.models.root))
+    config.check_folders(settings, make=False)
+    path = settings.state.dir / "identity.json"
+    if not path.exists():
+        if others := sorted(settings.state.dir.glob("instance-*/identity.json")):
+            names = ", ".join(other.parent.name.removeprefix("instance-") for other in others)
+            cure = f"say which: --instance N, of {names}"
+            raise ConfigError("this box has a service for each GPU", cure=cure)
+        typer.echo("not registered: the service asks the studio when it starts")
+        return
+    file = IdentityFile(path)
+    if reset:
+        with state_lock(settings.state.dir):
+            file.reset()
+        typer.echo("identity forgotten; the next start of the service asks to be registered anew")
+        return
+    say(file.load().describe())
+
+
+@app.command("local-studio")
+def local_studio(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8765,
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the studio's SQLite file.")] = Path(
+        "studio-data"
+    ),
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of model files to serve; default: models in the data folder."
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="File with the token people need (required off loopback)."),
+    ] = None,
+    approve_all: Annotated[
+        bool, typer.Option("--approve-all", help="Approve every worker that asks (trusted networks only).")
+    ] = False,
+) -> None:
+    """Run a small studio of your own: queue, approval, gallery."""
+    logs.configure(fmt="text")  # it is a person who runs it
+    token = _read_token(token_file) if token_file is not None else None
+
+    from studio_worker.local_studio import MODELS_FOLDER, run_local_studio
+
+    models = models or data / MODELS_FOLDER
+    run_local_studio(
+        data_dir=data,
+        host=host,
+        port=port,
+        models_dir=models,
+        token=token,
+        auto_approve=approve_all,
+        on_ready=lambda studio: _say_where(studio.base_url, models),
+    )
+
+
+def _say_where(address: str, models: Path) -> None:
+    typer.echo(f"local studio: {address}")
+    typer.echo(
+        f"models: add them on that page, under Models; workers fetch the files that lie in {models} from here"
+    )
+
+
+def _read_token(path: Path) -> str:
+    try:
+        if others_can_read(path):
+            raise ConfigError("others can read it", source=str(path), cure=f"chmod 600 {path}")
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read: {error.strerror}", source=str(path), cure="name another --token-file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            "is not UTF-8 text", source=str(path), cure="make one with: openssl rand -hex 32"
+        ) from error
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the pictures.")] = Path("demo"),
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave studio and worker running and print the page's address.")
+    ] = False,
+) -> None:
+    """Show everything at once: a local studio, the real service, a dozen pictures by torch on the CPU."""
+    from studio_worker.demo import run_demo
+
+    raise typer.Exit(run_demo(output, keep=keep))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"studio-worker {__version__}")

@@ -1,0 +1,8 @@
+"""What the operator wants: settings, required models and the ways of downloads, read and checked as a whole.
+
+Owns the files under the configuration folder. Hands out values; changes nothing while the service runs.
+"""
+
+from studio_worker.config.loading import DEFAULT_DIR, Config, check_folders, load
+
+__all__ = ["DEFAULT_DIR", "Config", "check_folders", "load"]

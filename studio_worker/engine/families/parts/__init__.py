@@ -1,0 +1,1 @@
+"""What models are made of, and families share: components, their published names, how prompts are read."""

@@ -1,0 +1,1 @@
+"""A model at work: components put together, prompts encoded, noise taken away, the picture decoded."""

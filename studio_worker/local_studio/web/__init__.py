@@ -1,0 +1,1 @@
+"""The local studio over HTTP: who may come in, what bodies are read, which routes there are."""

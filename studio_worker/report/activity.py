@@ -1,0 +1,262 @@
+"""What the service is doing and has done, written by everybody and read by ``status`` and metrics.
+
+The service, the worker, the session and the courier report through small methods, each in the words of
+whoever calls it; none of them knows who reads. Safe from any thread. It holds no prompt and no token.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from studio_worker.report.snapshot import (
+    OUTCOMES,
+    DownloadFacts,
+    EndedJob,
+    JobFacts,
+    OfferFacts,
+    Outcome,
+    Phase,
+    RegistrationFacts,
+    SessionFacts,
+    Snapshot,
+    UploadFacts,
+)
+
+log = logging.getLogger(__name__)
+
+_KEPT_JOBS = 20
+_REASON_CHARS = 300
+_MODEL_CHARS = 200
+"""Names and reasons may come from the studio; what is kept and shown is bounded."""
+
+
+class Activity:
+    """The record of one run of the service.
+
+    Args:
+        clock: Unix seconds.
+        monotonic: seconds that do not jump.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._monotonic = monotonic
+        self._guard = threading.Lock()
+        self._observers: list[Callable[[EndedJob], None]] = []
+        self._phase: Phase = "starting"
+        self._status = ""
+        self._paused = False
+        self._registration = RegistrationFacts()
+        self._session = SessionFacts()
+        self._connections = 0
+        self._job: JobFacts | None = None
+        self._job_began = 0.0
+        self._first_step: tuple[float, int] | None = None
+        self._last_jobs: collections.deque[EndedJob] = collections.deque(maxlen=_KEPT_JOBS)
+        self._jobs = dict.fromkeys(OUTCOMES, 0)
+        self._stages_s: collections.Counter[str] = collections.Counter()
+        self._offers: collections.Counter[str] = collections.Counter()
+        self._rejected: collections.Counter[str] = collections.Counter()
+        self._uploads = UploadFacts()
+        self._downloads = DownloadFacts()
+        self._began = monotonic()
+        self._ready_after_s: float | None = None
+
+    # --- readers ---
+
+    def on_job_end(self, observer: Callable[[EndedJob], None]) -> None:
+        """Call ``observer`` for every job that ends from now on, on the thread that ended it.
+
+        It must be quick. What it raises is logged and harms nobody else.
+        """
+        with self._guard:
+            self._observers.append(observer)
+
+    def snapshot(self) -> Snapshot:
+        """What is known here; the service adds what lives elsewhere (process, outbox, device)."""
+        with self._guard:
+            job = self._job
+            if job is not None:
+                job = job.model_copy(update={"elapsed_s": self._monotonic() - self._job_began})
+            return Snapshot(
+                phase=self._phase,
+                status=self._status,
+                paused=self._paused,
+                registration=self._registration,
+                session=self._session,
+                job=job,
+                last_jobs=tuple(self._last_jobs),
+                jobs={str(outcome): count for outcome, count in self._jobs.items()},
+                stages_s=dict(self._stages_s),
+                offers=OfferFacts(**self._offers, rejected=dict(self._rejected)),
+                uploads=self._uploads,
+                downloads=self._downloads,
+                ready_after_s=self._ready_after_s,
+            )
+
+    # --- the service ---
+
+    def entered(self, phase: Phase) -> None:
+        with self._guard:
+            self._phase = phase
+            if phase == "ready":
+                self._ready_after_s = self._monotonic() - self._began
+
+    def said(self, status: str) -> None:
+        """The status line is ``status`` now."""
+        with self._guard:
+            self._status = status
+
+    def was_paused(self, paused: bool) -> None:
+        with self._guard:
+            self._paused = paused
+
+    def registration(
+        self,
+        state: Literal["pending", "approved"],
+        *,
+        worker_id: str | None = None,
+        detail: str | None = None,
+    ) -> None:
+        with self._guard:
+            self._registration = RegistrationFacts(state=state, worker_id=worker_id, detail=detail)
+
+    # --- the session ---
+
+    def session(self, state: Literal["connected", "reconnecting"]) -> None:
+        """The session has come to ``state``; said again it changes nothing."""
+        with self._guard:
+            before = self._session
+            if state != before.state:
+                self._connections += state == "connected"
+                self._session = SessionFacts(
+                    state=state, since_at=self._clock(), reconnects=max(0, self._connections - 1)
+                )
+
+    def offer_answered(
+        self, answer: Literal["accepted", "again", "impossible", "rejected"], code: str | None = None
+    ) -> None:
+        with self._guard:
+            if answer == "rejected":
+                self._rejected[code or "other"] += 1
+            else:
+                self._offers[answer] += 1
+
+    # --- the worker ---
+
+    def job_began(self, job_id: str, model: str) -> None:
+        with self._guard:
+            self._job = JobFacts(job_id=job_id, model=model[:_MODEL_CHARS], began_at=self._clock())
+            self._job_began = self._monotonic()
+            self._first_step = None
+
+    def job_loads(self) -> None:
+        """Its files are there; the engine has it."""
+        self._change_job(stage="load")
+
+    def job_stepped(self, step: int, steps: int) -> None:
+        """``step`` of ``steps`` denoising steps are done."""
+        now = self._monotonic()
+        if self._first_step is None or step <= self._first_step[1]:  # a second pass counts from the start
+            self._first_step = (now, step)
+        since, first = self._first_step
+        rate = (step - first) / (now - since) if now > since else None
+        self._change_job(stage="generate", step=step, steps=steps, steps_per_s=rate)
+
+    def job_made(self) -> None:
+        """Its picture is in the outbox; it ends when that is delivered."""
+        with self._guard:
+            self._job = None
+
+    def job_failed(self, job_id: str, model: str, reason: str, *, retryable: bool, handed_back: bool) -> None:
+        with self._guard:
+            if self._job is not None and self._job.job_id == job_id:
+                self._job = None
+        self._ended(job_id, model, "handed_back" if handed_back else "failed", reason, retryable=retryable)
+
+    # --- the courier ---
+
+    def upload_delivered(
+        self, job_id: str, model: str, stages_s: Mapping[str, float], size_bytes: int
+    ) -> None:
+        """The studio has the picture; ``stages_s`` holds every stage of the job, its upload too."""
+        with self._guard:
+            self._uploads = self._uploads.model_copy(
+                update={
+                    "delivered": self._uploads.delivered + 1,
+                    "delivered_bytes": self._uploads.delivered_bytes + size_bytes,
+                }
+            )
+        self._ended(job_id, model, "done", stages_s=stages_s)
+
+    def upload_refused(self, job_id: str, model: str, stages_s: Mapping[str, float], reason: str) -> None:
+        with self._guard:
+            self._uploads = self._uploads.model_copy(update={"refused": self._uploads.refused + 1})
+        self._ended(job_id, model, "refused", reason, stages_s=stages_s)
+
+    def upload_unconfirmed(self, job_id: str, model: str, stages_s: Mapping[str, float], reason: str) -> None:
+        """The studio probably has the picture, from a try whose answer was lost."""
+        with self._guard:
+            self._uploads = self._uploads.model_copy(update={"unconfirmed": self._uploads.unconfirmed + 1})
+        self._ended(job_id, model, "unconfirmed", reason, stages_s=stages_s)
+
+    def upload_waits(self) -> None:
+        """A delivery did not succeed and will be tried again."""
+        with self._guard:
+            self._uploads = self._uploads.model_copy(update={"retries": self._uploads.retries + 1})
+
+    # --- downloads ---
+
+    def download_ended(self, succeeded: bool, size_bytes: int) -> None:
+        """A model file's download has come to its end, with so many bytes received."""
+        with self._guard:
+            before = self._downloads
+            self._downloads = DownloadFacts(
+                done=before.done + succeeded,
+                failed=before.failed + (not succeeded),
+                received_bytes=before.received_bytes + size_bytes,
+            )
+
+    # --- in here ---
+
+    def _change_job(self, **facts: object) -> None:
+        with self._guard:
+            if self._job is not None:
+                self._job = self._job.model_copy(update=facts)
+
+    def _ended(
+        self,
+        job_id: str,
+        model: str,
+        outcome: Outcome,
+        reason: str | None = None,
+        *,
+        retryable: bool | None = None,
+        stages_s: Mapping[str, float] | None = None,
+    ) -> None:
+        ended = EndedJob(
+            job_id=job_id[:_MODEL_CHARS],
+            model=model[:_MODEL_CHARS],
+            outcome=outcome,
+            reason=None if reason is None else reason[:_REASON_CHARS],
+            retryable=retryable,
+            stages_s=dict(stages_s or {}),
+            ended_at=self._clock(),
+        )
+        with self._guard:
+            self._last_jobs.appendleft(ended)
+            self._jobs[outcome] += 1
+            self._stages_s.update(ended.stages_s)
+            observers = list(self._observers)
+        for observer in observers:
+            try:
+                observer(ended)
+            except Exception:  # metrics must not cost a picture
+                log.exception("an observer of ended jobs failed", extra={"op": "activity"})

@@ -1,0 +1,303 @@
+"""Take a job, make the picture, hand it over: the loop of the main thread.
+
+Asks the source for a job, the store for files, the engine for a picture, and gives the picture to the
+outbox. It knows none of them: what it needs of each is declared in ports.py. One bad job never ends the
+loop; a lost device does.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+
+from studio_worker.engine import Inputs, KeepsModels, Request
+from studio_worker.errors import (
+    DeviceError,
+    DownloadCancelled,
+    DownloadError,
+    FileDamaged,
+    JobCancelled,
+    JobError,
+    JobImpossible,
+    StudioWorkerError,
+)
+from studio_worker.jobs import Cancel, Job, Picture
+from studio_worker.models import RequiredModel
+from studio_worker.work.ports import Engines, Files, Health, InHand, JobSource, Reports, Results
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """The loop.
+
+    Args:
+        fetch: gets an input picture's bytes, given up when the event is set; raises DownloadError.
+        step_timeout_s: how long one step, or one gap between two signs of progress, may take; may be set
+            anew at any time.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: JobSource,
+        files: Files,
+        engines: Engines,
+        in_hand: InHand,
+        results: Results,
+        reports: Reports,
+        health: Health,
+        fetch: Callable[[str, threading.Event], bytes],
+        step_timeout_s: float,
+    ) -> None:
+        self._source = source
+        self._files = files
+        self._engines = engines
+        self._in_hand = in_hand
+        self._results = results
+        self._reports = reports
+        self._health = health
+        self._fetch = fetch
+        self.step_timeout_s = step_timeout_s
+        self._guard = threading.Lock()
+        self._cancel = Cancel()
+        self._cancel_download = threading.Event()
+        self._ending: str | None = None
+        self._stepped_at: float | None = None
+        self._is_making = False
+
+    def preload(
+        self, models: Iterable[RequiredModel], go_on: Callable[[], bool], say: Callable[[str], None]
+    ) -> None:
+        """Have engines load ``models`` before their first job, as many as fit together.
+
+        Args:
+            go_on: whether nothing more urgent waits; asked between components.
+            say: gets what is being loaded, and an empty string at the end.
+
+        Raises:
+            DeviceError: the device is lost; the process should end.
+        """
+        for model in models:
+            if not go_on():
+                break
+            say(f"loading {model.id}")
+            self._moved(0, None)
+            try:
+                self._preload(model, go_on)
+            except (JobError, DownloadError) as error:
+                log.warning(
+                    "model not preloaded", extra={"op": "preload", "model": model.id, "error": str(error)}
+                )
+            finally:
+                self._stepped_at = None
+                say("")
+
+    def _preload(self, model: RequiredModel, go_on: Callable[[], bool]) -> None:
+        began = time.monotonic()
+        engine = self._engines.for_source(model)
+        if not isinstance(engine, KeepsModels):
+            return
+
+        def goes_on() -> bool:
+            self._moved(0, None)
+            return go_on()
+
+        with self._files.taken(model.id, model.files, cancel=self._cancel_download) as files:
+            is_whole = engine.preload(model.id, files, model.cli_defaults, goes_on)
+        facts = {"op": "preload", "model": model.id, "elapsed_ms": round((time.monotonic() - began) * 1000)}
+        log.info("model preloaded" if is_whole else "model not preloaded", extra=facts)
+
+    def run(self) -> None:
+        """Work until the source has no more jobs.
+
+        Raises:
+            DeviceError: the device is lost; its job was reported and stays noted, the process should end.
+        """
+        while (job := self._source.take(self._rest)) is not None:
+            self._do(job)
+
+    def _rest(self) -> None:
+        """Who pauses the box wants its memory for something else."""
+        for engine in self._engines.made():
+            if isinstance(engine, KeepsModels):
+                try:
+                    engine.release()
+                # No room in RAM, or a device that is lost: the next job finds it. A pause ends no service.
+                except Exception as error:
+                    reason = str(error) if isinstance(error, StudioWorkerError) else type(error).__name__
+                    log.warning("models stay on the device", extra={"op": "pause", "error": reason})
+
+    def hand_back(self, reason: str) -> None:
+        """Stop the job in hand at its next step, and any later one: the process is ending.
+
+        Safe from any thread.
+        """
+        with self._guard:
+            self._ending = self._ending or reason
+        self.cancel_job(reason)
+
+    def cancel_job(self, reason: str) -> None:
+        """Stop the job in hand, if there is one, at its next step; it is reported as retryable.
+
+        Safe from any thread.
+        """
+        with self._guard:
+            self._cancel.set(reason)
+            self._cancel_download.set()
+
+    def is_stuck(self) -> bool:
+        """Whether the job in hand has shown no progress for longer than its limit."""
+        stepped_at = self._stepped_at
+        return stepped_at is not None and time.monotonic() - stepped_at > self.step_timeout_s
+
+    def _do(self, job: Job) -> None:
+        has_crashed = False
+        self._stepped_at = time.monotonic()
+        self._reports.job_began(job.job_id, job.model)
+        with self._guard:
+            self._cancel, self._cancel_download = Cancel(), threading.Event()
+        if self._ending is not None:  # also where it came between the last line and this one
+            self.cancel_job(self._ending)
+        try:
+            self._note(job)
+            picture, timings_s = self._make(job)
+            self._keep(job, picture, timings_s)
+            log.debug("picture made", extra={"op": "job", "job_id": job.job_id, "model": job.model})
+            self._reports.job_made()
+            self._health.made(job)
+        except JobCancelled as error:
+            self._report(job, str(error), retryable=True, handed_back=True)
+            if self._ending is None:  # a step that took too long
+                self._health.failed(job, error)
+        except DownloadCancelled:
+            self._report(job, self._cancel.reason, retryable=True, handed_back=True)
+        except (JobError, DownloadError) as error:
+            judged = self._judged(error)
+            self._report(job, str(error), retryable=not judged.is_jobs_fault)
+            self._health.failed(job, judged)
+        except DeviceError as error:
+            # What the engine was at work on may have killed it: the note stays, for the next start to count.
+            has_crashed = self._is_making
+            self._report(job, str(error), retryable=True)
+            raise
+        except Exception as error:
+            # The one broad catch: whatever one job did to a library must not end the others.
+            # Logged by its frames, without its text: a library's error may quote the prompt.
+            log.error(
+                "job crashed",
+                extra={
+                    "op": "job",
+                    "job_id": job.job_id,
+                    "model": job.model,
+                    "error": type(error).__name__,
+                    "traceback": "".join(traceback.format_tb(error.__traceback__)),
+                },
+            )
+            self._report(job, f"internal error: {type(error).__name__}", retryable=True)
+            self._health.failed(job, error)
+        finally:
+            self._stepped_at = None
+            self._is_making = False
+            if not has_crashed:
+                self._in_hand.end()
+            self._source.finished(job)
+            # Delivery starts only now: the studio answers it with the next offer, and a desk that is not
+            # clear yet would have to refuse that one as busy.
+            self._results.wake()
+
+    def _judged(self, error: JobError | DownloadError) -> JobError | DownloadError:
+        """A file that is what the studio registered, and makes no sense, is the job's fault."""
+        try:
+            if isinstance(error, FileDamaged) and self._files.is_as_registered(
+                error.path, self._moved, self._cancel_download
+            ):
+                return JobImpossible(str(error))
+        except DownloadError as problem:  # stopped, or a disk that fails: nobody knows
+            log.warning("file could not be read anew", extra={"op": "job", "error": str(problem)})
+        return error
+
+    def _note(self, job: Job) -> None:
+        try:
+            self._in_hand.begin(job)
+        except OSError as error:
+            raise _disk_error("the job cannot be noted", error) from error
+
+    def _keep(self, job: Job, picture: Picture, timings_s: Mapping[str, float]) -> None:
+        try:
+            self._results.add(job, picture, timings_s)
+        except OSError as error:
+            raise _disk_error("the finished picture cannot be kept", error) from error
+
+    def _make(self, job: Job) -> tuple[Picture, dict[str, float]]:
+        began = time.monotonic()
+        with self._files.taken(
+            job.model, job.source.files, progress=self._moved, cancel=self._cancel_download
+        ) as files:
+            inputs = Inputs(
+                init_image=self._fetched(job.task.init_image_url),
+                mask=self._fetched(job.task.mask_url),
+                ref_image=self._fetched(job.task.ref_image_url),
+            )
+            ready = time.monotonic()
+            request = Request(
+                job_id=job.job_id,
+                model=job.model,
+                task=job.task,
+                defaults=job.source.cli_defaults,
+                files=files,
+                inputs=inputs,
+            )
+            self._cancel.check()
+            self._reports.job_loads()
+            engine = self._engines.for_source(job.source)
+            self._is_making = True
+            picture = engine.generate(request, self._stepped, self._cancel)
+            timings_s = {"wait": began - job.taken_at, "files": ready - began, **picture.timings_s}
+            return picture, timings_s
+
+    def _fetched(self, url: str | None) -> bytes | None:
+        self._moved(0, None)  # each input has its own limit of time
+        return None if url is None else self._fetch(url, self._cancel_download)
+
+    def _moved(self, done: int, total: int | None) -> None:  # noqa: ARG002  (the shape of a progress callback)
+        self._stepped_at = time.monotonic()
+
+    def _stepped(self, done: int, total: int) -> None:
+        """One step is done. A step that took too long is the job's last: the device is hardly usable for it.
+
+        The first step is no step alone: it comes after the last of the model was loaded.
+        """
+        took_s = time.monotonic() - (self._stepped_at or 0.0)
+        self._moved(done, total)
+        if done == 0:
+            return
+        self._reports.job_stepped(done, total)
+        if done > 1 and took_s > self.step_timeout_s:
+            self.cancel_job(
+                f"step {done} of {total} took {took_s:.0f} s, longer than step_timeout_s "
+                f"({self.step_timeout_s:g} s)"
+            )
+
+    def _report(self, job: Job, error: str, *, retryable: bool, handed_back: bool = False) -> None:
+        log.error(
+            "job failed",
+            extra={
+                "op": "job",
+                "job_id": job.job_id,
+                "model": job.model,
+                "outcome": "failed",
+                "error": error,
+                "retryable": retryable,
+                "elapsed_ms": round((time.monotonic() - job.taken_at) * 1000),
+            },
+        )
+        self._source.failed(job, error, retryable=retryable)
+        self._reports.job_failed(job.job_id, job.model, error, retryable=retryable, handed_back=handed_back)
+
+
+def _disk_error(what: str, error: OSError) -> JobError:
+    return JobError(f"{what}: {error.strerror}")

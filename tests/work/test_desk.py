@@ -1,0 +1,54 @@
+"""The desk between the session's thread and the worker's."""
+
+from __future__ import annotations
+
+import pytest
+
+from studio_worker.work.desk import Desk
+from tests.work.test_worker import job
+
+
+def test_pause_is_told_once_to_who_waits_for_a_job() -> None:
+    """Whoever waits for a job rests once at each pause, after the job that was put before it."""
+    desk = Desk()
+    rests: list[str] = []
+    desk.put(job("a"))
+    desk.pause()
+    desk.pause()
+    assert desk.take(lambda: rests.append("before a")) == job("a")
+    desk.put(job("b"))
+    assert desk.take(lambda: rests.append("before b")) == job("b")
+    assert rests == ["before b"]
+
+
+def test_pause_that_is_over_is_not_told() -> None:
+    """A pause that ended before anybody waited for a job costs nothing."""
+    desk = Desk()
+    desk.pause()
+    desk.resume()
+    desk.put(job("a"))
+    assert desk.take(lambda: pytest.fail("rested")) == job("a")
+
+
+def test_closed_desk_ends_the_wait_of_a_paused_worker() -> None:
+    """A service that is stopped while it is paused ends."""
+    desk = Desk()
+    rests: list[int] = []
+    desk.pause()
+    desk.close()
+    assert desk.take(lambda: rests.append(1)) is None
+    assert rests == [1]
+
+
+def test_rest_comes_after_the_job_in_hand_and_is_told() -> None:
+    """Whoever needs the device waits for the job that was put before, and knows when the models have left."""
+    desk = Desk()
+    rests: list[str] = []
+    desk.put(job("a"))
+    rested = desk.rest()
+    assert desk.take(lambda: rests.append("before a")) == job("a")
+    assert not rested.is_set()
+    desk.put(job("b"))
+    assert desk.take(lambda: rests.append("before b")) == job("b")
+    assert rested.is_set()
+    assert rests == ["before b"]
