@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := packaging/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: docs help demo test test-deb cuda-build lint bench gpu-check soak chaos fuzz check venv clean deb lock
+.PHONY: docs house help demo test test-deb cuda-build lint bench gpu-check soak chaos fuzz check venv clean deb lock
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ chaos: $(STAMP) ## Soak: 500 jobs while studio, network and worker fail 110 time
 
 fuzz: $(STAMP) ## Feed what reads from outside odd input (SECONDS=600 each of 6; TARGET=bundles alone)
 	$(BIN)/python -m tests.fuzz $(TARGET) --seconds $(or $(SECONDS),600) --seed $(or $(SEED),1)
+
+house: $(STAMP) ## Draw the package from its imports: rooms, floors, arrows, what is too large
+	$(BIN)/python -m tests.house
 
 docs: $(STAMP) ## Renew man pages and shell completions from the program and config.toml
 	$(BIN)/python packaging/docs/make.py

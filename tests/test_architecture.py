@@ -9,16 +9,11 @@ import ast
 import graphlib
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
+from tests.house import ROOT, read_imports, read_modules
 from tests.private_names import IN_TESTS, UNAVOIDABLE, foreign_names, own_names
-
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "studio_worker"
 
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
@@ -88,68 +83,8 @@ LIBRARIES = {
 """The libraries that only certain rooms (or packages of a room) may use."""
 
 
-class Import(NamedTuple):
-    """One import: ``module`` (``studio.session``) wants ``target`` (``studio_worker.report.logs``)."""
-
-    module: str
-    target: str
-    line: int
-    in_function: bool
-    for_types_only: bool
-
-    @property
-    def room(self) -> str:
-        return self.module.partition(".")[0]
-
-    def is_in(self, room: str) -> bool:
-        """Whether the importing module is in a room, or a package of one, or is it."""
-        return f"{self.module}.".startswith(f"{room}.")
-
-    @property
-    def library(self) -> str:
-        return self.target.partition(".")[0]
-
-    @property
-    def target_room(self) -> str | None:
-        """The room of ours that is imported, or ``None`` for a library."""
-        parts = self.target.split(".")
-        return (parts[1] if len(parts) > 1 else "__init__") if parts[0] == "studio_worker" else None
-
-    def __str__(self) -> str:
-        return f"{self.module}:{self.line} imports {self.target}"
-
-
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    """Every module of the package, by its name below the package."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-        yield name, ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-def is_module(name: str) -> bool:
-    path = ROOT.joinpath(*name.split("."))
-    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
-
-
-def imports(module: str, tree: ast.AST, *, inside: bool = False, types: bool = False) -> Iterator[Import]:
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import):
-            for name in node.names:
-                yield Import(module, name.name, node.lineno, inside, types)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module}:{node.lineno}: relative imports are not used in this house"
-            source = node.module or ""
-            for name in node.names:
-                whole = f"{source}.{name.name}"  # which may be a module, or a name of one
-                yield Import(module, whole if is_module(whole) else source, node.lineno, inside, types)
-        else:
-            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            is_guard = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-            yield from imports(module, node, inside=inside or is_function, types=types or is_guard)
-
-
-ALL = [found for name, tree in modules() for found in imports(name, tree)]
+MODULES = list(read_modules())
+ALL = [found for each in MODULES for found in read_imports(each.name, each.tree)]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -169,7 +104,7 @@ class A:
 """
     found = [
         (each.target, each.target_room, each.in_function, each.for_types_only)
-        for each in imports("x", ast.parse(source))
+        for each in read_imports("x", ast.parse(source))
     ]
     assert found == [
         ("torch.nn", None, False, False),
@@ -183,7 +118,7 @@ class A:
 
 def test_every_room_has_its_place() -> None:
     """A new package, or a module beside the packages, is given a floor before it is used."""
-    assert {name.partition(".")[0] for name, _ in modules()} == FLOOR.keys()
+    assert {name.partition(".")[0] for name, _, _ in MODULES} == FLOOR.keys()
     assert sum(map(len, FLOORS)) == len(FLOOR), "a room stands on two floors"
 
 
@@ -237,7 +172,7 @@ def test_local_studio_shares_only_the_wire_with_the_worker() -> None:
     assert {target.split(".")[:3][-1] for target in shared} <= {"studio", "wire"}
     names = {
         name.name
-        for module, tree in modules()
+        for module, _, tree in MODULES
         if module.startswith("local_studio")
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module == "studio_worker.studio"
@@ -281,8 +216,8 @@ def test_importing_what_starts_loads_no_torch(module: str) -> None:
 
 def test_private_names_of_libraries_are_used_only_where_they_must_be() -> None:
     """A library's private name goes without notice: each in use is listed, with its reason, and no other."""
-    own = own_names(tree for _, tree in modules())
-    used = {(name, module) for module, tree in modules() for name, _ in foreign_names(tree, own)}
+    own = own_names(tree for _, _, tree in MODULES)
+    used = {(name, module) for module, _, tree in MODULES for name, _ in foreign_names(tree, own)}
     assert used == {(each.name, user) for each in UNAVOIDABLE for user in each.users}
 
 
@@ -290,7 +225,7 @@ def test_tests_use_no_private_name_of_a_library_that_the_package_does_not() -> N
     """A test rests on no library's private name either, but on those that the package cannot do without."""
     paths = [path for room in ("tests", "packaging") for path in (ROOT / room).rglob("*.py")]
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
-    own = own_names([*trees.values(), *(tree for _, tree in modules())])
+    own = own_names([*trees.values(), *(tree for _, _, tree in MODULES)])
     known = {each.name for each in UNAVOIDABLE}
     known_in = {(each.name, user) for each in IN_TESTS for user in each.users}
     wrong = [
@@ -309,7 +244,7 @@ def test_importing_does_nothing() -> None:
     """
     wrong = [
         f"{name}:{statement.lineno}"
-        for name, tree in modules()
+        for name, _, tree in MODULES
         for statement in tree.body
         if name not in {"cli.app", "__main__"}
         and (
@@ -323,7 +258,7 @@ def test_importing_does_nothing() -> None:
 
 def test_every_module_says_what_it_owns() -> None:
     """Each module that holds anything opens with a docstring."""
-    assert [name for name, tree in modules() if tree.body and not ast.get_docstring(tree)] == []
+    assert [name for name, _, tree in MODULES if tree.body and not ast.get_docstring(tree)] == []
 
 
 # --- the tests themselves ---
