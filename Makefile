@@ -52,7 +52,7 @@ fuzz: $(STAMP) ## Feed what reads from outside odd input (SECONDS=600 each of 6;
 house: $(STAMP) ## Draw the package from its imports: rooms, floors, arrows, what is too large
 	$(BIN)/python -m tests.house
 
-docs: $(STAMP) ## Renew man pages and shell completions from the program and config.toml
+docs: $(STAMP) ## Renew config.toml, man pages and shell completions from what the program declares
 	$(BIN)/python packaging/docs/make.py
 
 deb: ## Build the Debian packages into build/packages (torch's CPU build; see debian/rules for CUDA)

@@ -35,7 +35,8 @@ from studio_worker.box.device import find_device
 from studio_worker.box.owner import become, give_folder, owner_of
 from studio_worker.box.state_lock import state_lock
 from studio_worker.config.downloads import policy_from
-from studio_worker.config.settings import Settings, listen_address
+from studio_worker.config.settings import Settings
+from studio_worker.config.values import listen_address
 from studio_worker.engine import default_router
 from studio_worker.errors import StudioWorkerError
 from studio_worker.files import DISK_TROUBLES

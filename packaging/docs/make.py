@@ -1,4 +1,4 @@
-"""Writes the man pages and shell completions from the program itself and the shipped configuration.
+"""Writes config.toml, man pages and shell completions from the program and the settings that it declares.
 
 ``make docs`` runs it; a test sees that what is committed is what it writes, so that neither can drift.
 """
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from completions import Completions
+from configuration import config_file
 from man import config_page, program_page
 from tree import NAME
 
@@ -19,6 +20,7 @@ def documents() -> dict[Path, str]:
     """Every file that is written, by its path."""
     completions = Completions()
     return {
+        PACKAGING / "config.toml": config_file(),
         PACKAGING / "man" / "studio-worker.1": program_page(),
         PACKAGING / "man" / "studio-worker-config.5": config_page(),
         PACKAGING / "completions" / "bash" / NAME: completions.bash(),

@@ -1,4 +1,4 @@
-"""The man pages: studio-worker(1) from the program's help, studio-worker-config(5) from config.toml."""
+"""The man pages: studio-worker(1) from the program's help, studio-worker-config(5) from the settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from configuration import explained, sections, written
 from tree import NAME, commands, root, takes_value, value_name
 
 from studio_worker import __version__, errors
@@ -166,18 +167,14 @@ def config_page() -> str:
         "called",
         f"{escaped('download-token.<host>')}, see token_dir.",
     ]
-    comment: list[str] = []
-    for line in (PACKAGING / "config.toml").read_text().splitlines():
-        if header := re.fullmatch(r"\[(\w+)\]", line):
-            lines.append(f".SH [{header[1]}]")
-            comment = []
-        elif key := re.match(r"(#?)(\w+) = (.*)", line):
-            default = f"(for example {key[3]})" if key[1] else f"= {key[3]}"
-            lines += [f".TP\n\\fB{key[2]}\\fR {escaped(default)}", *map(escaped, comment)]
-            comment = []
-        elif line.startswith("# "):
-            comment.append(line[2:])
-        else:
-            comment = []
+    for section, settings in sections():
+        lines.append(f".SH [{section}]")
+        for each in settings:
+            default = (
+                f"= {written(each.default)}"
+                if each.example is None
+                else f"(for example {written(each.example)})"
+            )
+            lines += [f".TP\n\\fB{each.name}\\fR {escaped(default)}", *map(escaped, explained(each))]
     lines += [".SH SEE ALSO", ".BR studio\\-worker (1)"]
     return "\n".join(lines) + "\n"

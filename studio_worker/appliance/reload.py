@@ -9,42 +9,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from studio_worker import config
 from studio_worker.config import Config
+from studio_worker.config.declaration import Declared
 from studio_worker.config.downloads import policy_from
-from studio_worker.config.settings import Settings
+from studio_worker.config.settings import DECLARED, Settings
 from studio_worker.errors import ConfigError
 from studio_worker.report.notify import Notifier, ReadyLine
 from studio_worker.transfer.policy import Policy
 
 log = logging.getLogger(__name__)
-
-LIVE = frozenset(
-    {
-        "studio.reconnect_attempts",
-        "worker.vram_threshold_gb",
-        "worker.step_timeout_s",
-        "worker.stop_timeout_s",
-        "models.on_demand",
-        "models.budget_gb",
-        "models.allow_insecure_urls",
-        "models.max_connections",
-        "models.download_limit_mb_s",
-        "models.connect_timeout_s",
-        "models.first_byte_timeout_s",
-        "models.stall_timeout_s",
-        "models.mirrors",
-        "models.token_dir",
-        "models.ca_bundle",
-        "models.proxy",
-        "log.level",
-        "log.format",
-    }
-)
-"""The keys that a reload applies. A key that is not here needs a restart; config.toml marks those."""
 
 REQUIRED_MODELS = "models.d"
 """How the set of required models is called among the keys; it changes at a reload."""
@@ -72,7 +51,7 @@ def read_again(directory: Path, running: Config, policy: Policy) -> Reloaded:
     """
     wanted = config.load(directory)
     config.check_folders(wanted.settings)
-    changed = tuple(_differences(running.settings, wanted.settings))
+    changed = _differences(running.settings, wanted.settings)
     settings = _with_live_keys(running.settings, wanted.settings)
     # Always: a token may have changed in its file.
     new_policy = dataclasses.replace(policy_from(settings), on_end=policy.on_end, on_wait=policy.on_wait)
@@ -81,14 +60,14 @@ def read_again(directory: Path, running: Config, policy: Policy) -> Reloaded:
         new_policy = dataclasses.replace(new_policy, limit=policy.limit)
     if policy.connections.most == new_policy.connections.most:
         new_policy = dataclasses.replace(new_policy, connections=policy.connections)
-    applied = tuple(key for key in changed if key in LIVE)
+    applied = tuple(each.key for each in changed if each.is_live)
     if wanted.required != running.required:
         applied += (REQUIRED_MODELS,)
     return Reloaded(
         config=Config(settings, wanted.required),
         policy=new_policy,
         applied=applied,
-        needs_restart=tuple(key for key in changed if key not in LIVE),
+        needs_restart=tuple(each.key for each in changed if not each.is_live),
     )
 
 
@@ -162,19 +141,15 @@ class Reloader:
         )
 
 
-def _differences(old: Settings, new: Settings) -> Iterator[str]:
-    for section in Settings.model_fields:
-        before, after = getattr(old, section), getattr(new, section)
-        for key in type(before).model_fields:
-            if getattr(before, key) != getattr(after, key):
-                yield f"{section}.{key}"
+def _differences(old: Settings, new: Settings) -> list[Declared]:
+    return [each for each in DECLARED.values() if each.of(old) != each.of(new)]
 
 
 def _with_live_keys(old: Settings, new: Settings) -> Settings:
     """``old`` with the values of ``new`` for every key that may change while the service runs."""
-    sections = {}
-    for section in Settings.model_fields:
-        before, after = getattr(old, section), getattr(new, section)
-        live = {key: getattr(after, key) for key in type(before).model_fields if f"{section}.{key}" in LIVE}
-        sections[section] = before.model_copy(update=live)
+    sections: dict[str, BaseModel] = {}
+    for each in DECLARED.values():
+        if each.is_live:
+            before = sections.get(each.section, getattr(old, each.section))
+            sections[each.section] = before.model_copy(update={each.name: each.of(new)})
     return old.model_copy(update=sections)

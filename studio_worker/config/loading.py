@@ -1,7 +1,7 @@
 """The configuration: ``config.toml``, then ``conf.d/*.toml`` in name order, then the environment.
 
 Each fault becomes one :class:`ConfigError` that names file, line, key and cure. Required models come from
-``models.d``. Nothing here touches the network or the device. The settings themselves are in settings.py,
+``models.d``. Nothing here touches the network or the device. The settings themselves are in sections.py,
 reading a file is documents.py's work, a required model's shape is required.py's.
 """
 
@@ -18,9 +18,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from studio_worker.config.declaration import Declared
 from studio_worker.config.documents import Document, list_files, read_document
 from studio_worker.config.required import read_required
-from studio_worker.config.settings import ENV_PREFIX, ENV_SEPARATOR, Settings, SettingsError
+from studio_worker.config.settings import DECLARED, ENV_PREFIX, ENV_SEPARATOR, Settings, SettingsError
 from studio_worker.errors import ConfigError, StateUnavailable
 from studio_worker.models import RequiredModel
 from studio_worker.wording import fault, user
@@ -170,10 +171,10 @@ def _access_cure(folder: Path) -> str:
 
 
 def _known_keys() -> dict[str, list[str]]:
-    return {
-        section: sorted(field.default.__class__.model_fields)
-        for section, field in Settings.model_fields.items()
-    }
+    known: dict[str, list[str]] = {}
+    for each in DECLARED.values():
+        known.setdefault(each.section, []).append(each.name)
+    return {section: sorted(names) for section, names in known.items()}
 
 
 def _refuse_unknown(document: Document) -> None:
@@ -214,11 +215,7 @@ def _unknown(document: Document, dotted: str, name: str, candidates: list[str], 
 
 def _environment_origins() -> dict[str, _Origin]:
     """Where each setting given by environment comes from. Raises ConfigError for a name not known."""
-    known = {
-        f"{ENV_PREFIX}{section}{ENV_SEPARATOR}{key}".upper(): f"{section}.{key}"
-        for section, keys in _known_keys().items()
-        for key in keys
-    }
+    known = {_variable(each): key for key, each in DECLARED.items()}
     origins = {}
     for name in sorted(os.environ):
         if not name.upper().startswith(ENV_PREFIX):  # pydantic-settings reads lower case too
@@ -234,14 +231,13 @@ def _environment_origins() -> dict[str, _Origin]:
     return origins
 
 
+def _variable(setting: Declared) -> str:
+    return f"{ENV_PREFIX}{setting.section}{ENV_SEPARATOR}{setting.name}".upper()
+
+
 def _no_json() -> ConfigError:
     """A table comes from the environment as JSON; the library's words name the section alone."""
-    tables = {
-        f"{ENV_PREFIX}{section}{ENV_SEPARATOR}{key}".upper()
-        for section, field in Settings.model_fields.items()
-        for key, value in field.default.__class__.model_fields.items()
-        if isinstance(value.default, dict)
-    }
+    tables = {_variable(each) for each in DECLARED.values() if isinstance(each.default, dict)}
     named = next((name for name in sorted(os.environ) if name.upper() in tables), "")
     return ConfigError(
         "is not valid JSON",
@@ -252,10 +248,9 @@ def _no_json() -> ConfigError:
 
 def _explain(error: ValidationError, origins: dict[str, _Origin]) -> ConfigError:
     first = error.errors(include_url=False)[0]
-    section, name = (str(part) for part in first["loc"][:2])
-    key = f"{section}.{name}"
+    key = ".".join(str(part) for part in first["loc"][:2])
     origin = origins.get(key, _Origin(""))
-    default = getattr(Settings.model_fields[section].default, name)
+    default = DECLARED[key].default
     written = "none" if default is None else json.dumps(default, default=str)
     return ConfigError(
         f"{_shown(first['input'])}: {fault(first)}",

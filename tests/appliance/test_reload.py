@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 import signal
 import threading
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from studio_worker import config
 from studio_worker.appliance.provisioning import LaterProvision
-from studio_worker.appliance.reload import LIVE, read_again
+from studio_worker.appliance.reload import read_again
+from studio_worker.config.declaration import Declared
 from studio_worker.config.downloads import policy_from
-from studio_worker.config.settings import Settings
+from studio_worker.config.settings import DECLARED
 from studio_worker.demo import MODEL_ID, sample_source
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
@@ -162,26 +165,67 @@ def write(directory: Path, toml: str) -> None:
     )
 
 
-def test_marks_in_the_shipped_configuration_say_what_needs_a_restart() -> None:
-    """config.toml marks with [restart] exactly the keys that a reload does not apply."""
-    section, comment, marked, keys = "", "", set(), set()
+def marked_in_the_shipped_configuration() -> dict[str, bool]:
+    """Every key of config.toml, and whether [restart] stands above it."""
+    section, comment, marked = "", "", {}
     for line in (ROOT / "packaging" / "config.toml").read_text().splitlines():
         if header := re.fullmatch(r"\[(\w+)\]", line):
             section, comment = header[1], ""
         elif key := re.match(r"#?(\w+) = ", line):
-            keys.add(f"{section}.{key[1]}")
-            if "[restart]" in comment:
-                marked.add(f"{section}.{key[1]}")
+            marked[f"{section}.{key[1]}"] = comment.startswith("# [restart] ")
             comment = ""
         else:
             comment += line
-    assert keys == {
-        f"{name}.{key}"
-        for name, field in Settings.model_fields.items()
-        for key in type(field.default).model_fields
-    }
-    assert marked == keys - LIVE
-    assert keys >= LIVE
+    return marked
+
+
+OTHERS = {
+    "studio.api_base_url": "https://other.example",
+    "worker.device": "cpu",
+    "log.level": "debug",
+    "log.format": "json",
+    "models.ca_bundle": requests.certs.where(),
+}
+"""Values that are not the defaults, where one cannot be told from the default or the example."""
+
+
+def other_value(setting: Declared, folder: Path) -> Any:
+    if setting.key in OTHERS:
+        return OTHERS[setting.key]
+    if isinstance(setting.default, bool):
+        return not setting.default
+    if isinstance(setting.default, int | float):
+        return setting.default / 2 or 7
+    if isinstance(setting.default, Path) or str(setting.example).startswith("/"):
+        (folder / setting.name).mkdir()
+        return str(folder / setting.name)
+    return setting.example
+
+
+def test_reload_does_with_every_key_as_the_shipped_configuration_says(tmp_path: Path) -> None:
+    """A key marked [restart] in config.toml stays as it was and is named so; every other one is applied."""
+    (tmp_path / "config.toml").write_text("")
+    before = config.load(tmp_path)
+    others = {key: other_value(each, tmp_path) for key, each in DECLARED.items()}
+    (tmp_path / "config.toml").write_text(
+        "".join(
+            f"{key} = {{ {', '.join(f'{json.dumps(a)} = {json.dumps(b)}' for a, b in value.items())} }}\n"
+            if isinstance(value, dict)
+            else f"{key} = {json.dumps(value)}\n"
+            for key, value in others.items()
+        )
+    )
+    after = config.load(tmp_path)
+    assert [
+        key for key, each in DECLARED.items() if each.of(before.settings) == each.of(after.settings)
+    ] == []
+    reloaded = read_again(tmp_path, before, Policy())
+    marked = marked_in_the_shipped_configuration()
+    assert reloaded.applied == tuple(key for key, needs_restart in marked.items() if not needs_restart)
+    assert reloaded.needs_restart == tuple(key for key, needs_restart in marked.items() if needs_restart)
+    for key, setting in DECLARED.items():
+        holds = before if marked[key] else after
+        assert setting.of(reloaded.config.settings) == setting.of(holds.settings), key
 
 
 def test_required_models_change_at_a_reload(tmp_path: Path) -> None:

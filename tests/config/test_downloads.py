@@ -13,7 +13,8 @@ import certifi
 import pytest
 
 from studio_worker.config.downloads import policy_from
-from studio_worker.config.settings import ModelsSection, Settings
+from studio_worker.config.sections import ModelsSection
+from studio_worker.config.settings import Settings
 from studio_worker.download import Policy, download_file
 from studio_worker.errors import ConfigError, DownloadError, DownloadRefused
 from studio_worker.report.logs import facts

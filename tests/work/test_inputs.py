@@ -17,7 +17,8 @@ from urllib.parse import quote
 import pytest
 
 from studio_worker.config.downloads import policy_from
-from studio_worker.config.settings import ModelsSection, Settings, StudioSection
+from studio_worker.config.sections import ModelsSection, StudioSection
+from studio_worker.config.settings import Settings
 from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused
 from studio_worker.models import ModelFile
 from studio_worker.network.addresses import Networks, network_kind
