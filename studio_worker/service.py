@@ -46,7 +46,8 @@ from studio_worker.report.control import ControlServer, runtime_dir
 from studio_worker.report.metrics import Exporter, Metrics
 from studio_worker.report.notify import Notifier, ReadyLine, watchdog_interval_s
 from studio_worker.report.starts import Starts
-from studio_worker.spool.in_hand import Failures, JobInHand
+from studio_worker.spool.failures import Failures
+from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.identity import IdentityFile

@@ -13,7 +13,8 @@ from studio_worker.engine import Progress, Request
 from studio_worker.errors import JobError, JobImpossible
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile, ModelFile
-from studio_worker.spool.in_hand import Failures, JobInHand
+from studio_worker.spool.failures import Failures
+from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.session.offers import Situation

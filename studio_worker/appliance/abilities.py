@@ -16,7 +16,8 @@ from studio_worker.engine.estimate import Estimates
 from studio_worker.jobs import ImageTask
 from studio_worker.models import LocalFile, ModelFile, ModelSource
 from studio_worker.network.urls import is_data_url
-from studio_worker.spool.in_hand import Failures, JobInHand
+from studio_worker.spool.failures import Failures
+from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.store import Store
 from studio_worker.studio.http.courier import Courier

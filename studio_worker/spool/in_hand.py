@@ -1,4 +1,4 @@
-"""The job in hand, as a crash leaves it, and what is remembered of jobs that ended badly.
+"""The job in hand, as a crash leaves it, and how often a job was found so.
 
 A job is noted on disk before the engine touches it. A note that the next start finds means that the process
 ended without the job's end: killed, out of memory, the watchdog at a step that never returned, a power cut.
@@ -21,13 +21,12 @@ from typing import Any
 
 from studio_worker.files import make_private, write_atomic, write_problem
 from studio_worker.jobs import Job
+from studio_worker.spool.notes import REMEMBERED_JOBS, note_facts, read_note
 
 log = logging.getLogger(__name__)
 
 POISON_CRASHES = 2
 """A job that was in hand at this many crashes is not tried again."""
-
-_REMEMBERED = 200
 
 
 class JobInHand:
@@ -45,14 +44,14 @@ class JobInHand:
         self._has_note_of_ended = False
         self._crashes_path = folder / "crashes.json"
         self._streak_path = folder / "crashes-in-a-row.json"
-        crashes = _read_json(self._crashes_path) or {}
+        crashes = read_note(self._crashes_path) or {}
         self._crashes = {job_id: notes for job_id, notes in crashes.items() if _are_names(notes)}
-        self.crashes_in_a_row = _count((_read_json(self._streak_path) or {}).get("count"))
+        self.crashes_in_a_row = _count((read_note(self._streak_path) or {}).get("count"))
         """How many processes, up to the last one, died in a job without having ended another one."""
 
     def recover(self) -> str | None:
         """The job that was in hand when the last process died, counted as one crash; ``None`` if none was."""
-        note = _read_json(self._note) or {}
+        note = read_note(self._note) or {}
         job_id = note.get("job_id")
         if not isinstance(job_id, str):
             self._clear()
@@ -60,13 +59,13 @@ class JobInHand:
         # A note is counted once, also where this very step is interrupted and comes again.
         notes = [*self._crashes.pop(job_id, []), str(note.get("note_id", ""))]
         self._crashes[job_id] = list(dict.fromkeys(notes))[-POISON_CRASHES:]  # the latest stands last
-        self._crashes = dict(list(self._crashes.items())[-_REMEMBERED:])
+        self._crashes = dict(list(self._crashes.items())[-REMEMBERED_JOBS:])
         self.crashes_in_a_row += 1
         try:
             write_atomic(self._crashes_path, json.dumps(self._crashes).encode())
             write_atomic(self._streak_path, json.dumps({"count": self.crashes_in_a_row}).encode())
         except OSError as error:  # a full disk must not keep the service from delivering what lies on it
-            log.error("crash cannot be noted", extra=_facts(self._crashes_path, error=error.strerror))
+            log.error("crash cannot be noted", extra=note_facts(self._crashes_path, error=error.strerror))
         self._clear()
         return job_id
 
@@ -111,38 +110,14 @@ class JobInHand:
             self._has_note_of_ended = False
         except OSError as error:
             self._has_note_of_ended = True
-            log.error("note of the job in hand stays", extra=_facts(self._note, error=error.strerror))
+            log.error("note of the job in hand stays", extra=note_facts(self._note, error=error.strerror))
 
 
-class Failures:
-    """Failures that could not be reported, because the connection that held the job was gone.
-
-    The studio has put such a job back. Offered here again, one that failed for good is not tried again.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        make_private(folder)
-        self._path = folder / "failures.json"
-        self._guard = threading.Lock()  # reported from several threads
-        self._failures = _read_json(self._path) or {}
-
-    def add(self, job_id: str, error: str, *, retryable: bool) -> None:
-        """Remember a failure; where the disk does not take it, for as long as the process lives."""
-        failure = {"error": error, "retryable": retryable, "failed_at": time.time()}
-        with self._guard:
-            others = [item for item in self._failures.items() if item[0] != job_id]
-            self._failures = dict([*others, (job_id, failure)][-_REMEMBERED:])
-            try:
-                write_atomic(self._path, json.dumps(self._failures).encode())
-            except OSError as problem:
-                log.error("failure cannot be noted", extra=_facts(self._path, error=problem.strerror))
-
-    def final(self, job_id: str) -> str | None:
-        """Why ``job_id`` failed for good here, or ``None``."""
-        failure = self._failures.get(job_id)
-        if isinstance(failure, dict) and failure.get("retryable") is False:
-            return str(failure.get("error"))
-        return None
+def poisoned_jobs(folder: Path) -> list[str]:
+    """The jobs that are not tried again, the latest last; changes nothing. Raises PermissionError."""
+    path = folder / "crashes.json"
+    crashes = (read_note(path) or {}) if path.exists() else {}
+    return [job for job, notes in crashes.items() if _are_names(notes) and len(notes) >= POISON_CRASHES]
 
 
 def _count(value: Any) -> int:
@@ -151,25 +126,3 @@ def _count(value: Any) -> int:
 
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _facts(path: Path, **more: object) -> dict[str, object]:
-    return {"op": "spool", "path": str(path), **more}
-
-
-def poisoned_jobs(folder: Path) -> list[str]:
-    """The jobs that are not tried again, the latest last; changes nothing. Raises PermissionError."""
-    path = folder / "crashes.json"
-    crashes = (_read_json(path) or {}) if path.exists() else {}
-    return [job for job, notes in crashes.items() if _are_names(notes) and len(notes) >= POISON_CRASHES]
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        log.warning("spool file is unreadable and ignored", extra=_facts(path))
-        return None
-    return value if isinstance(value, dict) else None

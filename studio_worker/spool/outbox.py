@@ -1,27 +1,22 @@
 """Finished pictures that wait for delivery: on disk before their upload starts, until the studio has them.
 
-A picture is two files: its bytes, and a note. The note is written last and removed first, so a note always
-has its bytes; bytes without a note are left-overs of a crash and removed at the next start. What cannot be
-used is set aside for a person to look at. A picture that the disk does not take is kept in memory, so that
-a full disk loses it only together with the power.
+A picture that the disk does not take is kept in memory, so that a full disk loses it only together with the
+power. Owns which pictures wait, and for how long; what becomes of their files is picture_files.py's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from studio_worker.files import fsync_directory, make_private, write_atomic, write_problem
 from studio_worker.jobs import Job, Picture
 from studio_worker.spool.clock import OutboxClock
 from studio_worker.spool.delivery import Delivery
+from studio_worker.spool.picture_files import PictureFiles
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +60,7 @@ class Outbox:
         reserve_bytes: int = _RESERVE_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        make_private(folder)
-        self._folder = folder
+        self._files = PictureFiles(folder)
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
         self._reserve_bytes = reserve_bytes
@@ -75,9 +69,7 @@ class Outbox:
         self._writing = threading.Lock()  # or what is written anew for a job would go with what is gone
         self._in_memory: dict[str, Delivery] = {}
         self._gone: set[str] = set()
-        for data in folder.glob("*.data"):
-            if not data.with_suffix(".json").exists():
-                data.unlink()
+        self._files.remove_left_over()
         self._clock = OutboxClock(
             folder / "age", clock, at_least_s=max((d.kept_since_s for d in self.oldest()), default=0.0)
         )
@@ -110,14 +102,14 @@ class Outbox:
 
     def _keep(self, delivery: Delivery) -> None:
         try:
-            self._write(delivery)
+            self._files.write(delivery)
         except OSError as error:
             log.error(
                 "picture cannot be written and waits in memory; make room on the disk",
                 extra={
                     "op": "spool",
                     "job_id": delivery.job_id,
-                    "path": str(self._folder),
+                    "path": str(self._files.folder),
                     "error": error.strerror,
                 },
             )
@@ -127,20 +119,9 @@ class Outbox:
                     raise
                 self._in_memory[delivery.job_id] = delivery
 
-    def _write(self, delivery: Delivery) -> None:
-        data, note = self._path(delivery.job_id, ".data"), self._path(delivery.job_id, ".json")
-        text = delivery.note()
-        try:
-            write_atomic(data, delivery.in_memory, sync_folder=False)
-            write_atomic(note, text)
-        except OSError:
-            if not note.exists():
-                data.unlink(missing_ok=True)
-            raise
-
     def oldest(self) -> list[Delivery]:
         """What waits, oldest first."""
-        waiting = [delivery for path in self._folder.glob("*.json") if (delivery := self._read(path))]
+        waiting = self._files.read_all()
         with self._guard:
             waiting = [d for d in waiting if d.job_id not in self._gone | self._in_memory.keys()]
             waiting += self._in_memory.values()
@@ -157,7 +138,7 @@ class Outbox:
                 return  # said when it was to go; it stays hidden
         for delivery in waiting:
             try:
-                self._write(delivery)
+                self._files.write(delivery)
             except OSError:
                 return  # said when it came; it stays in memory
             with self._guard:
@@ -169,7 +150,7 @@ class Outbox:
             with self._guard:
                 if job_id not in self._gone:  # its picture has been made anew
                     return
-            self._unlink(job_id)
+            self._files.remove(job_id)
             with self._guard:
                 self._gone.discard(job_id)
 
@@ -213,23 +194,11 @@ class Outbox:
         usage = self.usage()
         if usage.size_bytes >= self._max_bytes:
             return f"{usage.count} finished pictures wait for delivery"
-        try:
-            room = os.statvfs(self._folder)
-        except OSError as error:
-            return f"the disk for finished pictures cannot be asked: {error.strerror}"
-        if room.f_bavail * room.f_frsize < self._reserve_bytes:
-            return "the disk for finished pictures is full"
-        if problem := write_problem(self._folder):
-            return f"the folder for finished pictures takes nothing: {problem}"
-        return None
+        return self._files.disk_problem(self._reserve_bytes)
 
     def usage(self) -> Usage:
         """How much waits, by looking at the files alone."""
-        sizes, times = [], []
-        for note in self._folder.glob("*.json"):
-            with contextlib.suppress(FileNotFoundError):  # delivered meanwhile
-                sizes.append(note.with_suffix(".data").stat().st_size)
-                times.append(note.stat().st_mtime)
+        sizes, times = self._files.sizes_and_times()
         with self._guard:
             sizes += [len(delivery.in_memory) for delivery in self._in_memory.values()]
             times += [delivery.finished_at for delivery in self._in_memory.values()]
@@ -241,14 +210,14 @@ class Outbox:
                 return True
             if job_id in self._gone:
                 return False
-        return self._path(job_id, ".json").exists()
+        return self._files.holds(job_id)
 
     def remove(self, delivery: Delivery) -> None:
         """The studio has it, or has refused it for good. A disk that lets nothing go is logged."""
         with self._guard:
             self._in_memory.pop(delivery.job_id, None)
         try:
-            self._unlink(delivery.job_id)
+            self._files.remove(delivery.job_id)
         except OSError as error:
             with self._guard:
                 self._gone.add(delivery.job_id)
@@ -256,11 +225,6 @@ class Outbox:
                 "delivered picture cannot be removed; that is tried again",
                 extra={"op": "spool", "job_id": delivery.job_id, "error": error.strerror},
             )
-
-    def _unlink(self, job_id: str) -> None:
-        self._path(job_id, ".json").unlink(missing_ok=True)
-        fsync_directory(self._folder)
-        self._path(job_id, ".data").unlink(missing_ok=True)
 
     def wake(self) -> None:
         """Let whoever waits in :meth:`wait` look again."""
@@ -270,47 +234,3 @@ class Outbox:
         """Until something has changed since the last call, or ``timeout_s`` has passed."""
         self._changed.wait(timeout_s)
         self._changed.clear()
-
-    def _read(self, note: Path) -> Delivery | None:
-        data = note.with_suffix(".data")
-        try:
-            delivery = Delivery.read_note(note.read_text(), data)
-        except FileNotFoundError:
-            return None  # delivered meanwhile
-        except OSError as error:  # this time; it may be readable the next
-            log.error("picture cannot be read", extra=_facts(note, error=error.strerror))
-            return None
-        except (ValueError, TypeError) as error:
-            self._set_aside(note, type(error).__name__)
-            return None
-        if self._path(delivery.job_id, ".json") != note:
-            self._set_aside(note, "it names another job")
-            return None
-        if not data.exists():
-            if note.exists():
-                self._set_aside(note, "its bytes are gone")
-            return None
-        return delivery
-
-    def _set_aside(self, note: Path, problem: str) -> None:
-        aside = self._folder / "unreadable"
-        log.error(
-            "picture cannot be delivered and is set aside",
-            extra=_facts(note, error=problem, to=str(aside)),
-        )
-        # On a full or failing disk it stays, and is passed over.
-        with contextlib.suppress(OSError):
-            aside.mkdir(mode=0o700, exist_ok=True)
-            # The bytes first: without their note the next start would take them for a left-over.
-            for path in (note.with_suffix(".data"), note):
-                if path.exists():
-                    path.replace(aside / path.name)
-
-    def _path(self, job_id: str, suffix: str) -> Path:
-        # Job ids come from the studio: they are hashed so that none can name a path.
-        digest = hashlib.sha256(job_id.encode("utf-8", "surrogatepass"))
-        return self._folder / (digest.hexdigest()[:32] + suffix)
-
-
-def _facts(path: Path, **more: object) -> dict[str, object]:
-    return {"op": "spool", "path": str(path), **more}

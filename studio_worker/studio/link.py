@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from studio_worker.errors import StudioWorkerError
 from studio_worker.report.logs import ShippingBuffer
-from studio_worker.spool.in_hand import Failures
+from studio_worker.spool.failures import Failures
 from studio_worker.spool.outbox import Outbox
 from studio_worker.studio.http import courier
 from studio_worker.studio.http.api import StudioApi

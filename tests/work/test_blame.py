@@ -30,7 +30,8 @@ from studio_worker.config.settings import Settings
 from studio_worker.engine import default_router
 from studio_worker.report.activity import Activity
 from studio_worker.report.logs import ShippingBuffer
-from studio_worker.spool.in_hand import Failures, JobInHand
+from studio_worker.spool.failures import Failures
+from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.store import Store
 from studio_worker.studio.http.api import StudioApi

@@ -20,7 +20,8 @@ from studio_worker.errors import RefusedByStudio
 from studio_worker.local_studio import LocalStudio
 from studio_worker.report.activity import Activity
 from studio_worker.report.logs import ShippingBuffer
-from studio_worker.spool.in_hand import Failures, JobInHand
+from studio_worker.spool.failures import Failures
+from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.courier import Patience

@@ -108,7 +108,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, content: bytes, **_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("studio_worker.spool.outbox.write_atomic", full)
+    monkeypatch.setattr("studio_worker.spool.picture_files.write_atomic", full)
 
 
 @pytest.fixture

@@ -28,9 +28,10 @@ from studio_worker.engine import Engine, Router
 from studio_worker.errors import DeliveryRefused, ProtocolError, RefusedByStudio, StudioUnavailable
 from studio_worker.report.activity import Activity
 from studio_worker.report.logs import ShippingBuffer
-from studio_worker.spool import outbox as outbox_module
+from studio_worker.spool import picture_files
 from studio_worker.spool.delivery import Delivery
-from studio_worker.spool.in_hand import Failures, JobInHand
+from studio_worker.spool.failures import Failures
+from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.courier import Courier, Patience
@@ -200,8 +201,8 @@ class Sequences(RuleBasedStateMachine):
         self.held: set[str] = set()  # what the studio thinks this connection works on
         self.owed: set[str] = set()  # accepted, and neither delivered, failed, refused nor released
         self.running: str | None = None
-        self._write = outbox_module.write_atomic
-        outbox_module.write_atomic = self._maybe_full  # type: ignore[attr-defined]
+        self._write = picture_files.write_atomic
+        picture_files.write_atomic = self._maybe_full  # type: ignore[attr-defined]
 
     @initialize()
     def start(self) -> None:
@@ -455,7 +456,7 @@ class Sequences(RuleBasedStateMachine):
             if hasattr(self, "box"):
                 self.leave()
         finally:
-            outbox_module.write_atomic = self._write  # type: ignore[attr-defined]
+            picture_files.write_atomic = self._write  # type: ignore[attr-defined]
             logging.getLogger("studio_worker").setLevel(logging.NOTSET)
             shutil.rmtree(self.folder, ignore_errors=True)
 
