@@ -11,12 +11,13 @@ from studio_worker.jobs import ImageTask
 from studio_worker.local_studio.changes import Changes
 from studio_worker.local_studio.database import Database
 from studio_worker.local_studio.job_queue import JobQueue
-from studio_worker.local_studio.registry import Registration, Registry, Worker
+from studio_worker.local_studio.registry import Registration, Registry
 from studio_worker.local_studio.rules import RESTARTED, Job, JobStatus
 from studio_worker.local_studio.sessions import HELLO_TIMEOUT_S, Sessions
 from studio_worker.local_studio.shelf import LogLine, Model, Shelf
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.views import Views
+from studio_worker.local_studio.workers import Worker
 from studio_worker.models import ModelSource
 from studio_worker.studio import wire
 
@@ -59,14 +60,14 @@ class Desk:
         self.queue = JobQueue(self.database)
         self.shelf = Shelf(self.database)
         self.sessions = Sessions(
-            self.registry,
+            self.registry.workers,
             self.queue,
             self.shelf,
             self.changes,
             heartbeat_timeout_s=heartbeat_timeout_s,
             hello_timeout_s=hello_timeout_s,
         )
-        self.views = Views(self.registry, self.queue, self.sessions.live)
+        self.views = Views(self.queue, self.sessions.live)
         if self.database.is_new:
             self.shelf.put_model(PLACEHOLDER)
         released = self.queue.release_all(RESTARTED)
@@ -94,7 +95,7 @@ class Desk:
 
     def workers(self) -> list[Worker]:
         """All workers, oldest first."""
-        return self.registry.workers()
+        return self.registry.workers.all()
 
     def is_online(self, worker_id: str) -> bool:
         """Whether this worker has a session."""
@@ -102,7 +103,7 @@ class Desk:
 
     def delete_worker(self, worker_id: str) -> None:
         """Dismiss a worker and end its session with ``worker_deleted``. Raises KeyError where unknown."""
-        if not self.registry.delete(worker_id):
+        if not self.registry.workers.delete(worker_id):
             raise KeyError(worker_id)
         self.sessions.end(worker_id, "worker_deleted", "this worker was deleted from the studio")
         logger.info("worker deleted", extra={"worker_id": worker_id})

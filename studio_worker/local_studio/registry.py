@@ -1,7 +1,7 @@
-"""Who may work here: requests to be registered, approved workers, their tokens.
+"""Who asks to work here, and what is decided of it; the workers themselves are workers.py's.
 
-No token is kept. A worker's token is derived from its registration secret, which only the worker has, so
-polling after approval can be answered again and again while the file holds hashes only.
+A worker's token is derived from its registration secret, which only the worker has, so polling after
+approval can be answered again and again while the file holds hashes only.
 
 The same machine (``installId``) stays the same worker: asking again with a new secret makes a new request,
 and approving that replaces the token of the worker already known.
@@ -15,12 +15,12 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from sqlite3 import Connection
 
 from studio_worker.errors import ProtocolError
 from studio_worker.local_studio.database import Database, Row
 from studio_worker.local_studio.waiting_room import WaitingRoom
+from studio_worker.local_studio.workers import Workers, sha256
 from studio_worker.studio import wire
 
 MAX_PENDING = 100
@@ -43,14 +43,6 @@ class NotPending(ProtocolError):
     """The request was decided already."""
 
 
-class Standing(StrEnum):
-    """What a worker id and token are worth."""
-
-    KNOWN = "known"
-    DELETED = "deleted"
-    REFUSED = "refused"
-
-
 @dataclass(frozen=True)
 class Registration:
     """One request. Times are Unix seconds; ``status`` is ``pending``, ``approved`` or ``rejected``."""
@@ -67,29 +59,11 @@ class Registration:
     decided_at: float | None
 
 
-@dataclass(frozen=True)
-class Worker:
-    """One approved worker. Times are Unix seconds; ``token_hash`` is unset until it fetched its token."""
-
-    worker_id: str
-    install_id: str
-    request_id: str
-    token_hash: str | None
-    capabilities: wire.Capabilities
-    created_at: float
-    last_seen_at: float | None
-    deleted_at: float | None
-
-    @property
-    def name(self) -> str:
-        """What people call it."""
-        return self.capabilities.machine_name or self.worker_id[:8]
-
-
 class Registry:
-    """Registration requests and workers."""
+    """Registration requests. ``workers`` are those that were approved."""
 
     def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
+        self.workers = Workers(database, clock)
         self._database = database
         self._clock = clock
         self._room = WaitingRoom(clock())
@@ -139,42 +113,21 @@ class Registry:
     def decision(self, request_id: str, secret: str) -> wire.Pending | wire.Approved | wire.Rejected:
         """What a poll is answered. Raises UnknownRequest or WrongSecret."""
         registration = self._require(request_id)
-        if not hmac.compare_digest(_sha256(secret), registration.secret_hash):
+        if not hmac.compare_digest(sha256(secret), registration.secret_hash):
             raise WrongSecret("the registration secret is not this request's")
         if registration.status == "rejected":
             return wire.Rejected(reason=registration.reason)
         if registration.status == "pending":
             self._room.polled(request_id, self._clock())
             return wire.Pending()
-        worker = self.worker(registration.worker_id or "")
+        worker = self.workers.get(registration.worker_id or "")
         if worker is None or worker.request_id != request_id:
             raise UnknownRequest("the request was replaced, or its worker was deleted")
         message = f"{self._database.salt}:{request_id}".encode()
         token = hmac.new(secret.encode(), message, hashlib.sha256).hexdigest()
         if worker.token_hash is None:
-            with self._database.writing() as connection:
-                connection.execute(
-                    "UPDATE workers SET token_hash = ? WHERE worker_id = ?",
-                    (_sha256(token), worker.worker_id),
-                )
+            self.workers.keep_token(worker.worker_id, token)
         return wire.Approved(worker_id=worker.worker_id, auth_token=token)
-
-    def standing(self, worker_id: str, token: str) -> Standing:
-        """What this id and token are worth, compared in constant time."""
-        row = self._database.row(
-            "SELECT token_hash, deleted_at FROM workers WHERE worker_id = ?", (worker_id,)
-        )
-        if row is None or not hmac.compare_digest(_sha256(token), row["token_hash"] or ""):
-            return Standing.REFUSED
-        return Standing.KNOWN if row["deleted_at"] is None else Standing.DELETED
-
-    def seen(self, worker_id: str, capabilities: wire.Capabilities) -> None:
-        """Note a sign of life and what the worker says of itself."""
-        with self._database.writing() as connection:
-            connection.execute(
-                "UPDATE workers SET last_seen_at = ?, capabilities = ? WHERE worker_id = ?",
-                (self._clock(), capabilities.to_json(), worker_id),
-            )
 
     # --- the people's side --------------------------------------------------------------------------
 
@@ -223,31 +176,6 @@ class Registry:
                 (reason, self._clock(), request_id),
             )
 
-    def workers(self) -> list[Worker]:
-        """All workers that were not deleted, oldest first."""
-        rows = self._database.rows("SELECT * FROM workers WHERE deleted_at IS NULL ORDER BY created_at")
-        return [_worker(row) for row in rows]
-
-    def worker(self, worker_id: str) -> Worker | None:
-        """One worker that was not deleted."""
-        row = self._database.row(
-            "SELECT * FROM workers WHERE worker_id = ? AND deleted_at IS NULL", (worker_id,)
-        )
-        return None if row is None else _worker(row)
-
-    def names(self) -> dict[str, str]:
-        """What people call each worker, deleted ones too: old pictures still name their maker."""
-        return {row["worker_id"]: _worker(row).name for row in self._database.rows("SELECT * FROM workers")}
-
-    def delete(self, worker_id: str) -> bool:
-        """Dismiss a worker; its token is remembered, so that it can be told. False where it is unknown."""
-        with self._database.writing() as connection:
-            cursor = connection.execute(
-                "UPDATE workers SET deleted_at = ? WHERE worker_id = ? AND deleted_at IS NULL",
-                (self._clock(), worker_id),
-            )
-            return cursor.rowcount == 1
-
     # --- within -------------------------------------------------------------------------------------
 
     def _make_room(self, connection: Connection, origin: str) -> None:
@@ -271,7 +199,7 @@ class Registry:
             return True
         if last.secret_hash != secret_hash:
             return False
-        return last.status == "rejected" or self.worker(last.worker_id or "") is not None
+        return last.status == "rejected" or self.workers.get(last.worker_id or "") is not None
 
     def _require(self, request_id: str) -> Registration:
         row = self._database.row("SELECT * FROM registrations WHERE request_id = ?", (request_id,))
@@ -286,16 +214,6 @@ class Registry:
         return registration
 
 
-def _sha256(text: str) -> str:
-    # Over the text's own characters (protocol: the secret's 64 ASCII characters, not its bytes).
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _registration(row: Row) -> Registration:
     facts = dict(row) | {"capabilities": wire.Capabilities.model_validate_json(row["capabilities"])}
     return Registration(**facts)
-
-
-def _worker(row: Row) -> Worker:
-    facts = dict(row) | {"capabilities": wire.Capabilities.model_validate_json(row["capabilities"])}
-    return Worker(**facts)

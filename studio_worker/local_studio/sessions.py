@@ -24,11 +24,11 @@ from studio_worker.errors import FrameError
 from studio_worker.local_studio.changes import Changes
 from studio_worker.local_studio.database import StorageFull
 from studio_worker.local_studio.job_queue import JobQueue
-from studio_worker.local_studio.registry import Registry, Standing
 from studio_worker.local_studio.rules import LOST_CONNECTION, RESTARTED, Job, RuleBroken
 from studio_worker.local_studio.session import EndSession, Session, WorkerGone
 from studio_worker.local_studio.shelf import Shelf
 from studio_worker.local_studio.web.access import bearer, error_response, http_base
+from studio_worker.local_studio.workers import Standing, Workers
 from studio_worker.studio import wire
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Sessions:
 
     def __init__(
         self,
-        registry: Registry,
+        workers: Workers,
         queue: JobQueue,
         shelf: Shelf,
         changes: Changes,
@@ -61,7 +61,7 @@ class Sessions:
         heartbeat_timeout_s: float = wire.STUDIO_HEARTBEAT_TIMEOUT_S,
         hello_timeout_s: float = HELLO_TIMEOUT_S,
     ) -> None:
-        self._registry = registry
+        self._workers = workers
         self._queue = queue
         self._shelf = shelf
         self._changes = changes
@@ -74,7 +74,7 @@ class Sessions:
     async def serve(self, socket: WebSocket) -> None:
         """One upgrade request, from its credentials to its last frame."""
         worker_id = str(socket.path_params["worker_id"])
-        if self._registry.standing(worker_id, bearer(socket.headers)) is Standing.REFUSED:
+        if self._workers.standing(worker_id, bearer(socket.headers)) is Standing.REFUSED:
             await socket.send_denial_response(error_response(401, "unknown worker or wrong token"))
             return
         if wire.SUBPROTOCOL not in socket.scope["subprotocols"]:
@@ -125,7 +125,7 @@ class Sessions:
             raise EndSession("protocol_violation", "no hello came") from error
         if not isinstance(hello, wire.Hello):
             raise EndSession("protocol_violation", "hello must come first, and alone until welcome")
-        standing = self._registry.standing(session.worker_id, hello.auth_token)
+        standing = self._workers.standing(session.worker_id, hello.auth_token)
         if standing is Standing.REFUSED:
             raise EndSession("auth_failed", "the token is not this worker's")
         if standing is Standing.DELETED:
@@ -225,7 +225,7 @@ class Sessions:
         session.heartbeat_at = time.time()
         session.deadline = time.monotonic() + self._heartbeat_timeout_s
         try:
-            self._registry.seen(session.worker_id, capabilities)
+            self._workers.seen(session.worker_id, capabilities)
         except StorageFull as error:  # the worker is here all the same
             _cannot_store(session, error)
 

@@ -576,7 +576,7 @@ def test_reject_for_good_sends_the_job_to_somebody_else(studio: LocalStudio, mac
     machine.say("accept", jobId=next_id)
     assert machine.upload(next_id).status_code == 200
     assert machine.hears_nothing()
-    names = studio.registry.names()
+    names = studio.registry.workers.names()
     assert studio.views.job(studio.job(job_id), names)["waitingFor"] == "rejected by box: needs 40 GB"
     assert studio.job(job_id).attempts == 0
     other = Machine(studio, name="bigger").connect()

@@ -60,7 +60,7 @@ class PeopleRoutes:
     async def state(self, request: Request) -> Response:
         """Everything the page shows but for the gallery, models and logs."""
         desk = self._desk
-        names = desk.registry.names()
+        names = desk.registry.workers.names()
         active = [
             *desk.queue.listed(JobStatus.RUNNING, ROWS),
             *desk.queue.listed(JobStatus.OFFERED, ROWS),
@@ -141,7 +141,7 @@ class PeopleRoutes:
             raise HTTPException(400, f"status: must be one of {', '.join(JobStatus)}") from None
         limit = number_in(request, "limit", default=100, low=1, high=1000)
         offset = number_in(request, "offset", default=0, low=0, high=10**9)
-        names = self._desk.registry.names()
+        names = self._desk.registry.workers.names()
         jobs = self._desk.queue.listed(status, limit, offset)
         return JSONResponse({"jobs": [self._desk.views.job(job, names) for job in jobs]})
 
@@ -209,5 +209,5 @@ class PeopleRoutes:
         job = self._desk.queue.get(job_id)
         if job is None:
             raise HTTPException(404, "the job is unknown")
-        facts: dict[str, Any] = self._desk.views.job(job, self._desk.registry.names())
+        facts: dict[str, Any] = self._desk.views.job(job, self._desk.registry.workers.names())
         return JSONResponse(facts)

@@ -68,7 +68,7 @@ class ShelfRoutes:
     async def logs(self, request: Request) -> Response:
         """The newest lines that workers shipped."""
         limit = number_in(request, "limit", default=200, low=1, high=5000)
-        names = self._desk.registry.names()
+        names = self._desk.registry.workers.names()
         lines = self._desk.logs(request.query_params.get("worker"), limit)
         return JSONResponse({"lines": [views.log_line(line, names) for line in lines]})
 

@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from studio_worker.local_studio.job_queue import JobQueue, Result
-from studio_worker.local_studio.registry import Registration, Registry, Worker
+from studio_worker.local_studio.registry import Registration
 from studio_worker.local_studio.rules import Job, JobStatus
 from studio_worker.local_studio.session import Session
 from studio_worker.local_studio.shelf import LogLine, Model
+from studio_worker.local_studio.workers import Worker
 
 
 def moment(unix_s: float | None) -> str | None:
@@ -23,8 +24,7 @@ def moment(unix_s: float | None) -> str | None:
 class Views:
     """Facts from the database and the live sessions, put together for reading."""
 
-    def __init__(self, registry: Registry, queue: JobQueue, live: Mapping[str, Session]) -> None:
-        self._registry = registry
+    def __init__(self, queue: JobQueue, live: Mapping[str, Session]) -> None:
         self._queue = queue
         self._live = live
 

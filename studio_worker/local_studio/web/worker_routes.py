@@ -15,18 +15,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from studio_worker.local_studio.job_queue import JobQueue
-from studio_worker.local_studio.registry import (
-    Registry,
-    Standing,
-    TooManyPending,
-    UnknownRequest,
-    WrongSecret,
-)
+from studio_worker.local_studio.registry import Registry, TooManyPending, UnknownRequest, WrongSecret
 from studio_worker.local_studio.rules import Job, RuleBroken
 from studio_worker.local_studio.session import is_finite
 from studio_worker.local_studio.sessions import UPLOADED_KINDS, Sessions
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.access import bearer, error_response
+from studio_worker.local_studio.workers import Standing
 from studio_worker.network.crowd import origin_of
 from studio_worker.studio import wire
 
@@ -103,7 +98,7 @@ class WorkerRoutes:
     async def complete(self, request: Request) -> Response:
         """The bytes of a finished job. Every refusal comes after the whole body was read."""
         worker_id, job_id = request.path_params["worker_id"], request.path_params["job_id"]
-        if self._registry.standing(worker_id, bearer(request.headers)) is not Standing.KNOWN:
+        if self._registry.workers.standing(worker_id, bearer(request.headers)) is not Standing.KNOWN:
             await bodies.drain(request)
             raise HTTPException(401, "unknown worker or wrong token")
         job = self._queue.get(job_id)
