@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pydantic import ValidationError
 from studio_worker import config, sample_model
 from studio_worker.box import process
 from studio_worker.box.owner import Owner, become, owner_of, written_by_caller
+from studio_worker.cli.bars import PictureBar
 from studio_worker.cli.options import ConfigDir, Json
 from studio_worker.config.documents import read_document
 from studio_worker.errors import ConfigError, DeviceError
@@ -125,7 +125,7 @@ def generate(
             file = sys.stdout.buffer
         elif chosen.owner is not None:
             file = stack.enter_context(written_by_caller(output, chosen.owner))
-        progress = stack.enter_context(_Progress())
+        progress = stack.enter_context(PictureBar())
         files = stack.enter_context(chosen.files(progress.fetched))
         engine = default_router(found.name).for_source(chosen.source)
         request = Request(
@@ -261,41 +261,3 @@ def _size(size: str | None) -> tuple[int | None, int | None]:
     if min(sides) < 0:
         raise typer.BadParameter(f"{size}: write e.g. 1024x768", param_hint="--size")
     return sides
-
-
-class _Progress:
-    """What happens now, on a terminal; nothing in a pipe."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not os.isatty(2),
-            transient=True,
-        )
-        self._task = self._bar.add_task("looking for the model", total=None)
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def fetched(self, done: int, total: int | None) -> None:
-        mb = None if total is None else total // 1_000_000
-        self._bar.update(self._task, description="fetching (MB)", completed=done // 1_000_000, total=mb)
-
-    def loading(self) -> None:
-        self._bar.update(self._task, description="loading the model", completed=0, total=None)
-
-    def stepped(self, step: int, steps: int) -> None:
-        if step == 0:  # a sign of life
-            return
-        self._bar.update(self._task, description="steps", completed=step, total=steps)

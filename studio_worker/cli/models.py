@@ -6,7 +6,6 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -15,6 +14,7 @@ import typer
 
 from studio_worker import config
 from studio_worker.box.owner import Owner, become, give_folder, owner_of, written_by_caller
+from studio_worker.cli.bars import FileBars
 from studio_worker.cli.options import ConfigDir, Json, cell, say, show
 from studio_worker.report import logs
 
@@ -63,7 +63,7 @@ def models_pull(directory: ConfigDir = config.DEFAULT_DIR) -> None:
     loaded, store = _opened(_Setup.of(directory))
     if sys.stderr.isatty():
         logs.configure("warning")
-        with _Bars() as bars:
+        with FileBars() as bars:
             for model in loaded.required:
                 store.ensure(model.files, model=model.id, watch=bars)
     else:
@@ -95,7 +95,7 @@ def models_verify(
                 say(f"{'':10} {checked.error}")
 
     loaded, store = _opened(_Setup.of(directory))
-    with _Bars() as bars:
+    with FileBars() as bars:
         logs.configure("error" if sys.stderr.isatty() else "warning", loaded.settings.log.format)
         for checked in store.verify(bars.whole("reading"), on_damage="repair" if repair else "leave"):
             tell(checked)
@@ -170,7 +170,7 @@ def models_export(
         else:
             give_folder(dest, setup.owner)
         loaded, store = _opened(setup)
-        bars = stack.enter_context(_Bars())
+        bars = stack.enter_context(FileBars())
         manifest = export_bundle(store, dest, loaded.required, models or (), bars.of_bundle, tar=tar)
     say(f"{dest}: {len(manifest.files)} file(s)")
 
@@ -189,7 +189,7 @@ def models_import(
         # Opened with the caller's rights; a folder's files have to be readable for the models' owner.
         tar = None if source.is_dir() else stack.enter_context(source.open("rb"))
         _, store = _opened(setup)
-        bars = stack.enter_context(_Bars())
+        bars = stack.enter_context(FileBars())
         manifest = import_bundle(store, source, bars.of_bundle, tar=tar)
     say(f"{len(manifest.files)} file(s) verified and placed")
 
@@ -270,60 +270,3 @@ def _in_memory(loaded: config.Config) -> dict[str, str]:
     except StudioWorkerError:
         return {}
     return {each.model: each.place for each in Snapshot.model_validate(answer).resident}
-
-
-class _Bars:
-    """One progress bar for each file, on a terminal; nothing in a pipe."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[state]}"),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
-        self._tasks: dict[tuple[str, str], Any] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Bars:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def moved(self, file: Any, done: int, total: int | None) -> None:
-        self._show(file.filename, done, total or file.approx_bytes, key=file.sha256 or file.url)
-
-    def reading(self, file: Any, done: int, total: int | None) -> None:
-        self._show(file.filename, done, total, "verifying", key=file.sha256 or file.url)
-
-    def verified(self, file: Any, size_bytes: int) -> None:
-        self._show(file.filename, size_bytes, size_bytes, "verified", key=file.sha256 or file.url)
-
-    def of_bundle(self, file: Any, done: int) -> None:
-        self._show(file.filename, done, file.size, "read" if done == file.size else "", key=file.sha256)
-
-    def whole(self, name: str) -> Callable[[int, int | None], None]:
-        """One bar for all files, one after the other."""
-        return lambda done, total: self._show(name, done, total)
-
-    def _show(self, name: str, done: int, total: int | None, state: str = "", *, key: str = "") -> None:
-        with self._lock:
-            if (name, key) not in self._tasks:
-                self._tasks[name, key] = self._bars.add_task(name, total=total, state="")
-            self._bars.update(self._tasks[name, key], completed=done, total=total, state=state)

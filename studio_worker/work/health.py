@@ -2,7 +2,7 @@
 
 Carries the rule of breaker.py: waits for the ends of pauses on a thread of its own, has the device tried out
 then, and says in the status line and the log what is held back and why. A device that fails one try after the
-other ends the process, for systemd to start a new one. Judges no error: whose fault it was, errors.py says.
+other ends the process, for systemd to start a new one. Judges no error: whose fault it was, the error says.
 """
 
 from __future__ import annotations
