@@ -39,6 +39,7 @@ from studio_worker.engine.families.stable_diffusion import SAMPLE, stable_diffus
 from studio_worker.gpu_check.tiny.weights import config, config_of, drawn, prefixed, safetensors
 from studio_worker.jobs import Cancel, ImageTask, Picture
 from studio_worker.models import CliDefaults, FileRole, LocalFile
+from tests.stock import sample_pipeline
 
 JOBS = 24
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -96,13 +97,7 @@ def show(row: Row) -> None:
 
 def sample() -> Peer:
     """The sample model."""
-    plain = StableDiffusionPipeline.from_single_file(
-        str(sample_model.WEIGHTS),
-        config=str(sample_model.CONFIG_DIR),
-        local_files_only=True,
-        safety_checker=None,
-    )
-    return Peer(SAMPLE_MODEL, plain)
+    return Peer(SAMPLE_MODEL, sample_pipeline())
 
 
 def random_model(folder: Path) -> Peer:

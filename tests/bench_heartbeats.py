@@ -27,7 +27,7 @@ from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.gpu_check.tiny import compvis
 from studio_worker.local_studio import LocalStudio
 from studio_worker.models import CliDefaults, ModelFile, ModelSource
-from tests.engine.families.test_identify import sd1_parts
+from tests.lab.weightless import sd1_parts
 
 MODELS = 3
 LIMIT_S = 7.0

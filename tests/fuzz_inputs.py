@@ -29,7 +29,7 @@ from studio_worker.models import ModelFile
 from studio_worker.store import Store
 from studio_worker.store.ledger import file_name
 from tests import published
-from tests.studio.session.test_offers import CLAIM
+from tests.lab.frames import CLAIM
 
 Draw = Any
 

@@ -25,8 +25,8 @@ def frames(folder: Path) -> Iterator[Attempt]:
 
     from studio_worker.errors import FrameError, ProtocolError
     from studio_worker.studio.wire import read_studio_frame
+    from tests.lab.session import Running
     from tests.scripted import Conversation, ScriptedStudio
-    from tests.studio.session.test_session import Running
 
     with ScriptedStudio() as studio, _no_tracebacks():
         running, conversation, number = Running(studio), None, 0
@@ -76,8 +76,8 @@ def offers(folder: Path) -> Iterator[Attempt]:
     from studio_worker.models import ModelSource
     from studio_worker.store import Store
     from studio_worker.studio.session.offers import judge
-    from tests.appliance.test_abilities import abilities_of
     from tests.fuzz_inputs import SOURCES, adopted
+    from tests.lab.abilities import abilities_of
 
     store = Store(folder / "models")
     for source in SOURCES:
@@ -164,7 +164,7 @@ def http(folder: Path) -> Iterator[Attempt]:
     from studio_worker.studio.wire import RegisterRequest
     from studio_worker.transfer.answer import Policy
     from tests.fuzz_inputs import CONTENT, SHA256, Answering
-    from tests.studio.test_wire import CAPABILITIES
+    from tests.lab.frames import CAPABILITIES
 
     picture = folder / "picture"
     picture.write_bytes(b"a picture")

@@ -1,16 +1,20 @@
-"""Quantised files read back as plain numbers by gguf's own code, to compare pictures with."""
+"""Tiny models in quantised files of every kind, and read back as plain numbers by gguf's own code."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
+from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
 from safetensors.torch import load_file, save_file
 
 from studio_worker.engine.files.gguf_files import open_gguf, shape_of
-from studio_worker.gpu_check.tiny.quantised import Kind
+from studio_worker.gpu_check.tiny.model import Published, Tiny
+from studio_worker.gpu_check.tiny.quantised import Kind, write_eight_bit, write_gguf
 from studio_worker.models import LocalFile
 
 Q8, Q4 = Kind.Q8_0, Kind.Q4_0
@@ -59,3 +63,50 @@ def widened(file: LocalFile, dtype: torch.dtype = torch.float32) -> LocalFile:
     path = file.path.with_suffix(f".{dtype}.safetensors")
     save_file(numbers, path)
     return LocalFile(file.role, path, str(path))
+
+
+KINDS = sorted(SUPPORTED_GGUF_QUANT_TYPES)
+
+
+def any_kind(name: str) -> Kind:
+    """A quantisation for the matrix ``name``; a model of some hundred has every one that is served."""
+    return Kind(KINDS[zlib.crc32(name.encode()) % len(KINDS)])
+
+
+def in_every_kind(published: Published, folder: Path) -> LocalFile | None:
+    if not published.architecture:
+        return published.write(folder)
+    tensors = published.tensors if published.in_gguf is None else published.in_gguf
+    path = folder / f"{published.name}-kinds.gguf"
+    return write_gguf(
+        path,
+        published.role,
+        tensors,
+        published.architecture,
+        any_kind,
+        drop_outer_ones=published.role == "model",
+    )
+
+
+def in_eight_bit(published: Published, folder: Path) -> LocalFile | None:
+    return published.write(folder, "8-bit")
+
+
+def in_eight_bit_unscaled(published: Published, folder: Path) -> LocalFile | None:
+    if published.scale is None:
+        return published.write(folder)
+    path = folder / f"{published.name}-unscaled.safetensors"
+    return write_eight_bit(path, published.role, published.tensors, "")
+
+
+WRITERS: dict[str, Callable[[Published, Path], LocalFile | None]] = {
+    "GGUF of every kind": in_every_kind,
+    "8-bit with scales": in_eight_bit,
+    "8-bit without": in_eight_bit_unscaled,
+}
+
+
+def written(model: Tiny, form: str) -> tuple[LocalFile, ...]:
+    """The files of ``model``, by one of :data:`WRITERS`."""
+    found = (WRITERS[form](each, model.folder) for each in model.published.values())
+    return tuple(file for file in found if file is not None)

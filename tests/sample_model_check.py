@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from studio_worker import sample_model
+from tests.stock import sample_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 SILHOUETTES = ROOT / "tests" / "data" / "sample_model" / "silhouettes.png"
@@ -258,20 +259,6 @@ def chosen_combinations() -> list[Combination]:
     return chosen
 
 
-def load_pipeline() -> Any:
-    """The stock pipeline from the single file, without network."""
-    from diffusers import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline.from_single_file(
-        str(sample_model.WEIGHTS),
-        config=str(sample_model.CONFIG_DIR),
-        local_files_only=True,
-        safety_checker=None,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def generate(
     pipe: Any, wanted: Sequence[Combination], steps: int = STEPS, guidance: float = GUIDANCE, **options: Any
 ) -> list[Image.Image]:
@@ -307,7 +294,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     options = parser.parse_args()
     wanted = chosen_combinations()
-    pipe = load_pipeline()
+    pipe = sample_pipeline()
     began = time.monotonic()
     pictures = generate(pipe, wanted, options.steps, options.guidance)
     seconds = time.monotonic() - began

@@ -11,10 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
 
+from studio_worker import sample_model
 from studio_worker.engine.sampling.noise import normal
+
+
+def sample_pipeline() -> StableDiffusionPipeline:
+    """diffusers' own pipeline from the sample model's one file; nothing of ours, no network."""
+    pipeline = StableDiffusionPipeline.from_single_file(
+        str(sample_model.WEIGHTS),
+        config=str(sample_model.CONFIG_DIR),
+        local_files_only=True,
+        safety_checker=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def philox(seed: int, shape: Sequence[int], draw: int = 0) -> torch.Tensor:

@@ -14,7 +14,7 @@ from studio_worker.demo.jobs import shown_jobs
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
 from studio_worker.local_studio.rules import Job, JobStatus
-from tests.work.test_health import hurried
+from tests.lab.service import hurried
 
 KILLS = 10
 SEED = 20

@@ -24,7 +24,8 @@ from studio_worker.models import LocalFile
 from studio_worker.studio import wire
 from studio_worker.studio.session.offers import Impossible, Take, judge
 from studio_worker.studio.session.protocol import SessionProtocol
-from tests.studio.session.test_offers import CLAIM, IDLE, SOURCE, claim
+from tests.lab.frames import CLAIM, SOURCE, claim
+from tests.lab.session import IDLE
 
 PACKAGE = Path(__file__).parents[1] / "studio_worker"
 LONG = "x" * 201
@@ -166,14 +167,15 @@ def test_scalar_where_a_matrix_belongs_is_refused_for_good(key: str, tmp_path: P
 # --- patterns ---
 
 _METHODS = {"match", "fullmatch", "search", "sub", "split", "findall", "finditer"}
-_OWN = {"config_files"}
+_OWN = {"config/documents.py"}
 """Modules whose patterns read the operator's own files."""
 
 
 def patterns() -> Iterator[tuple[str, str | bytes, int, str]]:
     """Every pattern of the package: where it is, its text and flags, and how it is used."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path.stem in _OWN or path.parent.name == "gpu_check":
+        module = path.relative_to(PACKAGE).as_posix()
+        if module in _OWN or module.startswith("gpu_check/"):
             continue
         tree, content = ast.parse(path.read_text()), path.read_text()
         names = {id(n.value): n.targets[0].id for n in ast.walk(tree) if _is_plain_assignment(n)}  # type: ignore[attr-defined]
@@ -192,7 +194,7 @@ def patterns() -> Iterator[tuple[str, str | bytes, int, str]]:
             else:
                 used, flags = {method} & _METHODS, []
             for each in sorted(used or {"search"}):
-                yield f"{path.name}:{node.lineno}", pattern, re.DOTALL if "re.DOTALL" in flags else 0, each
+                yield f"{module}:{node.lineno}", pattern, re.DOTALL if "re.DOTALL" in flags else 0, each
 
 
 def _is_plain_assignment(node: ast.AST) -> bool:
@@ -219,9 +221,12 @@ _UNITS = [" ", "a", "1", "<lora:", ":1", "(", "a."]
 def test_patterns_are_linear() -> None:
     """No pattern that reads foreign text takes longer than the text's length warrants: 1 MB of anything."""
     found = [each for each in patterns() if isinstance(each[1], str)]
-    assert {"loras.py", "weighted.py", "sections.py", "request.py"} <= {
-        each[0].split(":")[0] for each in found
-    }
+    assert {
+        "engine/loras/wanted.py",
+        "engine/families/parts/weighted.py",
+        "engine/files/sections.py",
+        "transfer/asking.py",
+    } <= {each[0].split(":")[0] for each in found}
 
     def limit() -> None:  # a quadratic one would take hours
         resource.setrlimit(resource.RLIMIT_CPU, (120, 120))

@@ -24,7 +24,7 @@ from studio_worker.studio import wire
 from studio_worker.studio.http.identity import IdentityFile
 from studio_worker.studio.session.protocol import error_for_code
 from studio_worker.studio.session.shipping import Shipping
-from tests.studio.test_wire import CAPABILITIES_JSON
+from tests.lab.frames import CAPABILITIES_JSON
 
 EVIL = "a\x1b]0;title\x07\x1b[31m\x9b31m\x7f\u202eb\u2066c\u200f\u2028d\r\nREADY e\x00f"
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")

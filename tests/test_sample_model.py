@@ -7,12 +7,11 @@ import importlib.util
 import itertools
 import json
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +20,8 @@ from safetensors import safe_open
 
 from studio_worker import sample_model
 from tests import sample_model_check as check
+from tests.engine_lab import refuse_network
+from tests.stock import sample_pipeline
 
 SIZE_LIMIT_BYTES = 8_000_000
 TRAINING = check.ROOT / "packaging" / "sample-model"
@@ -29,13 +30,8 @@ TRAINING = check.ROOT / "packaging" / "sample-model"
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-
-        def refuse(*_: object) -> NoReturn:
-            raise AssertionError("the network was touched")
-
-        patch.setattr(socket.socket, "connect", refuse)
-        patch.setattr(socket, "getaddrinfo", refuse)
-        return check.load_pipeline()
+        refuse_network(patch)
+        return sample_pipeline()
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,8 @@ import hashlib
 import json
 import re
 import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,75 +23,25 @@ from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.identity import IdentityFile
 from studio_worker.studio.http.registration import Registration
 from tests.engine_lab import decoded, encoded, scene
-from tests.servers import FileServer, ServedFile
-from tests.studio.test_wire import CAPABILITIES
+from tests.lab.frames import CAPABILITIES
+from tests.lab.service import (
+    DONE_S,
+    LONG,
+    READY_S,
+    SYNTHETIC,
+    await_file,
+    await_log,
+    await_online,
+    await_status,
+    command,
+    override,
+    queue_synthetic,
+    require,
+    status,
+)
+from tests.servers import FileServer
 
 pytestmark = pytest.mark.welcoming_studio
-
-READY_S = 60.0
-DONE_S = 120.0
-
-SYNTHETIC = {"engine": "synthetic", "files": [], "cliDefaults": {"width": 64, "height": 64, "steps": 4}}
-LONG = {"kind": "image", "prompt": "a hidden castle", "width": 512, "height": 512, "steps": 150}
-"""Tens of seconds of work for the sample model: a job to be interrupted in."""
-
-
-def override(site: Path, toml: str) -> None:
-    """Site values, as an operator would give them."""
-    (site / "conf.d").mkdir(exist_ok=True)
-    (site / "conf.d" / "50-test.toml").write_text(toml)
-
-
-def require(site: Path, name: str, *files: ServedFile, sha256: str | None = None) -> None:
-    """Make files from a test server a required model."""
-    entry = {
-        "id": name,
-        "engine": "sd-cpp",
-        "files": [
-            {
-                "role": "model",
-                "url": file.url,
-                "filename": file.url.rpartition("/")[2],
-                "sha256": sha256 or hashlib.sha256(file.content).hexdigest(),
-            }
-            for file in files
-        ],
-    }
-    (site / "models.d" / f"{name}.json").write_text(json.dumps(entry))
-
-
-def queue_synthetic(studio: LocalStudio, **task: Any) -> str:
-    return studio.queue_job(
-        model="placeholder",
-        task={"kind": "image", "prompt": "a hidden castle", **task},
-        model_source=SYNTHETIC,
-    )
-
-
-def await_status(studio: LocalStudio, job_id: str, *statuses: str) -> None:
-    studio.wait_for(lambda: studio.job(job_id).status in statuses, DONE_S)
-
-
-def await_file(path: Path) -> None:
-    """Until the service has written ``path``; it tells nobody, so it is looked for."""
-    deadline = time.monotonic() + DONE_S
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} was not written"
-        time.sleep(0.005)
-
-
-def await_log(running: ServiceProcess, message: str) -> None:
-    """Until the service has logged ``message``; it tells nobody else, so it is looked for."""
-    deadline = time.monotonic() + DONE_S
-    while not any(line["message"] == message for line in running.log_lines()):
-        assert time.monotonic() < deadline, f"{message!r} was not logged"
-        time.sleep(0.02)
-
-
-def await_online(studio: LocalStudio) -> str:
-    """The id of the one worker, once its session is open."""
-    studio.wait_for(lambda: any(studio.is_online(w.worker_id) for w in studio.workers()), READY_S)
-    return studio.workers()[0].worker_id
 
 
 # --- READY ------------------------------------------------------------------------------------------
@@ -375,23 +321,6 @@ def test_job_that_comes_while_models_are_preloaded_goes_first(tmp_path: Path, st
 
 
 # --- status, pause, resume ---------------------------------------------------------------------------
-
-
-def command(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """A command of an operator beside the running service."""
-    return subprocess.run(
-        [sys.executable, "-m", "studio_worker", *words, "--config", str(site)],
-        capture_output=True,
-        text=True,
-        timeout=READY_S,
-    )
-
-
-def status(site: Path) -> dict[str, Any]:
-    done = command(site, "status", "--json")
-    assert done.returncode == 0, done.stderr
-    facts: dict[str, Any] = json.loads(done.stdout)
-    return facts
 
 
 def test_status_answers_before_ready_and_says_what_is_downloaded(site: Path, tmp_path: Path) -> None:

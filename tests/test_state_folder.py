@@ -15,7 +15,7 @@ from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.errors import StateUnavailable
 from studio_worker.files import write_problem
 from studio_worker.local_studio import LocalStudio
-from tests.test_service import DONE_S, READY_S, await_online, await_status, override, queue_synthetic
+from tests.lab.service import DONE_S, READY_S, await_online, await_status, override, queue_synthetic
 
 pytestmark = pytest.mark.welcoming_studio
 

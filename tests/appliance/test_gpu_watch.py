@@ -32,9 +32,8 @@ from studio_worker.report.control import ask
 from studio_worker.report.snapshot import GpuFacts, Snapshot
 from tests.fake_driver import build_driver
 from tests.fake_nvml import build_nvml, tell
-from tests.report.test_metrics import samples
+from tests.lab.service import READY_S, await_status, override, queue_synthetic, require, samples
 from tests.servers import FileServer, refused_url
-from tests.test_service import READY_S, await_status, override, queue_synthetic, require
 
 PLACE = "0000:41:00.0"
 CARD = Device("cuda:0", f"Fake GPU A at {PLACE}", 24.0, (8, 9), PLACE)

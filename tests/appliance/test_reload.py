@@ -28,20 +28,12 @@ from studio_worker.models import ModelFile, RequiredModel
 from studio_worker.store import Store
 from studio_worker.transfer.policy import Policy
 from tests.certificates import certificate
+from tests.lab.service import READY_S, await_status, override, queue_synthetic, reload, require
 from tests.servers import FileServer
-from tests.test_service import READY_S, await_status, override, queue_synthetic, require
 
 pytestmark = pytest.mark.welcoming_studio
 
 ROOT = Path(__file__).parents[2]
-
-
-def reload(running: ServiceProcess) -> list[str]:
-    """SIGHUP; returns what systemd heard from RELOADING=1 to the status after READY=1."""
-    running.messages.clear()
-    running.signal(signal.SIGHUP)
-    running.await_message("READY=1", READY_S)
-    return running.messages[running.messages.index("RELOADING=1") :]
 
 
 def logged(running: ServiceProcess, message: str) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
 from studio_worker.sample_model import prompt
 from tests.fake_driver import build_driver
-from tests.test_service import READY_S, await_status, override
+from tests.lab.service import READY_S, await_status, override
 
 ROOT = Path(__file__).parents[2]
 LOCK = (ROOT / "packaging" / "lock" / "torch-cuda.txt").read_text()

@@ -43,7 +43,7 @@ from tests.engine_lab import (
     request,
     scene,
 )
-from tests.stock import alike, run
+from tests.stock import alike, run, sample_pipeline
 
 torch.set_num_threads(1)
 
@@ -63,14 +63,7 @@ def engine() -> DiffusionEngine:
 @pytest.fixture(scope="module")
 def stock() -> StableDiffusionPipeline:
     """diffusers' own pipeline from the same weights, without anything of ours."""
-    pipeline = StableDiffusionPipeline.from_single_file(
-        str(sample_model.WEIGHTS),
-        config=str(sample_model.CONFIG_DIR),
-        local_files_only=True,
-        safety_checker=None,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return sample_pipeline()
 
 
 def ignore(_done: int, _total: int) -> None:
@@ -271,9 +264,8 @@ def test_cancelled_job_leaves_no_tensor_and_no_trace(engine: DiffusionEngine) ->
     assert held.traceback
     script = (
         "import sys\n"
-        "from studio_worker.engine.diffusion import DiffusionEngine\n"
-        "from tests.engine.test_diffusion import make\n"
-        "sys.stdout.buffer.write(make(DiffusionEngine('cpu')).data)\n"
+        "from tests.lab.memory import DiffusionEngine, made\n"
+        "sys.stdout.buffer.write(made(DiffusionEngine('cpu')).data)\n"
     )
     fresh = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, timeout=240)
     assert make(engine).data == fresh.stdout

@@ -21,7 +21,7 @@ from studio_worker.local_studio.waiting_room import FIRST_POLL_S, SILENT_S
 from studio_worker.local_studio.web import visit
 from studio_worker.local_studio.web.seldom import Seldom
 from studio_worker.studio import wire
-from tests.local_studio.test_local_studio import CAPABILITIES, Machine, queue
+from tests.fakes.machine import CAPABILITIES, Machine, queue
 
 TOKEN = "a token of sufficient length"
 WAIT_S = 10.0

@@ -20,7 +20,7 @@ from PIL import Image
 
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio import LocalStudio, run_local_studio
-from tests.local_studio.test_local_studio import PICTURE, SOURCE, WAIT_S, Machine, queue
+from tests.fakes.machine import PICTURE, SOURCE, WAIT_S, Machine, queue
 
 TOKEN = "a token of sufficient length"
 MODEL_BYTES = bytes(range(256)) * 40

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
 from studio_worker import config
 from studio_worker.demo.service_process import ServiceProcess
@@ -37,8 +36,8 @@ from studio_worker.report.snapshot import (
     Snapshot,
     UploadFacts,
 )
+from tests.lab.service import READY_S, await_status, override, queue_synthetic, require, samples
 from tests.servers import FileServer, refused_url
-from tests.test_service import READY_S, await_status, override, queue_synthetic, require
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "packaging" / "examples"
@@ -71,15 +70,6 @@ EVERYTHING = Snapshot(
     ),
     resident=(ResidentModel(model='a "b"\n', size_bytes=4_000_000_000),),
 )
-
-
-def samples(text: str) -> dict[str, float]:
-    """Every sample by its name with labels, as Prometheus reads them."""
-    return {
-        sample.name + "".join(f" {key}={value}" for key, value in sorted(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 @pytest.fixture

@@ -12,29 +12,7 @@ from hypothesis import strategies as st
 from studio_worker.errors import FrameError, ProtocolError
 from studio_worker.studio import wire
 from studio_worker.studio.session.protocol import SessionProtocol
-
-CAPABILITIES = wire.Capabilities(
-    machine_name="box",
-    username="me",
-    agent_version="1.2.3",
-    vram_total_gb=24,
-    vram_threshold_gb=20.5,
-    supported_models=("sd-cpp:*",),
-    supported_models_per_kind={"image": ("sd-cpp:*",)},
-)
-CAPABILITIES_JSON = {
-    "machineName": "box",
-    "username": "me",
-    "agentVersion": "1.2.3",
-    "engine": "multi",
-    "vramTotalGb": 24.0,
-    "vramThresholdGb": 20.5,
-    "autoEnabled": True,
-    "autoStart": True,
-    "supportedModels": ["sd-cpp:*"],
-    "taskKinds": ["image"],
-    "supportedModelsPerKind": {"image": ["sd-cpp:*"]},
-}
+from tests.lab.frames import CAPABILITIES, CAPABILITIES_JSON
 
 SENT = [
     (

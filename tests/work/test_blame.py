@@ -42,9 +42,9 @@ from studio_worker.transfer.policy import Policy
 from studio_worker.work.desk import Desk
 from studio_worker.work.inputs import input_fetcher
 from studio_worker.work.worker import Worker
-from tests.appliance.test_abilities import idle_courier
 from tests.certificates import certificate
 from tests.engine_lab import changed_sample, write_header
+from tests.lab.abilities import idle_courier
 from tests.played import untouched_health
 from tests.scripted import LIMIT_S, ScriptedStudio
 from tests.servers import FileServer, raw_server, refused_url

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from studio_worker.work.desk import Desk
-from tests.work.test_worker import job
+from tests.lab.worker import job
 
 
 def test_pause_is_told_once_to_who_waits_for_a_job() -> None:

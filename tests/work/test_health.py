@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -22,9 +21,9 @@ from studio_worker.local_studio import LocalStudio
 from studio_worker.models import ModelFile, ModelSource
 from studio_worker.work import breaker
 from studio_worker.work.health import Health
+from tests.lab.service import LONG, READY_S, SYNTHETIC, await_file, await_status, hurried, status
 from tests.scripted import LIMIT_S
 from tests.servers import FileServer
-from tests.test_service import LONG, READY_S, SYNTHETIC, await_file, await_status, status
 
 PAGE = b"<!DOCTYPE html><html><title>Welcome to the hotel's network</title></html>"
 MODEL = b"a model" * 1000
@@ -216,18 +215,6 @@ def queue_jobs(studio: LocalStudio, url: str, count: int) -> list[str]:
         )
         for _ in range(count)
     ]
-
-
-def hurried(folder: Path, pause_s: float) -> dict[str, str]:
-    """An environment in which the service's first pause is shorter, and it is offered jobs more often."""
-    (folder / "sitecustomize.py").write_text(
-        "import functools\n"
-        "import studio_worker.work.breaker as rule\n"
-        "from studio_worker.studio import connection, session\n"
-        f"rule.FIRST_PAUSE_S = {pause_s}\n"
-        "session.Timings = functools.partial(connection.Timings, heartbeat_s=0.2)\n"
-    )
-    return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
 
 
 @pytest.mark.welcoming_studio

@@ -31,9 +31,9 @@ from studio_worker.studio.link import StudioLink
 from studio_worker.studio.session.connection import Timings
 from studio_worker.work.desk import Desk
 from studio_worker.work.worker import Worker
+from tests.lab.frames import CAPABILITIES
 from tests.played import GatedEngine, NoFiles, situation, untouched_health
 from tests.scripted import LIMIT_S
-from tests.studio.test_wire import CAPABILITIES
 
 SOURCE = {"engine": "sd-cpp", "files": [], "cliDefaults": {}}
 FAST = Timings(heartbeat_s=0.05, log_batch_s=0.05, backoff_base_s=0.05, backoff_cap_s=0.2)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
-import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,91 +21,11 @@ from studio_worker.errors import (
     JobImpossible,
     StoreError,
 )
-from studio_worker.jobs import Cancel, ImageTask, Job, Picture
-from studio_worker.models import LocalFile, ModelSource, RequiredModel
-from studio_worker.report.activity import Activity
+from studio_worker.jobs import Cancel, Job, Picture
+from studio_worker.models import RequiredModel
 from studio_worker.spool.in_hand import JobInHand
-from studio_worker.spool.outbox import Outbox
-from studio_worker.work.health import Health
-from studio_worker.work.worker import Worker
-from tests.played import NoFiles, untouched_health
-
-
-def job(job_id: str, **task: Any) -> Job:
-    """A job for the scripted engine."""
-    return Job(job_id, "m", ImageTask(prompt="a hidden castle", **task), ModelSource(engine="scripted"))
-
-
-class Source:
-    """Gives out a list of jobs, with words for where it is paused; notes what it is told."""
-
-    def __init__(self, *jobs: Job | str) -> None:
-        self._jobs: queue.SimpleQueue[Job | str | None] = queue.SimpleQueue()
-        for item in (*jobs, None):
-            self._jobs.put(item)
-        self.failures: list[tuple[str, str, bool]] = []
-        self.finished_jobs: list[str] = []
-
-    def take(self, rest: Callable[[], None]) -> Job | None:
-        while isinstance(found := self._jobs.get(), str):
-            rest()
-        return found
-
-    def failed(self, job: Job, error: str, *, retryable: bool) -> None:
-        self.failures.append((job.job_id, error, retryable))
-
-    def finished(self, job: Job) -> None:
-        self.finished_jobs.append(job.job_id)
-
-
-class ScriptedEngine:
-    """Does for each job id what the script says; makes a picture where it says nothing."""
-
-    def __init__(self, script: Mapping[str, Callable[[Request, Progress, Cancel], None]]) -> None:
-        self._script = script
-
-    def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
-        act = self._script.get(request.job_id)
-        if act is not None:
-            act(request, progress, cancel)
-        return Picture(b"picture", "png", {"seed": 1}, {"load": 0.0, "generate": 0.5})
-
-
-def make(
-    tmp_path: Path,
-    source: Source,
-    script: Mapping[str, Callable[[Request, Progress, Cancel], None]] | None = None,
-    *,
-    files: NoFiles | None = None,
-    fetch: Callable[[str, threading.Event], bytes] = lambda url, cancel: b"input",
-    step_timeout_s: float = 60.0,
-    health: Health | None = None,
-) -> tuple[Worker, Outbox, JobInHand]:
-    """A worker with a real spool and a scripted engine."""
-    in_hand, outbox = JobInHand(tmp_path / "spool"), Outbox(tmp_path / "outbox")
-
-    def scripted() -> Engine:
-        return ScriptedEngine(script or {})
-
-    worker = Worker(
-        source=source,
-        files=files or NoFiles(),
-        engines=Router({"scripted": scripted}),
-        in_hand=in_hand,
-        results=outbox,
-        reports=Activity(),
-        health=health or untouched_health(),
-        fetch=fetch,
-        step_timeout_s=step_timeout_s,
-    )
-    return worker, outbox, in_hand
-
-
-def raises(error: BaseException) -> Callable[[Request, Progress, Cancel], None]:
-    def act(request: Request, progress: Progress, cancel: Cancel) -> None:
-        raise error
-
-    return act
+from tests.lab.worker import KeepingEngine, Source, job, make, raises
+from tests.played import NoFiles
 
 
 def test_worker_puts_finished_pictures_into_the_outbox(tmp_path: Path) -> None:
@@ -467,33 +386,6 @@ def test_worker_says_why_a_picture_cannot_be_kept(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(outbox, "add", full)
     worker.run()
     assert source.failures == [("a", "the finished picture cannot be kept: No space left on device", True)]
-
-
-class KeepingEngine(ScriptedEngine):
-    """Notes what it is told to load; does what ``loads`` says for a model."""
-
-    def __init__(self, loads: Mapping[str, Callable[[Callable[[], bool]], bool]] | None = None) -> None:
-        super().__init__({})
-        self._loads = loads or {}
-        self.asked: list[str] = []
-
-    def resident(self) -> Mapping[str, int]:
-        return {}
-
-    def used_bytes(self) -> int | None:
-        return None
-
-    def available_bytes(self) -> int | None:
-        return None
-
-    def preload(
-        self, model: str, files: Iterable[LocalFile], defaults: object, go_on: Callable[[], bool]
-    ) -> bool:
-        self.asked.append(model)
-        return self._loads.get(model, lambda go_on: True)(go_on)
-
-    def release(self) -> None:
-        self.asked.append("release")
 
 
 def preloading(

@@ -14,8 +14,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
@@ -24,33 +22,20 @@ from diffusers.loaders.single_file_utils import (
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from studio_worker import sample_model
 from studio_worker.engine.families import identify
-from studio_worker.engine.families.parts.component import CONFIGS
 from studio_worker.engine.files.checkpoint import read_checkpoint
 from studio_worker.errors import FileDamaged, JobError, NotServed
 from studio_worker.gpu_check.tiny import compvis
 from studio_worker.models import FileRole, LocalFile
 from tests.engine_lab import write_header
-
-
-def sd1_parts() -> tuple[Any, Any, Any]:
-    """UNet, VAE and text encoder of Stable Diffusion 1.x without memory for weights."""
-    with init_empty_weights():
-        return (
-            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(SD1 / "unet")),
-            AutoencoderKL.from_config(AutoencoderKL.load_config(SD1 / "vae")),
-            CLIPTextModel(CLIPTextConfig.from_pretrained(SD1 / "text_encoder")),
-        )
+from tests.lab.weightless import SD1, sd1_parts
 
 
 def shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-SD1 = CONFIGS / "sd1"
 
 
 def name_of(path: Path, role: FileRole = "model") -> str:

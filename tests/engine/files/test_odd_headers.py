@@ -4,7 +4,6 @@ by name, for good.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from studio_worker.errors import FileDamaged, JobImpossible, NotServed
 from studio_worker.formats import header_problem
 from studio_worker.gpu_check.tiny.z_image import language_model
 from studio_worker.models import LocalFile
+from tests.lab.headers import with_metadata
 from tests.tiny_z_image import Tiny, text_encoder_file, tiny_z_image, transformer_file, vae_file
 
 torch.set_num_threads(1)
@@ -210,27 +210,6 @@ def test_download_without_a_hash_says_what_nobody_reads(tmp_path: Path) -> None:
 # --- safetensors ---
 
 
-def written(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Any, padding: int = 0) -> LocalFile:
-    """A safetensors file whose metadata may be anything that JSON has; bytes are passed on as they are."""
-    header: dict[str, Any] = {}
-    content = b""
-    for name, tensor in tensors.items():
-        own = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        kind = {
-            torch.float32: "F32",
-            torch.float16: "F16",
-            torch.bfloat16: "BF16",
-            torch.float8_e4m3fn: "F8_E4M3",
-        }
-        offsets = [len(content), len(content) + len(own)]
-        header[name] = {"dtype": kind[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        content += own
-    said = metadata if isinstance(metadata, bytes) else json.dumps(metadata).encode()
-    whole = b'{"__metadata__":' + said + b"," + json.dumps(header).encode()[1:] + b" " * padding
-    path.write_bytes(struct.pack("<Q", len(whole)) + whole + content)
-    return LocalFile("vae", path, str(path))
-
-
 METADATA: dict[str, Any] = {
     "a number": {"epoch": 5, "modelspec.title": "a model"},
     "a recipe": {"sd_merge_recipe": {"weights": [0.5, 0.5]}, "modelspec.title": "a model"},
@@ -253,7 +232,7 @@ def test_safetensors_are_read_whatever_their_metadata(name: str, padding: int, t
     kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
     tensors = {f"{kind}.bias": drawn.to(kind) for kind in kinds} | {"none": torch.empty(0, 3)}
     said = METADATA[name]
-    file = written(tmp_path / "odd.safetensors", tensors, said, padding)
+    file = with_metadata(tmp_path / "odd.safetensors", tensors, said, padding)
     (section,) = read_sections([file])
     found = read_tensors(section, CPU, torch.float32)
     title = said.get("modelspec.title") if isinstance(said, dict) else None
@@ -268,7 +247,7 @@ def test_safetensors_with_odd_metadata_make_the_same_picture(tiny: Tiny) -> None
     from safetensors.torch import load_file
 
     usual = vae_file(tiny)
-    odd = written(tiny.folder / "odd-vae.safetensors", load_file(usual.path), METADATA["a recipe"])
+    odd = with_metadata(tiny.folder / "odd-vae.safetensors", load_file(usual.path), METADATA["a recipe"])
     denoiser, encoder = transformer_file(tiny, "original"), text_encoder_file(tiny)
     assert (tiny.picture(denoiser, encoder, odd) == tiny.picture(denoiser, encoder, usual)).all()
 
@@ -278,7 +257,7 @@ def test_safetensors_with_odd_metadata_make_the_same_picture(tiny: Tiny) -> None
 )
 def test_safetensors_with_odd_metadata_and_damage_are_damaged(change: Any, tmp_path: Path) -> None:
     """A file with odd metadata that is not whole besides is damaged, and another copy may be whole."""
-    file = written(tmp_path / "odd.safetensors", {"a": torch.ones(9)}, METADATA["a number"])
+    file = with_metadata(tmp_path / "odd.safetensors", {"a": torch.ones(9)}, METADATA["a number"])
     file.path.write_bytes(change(file.path.read_bytes()))
     with pytest.raises(FileDamaged, match="not a whole safetensors file"):
         read_checkpoint(file.path)
@@ -287,7 +266,7 @@ def test_safetensors_with_odd_metadata_and_damage_are_damaged(change: Any, tmp_p
 def test_numbers_of_a_large_file_are_where_they_belong(tmp_path: Path) -> None:
     """Every tensor of a file with odd metadata is its own, whatever the order of the header."""
     tensors = {f"layer.{index}.weight": torch.full((index + 1,), float(index)) for index in range(50)}
-    file = written(tmp_path / "odd.safetensors", tensors, METADATA["a number"])
+    file = with_metadata(tmp_path / "odd.safetensors", tensors, METADATA["a number"])
     (section,) = read_sections([file])
     found = read_tensors(section, CPU, torch.float32)
     assert all(np.array_equal(found[name], tensor) for name, tensor in tensors.items())

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
 from PIL import Image
 
 from studio_worker.engine import Inputs, Resident
@@ -28,13 +25,16 @@ from studio_worker.engine.rendering.needs import footprint
 from studio_worker.engine.rendering.pipeline import LoadedModel
 from studio_worker.errors import JobCancelled
 from studio_worker.gpu_check.tiny.families import tiny
-from studio_worker.gpu_check.tiny.model import Published, Tiny
-from studio_worker.gpu_check.tiny.quantised import Kind, write_eight_bit, write_gguf
+from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine.memory.test_memory import GIB, Fake
 from tests.engine_lab import decoded, encoded, request, scene
 from tests.flow_models import PROMPT, SEED, make
+from tests.lab.memory import GIB, Fake
+from tests.quantising import (
+    WRITERS,
+    written,
+)
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -42,45 +42,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 CPU = torch.device("cpu")
 DEFAULTS = CliDefaults(width=64, height=64, steps=1, cfg_scale=1.0)
 SERVED = [family.name for family in FAMILIES if family.name != "sample"]
-KINDS = sorted(SUPPORTED_GGUF_QUANT_TYPES)
-
-
-def any_kind(name: str) -> Kind:
-    """A quantisation for the matrix ``name``; a model of some hundred has every one that is served."""
-    return Kind(KINDS[zlib.crc32(name.encode()) % len(KINDS)])
-
-
-def in_every_kind(published: Published, folder: Path) -> LocalFile | None:
-    if not published.architecture:
-        return published.write(folder)
-    tensors = published.tensors if published.in_gguf is None else published.in_gguf
-    path = folder / f"{published.name}-kinds.gguf"
-    return write_gguf(
-        path,
-        published.role,
-        tensors,
-        published.architecture,
-        any_kind,
-        drop_outer_ones=published.role == "model",
-    )
-
-
-def in_eight_bit(published: Published, folder: Path) -> LocalFile | None:
-    return published.write(folder, "8-bit")
-
-
-def in_eight_bit_unscaled(published: Published, folder: Path) -> LocalFile | None:
-    if published.scale is None:
-        return published.write(folder)
-    path = folder / f"{published.name}-unscaled.safetensors"
-    return write_eight_bit(path, published.role, published.tensors, "")
-
-
-WRITERS: dict[str, Callable[[Published, Path], LocalFile | None]] = {
-    "GGUF of every kind": in_every_kind,
-    "8-bit with scales": in_eight_bit,
-    "8-bit without": in_eight_bit_unscaled,
-}
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +54,6 @@ def tinies(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
         return made[name]
 
     return get
-
-
-def files(model: Tiny, form: str) -> tuple[LocalFile, ...]:
-    written = (WRITERS[form](each, model.folder) for each in model.published.values())
-    return tuple(file for file in written if file is not None)
 
 
 def engine(model: Tiny, memory: Fake) -> DiffusionEngine:
@@ -130,7 +86,7 @@ def test_picture_is_the_same_to_the_bit(name: str, form: str, tinies: Callable[[
     model = tinies(name)
     if form.startswith("GGUF") and not any(each.architecture for each in model.published.values()):
         pytest.skip("not published so")
-    given = files(model, form)
+    given = written(model, form)
     roomy, narrow = (engine(model, Fake(GIB, host)) for host in (GIB, 0))
     asked = {"defaults": DEFAULTS, "inputs": inputs(model)}
     found, meant = (make(each, given, **asked).data for each in (roomy, narrow))
@@ -145,7 +101,7 @@ def test_half_precision_is_the_same_to_the_bit(name: str, form: str, tinies: Cal
     """So it is in the half precision that a GPU computes in, with a LoRA, too, and when packed again."""
     model = tinies(name)
     family, dtype = model.family, getattr(torch, model.family.halves[0])
-    blueprint = identify(files(model, form), (family,))
+    blueprint = identify(written(model, form), (family,))
     placed = LoraPlaces().place(Lora(model.lora(), 1.0), family, blueprint.sections)
     parts: dict[str, torch.nn.Module | None] = {
         part: load_part(family.parts[part], section, CPU, dtype)

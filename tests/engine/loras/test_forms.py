@@ -25,8 +25,8 @@ from studio_worker.gpu_check.tiny.model import Form, Tiny
 from studio_worker.gpu_check.tiny.weights import state
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, FileRole, LocalFile
-from tests.engine.memory.test_memory import GIB, Fake
 from tests.engine_lab import decoded, request
+from tests.lab.memory import GIB, Fake
 from tests.lora_kinds import BIASES, FILTERS, MATRICES, NORMS, Made
 from tests.played_gpu import played
 

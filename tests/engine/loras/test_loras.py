@@ -12,7 +12,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from studio_worker import sample_model
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
 from studio_worker.engine.loras.wanted import asked_loras
@@ -21,7 +20,7 @@ from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile
 from tests.engine_lab import PROMPT, SAMPLE, decoded, request, write_header
-from tests.stock import run
+from tests.stock import run, sample_pipeline
 from tests.tiny_z_image import Tiny, text_encoder_file, tiny_z_image, transformer_file, vae_file
 
 torch.set_num_threads(1)
@@ -38,14 +37,7 @@ def engine() -> DiffusionEngine:
 
 @pytest.fixture
 def stock() -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_single_file(
-        str(sample_model.WEIGHTS),
-        config=str(sample_model.CONFIG_DIR),
-        local_files_only=True,
-        safety_checker=None,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return sample_pipeline()
 
 
 def targets(pipeline: StableDiffusionPipeline) -> Iterator[tuple[str, str, torch.nn.Linear]]:

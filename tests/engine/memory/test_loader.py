@@ -17,8 +17,8 @@ from studio_worker.engine.rendering.canvas import Starting
 from studio_worker.engine.rendering.loader import Loader
 from studio_worker.engine.rendering.pipeline import LoadedModel
 from studio_worker.jobs import Cancel
-from tests.engine.memory.test_memory import GIB, Fake
 from tests.engine_lab import SAMPLE, request
+from tests.lab.memory import GIB, Fake
 from tests.played_gpu import played
 
 torch.set_num_threads(1)

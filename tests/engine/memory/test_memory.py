@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from studio_worker.box.device import Device
@@ -28,73 +27,39 @@ from studio_worker.engine.memory.held import Held, Place
 from studio_worker.engine.memory.loading import load_part
 from studio_worker.engine.memory.machine import MachineMemory
 from studio_worker.engine.memory.peaks import Peaks
-from studio_worker.engine.memory.placement import Footprint, Mode, Plan, choose
-from studio_worker.engine.memory.residency import Key, Residency
+from studio_worker.engine.memory.placement import Mode, Plan, choose
+from studio_worker.engine.memory.residency import Residency
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.rendering.canvas import Starting
 from studio_worker.engine.rendering.needs import footprint
 from studio_worker.engine.rendering.pipeline import LoadedModel
 from studio_worker.errors import JobError
-from studio_worker.jobs import Cancel, Picture
+from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile, ModelSource
 from tests.engine_lab import SAMPLE, SMALL, changed_sample, encoded, request, scene
+from tests.lab.memory import (
+    CPU,
+    GIB,
+    MIB,
+    RAM,
+    Fake,
+    component,
+    fail_to_decode,
+    key,
+    made,
+    needs,
+    plan_of,
+    preloaded,
+    sample_footprint,
+)
 from tests.played_gpu import played
 
 torch.set_num_threads(1)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
-CPU = torch.device("cpu")
-GIB = 2**30
-MIB = 2**20
-RAM = 64 * GIB
-
-
-class Fake:
-    """A GPU of ``device`` bytes in a machine with ``host`` bytes of RAM, which nobody else uses."""
-
-    has_host = True
-
-    def __init__(self, device: int, host: int = GIB) -> None:
-        self.device, self.host = device, host
-        self.most: int | None = None
-
-    def on_device(self, ours: int) -> int:
-        return self.device
-
-    def on_host(self, ours: int) -> int:
-        return self.host
-
-    def start_counting(self) -> None:
-        """Nobody counts, but where a test says what was the most."""
-
-    def peak(self) -> int | None:
-        return self.most
-
-
-def sample_footprint(pixels: int = 64 * 64) -> Footprint:
-    return footprint(identify([SAMPLE]), "float32", pixels)
-
-
-def made(engine: DiffusionEngine, *files: LocalFile, **task: Any) -> Picture:
-    return engine.generate(request(files=files or (SAMPLE,), **task), lambda done, total: None, Cancel())
-
 
 # --- what a picture needs ---
-
-
-def needs(**changed: Any) -> Footprint:
-    """A model of a 10, a 4 and a 1 GiB component."""
-    given = {
-        "weights": {"transformer": 10 * GIB, "text_encoder": 4 * GIB, "vae": GIB},
-        "denoiser": "transformer",
-        "vae": "vae",
-        "denoising": GIB,
-        "decoding": 3 * GIB,
-        "tile": GIB,
-        "layers": {"transformer": GIB // 2, "text_encoder": GIB},
-    }
-    return Footprint(**{**given, **changed})
 
 
 @pytest.mark.parametrize(
@@ -216,14 +181,6 @@ def test_loaded_models_count_as_room_for_the_next_job() -> None:
 
 
 # --- what stays where ---
-
-
-def key(name: str) -> Key:
-    return Key(name, "content", torch.float32)
-
-
-def component(kib: int) -> torch.nn.Module:
-    return torch.nn.Linear(kib * 256, 1, bias=False)
 
 
 def test_component_leaves_for_ram_and_then_altogether() -> None:
@@ -356,10 +313,6 @@ def test_models_that_ram_cannot_take_after_all_are_let_go(monkeypatch: pytest.Mo
 # --- pictures on a device that is too small ---
 
 
-def plan_of(mode: Mode, *, tiled: bool, pixels: int = 64 * 64) -> Plan:
-    return next(p for p in sample_footprint(pixels).plans() if (p.mode, p.tiled) == (mode, tiled))
-
-
 @pytest.mark.parametrize("kind", ["text", "mask"])
 @pytest.mark.parametrize("mode", [Mode.COMPONENT, Mode.LAYERS])
 def test_offloaded_picture_is_the_same(mode: Mode, kind: str) -> None:
@@ -447,20 +400,6 @@ def test_model_waits_in_ram_for_its_next_job(tmp_path: Path) -> None:
 
 
 # --- out of memory ---
-
-
-def fail_to_decode(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
-    """Decoding fails as on a full GPU, so many times; the tries so far."""
-    decode, tries, left = AutoencoderKL.decode, list[int](), iter(range(times))
-
-    def attempt(self: AutoencoderKL, *args: Any, **kwargs: Any) -> Any:
-        tries.append(1)
-        if next(left, None) is not None:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return decode(self, *args, **kwargs)
-
-    monkeypatch.setattr(AutoencoderKL, "decode", attempt)
-    return tries
 
 
 def test_out_of_memory_is_tried_once_more_in_a_leaner_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -634,12 +573,6 @@ def test_process_is_as_good_as_new_after_memory_ran_out() -> None:
 
 
 # --- before the first job ---
-
-
-def preloaded(engine: DiffusionEngine, file: LocalFile, times: int = 10**6) -> bool:
-    """Preload, but for components after so many signs of life."""
-    left = iter(range(times))
-    return engine.preload(file.path.stem, [file], SMALL, lambda: next(left, None) is not None)
 
 
 def test_preloaded_model_needs_no_loading() -> None:

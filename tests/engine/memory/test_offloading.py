@@ -23,8 +23,8 @@ from studio_worker.errors import JobCancelled, JobError
 from studio_worker.gpu_check.tiny.families import tiny as tiny_model
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine.memory.test_memory import RAM, Fake
 from tests.engine_lab import PROMPT, encoded, request, scene
+from tests.lab.memory import RAM, Fake
 from tests.played_gpu import PlayedGpu, played
 
 torch.set_num_threads(1)

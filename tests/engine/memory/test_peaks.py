@@ -9,7 +9,7 @@ import pytest
 
 from studio_worker.engine.memory.peaks import Peaks
 from studio_worker.engine.memory.placement import Footprint, Mode, Plan
-from tests.engine.memory.test_memory import GIB, needs
+from tests.lab.memory import GIB, needs
 
 PIXELS = 1024 * 1024
 

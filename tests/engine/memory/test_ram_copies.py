@@ -22,8 +22,8 @@ from studio_worker.gpu_check.tiny.families import tiny
 from studio_worker.gpu_check.tiny.model import Form
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine.memory.test_memory import GIB, Fake, component, key
 from tests.engine_lab import SAMPLE, SMALL, changed_sample, encoded, request, scene
+from tests.lab.memory import GIB, Fake, component, key
 from tests.played_gpu import PlayedGpu, played
 
 torch.set_num_threads(1)

@@ -15,8 +15,8 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.rendering import compiling
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile
-from tests.engine.memory.test_memory import GIB, Fake
 from tests.engine_lab import SAMPLE, SMALL, decoded, request
+from tests.lab.memory import GIB, Fake
 from tests.soak_engine import write_loras
 
 torch.set_num_threads(1)

@@ -24,8 +24,8 @@ from studio_worker.jobs import Cancel, ImageTask, Job
 from studio_worker.models import CliDefaults, LocalFile, ModelSource
 from studio_worker.work.worker import Worker
 from tests.engine_lab import encoded, request, scene
+from tests.lab.worker import Source, make
 from tests.played import NoFiles
-from tests.work.test_worker import Source, make
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

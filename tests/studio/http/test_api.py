@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from email.parser import BytesParser
 from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,8 +12,8 @@ from typing import Any
 import pytest
 
 from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable, UnknownRegistration
-from studio_worker.spool.delivery import Delivery
 from studio_worker.studio.http.api import StudioApi, api_root
+from tests.lab.worker import delivery
 from tests.scripted import ScriptedHttp
 from tests.servers import black_hole, resolve_to
 
@@ -54,16 +53,6 @@ def test_calls_reach_a_studio_one_of_whose_addresses_swallows_everything(
         port = int(server.url.rpartition(":")[2])
         with black_hole("127.0.0.2", port), pytest.raises(UnknownRegistration):
             StudioApi(f"http://studio.example:{port}").poll("r", "secret")
-
-
-def delivery(tmp_path: Path, prompt: str = "a castle") -> Delivery:
-    """A finished picture on disk."""
-    data = tmp_path / "picture"
-    data.write_bytes(b"\x89PNG bytes")
-    return Delivery(
-        job_id="job-1", model="m", ext="png", prompt=prompt, meta={"seed": 7}, data_path=data,
-        finished_at=time.time(),
-    )  # fmt: skip
 
 
 def test_upload_sends_the_protocols_multipart_form(tmp_path: Path) -> None:

@@ -30,12 +30,11 @@ from studio_worker.studio.session.connection import MAX_FRAME_BYTES, now_s, open
 from studio_worker.studio.session.endings import explain
 from studio_worker.studio.session.protocol import SessionProtocol
 from tests import certificates
+from tests.lab.frames import CAPABILITIES_JSON, CLAIM
+from tests.lab.session import FAST, Running
+from tests.lab.worker import delivery
 from tests.scripted import LIMIT_S, ScriptedHttp, ScriptedStudio
 from tests.servers import black_hole, resolve_to
-from tests.studio.http.test_api import delivery
-from tests.studio.session.test_offers import CLAIM
-from tests.studio.session.test_session import FAST, Running
-from tests.studio.test_wire import CAPABILITIES_JSON
 
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")

@@ -24,43 +24,8 @@ from studio_worker.studio.session.offers import (
     judge,
 )
 from studio_worker.work.breaker import Refusal
-
-SOURCE = {
-    "engine": "sd-cpp",
-    "files": [{"role": "model", "url": "https://models.example/m.safetensors", "filename": "m.safetensors"}],
-    "cliDefaults": {"cfgScale": 4.0, "steps": 20, "width": 64, "height": 64},
-}
-CLAIM: dict[str, Any] = {
-    "jobId": "j1",
-    "gameId": "g",
-    "assetName": "a",
-    "model": "m",
-    "vramGbEstimate": 4.0,
-    "task": {"kind": "image", "prompt": "a castle"},
-    "modelSource": SOURCE,
-}
-IDLE = Situation(
-    now=12.5,
-    current_job_id=None,
-    is_paused=False,
-    threshold_gib=8.0,
-    engines=frozenset({"sd-cpp", "synthetic"}),
-    on_demand=True,
-    allow_insecure_urls=False,
-    is_uploading=lambda job_id: False,
-    is_just_delivered=lambda job_id: False,
-    is_in_outbox=lambda job_id: False,
-    state_problem=lambda: None,
-    is_poisoned=lambda job_id: False,
-    failed_for_good=lambda job_id: None,
-    is_on_box=lambda files: True,
-    shortfall_bytes=lambda files: 0,
-)
-
-
-def claim(**changes: Any) -> dict[str, Any]:
-    """CLAIM with some fields changed; ``None`` removes one."""
-    return {key: value for key, value in {**CLAIM, **changes}.items() if value is not None}
+from tests.lab.frames import CLAIM, SOURCE, claim
+from tests.lab.session import IDLE
 
 
 def test_job_that_the_device_cannot_hold_is_left_to_another_worker() -> None:

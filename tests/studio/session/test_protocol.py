@@ -19,7 +19,7 @@ from studio_worker.studio.session.protocol import (
     Welcomed,
     error_for_code,
 )
-from tests.studio.test_wire import CAPABILITIES
+from tests.lab.frames import CAPABILITIES
 
 WELCOME = '{"type":"welcome","workerId":"w","serverTime":"2026-01-01T00:00:00Z"}'
 

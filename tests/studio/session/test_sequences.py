@@ -42,10 +42,9 @@ from studio_worker.studio.session.session import StudioSession
 from studio_worker.studio.wire import Body
 from studio_worker.work.desk import Desk
 from studio_worker.work.worker import Worker
+from tests.lab.frames import CAPABILITIES, CLAIM
 from tests.played import GatedEngine, NoFiles, situation, untouched_health
 from tests.scripted import LIMIT_S
-from tests.studio.session.test_offers import CLAIM
-from tests.studio.test_wire import CAPABILITIES
 
 CREDENTIALS = Credentials("w1", "token-of-w1")
 JOBS = st.sampled_from(["j1", "j2", "j3", "j4"])

@@ -1,0 +1,67 @@
+"""What a box can do, with an engine that has as much memory as a test says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from studio_worker.appliance.abilities import Abilities
+from studio_worker.box.device import Device
+from studio_worker.config.settings import Settings
+from studio_worker.engine import Router
+from studio_worker.models import ModelSource
+from studio_worker.report.activity import Activity
+from studio_worker.spool.in_hand import Failures, JobInHand
+from studio_worker.spool.outbox import Outbox
+from studio_worker.store import Store
+from studio_worker.studio.http.api import StudioApi
+from studio_worker.studio.http.courier import Courier
+from studio_worker.studio.session.offers import Situation
+from studio_worker.work.desk import Desk
+from tests.lab.worker import KeepingEngine
+from tests.played import untouched_health
+
+
+class FullEngine(KeepingEngine):
+    """Has so many GB of its device for a job."""
+
+    def __init__(self, available_gb: float | None) -> None:
+        super().__init__()
+        self.available_gb = available_gb
+
+    def available_bytes(self) -> int | None:
+        return None if self.available_gb is None else int(self.available_gb * 1e9)
+
+
+def idle_courier(outbox: Outbox) -> Courier:
+    """Has nothing to deliver, and nobody to tell."""
+    return Courier(
+        outbox,
+        StudioApi("http://127.0.0.1:9"),
+        on_delivered=lambda job_id: None,
+        on_unacceptable=lambda job_id, error: None,
+        on_lost=lambda job_id, error: None,
+        on_settled=lambda job_id: None,
+        reports=Activity(),
+    )
+
+
+def abilities_of(
+    folder: Path, device: Device, engine: FullEngine | None = None, settings: Settings | None = None
+) -> tuple[Abilities, Situation]:
+    """What a box with that device can do, and what offers are judged by there."""
+    router = Router({"sd-cpp": lambda: engine or FullEngine(None)})
+    if engine is not None:
+        router.for_source(ModelSource(engine="sd-cpp"))
+    outbox = Outbox(folder / "outbox")
+    abilities = Abilities(
+        lambda: settings or Settings(),
+        device=device,
+        engines=router,
+        store=Store(folder / "models"),
+        desk=Desk(),
+        in_hand=JobInHand(folder / "spool"),
+        failures=Failures(folder / "spool"),
+        outbox=outbox,
+        health=untouched_health(),
+    )
+    return abilities, abilities.situation(idle_courier(outbox))
