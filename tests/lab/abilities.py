@@ -10,7 +10,8 @@ from studio_worker.config.settings import Settings
 from studio_worker.engine import Router
 from studio_worker.models import ModelSource
 from studio_worker.report.activity import Activity
-from studio_worker.spool.in_hand import Failures, JobInHand
+from studio_worker.spool.failures import Failures
+from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.store import Store
 from studio_worker.studio.http.api import StudioApi
