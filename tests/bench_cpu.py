@@ -252,7 +252,9 @@ def main(given: argparse.Namespace) -> None:
         seen: dict[str, list[Cost]] = {name: [] for name in names}
         for turn in range(given.rounds):
             for name in names if turn % 2 == 0 else names[::-1]:
-                seen[name] += [Cost(*each) for each in alone("--contender", name, json.dumps(work))]
+                found = [Cost(*each) for each in alone("--contender", name, json.dumps(work))]
+                print(name, *(f"{cost.clock_s:.2f} s" for cost in found), file=sys.stderr, flush=True)
+                seen[name] += found
     middle = {name: Cost(*map(statistics.median, zip(*costs, strict=True))) for name, costs in seen.items()}
     for name, cost in middle.items():
         show(name, cost, middle)
