@@ -8,23 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 
 from studio_worker import __version__
-from studio_worker.box.device import Device
+from studio_worker.appliance.parts import Parts
 from studio_worker.box.ram import available_ram_bytes
 from studio_worker.config.settings import Settings
-from studio_worker.engine import Router
 from studio_worker.engine.estimate import Estimates
 from studio_worker.jobs import ImageTask
 from studio_worker.models import LocalFile, ModelFile, ModelSource
 from studio_worker.network.urls import is_data_url
-from studio_worker.spool.failures import Failures
-from studio_worker.spool.in_hand import JobInHand
-from studio_worker.spool.outbox import Outbox
-from studio_worker.store import Store
 from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.session.offers import Situation
 from studio_worker.studio.wire import Capabilities
 from studio_worker.work.breaker import Refusal
-from studio_worker.work.desk import Desk
 from studio_worker.work.health import Health
 
 
@@ -33,30 +27,19 @@ class Abilities:
 
     Args:
         settings: as they are now; a reload changes them.
+        health: what the last jobs say of this box.
     """
 
-    def __init__(
-        self,
-        settings: Callable[[], Settings],
-        *,
-        device: Device,
-        engines: Router,
-        store: Store,
-        desk: Desk,
-        in_hand: JobInHand,
-        failures: Failures,
-        outbox: Outbox,
-        health: Health,
-    ) -> None:
+    def __init__(self, parts: Parts, settings: Callable[[], Settings], health: Health) -> None:
+        self._device = parts.device
+        self._engines = parts.engines
+        self._estimates = Estimates(parts.device, parts.engines.peaks)
+        self._store = parts.store
+        self._desk = parts.desk
+        self._in_hand = parts.in_hand
+        self._failures = parts.failures
+        self._outbox = parts.outbox
         self._settings = settings
-        self._device = device
-        self._engines = engines
-        self._estimates = Estimates(device, engines.peaks)
-        self._store = store
-        self._desk = desk
-        self._in_hand = in_hand
-        self._failures = failures
-        self._outbox = outbox
         self._health = health
 
     def capabilities(self) -> Capabilities:

@@ -1,111 +1,94 @@
-"""What the running service answers over its control socket: status, pause, resume.
+"""What the running service says of itself: status, over the control socket, and metrics.
 
 Joins the record of what is done with the facts that live elsewhere: the process, the outbox, the device.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from studio_worker import __version__
-from studio_worker.appliance.pause_note import PauseNote
-from studio_worker.box.device import Device
-from studio_worker.engine import Router
+from studio_worker.appliance.gpu_watch import GpuWatch
+from studio_worker.appliance.parts import Parts
+from studio_worker.config.settings import Settings
+from studio_worker.config.values import listen_address
 from studio_worker.report.activity import Activity
-from studio_worker.report.notify import ReadyLine
+from studio_worker.report.metrics import Exporter, Metrics
 from studio_worker.report.snapshot import (
     DeviceFacts,
-    GpuFacts,
-    HealthFacts,
     OutboxFacts,
-    ProcessFacts,
     ResidentModel,
     Snapshot,
 )
 from studio_worker.report.starts import Starts
-from studio_worker.spool.outbox import Outbox
-from studio_worker.studio.session.offers import AlreadyOurs, Impossible, Judgement, Refuse, Take
-from studio_worker.work.desk import Desk
-
-_STARTED_AT, _STARTED = time.time(), time.monotonic()
-"""When this module came in, right after the process began."""
-
-log = logging.getLogger(__name__)
+from studio_worker.work.health import Health
 
 
-def early_handlers(activity: Activity, starts: Starts) -> dict[str, Callable[[], Mapping[str, Any]]]:
-    """What the control socket serves before the device is known: what is waited for."""
+class EarlyStatus:
+    """What is known of this process before the device is: what it waits for."""
 
-    def status() -> Mapping[str, Any]:
-        facts = {"version": __version__, "process": _process(starts)}
-        return activity.snapshot().model_copy(update=facts).model_dump(mode="json")
+    def __init__(self, activity: Activity, starts: Starts) -> None:
+        self._activity = activity
+        self._starts = starts
 
-    return {"status": status}
+    def answer(self) -> dict[str, Any]:
+        """For the control socket."""
+        return self.snapshot().model_dump(mode="json")
+
+    def snapshot(self) -> Snapshot:
+        """Everything at this moment."""
+        snapshot = self._activity.snapshot()
+        facts = {
+            "pid": os.getpid(),
+            "memory_bytes": _resident_set_bytes(),
+            "starts": self._starts.count,
+            "crashes": self._starts.crashes,
+            "last_crash_at": self._starts.last_crash_at,
+        }
+        process = snapshot.process.model_copy(update=facts)
+        return snapshot.model_copy(update={"version": __version__, "process": process})
 
 
-class Reporting:
-    """Answers for one running service. Safe from any thread.
+class Status:
+    """What is known of the whole service. Safe from any thread.
 
     Args:
-        gpu: what is known of a GPU's temperature and use.
-        health: what the last jobs say of this box.
         studio: its address, as it may be shown.
         uploading: the job whose upload is under way, if any.
-        on_pause: called when pause has changed.
     """
 
     def __init__(
         self,
-        activity: Activity,
+        early: EarlyStatus,
+        parts: Parts,
+        health: Health,
+        gpu: GpuWatch,
         *,
-        starts: Starts,
-        outbox: Outbox,
-        desk: Desk,
-        device: Device,
-        gpu: Callable[[], GpuFacts | None],
-        engines: Router,
-        health: Callable[[], HealthFacts],
         studio: str,
         uploading: Callable[[], str | None],
-        pause_note: PauseNote,
-        on_pause: Callable[[], None],
     ) -> None:
-        self._activity = activity
-        self._starts = starts
-        self._outbox = outbox
-        self._desk = desk
-        self._device = device
-        self._gpu = gpu
-        self._engines = engines
+        self._early = early
+        self._parts = parts
         self._health = health
+        self._gpu = gpu
         self._studio = studio
         self._uploading = uploading
-        self._pause_note = pause_note
-        self._on_pause = on_pause
 
-    def handlers(self) -> dict[str, Callable[[], Mapping[str, Any]]]:
-        """What the control socket serves."""
-        return {
-            "status": lambda: self.snapshot().model_dump(mode="json"),
-            "pause": lambda: self._set_paused(True),
-            "pause-lasting": self._pause_for_good,
-            "resume": lambda: self._set_paused(False),
-        }
+    def answer(self) -> dict[str, Any]:
+        """For the control socket."""
+        return self.snapshot().model_dump(mode="json")
 
     def snapshot(self) -> Snapshot:
         """Everything at this moment."""
-        waiting = self._outbox.usage()
-        return self._activity.snapshot().model_copy(
+        device, engines = self._parts.device, self._parts.engines
+        waiting = self._parts.outbox.usage()
+        return self._early.snapshot().model_copy(
             update={
-                "version": __version__,
                 "studio": self._studio,
-                "process": _process(self._starts),
-                "health": self._health(),
+                "health": self._health.facts(),
                 "outbox": OutboxFacts(
                     count=waiting.count,
                     size_bytes=waiting.size_bytes,
@@ -113,11 +96,11 @@ class Reporting:
                     uploading=self._uploading(),
                 ),
                 "device": DeviceFacts(
-                    name=self._device.name,
-                    description=self._device.description,
-                    total_bytes=round(self._device.memory_gb * 1e9),
-                    used_bytes=self._engines.used_bytes(),
-                    gpu=self._gpu(),
+                    name=device.name,
+                    description=device.description,
+                    total_bytes=round(device.memory_gb * 1e9),
+                    used_bytes=engines.used_bytes(),
+                    gpu=self._gpu.facts,
                 ),
                 "resident": tuple(
                     ResidentModel(
@@ -126,67 +109,25 @@ class Reporting:
                         place=found.place,
                         unpacked=found.is_unpacked,
                     )
-                    for model, found in self._engines.resident().items()
+                    for model, found in engines.resident().items()
                 ),
             }
         )
 
-    def begin_paused(self) -> None:
-        """Where the operator wished so, before the last start."""
-        if self._pause_note.is_set:
-            log.warning(
-                "paused since before this start", extra={"op": "pause", "cure": "studio-worker resume"}
-            )
-            self._desk.pause()
-            self._activity.was_paused(True)
 
-    def _pause_for_good(self) -> dict[str, Any]:
-        answer = self._set_paused(True)
-        try:
-            self._pause_note.set()
-        except OSError as error:
-            return {**answer, "problem": error.strerror}
-        return answer
+def open_exporter(
+    settings: Settings, status: Status, activity: Activity, reload_succeeded: Callable[[], bool]
+) -> Exporter:
+    """The metrics, where the configuration wants them; to be closed.
 
-    def _set_paused(self, paused: bool) -> dict[str, Any]:
-        if paused:
-            self._desk.pause()
-        else:
-            self._pause_note.clear()
-            self._desk.resume()
-        self._activity.was_paused(paused)
-        self._on_pause()
-        now = self._activity.snapshot()
-        return {"paused": paused, "phase": now.phase, "job_id": self._desk.current_job_id}
-
-
-def note_answer(activity: Activity, line: ReadyLine, judgement: Judgement, model: str) -> None:
-    """Note how an offer of a job for ``model`` was answered; the status line says what keeps jobs away."""
-    match judgement:
-        case Take():
-            activity.offer_answered("accepted")
-            line.note("offers", "")
-        case AlreadyOurs():
-            activity.offer_answered("again")
-        case Impossible(job_id, error):
-            activity.offer_answered("impossible")
-            activity.job_failed(job_id, model, error, retryable=False, handed_back=False)
-        case Refuse():
-            activity.offer_answered("rejected", judgement.code)
-            if not judgement.is_routine:
-                line.note("offers", f"the last offer was refused: {judgement.reason}")
-
-
-def _process(starts: Starts) -> ProcessFacts:
-    return ProcessFacts(
-        pid=os.getpid(),
-        started_at=_STARTED_AT,
-        uptime_s=time.monotonic() - _STARTED,
-        memory_bytes=_resident_set_bytes(),
-        starts=starts.count,
-        crashes=starts.crashes,
-        last_crash_at=starts.last_crash_at,
-    )
+    Raises:
+        ConfigError: as :class:`Exporter`.
+    """
+    metrics = Metrics(status.snapshot, reload_succeeded)
+    activity.on_job_end(metrics.job_ended)
+    wanted = settings.metrics
+    listen = None if wanted.listen is None else listen_address(wanted.listen)
+    return Exporter(metrics, listen, wanted.textfile)
 
 
 def _resident_set_bytes() -> int:

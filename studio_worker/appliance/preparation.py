@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 import queue
-import signal
 import threading
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from typing import Any
 
 from studio_worker.appliance.provisioning import ProvisionProgress, provision
@@ -17,27 +16,37 @@ from studio_worker.box.device import Device, probe, wait_for_device
 from studio_worker.errors import DeviceError
 from studio_worker.models import RequiredModel
 from studio_worker.report.notify import Notifier
+from studio_worker.spool.in_hand import JobInHand
 from studio_worker.store import Store
+from studio_worker.work.health import Health
 
 log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 0.5
 
 
-def await_nodes(setting: str, notifier: Notifier, stop_signals: Set[signal.Signals]) -> bool:
+def await_nodes(setting: str, notifier: Notifier, stop_comes_within: Callable[[float], bool]) -> bool:
     """Wait for the device's nodes, for a bounded time; ``False`` where the service was told to stop.
 
     Args:
-        stop_signals: blocked by the caller; one of them is taken here where it comes.
+        stop_comes_within: waits so many seconds, and says whether that came.
     """
 
     def tell(missing: list[str]) -> None:
         notifier.status(f"waiting for {', '.join(missing)}")
         notifier.extend_timeout()  # the wait is bounded; what comes after it has its own progress
 
-    return wait_for_device(
-        setting, on_wait=tell, wait=lambda limit_s: signal.sigtimedwait(stop_signals, limit_s) is not None
-    )
+    return wait_for_device(setting, on_wait=tell, wait=stop_comes_within)
+
+
+def recover(in_hand: JobInHand, health: Health) -> None:
+    """Note what the last process left: a job in the middle of which it ended counts against this box."""
+    if (job_id := in_hand.recover()) is not None:
+        log.warning(
+            "the last process ended with this job in hand",
+            extra={"op": "job", "job_id": job_id, "refused_from_now": in_hand.is_poisoned(job_id)},
+        )
+        health.crashed(in_hand.crashes_in_a_row)
 
 
 def try_again(device: Device, rest: Callable[[], threading.Event], stop: threading.Event) -> str:

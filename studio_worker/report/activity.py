@@ -21,6 +21,7 @@ from studio_worker.report.snapshot import (
     OfferFacts,
     Outcome,
     Phase,
+    ProcessFacts,
     RegistrationFacts,
     SessionFacts,
     Snapshot,
@@ -36,7 +37,7 @@ _MODEL_CHARS = 200
 
 
 class Activity:
-    """The record of one run of the service.
+    """The record of one run of the service, from its making on.
 
     Args:
         clock: Unix seconds.
@@ -66,7 +67,7 @@ class Activity:
         self._rejected: collections.Counter[str] = collections.Counter()
         self._uploads = UploadFacts()
         self._downloads = DownloadFacts()
-        self._began = monotonic()
+        self._began_at, self._began = clock(), monotonic()
         self._ready_after_s: float | None = None
 
     # --- readers ---
@@ -79,6 +80,10 @@ class Activity:
         with self._guard:
             self._observers.append(observer)
 
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
     def snapshot(self) -> Snapshot:
         """What is known here; the service adds what lives elsewhere (process, outbox, device)."""
         with self._guard:
@@ -86,6 +91,7 @@ class Activity:
             if job is not None:
                 job = job.model_copy(update={"elapsed_s": self._monotonic() - self._job_began})
             return Snapshot(
+                process=ProcessFacts(started_at=self._began_at, uptime_s=self._monotonic() - self._began),
                 phase=self._phase,
                 status=self._status,
                 paused=self._paused,

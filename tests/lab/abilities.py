@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from studio_worker.appliance.abilities import Abilities
+from studio_worker.appliance.parts import Parts
 from studio_worker.box.device import Device
 from studio_worker.config.settings import Settings
 from studio_worker.engine import Router
@@ -54,15 +55,14 @@ def abilities_of(
     if engine is not None:
         router.for_source(ModelSource(engine="sd-cpp"))
     outbox = Outbox(folder / "outbox")
-    abilities = Abilities(
-        lambda: settings or Settings(),
+    parts = Parts(
         device=device,
         engines=router,
         store=Store(folder / "models"),
-        desk=Desk(),
         in_hand=JobInHand(folder / "spool"),
         failures=Failures(folder / "spool"),
         outbox=outbox,
-        health=untouched_health(),
+        desk=Desk(),
     )
+    abilities = Abilities(parts, lambda: settings or Settings(), untouched_health())
     return abilities, abilities.situation(idle_courier(outbox))

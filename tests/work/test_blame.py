@@ -24,6 +24,7 @@ from PIL import Image
 
 from studio_worker import sample_model
 from studio_worker.appliance.abilities import Abilities
+from studio_worker.appliance.parts import Parts
 from studio_worker.appliance.provisioning import SeenFiles
 from studio_worker.box.device import Device
 from studio_worker.config.settings import Settings
@@ -376,17 +377,8 @@ class Box:
         in_hand, failures = JobInHand(folder / "spool"), Failures(folder / "spool")
         desk, engines, health = Desk(), default_router("cpu"), untouched_health()
         settings = Settings.model_validate({"models": {"allow_insecure_urls": policy.allow_insecure}})
-        abilities = Abilities(
-            lambda: settings,
-            device=Device("cpu", "cpu", 24.0),
-            engines=engines,
-            store=store,
-            desk=desk,
-            in_hand=in_hand,
-            failures=failures,
-            outbox=outbox,
-            health=health,
-        )
+        parts = Parts(Device("cpu", "cpu", 24.0), engines, store, in_hand, failures, outbox, desk)
+        abilities = Abilities(parts, lambda: settings, health)
         courier = idle_courier(outbox)
         self._session = StudioSession(
             api=api,

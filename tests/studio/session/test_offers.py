@@ -9,9 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from studio_worker.appliance.answers import note_answer
-from studio_worker.report.activity import Activity
-from studio_worker.report.notify import Notifier, ReadyLine
+from studio_worker.appliance.news import News
 from studio_worker.studio.session.offers import (
     AlreadyOurs,
     Ignore,
@@ -263,10 +261,12 @@ def test_offer_without_its_optional_fields_has_the_protocols_defaults() -> None:
 
 def test_box_that_refuses_what_it_is_offered_says_why() -> None:
     """A box that looks healthy and makes nothing has the reason in its status line, until it takes a job."""
-    said: list[str] = []
-    line = ReadyLine(Notifier(said.append))
+    news = News()
     full = replace(IDLE, state_problem=lambda: "the disk for finished pictures is full")
     busy = replace(IDLE, current_job_id="other")
-    for situation in (full, busy, full, IDLE):
-        note_answer(Activity(), line, judge(CLAIM, situation), "m")
-    assert said == ["ready; the last offer was refused: the disk for finished pictures is full", "ready"]
+    said = []
+    for situation in (full, busy, IDLE):
+        news.offer_answered(judge(CLAIM, situation), "m")
+        said.append(news.activity.snapshot().status)
+    why = "ready; the last offer was refused: the disk for finished pictures is full"
+    assert said == [why, why, "ready"]

@@ -1,0 +1,52 @@
+"""What becomes of the service's news: the record of it, and the line that ``systemctl status`` shows."""
+
+from __future__ import annotations
+
+from studio_worker.report.activity import Activity
+from studio_worker.report.notify import Notifier, ReadyLine
+from studio_worker.studio.session.offers import AlreadyOurs, Impossible, Judgement, Refuse, Take
+
+
+class News:
+    """One service's record, its messages to systemd and its line once it is ready. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self.activity = Activity()
+        self.notifier = Notifier(self.activity.said)
+        self.line = ReadyLine(self.notifier)
+
+    def download_waits(self, why: str, seconds: float) -> None:
+        """A download waits before it asks again: nothing advances, and the start has to outlast it."""
+        if self.activity.phase == "provisioning":
+            self.notifier.status(f"waiting {seconds:.0f} s: {why}")
+            self.notifier.extend_timeout(seconds)
+
+    def gpu_has(self, problem: str) -> None:
+        """What is wrong with the GPU now; empty = nothing any more."""
+        if self.activity.phase == "ready":
+            self.line.note("device", problem)
+        elif problem:
+            self.notifier.status(problem)
+
+    def paused(self, is_paused: bool) -> None:
+        """The operator paused the service, or let it go on."""
+        self.activity.was_paused(is_paused)
+        self.line.is_paused = is_paused
+        if self.activity.phase == "ready":
+            self.line.say()
+
+    def offer_answered(self, judgement: Judgement, model: str) -> None:
+        """How an offer of a job for ``model`` was answered; the line says what keeps jobs away."""
+        match judgement:
+            case Take():
+                self.activity.offer_answered("accepted")
+                self.line.note("offers", "")
+            case AlreadyOurs():
+                self.activity.offer_answered("again")
+            case Impossible(job_id, error):
+                self.activity.offer_answered("impossible")
+                self.activity.job_failed(job_id, model, error, retryable=False, handed_back=False)
+            case Refuse():
+                self.activity.offer_answered("rejected", judgement.code)
+                if not judgement.is_routine:
+                    self.line.note("offers", f"the last offer was refused: {judgement.reason}")

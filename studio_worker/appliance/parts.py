@@ -1,0 +1,70 @@
+"""What one service has and its threads share: device, engines, the folders on disk, the desk between them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Self
+
+from studio_worker.appliance.provisioning import open_store
+from studio_worker.box.device import Device, find_device
+from studio_worker.config import Config
+from studio_worker.engine import Router, default_router
+from studio_worker.spool.failures import Failures
+from studio_worker.spool.in_hand import JobInHand
+from studio_worker.spool.outbox import Outbox
+from studio_worker.store import Store
+from studio_worker.transfer.policy import Policy
+from studio_worker.work.desk import Desk
+
+log = logging.getLogger(__name__)
+
+
+def found_device(setting: str) -> Device:
+    """The device of this box, as ``[worker] device`` has it.
+
+    Raises:
+        DeviceError: it is not there.
+    """
+    device = find_device(setting)
+    log.info(
+        "device found",
+        extra={
+            "op": "device",
+            "device": device.name,
+            "description": device.description,
+            "memory_gb": round(device.memory_gb, 1),
+        },
+    )
+    return device
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Each is safe from any thread, and none has one of its own."""
+
+    device: Device
+    engines: Router
+    store: Store
+    in_hand: JobInHand
+    failures: Failures
+    outbox: Outbox
+    desk: Desk
+
+    @classmethod
+    def opened(cls, loaded: Config, device: Device, policy: Policy) -> Self:
+        """What the configuration describes, on disk and in memory; no model is loaded yet."""
+        state, worker = loaded.settings.state, loaded.settings.worker
+        return cls(
+            device=device,
+            engines=default_router(device.name, compiles=worker.compile),
+            store=open_store(loaded, policy),
+            in_hand=JobInHand(state.dir / "spool"),
+            failures=Failures(state.dir / "spool"),
+            outbox=Outbox(
+                state.dir / "outbox",
+                max_bytes=state.outbox_max_gb * 1e9,
+                max_age_s=state.outbox_max_days * 86_400,
+            ),
+            desk=Desk(),
+        )
