@@ -21,12 +21,12 @@ from typing import Any, Protocol
 
 from studio_worker.errors import DownloadCancelled, DownloadError, StoreError
 from studio_worker.files import DISK_FULL
-from studio_worker.report.logs import safe_url
+from studio_worker.network.urls import safe_url
 from studio_worker.transfer.answer import Answer
-from studio_worker.transfer.answer import Policy as Policy
-from studio_worker.transfer.asking import Address
+from studio_worker.transfer.asking import Target
 from studio_worker.transfer.attempts import Attempts
 from studio_worker.transfer.holding import hold, staging_key
+from studio_worker.transfer.policy import Policy
 from studio_worker.transfer.staging import Progress as Progress
 from studio_worker.transfer.staging import Staged
 
@@ -246,7 +246,7 @@ def fetch_bytes(
         DownloadError: as :func:`download_file`, or the body is larger than ``max_bytes``.
         DownloadCancelled: ``cancel`` was set.
     """
-    with Answer(Address(url), {}, policy, cancel or threading.Event()) as answer:
+    with Answer(Target(url), {}, policy, cancel or threading.Event()) as answer:
         if answer.status != 200:
             raise answer.unwanted()
         body = bytearray()

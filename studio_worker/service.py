@@ -32,6 +32,7 @@ from studio_worker.box.state_lock import state_lock
 from studio_worker.config import Config
 from studio_worker.config.downloads import policy_from
 from studio_worker.config.settings import Settings
+from studio_worker.network.urls import safe_url
 from studio_worker.report import logs
 from studio_worker.report.control import ControlServer, runtime_dir
 from studio_worker.report.starts import Starts
@@ -120,7 +121,7 @@ class Service:
             parts,
             self._health,
             self._gpu,
-            studio=logs.safe_url(settings.studio.api_base_url),
+            studio=safe_url(settings.studio.api_base_url),
             uploading=lambda: self._studio.courier.uploading,
         )
         pausing = Pausing(parts.desk, news, settings.state.dir, self._studio.session.beat)

@@ -214,7 +214,7 @@ def checkpoint(folder: Path) -> tuple[str, str]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from studio_worker.engine.families.parts.component import CONFIGS, read_json
+    from studio_worker.engine.families.component import CONFIGS, read_json
     from studio_worker.gpu_check.tiny.stable_diffusion import sd1_checkpoint
     from studio_worker.gpu_check.tiny.weights import drawn, safetensors
 

@@ -39,7 +39,7 @@ from studio_worker.demo.service_process import ServiceProcess, ServiceProcessErr
 from studio_worker.errors import ControlError, StateUnavailable
 from studio_worker.local_studio import LocalStudio
 from studio_worker.local_studio.rules import JobStatus
-from studio_worker.local_studio.studio import DATABASE_NAME
+from studio_worker.local_studio.server import DATABASE_NAME
 from studio_worker.report.control import ask
 from studio_worker.spool.in_hand import poisoned_jobs
 from tests.chaos_disk import StateDisk

@@ -27,8 +27,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from studio_worker.download import Policy, download_file
+from studio_worker.download import download_file
 from studio_worker.errors import DownloadError
+from studio_worker.transfer.policy import Policy
 from tests.servers import FileServer, ServedFile
 
 SMALL = random.Random(1).randbytes(1_000_000)

@@ -13,7 +13,7 @@ from PIL import Image
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.family import Family
-from studio_worker.engine.memory.loading import load_part, load_tokenizer
+from studio_worker.engine.loading import load_part, load_tokenizer
 from studio_worker.engine.memory.placement import Mode, Plan
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.rendering.canvas import Starting

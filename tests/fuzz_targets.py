@@ -98,9 +98,9 @@ def offers(folder: Path) -> Iterator[Attempt]:
 def headers(folder: Path) -> Iterator[Attempt]:
     """Headers of safetensors and GGUF files are read, and what their model is and needs is told from them."""
     from studio_worker.box.device import Device
-    from studio_worker.engine.estimate import Estimates
     from studio_worker.engine.files.checkpoint import read_checkpoint
     from studio_worker.engine.loras.files import read_lora
+    from studio_worker.engine.rendering.estimate import Estimates
     from studio_worker.errors import JobError
     from studio_worker.formats import header_problem
     from studio_worker.jobs import ImageTask
@@ -162,7 +162,7 @@ def http(folder: Path) -> Iterator[Attempt]:
     from studio_worker.spool.delivery import Delivery
     from studio_worker.studio.http.api import StudioApi
     from studio_worker.studio.wire import RegisterRequest
-    from studio_worker.transfer.answer import Policy
+    from studio_worker.transfer.policy import Policy
     from tests.fuzz_inputs import CONTENT, SHA256, Answering
     from tests.lab.frames import CAPABILITIES
 
@@ -207,7 +207,7 @@ def http(folder: Path) -> Iterator[Attempt]:
 @contextlib.contextmanager
 def pictures(folder: Path) -> Iterator[Attempt]:
     """A picture is decoded by the child, or refused; the child lives as long as it keeps its limits."""
-    from studio_worker.engine.pictures.images import close, decode_mask, decode_picture, decode_reference
+    from studio_worker.engine.images import close, decode_mask, decode_picture, decode_reference
     from studio_worker.errors import JobError
 
     def attempt(data: bytes) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine import Progress, Request
+from studio_worker.engine import Request, StepProgress
 from studio_worker.errors import JobError, JobImpossible
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile, ModelFile
@@ -32,7 +32,7 @@ class GatedEngine:
         self.at_work = 0
         self.most_at_work = 0
 
-    def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
+    def generate(self, request: Request, progress: StepProgress, cancel: Cancel) -> Picture:
         self.at_work += 1
         self.most_at_work = max(self.most_at_work, self.at_work)
         self.entered.put(request.job_id)

@@ -55,7 +55,7 @@ UNAVOIDABLE = (
     ),
     PrivateName(
         "_keep_in_fp32_modules",
-        ("engine.memory.loading",),
+        ("engine.loading",),
         "import diffusers, transformers\n"
         "diffusers.ModelMixin._keep_in_fp32_modules\n"
         "assert transformers.T5EncoderModel._keep_in_fp32_modules == ['wo']",

@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
-from studio_worker.download import Policy, download_file, ensure_file, fetch_bytes
+from studio_worker.download import download_file, ensure_file, fetch_bytes
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.models import ModelFile
 from studio_worker.report.logs import facts
+from studio_worker.transfer.policy import Policy
 from tests.servers import FileServer, ServedFile, raw_server, refused_url
 
 BODY = b"a tiny pretend model"
@@ -1161,7 +1162,8 @@ def test_download_reports_progress_up_to_the_whole(server: FileServer, tmp_path:
 FULL_DISK = """
 import os, resource, signal, sys
 from pathlib import Path
-from studio_worker.download import Policy, download_file
+from studio_worker.transfer.policy import Policy
+from studio_worker.download import download_file
 from studio_worker.errors import DownloadError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))

@@ -14,9 +14,10 @@ import pytest
 from safetensors.numpy import save
 
 from studio_worker import formats
-from studio_worker.download import Policy, download_file
+from studio_worker.download import download_file
 from studio_worker.errors import DownloadError
 from studio_worker.formats import header_problem, impostor
+from studio_worker.transfer.policy import Policy
 from tests.servers import FileServer
 
 HTML = b"\n<!DOCTYPE html><html><body>Not found, but 200 all the same</body></html>"

@@ -13,14 +13,14 @@ from studio_worker.demo import MODEL_ID, sample_source, write_configuration
 from studio_worker.demo.jobs import shown_jobs
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
-from studio_worker.local_studio.rules import Job, JobStatus
+from studio_worker.local_studio.rules import JobStatus, QueuedJob
 from tests.lab.service import hurried
 
 KILLS = 10
 SEED = 20
 
 
-def is_over(job: Job) -> bool:
+def is_over(job: QueuedJob) -> bool:
     """Whether the one worker has done with ``job``: what was in hand at two crashes it does not take."""
     return job.status in {JobStatus.DONE, JobStatus.FAILED} or bool(job.rejections)
 

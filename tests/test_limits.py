@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from studio_worker.engine.families.sources import Sources
 from studio_worker.engine.files.checkpoint import read_checkpoint
-from studio_worker.engine.sources import Sources
 from studio_worker.errors import FileDamaged, FrameError, NotServed, ProtocolError
 from studio_worker.formats import header_problem
 from studio_worker.jobs import MAX_PROMPT_BYTES

@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.family import Family
-from studio_worker.engine.memory.loading import load_tokenizer
+from studio_worker.engine.loading import load_tokenizer
 from studio_worker.gpu_check.tiny import compvis, layouts, z_image
 from studio_worker.gpu_check.tiny.quantised import Kind, write_gguf
 from studio_worker.gpu_check.tiny.weights import prefixed, safetensors

@@ -11,7 +11,7 @@ from studio_worker import __version__
 from studio_worker.appliance.parts import Parts
 from studio_worker.box.ram import available_ram_bytes
 from studio_worker.config.settings import Settings
-from studio_worker.engine.estimate import Estimates
+from studio_worker.engine.rendering.estimate import Estimates
 from studio_worker.jobs import ImageTask
 from studio_worker.models import LocalFile, ModelFile, ModelSource
 from studio_worker.network.urls import is_data_url

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from studio_worker.config import Config
 from studio_worker.config.downloads import policy_from
-from studio_worker.download import Policy, Progress
+from studio_worker.download import Progress
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.models import LocalFile, ModelFile, RequiredModel
 from studio_worker.store import Store
+from studio_worker.transfer.policy import Policy
 
 log = logging.getLogger(__name__)
 

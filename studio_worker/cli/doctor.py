@@ -15,6 +15,7 @@ from studio_worker import config
 from studio_worker.box.owner import become, owner_of
 from studio_worker.cli.options import ConfigDir, Instance, Json, say
 from studio_worker.errors import StudioWorkerError
+from studio_worker.network.urls import safe_url
 from studio_worker.plain import plain
 from studio_worker.report import logs
 
@@ -37,7 +38,7 @@ def check_config(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = Fals
         typer.echo(json.dumps(_without_secrets(loaded.settings.model_dump(mode="json")), indent=2))
         return
     count = len(loaded.required)
-    studio = logs.safe_url(loaded.settings.studio.api_base_url)
+    studio = safe_url(loaded.settings.studio.api_base_url)
     typer.echo(f"{directory}: configuration is valid; {count} required model(s); studio {studio}")
 
 
@@ -45,7 +46,7 @@ def _without_secrets(shown: Any) -> Any:
     """Every address in it, whatever the key, as it may be told: a password or token may be anywhere."""
     if isinstance(shown, dict):
         return {_without_secrets(key): _without_secrets(value) for key, value in shown.items()}
-    return logs.safe_url(shown) if isinstance(shown, str) and "://" in shown else shown
+    return safe_url(shown) if isinstance(shown, str) and "://" in shown else shown
 
 
 def doctor(

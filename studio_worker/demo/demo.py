@@ -24,7 +24,7 @@ from studio_worker.demo.jobs import Shown, mask, shown_jobs
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.errors import StudioWorkerError
 from studio_worker.local_studio import LocalStudio
-from studio_worker.local_studio.rules import Job, JobStatus
+from studio_worker.local_studio.rules import JobStatus, QueuedJob
 from studio_worker.models import CliDefaults, ModelFile, ModelSource, RequiredModel
 
 MODEL_ID = "sample"
@@ -211,7 +211,7 @@ def _check(studio: LocalStudio, jobs: list[tuple[Shown, str]]) -> None:
         raise DemoError("the seeded pair came out different")
 
 
-def _file_name(index: int, shown: Shown, job: Job) -> str:
+def _file_name(index: int, shown: Shown, job: QueuedJob) -> str:
     slug = "-".join(shown.title.replace(",", "").replace("+", "p").split())
     return f"{index:02}-{slug}.{job.task.get('ext', 'webp')}"
 

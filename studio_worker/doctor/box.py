@@ -21,7 +21,7 @@ from studio_worker.box.nodes import driver_problem, has_nvidia_gpu, missing_node
 from studio_worker.config.downloads import policy_from
 from studio_worker.doctor.results import Box, Result, failure, ok, warning
 from studio_worker.errors import ConfigError
-from studio_worker.report.logs import safe_url
+from studio_worker.network.urls import safe_url
 from studio_worker.store.ledger import content_key
 
 PROBE_LIMIT_S = 90.0

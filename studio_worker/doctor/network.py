@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import requests
 
 from studio_worker.doctor.results import Box, Result, failure, ok, warning
-from studio_worker.report.logs import safe_url
+from studio_worker.network.urls import safe_url
 from studio_worker.studio.http.api import USER_AGENT, api_root
 from studio_worker.studio.http.route import route_to
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from studio_worker.jobs import Cancel, ImageTask, Picture
 from studio_worker.models import CliDefaults, LocalFile
 
-Progress = Callable[[int, int], None]
+StepProgress = Callable[[int, int], None]
 """Called after every denoising step with (steps done, steps in all), and with (0, steps in all) as a sign of
 life whenever something else is done: a tensor read, a layer of a text encoder or of the VAE passed. Between
 two calls lies no more than one of these, so that a slow disk or machine does not look like a hung device."""
@@ -39,7 +39,7 @@ class Request:
 class Engine(Protocol):
     """Makes pictures. Called from one thread only."""
 
-    def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
+    def generate(self, request: Request, progress: StepProgress, cancel: Cancel) -> Picture:
         """Make one picture.
 
         Raises:

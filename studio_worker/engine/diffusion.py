@@ -16,14 +16,15 @@ import torch
 from PIL import Image
 
 from studio_worker.box.process import giving_memory_back
-from studio_worker.engine.contract import Progress, Request, Resident
+from studio_worker.engine.contract import Request, Resident, StepProgress
 from studio_worker.engine.families import FAMILIES
 from studio_worker.engine.families.family import Family
+from studio_worker.engine.families.sources import Sources
 from studio_worker.engine.faults import OutOfMemory, translated, usable_device
 from studio_worker.engine.libraries import settle
+from studio_worker.engine.loading import computed_in
 from studio_worker.engine.loras.adapters import Adapters
 from studio_worker.engine.loras.places import LoraPlaces, PlacedLora
-from studio_worker.engine.memory.loading import computed_in
 from studio_worker.engine.memory.machine import MachineMemory, Memory, free_bytes, total_bytes
 from studio_worker.engine.memory.peaks import Peaks
 from studio_worker.engine.memory.placement import Footprint, Plan
@@ -33,7 +34,6 @@ from studio_worker.engine.pictures.encoding import encode, generation_meta
 from studio_worker.engine.rendering.canvas import Starting
 from studio_worker.engine.rendering.loader import Loader
 from studio_worker.engine.rendering.pipeline import LoadedModel, Rendered
-from studio_worker.engine.sources import Sources
 from studio_worker.engine.understood import Understood, understand
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
@@ -83,7 +83,7 @@ class DiffusionEngine:
         self._loader = Loader(self._device, self._memory, self._residency, compiles=compiles)
 
     @giving_memory_back()  # between jobs, whatever else runs here may want it
-    def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
+    def generate(self, request: Request, progress: StepProgress, cancel: Cancel) -> Picture:
         """See :meth:`studio_worker.engine.contract.Engine.generate`."""
         prompts = (printable(request.task.prompt), printable(request.task.negative_prompt or ""))
         cancel.check()
@@ -196,7 +196,7 @@ class DiffusionEngine:
         job: Understood,
         needed: Footprint,
         plan: Plan,
-        progress: Progress,
+        progress: StepProgress,
         cancel: Cancel,
     ) -> Picture:
         family, parameters, loras = job.blueprint.family, job.parameters, job.loras
@@ -272,7 +272,7 @@ def _told(placed: Sequence[PlacedLora]) -> dict[str, Any]:
 
 
 def _render(
-    model: LoadedModel, parameters: Parameters, starting: Starting, progress: Progress, cancel: Cancel
+    model: LoadedModel, parameters: Parameters, starting: Starting, progress: StepProgress, cancel: Cancel
 ) -> Rendered:
     """The picture, of which nothing but what the task allows differs from the initial one."""
     if starting.picture is not None and parameters.denoise == 0:

@@ -14,7 +14,7 @@ import time
 
 from PIL import Image, ImageDraw, ImageFont
 
-from studio_worker.engine.contract import Progress, Request
+from studio_worker.engine.contract import Request, StepProgress
 from studio_worker.engine.parameters import EngineDefaults, Parameters, resolve
 from studio_worker.engine.pictures.encoding import check_ext, encode, generation_meta
 from studio_worker.jobs import Cancel, Picture
@@ -27,7 +27,7 @@ Colour = tuple[int, int, int]
 class SyntheticEngine:
     """Draws placeholders."""
 
-    def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
+    def generate(self, request: Request, progress: StepProgress, cancel: Cancel) -> Picture:
         """See :meth:`studio_worker.engine.contract.Engine.generate`."""
         check_ext(request.task.ext)
         parameters = resolve(request.task, request.defaults, _DEFAULTS, from_image=False)
@@ -42,7 +42,7 @@ class SyntheticEngine:
         return Picture(data, parameters.ext, meta, timings_s)
 
 
-def _draw(parameters: Parameters, progress: Progress, cancel: Cancel) -> Image.Image:
+def _draw(parameters: Parameters, progress: StepProgress, cancel: Cancel) -> Image.Image:
     """The picture: one disc a step."""
     cancel.check()
     digest = hashlib.sha256(f"{parameters.seed}\0{parameters.prompt}".encode()).digest()

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from studio_worker.engine.contract import Inputs, Request
 from studio_worker.engine.families.family import Blueprint
+from studio_worker.engine.families.sources import Sources
+from studio_worker.engine.images import decode_mask, decode_picture, decode_reference
 from studio_worker.engine.loras.places import LoraPlaces, PlacedLora
 from studio_worker.engine.loras.wanted import Lora, asked_loras
 from studio_worker.engine.parameters import Parameters, resolve
 from studio_worker.engine.pictures.encoding import check_ext
-from studio_worker.engine.pictures.images import decode_mask, decode_picture, decode_reference
 from studio_worker.engine.rendering.canvas import Starting
-from studio_worker.engine.sources import Sources
 from studio_worker.errors import JobError, JobImpossible
 from studio_worker.jobs import ImageTask
 

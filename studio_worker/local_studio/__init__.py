@@ -7,6 +7,6 @@ a job itself.
 
 from __future__ import annotations
 
-from studio_worker.local_studio.studio import MODELS_FOLDER, LocalStudio, run_local_studio
+from studio_worker.local_studio.server import MODELS_FOLDER, LocalStudio, run_local_studio
 
 __all__ = ["MODELS_FOLDER", "LocalStudio", "run_local_studio"]

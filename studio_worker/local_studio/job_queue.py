@@ -12,10 +12,10 @@ from typing import Any
 
 from studio_worker.local_studio import rules
 from studio_worker.local_studio.database import Database, Row
-from studio_worker.local_studio.rules import Job, JobStatus
+from studio_worker.local_studio.rules import JobStatus, QueuedJob
 
 _JSON = ("task", "model_source", "rejections")
-_COLUMNS = tuple(field.name for field in fields(Job))
+_COLUMNS = tuple(field.name for field in fields(QueuedJob))
 _HELD_SQL = "status IN ('offered', 'running')"
 
 
@@ -50,9 +50,9 @@ class JobQueue:
         asset_name: str,
         vram_gb_estimate: float,
         max_attempts: int,
-    ) -> Job:
+    ) -> QueuedJob:
         """Put a new job at the end of the queue."""
-        job = Job(
+        job = QueuedJob(
             job_id=str(uuid.uuid4()),
             model=model,
             task=dict(task),
@@ -70,12 +70,12 @@ class JobQueue:
             )
         return job
 
-    def get(self, job_id: str) -> Job | None:
+    def get(self, job_id: str) -> QueuedJob | None:
         """One job, or ``None`` where the id is unknown."""
         row = self._database.row("SELECT * FROM jobs WHERE job_id = ?", (job_id,))
         return None if row is None else _job(row)
 
-    def listed(self, status: JobStatus | None = None, limit: int = 100, offset: int = 0) -> list[Job]:
+    def listed(self, status: JobStatus | None = None, limit: int = 100, offset: int = 0) -> list[QueuedJob]:
         """Jobs, the queued ones in the order they will be offered, all others newest first."""
         if status is None:
             rows = self._database.rows(
@@ -97,12 +97,12 @@ class JobQueue:
         rows = self._database.rows("SELECT status, count(*) AS n FROM jobs GROUP BY status")
         return {status.value: 0 for status in JobStatus} | {row["status"]: row["n"] for row in rows}
 
-    def held_by(self, worker_id: str) -> Job | None:
+    def held_by(self, worker_id: str) -> QueuedJob | None:
         """The job this worker has been offered or is running."""
         row = self._database.row(f"SELECT * FROM jobs WHERE worker_id = ? AND {_HELD_SQL}", (worker_id,))
         return None if row is None else _job(row)
 
-    def take_next(self, worker_id: str) -> Job | None:
+    def take_next(self, worker_id: str) -> QueuedJob | None:
         """Offer the next job to this worker, if there is one and it holds none."""
         if self._database.row("SELECT 1 FROM jobs WHERE status = 'queued' LIMIT 1") is None:
             return None  # the usual case at every idle heartbeat: write nothing, wake nobody
@@ -115,21 +115,21 @@ class JobQueue:
                 return None
             return _save(connection, rules.offered(job, worker_id, self._clock()))
 
-    def accept(self, job_id: str, worker_id: str) -> Job:
+    def accept(self, job_id: str, worker_id: str) -> QueuedJob:
         """Raises RuleBroken where the worker does not hold the job."""
         return self._change(job_id, lambda job: rules.accepted(job, worker_id, self._clock()))
 
-    def reject(self, job_id: str, worker_id: str, reason: str, *, for_now: bool) -> Job:
+    def reject(self, job_id: str, worker_id: str, reason: str, *, for_now: bool) -> QueuedJob:
         """Raises RuleBroken where the worker does not hold the job."""
         return self._change(job_id, lambda job: rules.rejected(job, worker_id, reason, for_now=for_now))
 
-    def fail(self, job_id: str, worker_id: str, error: str, *, retryable: bool) -> Job:
+    def fail(self, job_id: str, worker_id: str, error: str, *, retryable: bool) -> QueuedJob:
         """Raises RuleBroken where the worker does not hold the job."""
         return self._change(
             job_id, lambda job: rules.failed(job, worker_id, error, self._clock(), retryable=retryable)
         )
 
-    def release(self, worker_id: str, reason: str, *, counts: bool = True) -> Job | None:
+    def release(self, worker_id: str, reason: str, *, counts: bool = True) -> QueuedJob | None:
         """Let go of what this worker holds, because its session is gone."""
         held = self.held_by(worker_id)
         if held is None:
@@ -191,7 +191,7 @@ class JobQueue:
         """Note that a delivery of this job was turned away."""
         self._change(job_id, lambda job: replace(job, refused_uploads=job.refused_uploads + 1))
 
-    def retry(self, job_id: str) -> Job:
+    def retry(self, job_id: str) -> QueuedJob:
         """Queue a failed or rejected job again. Raises RuleBroken for any other."""
         return self._change(job_id, rules.retried)
 
@@ -222,31 +222,31 @@ class JobQueue:
         row = self._database.row("SELECT bytes FROM results WHERE job_id = ?", (job_id,))
         return None if row is None else bytes(row["bytes"])
 
-    def _change(self, job_id: str, rule: Callable[[Job], Job]) -> Job:
+    def _change(self, job_id: str, rule: Callable[[QueuedJob], QueuedJob]) -> QueuedJob:
         with self._database.writing() as connection:
             return _save(connection, rule(self._require(job_id)))
 
-    def _require(self, job_id: str) -> Job:
+    def _require(self, job_id: str) -> QueuedJob:
         job = self.get(job_id)
         if job is None:
             raise rules.RuleBroken(f"job {job_id} is unknown")
         return job
 
 
-def _save(connection: sqlite3.Connection, job: Job) -> Job:
+def _save(connection: sqlite3.Connection, job: QueuedJob) -> QueuedJob:
     # Only inside writing(): the lock is held, so that reading and writing are one step.
     assignments = ", ".join(f"{column} = ?" for column in _COLUMNS)
     connection.execute(f"UPDATE jobs SET {assignments} WHERE job_id = ?", (*_values(job), job.job_id))
     return job
 
 
-def _values(job: Job) -> tuple[Any, ...]:
+def _values(job: QueuedJob) -> tuple[Any, ...]:
     return tuple(
         json.dumps(getattr(job, column)) if column in _JSON else getattr(job, column) for column in _COLUMNS
     )
 
 
-def _job(row: Row) -> Job:
+def _job(row: Row) -> QueuedJob:
     facts: dict[str, Any] = {column: row[column] for column in _COLUMNS}
     facts.update({column: json.loads(row[column]) for column in _JSON})
-    return Job(**facts | {"status": JobStatus(row["status"])})
+    return QueuedJob(**facts | {"status": JobStatus(row["status"])})

@@ -1,4 +1,4 @@
-"""What may happen to a job, as pure functions from one :class:`Job` to the next.
+"""What may happen to a job, as pure functions from one :class:`QueuedJob` to the next.
 
 No clock, no database, no socket: times come in as Unix seconds. A step that the protocol forbids raises
 :exc:`RuleBroken`; the caller decides whether that is a close code or an HTTP status.
@@ -38,7 +38,7 @@ HELD = (JobStatus.OFFERED, JobStatus.RUNNING)
 
 
 @dataclass(frozen=True)
-class Job:
+class QueuedJob:
     """One job. Times are Unix seconds.
 
     ``worker_id`` is the worker that holds the job, made it, or failed it last. ``dropped_by`` is a worker
@@ -88,12 +88,12 @@ class Job:
         return self.status in (JobStatus.QUEUED, JobStatus.FAILED) and self.dropped_by == worker_id
 
 
-def next_for(worker_id: str, queued: Iterable[Job]) -> Job | None:
+def next_for(worker_id: str, queued: Iterable[QueuedJob]) -> QueuedJob | None:
     """The first queued job, oldest first, that this worker has not rejected for good."""
     return next((job for job in queued if worker_id not in job.rejections), None)
 
 
-def offered(job: Job, worker_id: str, now: float) -> Job:
+def offered(job: QueuedJob, worker_id: str, now: float) -> QueuedJob:
     """The job goes out to a worker."""
     if job.status is not JobStatus.QUEUED:
         raise RuleBroken(f"job {job.job_id} is {job.status}, not queued")
@@ -109,7 +109,7 @@ def offered(job: Job, worker_id: str, now: float) -> Job:
     )
 
 
-def accepted(job: Job, worker_id: str, now: float) -> Job:
+def accepted(job: QueuedJob, worker_id: str, now: float) -> QueuedJob:
     """The worker took the offer; saying so twice changes nothing."""
     _require_held(job, worker_id)
     if job.status is JobStatus.RUNNING:
@@ -117,7 +117,7 @@ def accepted(job: Job, worker_id: str, now: float) -> Job:
     return replace(job, status=JobStatus.RUNNING, started_at=now)
 
 
-def rejected(job: Job, worker_id: str, reason: str, *, for_now: bool) -> Job:
+def rejected(job: QueuedJob, worker_id: str, reason: str, *, for_now: bool) -> QueuedJob:
     """The worker did not take the offer: only for now (busy, paused), or not at all (no code)."""
     _require_held(job, worker_id)
     rejections = job.rejections if for_now else {**job.rejections, worker_id: reason}
@@ -131,7 +131,7 @@ def rejected(job: Job, worker_id: str, reason: str, *, for_now: bool) -> Job:
     )
 
 
-def failed(job: Job, worker_id: str, error: str, now: float, *, retryable: bool) -> Job:
+def failed(job: QueuedJob, worker_id: str, error: str, now: float, *, retryable: bool) -> QueuedJob:
     """The worker could not do the job: again while attempts are left, else failed with its reason."""
     _require_held(job, worker_id)
     gave_up = replace(job, reason=error, dropped_by=None, started_at=None)
@@ -140,7 +140,7 @@ def failed(job: Job, worker_id: str, error: str, now: float, *, retryable: bool)
     return replace(gave_up, status=JobStatus.FAILED, finished_at=now)
 
 
-def released(job: Job, reason: str, now: float, *, counts: bool = True) -> Job:
+def released(job: QueuedJob, reason: str, now: float, *, counts: bool = True) -> QueuedJob:
     """The holder's connection is gone. ``counts`` is false where the studio itself went away."""
     if job.status not in HELD:
         raise RuleBroken(f"job {job.job_id} is {job.status}, nobody holds it")
@@ -151,7 +151,7 @@ def released(job: Job, reason: str, now: float, *, counts: bool = True) -> Job:
     return replace(let_go, status=JobStatus.FAILED, finished_at=now)
 
 
-def delivered(job: Job, worker_id: str, now: float) -> Job:
+def delivered(job: QueuedJob, worker_id: str, now: float) -> QueuedJob:
     """The result is here. This is the only way to ``done``, and ``done`` is final."""
     if not job.may_be_delivered_by(worker_id):
         raise RuleBroken(f"job {job.job_id} is no longer this worker's")
@@ -166,7 +166,7 @@ def delivered(job: Job, worker_id: str, now: float) -> Job:
     )
 
 
-def retried(job: Job) -> Job:
+def retried(job: QueuedJob) -> QueuedJob:
     """A person wants another try: all attempts again, and workers that rejected the job are asked again."""
     if job.status is JobStatus.FAILED or (job.status is JobStatus.QUEUED and job.rejections):
         return replace(
@@ -183,6 +183,6 @@ def retried(job: Job) -> Job:
     raise RuleBroken(f"job {job.job_id} is {job.status}; only failed or rejected jobs can be retried")
 
 
-def _require_held(job: Job, worker_id: str) -> None:
+def _require_held(job: QueuedJob, worker_id: str) -> None:
     if not job.is_held_by(worker_id):
         raise RuleBroken(f"job {job.job_id} is not held by this worker")

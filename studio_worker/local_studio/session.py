@@ -42,7 +42,7 @@ _Command = Literal["offer"] | EndSession
 
 
 @dataclass(eq=False)
-class Session:
+class WorkerSession:
     """One connected worker. ``base_url`` is the studio's address as this worker reached it."""
 
     worker_id: str

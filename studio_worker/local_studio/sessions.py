@@ -24,8 +24,8 @@ from studio_worker.errors import FrameError
 from studio_worker.local_studio.changes import Changes
 from studio_worker.local_studio.database import StorageFull
 from studio_worker.local_studio.job_queue import JobQueue
-from studio_worker.local_studio.rules import LOST_CONNECTION, RESTARTED, Job, RuleBroken
-from studio_worker.local_studio.session import EndSession, Session, WorkerGone
+from studio_worker.local_studio.rules import LOST_CONNECTION, RESTARTED, QueuedJob, RuleBroken
+from studio_worker.local_studio.session import EndSession, WorkerGone, WorkerSession
 from studio_worker.local_studio.shelf import Shelf
 from studio_worker.local_studio.web.access import bearer, error_response, http_base
 from studio_worker.local_studio.workers import Standing, Workers
@@ -68,7 +68,7 @@ class Sessions:
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._hello_timeout_s = hello_timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.live: dict[str, Session] = {}
+        self.live: dict[str, WorkerSession] = {}
         self.is_stopping = False
 
     async def serve(self, socket: WebSocket) -> None:
@@ -84,7 +84,7 @@ class Sessions:
             return
         self._loop = asyncio.get_running_loop()
         await socket.accept(subprotocol=wire.SUBPROTOCOL)
-        session = Session(worker_id, socket, http_base(socket))
+        session = WorkerSession(worker_id, socket, http_base(socket))
         try:
             await self._greet(session)
             while True:
@@ -115,7 +115,7 @@ class Sessions:
 
     # --- one session --------------------------------------------------------------------------------
 
-    async def _greet(self, session: Session) -> None:
+    async def _greet(self, session: WorkerSession) -> None:
         session.deadline = time.monotonic() + self._hello_timeout_s
         try:
             hello = await session.next_event()
@@ -139,7 +139,7 @@ class Sessions:
             extra={"worker_id": session.worker_id, "agent_version": hello.capabilities.agent_version},
         )
 
-    async def _step(self, session: Session) -> None:
+    async def _step(self, session: WorkerSession) -> None:
         try:
             event = await session.next_event()
         except FrameError as error:
@@ -159,7 +159,7 @@ class Sessions:
             if isinstance(event, wire.Fail | wire.CompleteJson):  # without an answer the worker says it again
                 raise EndSession("internal_error", "the studio's disk is full") from error
 
-    async def _act(self, session: Session, event: wire.WorkerFrame | Literal["offer"]) -> None:
+    async def _act(self, session: WorkerSession, event: wire.WorkerFrame | Literal["offer"]) -> None:
         match event:
             case "offer":
                 await self._offer(session)
@@ -187,7 +187,7 @@ class Sessions:
             case wire.Hello():
                 raise EndSession("protocol_violation", "hello comes once")
 
-    def _reject(self, session: Session, frame: wire.Reject) -> None:
+    def _reject(self, session: WorkerSession, frame: wire.Reject) -> None:
         extra = {"worker_id": session.worker_id, "job_id": frame.job_id, "code": frame.code}
         job = self._queue.get(frame.job_id)
         if job is None or not job.is_held_by(session.worker_id):
@@ -198,7 +198,7 @@ class Sessions:
         self._queue.reject(frame.job_id, session.worker_id, frame.reason, for_now=for_now)
         logger.info("job rejected", extra=extra)
 
-    def _complete(self, session: Session, frame: wire.CompleteJson) -> None:
+    def _complete(self, session: WorkerSession, frame: wire.CompleteJson) -> None:
         job = self._queue.get(frame.job_id)
         if job is None or not job.is_held_by(session.worker_id):
             raise RuleBroken(f"job {frame.job_id} is not held by this worker")
@@ -211,7 +211,7 @@ class Sessions:
         self._queue.deliver(frame.job_id, session.worker_id, content, ext="json", prompt=frame.prompt)
         logger.info("job done", extra={"worker_id": session.worker_id, "job_id": frame.job_id})
 
-    async def _offer(self, session: Session) -> None:
+    async def _offer(self, session: WorkerSession) -> None:
         # A paused worker is not asked: it would only say so again, at every heartbeat.
         if session.is_paused:
             return
@@ -220,7 +220,7 @@ class Sessions:
             logger.info("job offered", extra={"worker_id": session.worker_id, "job_id": job.job_id})
             await session.send(wire.Offer(claim=claim_of(job, session.base_url)))
 
-    def _heard(self, session: Session, capabilities: wire.Capabilities) -> None:
+    def _heard(self, session: WorkerSession, capabilities: wire.Capabilities) -> None:
         session.capabilities = capabilities
         session.heartbeat_at = time.time()
         session.deadline = time.monotonic() + self._heartbeat_timeout_s
@@ -229,7 +229,7 @@ class Sessions:
         except StorageFull as error:  # the worker is here all the same
             _cannot_store(session, error)
 
-    def _enter(self, session: Session) -> None:
+    def _enter(self, session: WorkerSession) -> None:
         older = self.live.get(session.worker_id)
         if older is not None:
             # Its claims go now, not when it has closed: by then this session may hold one of its own.
@@ -237,7 +237,7 @@ class Sessions:
             older.commands.put_nowait(EndSession("duplicate_worker", "another session of this worker began"))
         self.live[session.worker_id] = session
 
-    def _leave(self, session: Session) -> None:
+    def _leave(self, session: WorkerSession) -> None:
         # In this order: whoever sees the worker offline finds its job released already.
         try:
             reason = RESTARTED if self.is_stopping else LOST_CONNECTION
@@ -249,11 +249,11 @@ class Sessions:
             self._changes.bump()
 
 
-def _cannot_store(session: Session, error: StorageFull) -> None:
+def _cannot_store(session: WorkerSession, error: StorageFull) -> None:
     storage_logger.error("nothing can be stored", extra={"worker_id": session.worker_id, "error": str(error)})
 
 
-def claim_of(job: Job, base_url: str) -> dict[str, Any]:
+def claim_of(job: QueuedJob, base_url: str) -> dict[str, Any]:
     """An offer's claim. Addresses that begin with ``/`` are this studio's own, completed for the worker."""
 
     def absolute(address: Any) -> Any:

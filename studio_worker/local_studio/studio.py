@@ -1,271 +1,211 @@
-"""The local studio as one object: a desk and the web server in front of it."""
+"""Everything a person can do with the studio, as plain calls: the HTTP routes and Python callers share it."""
 
 from __future__ import annotations
 
-import errno
 import logging
-import signal
-import socket
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Self
+from typing import Any
 
-import uvicorn
-
-from studio_worker.errors import ConfigError, StudioWorkerError
-from studio_worker.local_studio.desk import Desk
-from studio_worker.local_studio.sessions import HELLO_TIMEOUT_S
-from studio_worker.local_studio.web import seldom
-from studio_worker.local_studio.web.access import Access, is_loopback
-from studio_worker.local_studio.web.app import build_app
-from studio_worker.local_studio.web.visit import visits_of
-from studio_worker.network.crowd import most_connections
+from studio_worker.jobs import ImageTask
+from studio_worker.local_studio.changes import Changes
+from studio_worker.local_studio.database import Database
+from studio_worker.local_studio.job_queue import JobQueue
+from studio_worker.local_studio.registry import Registration, Registry
+from studio_worker.local_studio.rules import RESTARTED, JobStatus, QueuedJob
+from studio_worker.local_studio.sessions import HELLO_TIMEOUT_S, Sessions
+from studio_worker.local_studio.shelf import LogLine, Model, Shelf
+from studio_worker.local_studio.web import bodies
+from studio_worker.local_studio.web.views import Views
+from studio_worker.local_studio.workers import RegisteredWorker
+from studio_worker.models import ModelSource
 from studio_worker.studio import wire
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PORT = 8765
-DATABASE_NAME = "studio.sqlite3"
-MODELS_FOLDER = "models"
-MIN_TOKEN_CHARS = 16
-MAX_FRAME_BYTES = 1 << 20
-SHUTDOWN_S = 5
-MAX_CONNECTIONS = 512
-"""Hundreds of workers with a session each, and the people who watch."""
-_BACKLOG = 128
+PLACEHOLDER = Model(
+    model_id="placeholder",
+    label="Placeholder pictures (no model files)",
+    model_source={"engine": "synthetic", "files": [], "cliDefaults": {}},
+    vram_gb_estimate=0.0,
+)
+"""In every new studio, so that the way from the form to the gallery can be tried at once."""
 
 
-class LocalStudio(Desk):
-    """A studio that listens. One object is started and stopped once; the file and the port may be used again.
+class Studio:
+    """The studio without its server. All methods may be called from any thread.
 
     Args:
-        database: the SQLite file that holds everything.
-        port: 0 takes a free one; after :meth:`start` this attribute holds the real port.
-        admin_token: what people must know to use the page and ``/api``; required where ``host`` is not
-            loopback.
-        models_dir: folder whose files workers may fetch under ``/models``.
-        auto_approve: let every machine in that asks. For demos.
-        max_attempts, heartbeat_timeout_s, hello_timeout_s: see :class:`Desk`.
+        database: the SQLite file; it and its folder are made where they are missing.
+        max_attempts: how often a job is tried, where it does not say so itself.
+        heartbeat_timeout_s: a session whose last heartbeat is older is closed.
+        hello_timeout_s: how long a new connection may wait with its ``hello``.
 
     Raises:
-        ConfigError: not loopback and no token, or the database cannot be used.
+        ConfigError: the database cannot be used.
     """
 
     def __init__(
         self,
         database: Path,
         *,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        admin_token: str | None = None,
-        models_dir: Path | None = None,
-        auto_approve: bool = False,
         max_attempts: int = 3,
         heartbeat_timeout_s: float = wire.STUDIO_HEARTBEAT_TIMEOUT_S,
         hello_timeout_s: float = HELLO_TIMEOUT_S,
     ) -> None:
-        if not admin_token and not is_loopback(host):
-            raise ConfigError(
-                f"listening on {host} opens the studio to the network without a token",
-                cure="give a token with --token-file, or listen on 127.0.0.1",
-                key="--host",
-            )
-        seldom.limit_lines()
-        super().__init__(
-            database,
-            max_attempts=max_attempts,
+        self.max_attempts = max_attempts
+        self.changes = Changes()
+        self.database = Database(database, self.changes.bump)
+        self.registry = Registry(self.database)
+        self.queue = JobQueue(self.database)
+        self.shelf = Shelf(self.database)
+        self.sessions = Sessions(
+            self.registry.workers,
+            self.queue,
+            self.shelf,
+            self.changes,
             heartbeat_timeout_s=heartbeat_timeout_s,
             hello_timeout_s=hello_timeout_s,
         )
-        self.host = host
-        self.port = port
-        app = build_app(
-            self, access=Access(admin_token or None), models_dir=models_dir, auto_approve=auto_approve
-        )
-        self._server = _Server(
-            uvicorn.Config(
-                app,
-                http=visits_of(most_connections(MAX_CONNECTIONS, each=2)),  # a file is open for some
-                # The loop takes as many at once, and where descriptors are short logs a traceback for each.
-                backlog=_BACKLOG,
-                access_log=False,  # it would hold ?token=
-                lifespan="off",
-                log_config=None,
-                log_level="warning",
-                server_header=False,
-                timeout_graceful_shutdown=SHUTDOWN_S,
-                ws="websockets-sansio",
-                ws_max_size=MAX_FRAME_BYTES,
-                # Heartbeats are the protocol's signs of life; pings would be a second opinion.
-                ws_ping_interval=None,
-            )
-        )
-        self._thread: threading.Thread | None = None
+        self.views = Views(self.queue, self.sessions.live)
+        if self.database.is_new:
+            self.shelf.put_model(PLACEHOLDER)
+        released = self.queue.release_all(RESTARTED)
+        if released:
+            logger.info("claims released", extra={"jobs": released})
 
-    @property
-    def base_url(self) -> str:
-        """The studio's address for programs of this machine, without a path."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+    # --- workers ------------------------------------------------------------------------------------
 
-    def start(self) -> Self:
-        """Listen; returns when connections are taken.
+    def pending(self) -> list[Registration]:
+        """Machines that ask to work here, oldest first."""
+        return self.registry.pending()
 
-        Raises:
-            ConfigError: the address cannot be used.
-        """
-        try:
-            listener = _listen(self.host, self.port)
-        except ConfigError:
-            self.stop()
-            raise
-        self.port = listener.getsockname()[1]
-        self._thread = threading.Thread(
-            target=self._server.run, args=([listener],), name="local-studio", daemon=True
-        )
-        self._thread.start()
-        self._server.settled.wait()
-        if not self._server.started:
-            self.stop()
-            raise ConfigError("the web server did not start", cure="see the log above for its reason")
-        logger.debug("local studio listens", extra={"host": self.host, "port": self.port})
-        return self
+    def approve(self, request_id: str) -> str:
+        """Let a machine work here; returns its worker id. Raises UnknownRequest or NotPending."""
+        worker_id = self.registry.approve(request_id)
+        # A machine that asked again gets a new token; whoever still uses the old one is out.
+        self.sessions.end(worker_id, "auth_failed", "this worker was registered again")
+        logger.info("worker approved", extra={"worker_id": worker_id, "request_id": request_id})
+        return worker_id
 
-    def stop(self) -> None:
-        """Close all sessions, give their jobs back to the queue, close the file."""
-        self.sessions.is_stopping = True
-        self.changes.bump()  # wakes the event streams, which then end
-        if self._thread is not None:
-            self._server.stop_soon()
-            self._thread.join()
-        self.changes.forget_listeners()
-        self.database.close()
-        logger.debug("local studio stopped")
+    def reject(self, request_id: str, reason: str | None = None) -> None:
+        """Refuse a machine. Raises UnknownRequest or NotPending."""
+        self.registry.reject(request_id, reason)
+        logger.info("worker rejected", extra={"request_id": request_id})
 
-    def serve_forever(self, on_ready: Callable[[Self], None] | None = None) -> None:
-        """Listen until SIGINT or SIGTERM. Only from the main thread.
+    def workers(self) -> list[RegisteredWorker]:
+        """All workers, oldest first."""
+        return self.registry.workers.all()
+
+    def is_online(self, worker_id: str) -> bool:
+        """Whether this worker has a session."""
+        return worker_id in self.sessions.live
+
+    def delete_worker(self, worker_id: str) -> None:
+        """Dismiss a worker and end its session with ``worker_deleted``. Raises KeyError where unknown."""
+        if not self.registry.workers.delete(worker_id):
+            raise KeyError(worker_id)
+        self.sessions.end(worker_id, "worker_deleted", "this worker was deleted from the studio")
+        logger.info("worker deleted", extra={"worker_id": worker_id})
+
+    # --- jobs ---------------------------------------------------------------------------------------
+
+    def queue_job(
+        self,
+        *,
+        model: str,
+        task: Mapping[str, Any] | ImageTask,
+        model_source: Mapping[str, Any] | ModelSource | None = None,
+        game_id: str | None = None,
+        asset_name: str | None = None,
+        vram_gb_estimate: float | None = None,
+        max_attempts: int | None = None,
+    ) -> str:
+        """Queue a job; returns its id.
 
         Args:
-            on_ready: called once connections are taken.
+            model_source: where it is missing, the registry's entry of ``model`` is taken.
 
         Raises:
-            ConfigError: the address cannot be used.
-            StudioWorkerError: the web server ended by itself.
+            ValueError: the task or the model source is malformed, or the model is not in the registry.
         """
-        over = self._server.over
-
-        def stop(_signal: int, _frame: FrameType | None) -> None:
-            over.set()
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with self:
-                if on_ready is not None:
-                    on_ready(self)
-                over.wait()
-                if self._thread is None or not self._thread.is_alive():
-                    raise StudioWorkerError("the web server ended unasked; see the log above for its reason")
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-
-def run_local_studio(
-    *,
-    data_dir: Path,
-    host: str = "127.0.0.1",
-    port: int = DEFAULT_PORT,
-    token: str | None = None,
-    models_dir: Path | None = None,
-    auto_approve: bool = False,
-    on_ready: Callable[[LocalStudio], None] | None = None,
-) -> None:
-    """Run a local studio until SIGINT or SIGTERM: what ``studio-worker local-studio`` does.
-
-    Args:
-        data_dir: holds the database; made where it is missing.
-        token: what people must know; required unless ``host`` is loopback.
-        models_dir: model files for workers; ``models`` in the data folder where it is not given.
-        on_ready: called once the studio listens, e.g. to print its address.
-
-    Raises:
-        ConfigError: a mistake of the operator, with its cure.
-    """
-    if token is not None and len(token) < MIN_TOKEN_CHARS:
-        raise ConfigError(
-            f"the token has fewer than {MIN_TOKEN_CHARS} characters",
-            cure="make a longer one, e.g. with: openssl rand -hex 32",
-            key="--token-file",
+        if isinstance(task, ImageTask):
+            task = task.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if isinstance(model_source, ModelSource):
+            model_source = model_source.model_dump(mode="json", by_alias=True, exclude_none=True)
+        known = self.shelf.model(model)
+        if model_source is None:
+            if known is None:
+                raise ValueError(f"model: {model!r} is not registered, and no modelSource was given")
+            model_source = known.model_source
+        if vram_gb_estimate is None:
+            vram_gb_estimate = known.vram_gb_estimate if known else 0.0
+        job = self.queue.add(
+            model=model,
+            task=bodies.checked_task(task),
+            model_source=bodies.checked_source(model_source),
+            game_id=game_id or "local",
+            asset_name=asset_name or "picture",
+            vram_gb_estimate=vram_gb_estimate,
+            max_attempts=max_attempts or self.max_attempts,
         )
-    studio = LocalStudio(
-        data_dir / DATABASE_NAME,
-        host=host,
-        port=port,
-        admin_token=token,
-        models_dir=models_dir or data_dir / MODELS_FOLDER,
-        auto_approve=auto_approve,
-    )
-    studio.serve_forever(on_ready)
+        logger.info("job queued", extra={"job_id": job.job_id, "model": model})
+        return job.job_id
 
+    def job(self, job_id: str) -> QueuedJob:
+        """One job. Raises KeyError where it is unknown."""
+        job = self.queue.get(job_id)
+        if job is None:
+            raise KeyError(job_id)
+        return job
 
-class _Server(uvicorn.Server):
-    """A uvicorn server that says when it listens (``settled``) and when it should or did end (``over``)."""
+    def jobs(self, status: JobStatus | None = None, limit: int = 100) -> list[QueuedJob]:
+        """Jobs: the queued ones in the order of their turn, all others newest first."""
+        return self.queue.listed(status, limit)
 
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.settled = threading.Event()
-        self.over = threading.Event()
+    def result(self, job_id: str) -> bytes:
+        """The bytes a job brought. Raises KeyError where there are none yet."""
+        content = self.queue.content(job_id)
+        if content is None:
+            raise KeyError(job_id)
+        return content
 
-    def run(self, sockets: list[socket.socket] | None = None) -> None:
-        try:
-            super().run(sockets)
-        finally:
-            self.settled.set()
-            self.over.set()
+    def retry(self, job_id: str) -> None:
+        """Queue a failed or rejected job again. Raises RuleBroken."""
+        self.queue.retry(job_id)
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.settled.set()
+    # --- models, pictures, logs ---------------------------------------------------------------------
 
-    def stop_soon(self) -> None:
-        """From any thread."""
-        self.should_exit = True
+    def register_model(
+        self,
+        model_id: str,
+        model_source: Mapping[str, Any] | ModelSource,
+        *,
+        label: str = "",
+        vram_gb_estimate: float = 0.0,
+    ) -> None:
+        """Offer a model in the form; one of the same id is replaced. Raises ValueError."""
+        if isinstance(model_source, ModelSource):
+            model_source = model_source.model_dump(mode="json", by_alias=True, exclude_none=True)
+        source = bodies.checked_source(model_source)
+        self.shelf.put_model(Model(model_id, label or model_id, source, vram_gb_estimate))
 
+    def models(self) -> list[Model]:
+        """All models the form offers."""
+        return self.shelf.models()
 
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, proto)
-    except OSError as error:
-        raise ConfigError(
-            f"{host!r} is no address of this machine", cure="use 127.0.0.1", key="--host"
-        ) from error
-    try:
-        # A studio that was just stopped leaves connections in TIME_WAIT; they must not bar the next one.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"port {port} is in use", cure="stop what listens there, or choose another port", key="--port"
-            ) from error
-        raise ConfigError(
-            f"cannot listen on {host} port {port} ({error.strerror})",
-            cure="choose an address of this machine and a port above 1023",
-            key="--host",
-        ) from error
-    return listener
+    def add_picture(self, content: bytes) -> str:
+        """Keep an input picture; returns its path here, good as ``initImageUrl`` or ``maskUrl``.
+
+        Raises:
+            NotAPicture: no PNG, JPEG, WebP or GIF.
+        """
+        return f"/files/{self.shelf.add_picture(content)}"
+
+    def logs(self, worker_id: str | None = None, limit: int = 200) -> list[LogLine]:
+        """The newest log lines that workers shipped, oldest first."""
+        return self.shelf.logs(worker_id, limit)
+
+    def wait_for(self, predicate: Callable[[], bool], timeout_s: float = 10.0) -> None:
+        """Block until the predicate holds; it is asked again at every change. Raises TimeoutError."""
+        self.changes.wait_for(predicate, timeout_s)

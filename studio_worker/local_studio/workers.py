@@ -21,7 +21,7 @@ class Standing(StrEnum):
 
 
 @dataclass(frozen=True)
-class Worker:
+class RegisteredWorker:
     """One approved worker. Times are Unix seconds; ``token_hash`` is unset until it fetched its token."""
 
     worker_id: str
@@ -46,12 +46,12 @@ class Workers:
         self._database = database
         self._clock = clock
 
-    def all(self) -> list[Worker]:
+    def all(self) -> list[RegisteredWorker]:
         """All workers that were not deleted, oldest first."""
         rows = self._database.rows("SELECT * FROM workers WHERE deleted_at IS NULL ORDER BY created_at")
         return [_worker(row) for row in rows]
 
-    def get(self, worker_id: str) -> Worker | None:
+    def get(self, worker_id: str) -> RegisteredWorker | None:
         """One worker that was not deleted."""
         row = self._database.row(
             "SELECT * FROM workers WHERE worker_id = ? AND deleted_at IS NULL", (worker_id,)
@@ -102,6 +102,6 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _worker(row: Row) -> Worker:
+def _worker(row: Row) -> RegisteredWorker:
     facts = dict(row) | {"capabilities": wire.Capabilities.model_validate_json(row["capabilities"])}
-    return Worker(**facts)
+    return RegisteredWorker(**facts)

@@ -1,9 +1,9 @@
-"""Which URLs may be used at all. Pure: resolves no names; where a name leads is addresses.py's to judge."""
+"""Which URLs may be used at all, and how they are shown. Resolves no names: that is addresses.py's."""
 
 from __future__ import annotations
 
 import ipaddress
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 
 def url_problem(url: str, *, allow_insecure: bool) -> str | None:
@@ -42,3 +42,19 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def safe_url(url: str) -> str:
+    """``url`` without user info, query and fragment, as it may be logged.
+
+    An address whose user info cannot be told for certain (a password with ``/`` in it) is not shown at all.
+    """
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where the port is not a number
+    except ValueError:
+        return "[unreadable url]"
+    host = parts.netloc.rpartition("@")[2]
+    if not parts.scheme or not host or "@" in f"{parts.path}{parts.query}{parts.fragment}":
+        return "[unreadable url]"
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
@@ -72,22 +72,6 @@ def redact(text: str) -> str:
     for secret in _secrets:
         text = text.replace(secret, "[redacted]")
     return text
-
-
-def safe_url(url: str) -> str:
-    """``url`` without user info, query and fragment, as it may be logged.
-
-    An address whose user info cannot be told for certain (a password with ``/`` in it) is not shown at all.
-    """
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises where the port is not a number
-    except ValueError:
-        return "[unreadable url]"
-    host = parts.netloc.rpartition("@")[2]
-    if not parts.scheme or not host or "@" in f"{parts.path}{parts.query}{parts.fragment}":
-        return "[unreadable url]"
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 def facts(record: logging.LogRecord) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from studio_worker.box.owner import written_by_caller
 from studio_worker.errors import StoreError
 from studio_worker.files import fsync_directory, open_plain, write_atomic
 from studio_worker.models import FileName, ModelFile, RequiredModel, Sha256
-from studio_worker.report.logs import safe_url
+from studio_worker.network.urls import safe_url
 from studio_worker.store.copying import HashingReader, bring, copy, is_ours, temporary
 from studio_worker.store.ledger import file_name, is_file_name
 from studio_worker.store.store import Store, store_errors

@@ -15,16 +15,17 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from studio_worker.download import Policy, Progress, ensure_file, hash_file
+from studio_worker.download import Progress, ensure_file, hash_file
 from studio_worker.errors import DownloadError, StoreError
 from studio_worker.files import DISK_FULL, fsync_directory
 from studio_worker.models import ModelFile
-from studio_worker.report.logs import safe_url
+from studio_worker.network.urls import safe_url
 from studio_worker.store.ledger import Ledger, Verified, content_key, file_name, is_verified
 from studio_worker.store.leftovers import find_staging, remove_staging
 from studio_worker.store.pool import AT_ONCE, Tally, do_all
 from studio_worker.store.space import Space
 from studio_worker.transfer.holding import staging_key
+from studio_worker.transfer.policy import Policy
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from studio_worker.download import Policy, Progress
+from studio_worker.download import Progress
 from studio_worker.errors import StoreError
 from studio_worker.files import fsync_directory
 from studio_worker.models import LocalFile, ModelFile
@@ -30,6 +30,7 @@ from studio_worker.store.leftovers import find_staging, find_strangers, remove_a
 from studio_worker.store.pool import FileWatch, Tally
 from studio_worker.store.space import SPARE_BYTES, Removal, Space
 from studio_worker.transfer.holding import staging_key
+from studio_worker.transfer.policy import Policy
 
 log = logging.getLogger(__name__)
 

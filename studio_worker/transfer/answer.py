@@ -23,8 +23,8 @@ import requests
 import urllib3
 
 from studio_worker.errors import DownloadCancelled, DownloadError
-from studio_worker.transfer.asking import Address, Session, ask, cause
-from studio_worker.transfer.policy import Policy as Policy
+from studio_worker.transfer.asking import Session, Target, ask, cause
+from studio_worker.transfer.policy import Policy
 
 CHUNK_BYTES = 256 * 1024
 """So much is taken at most of what has arrived, until it is known how fast more comes."""
@@ -167,7 +167,7 @@ class Connection:
         self._policy = policy
         self._session = Session(policy)
 
-    def ask(self, address: Address, headers: Mapping[str, str]) -> Body:
+    def ask(self, address: Target, headers: Mapping[str, str]) -> Body:
         """The answer to one GET. Raises DownloadError."""
         return Body(address.name, ask(address, headers, self._policy, self._session))
 
@@ -189,7 +189,7 @@ class Answer(Head):
     """
 
     def __init__(
-        self, address: Address, headers: Mapping[str, str], policy: Policy, cancel: threading.Event
+        self, address: Target, headers: Mapping[str, str], policy: Policy, cancel: threading.Event
     ) -> None:
         self.name = address.name
         self._cancel = cancel
@@ -252,7 +252,7 @@ class Answer(Head):
 
     # --- the reading thread ---
 
-    def _read(self, address: Address, headers: Mapping[str, str], policy: Policy) -> None:
+    def _read(self, address: Target, headers: Mapping[str, str], policy: Policy) -> None:
         try:
             response = ask(address, headers, policy)
             self._put(response)

@@ -24,8 +24,8 @@ from studio_worker import __version__
 from studio_worker.errors import DownloadError, DownloadRefused
 from studio_worker.network import certificates
 from studio_worker.network.connecting import Adapter
-from studio_worker.network.urls import is_loopback, url_problem
-from studio_worker.report.logs import safe_url
+from studio_worker.network.reasons import innermost, reason
+from studio_worker.network.urls import is_loopback, safe_url, url_problem
 from studio_worker.transfer.policy import Policy
 
 _MAX_REDIRECTS = 10
@@ -68,7 +68,7 @@ class _Bearer(requests.auth.AuthBase):
         return r
 
 
-class Address:
+class Target:
     """What is asked for, by all connections of one download. ``name`` is ``url`` as it may be told.
 
     Args:
@@ -84,7 +84,7 @@ class Address:
 
 
 def ask(
-    address: Address, headers: Mapping[str, str], policy: Policy, session: Session | None = None
+    address: Target, headers: Mapping[str, str], policy: Policy, session: Session | None = None
 ) -> requests.Response:
     """Send the request, and on to where it is redirected; no address is asked before it is checked.
 
@@ -106,7 +106,7 @@ def ask(
 
 
 def _follow(
-    url: str, address: Address, headers: Mapping[str, str], policy: Policy, session: Session
+    url: str, address: Target, headers: Mapping[str, str], policy: Policy, session: Session
 ) -> tuple[requests.Response, str]:
     """The answer, and the address that gave it."""
     name, first, via = address.name, url, ""
@@ -163,11 +163,11 @@ def _coding(response: requests.Response, *, is_hash_known: bool) -> str:
 
 def _failed(name: str, via: str, error: BaseException) -> DownloadError:
     """What a request without an answer ended with, and its cure where there is one."""
-    innermost = _innermost(error)
-    if isinstance(innermost, ssl.SSLCertVerificationError):  # it stays so for now
-        words = certificates.cure(innermost, _AUTHORITY_CURE)
+    first = innermost(error)
+    if isinstance(first, ssl.SSLCertVerificationError):  # it stays so for now
+        words = certificates.cure(first, _AUTHORITY_CURE)
         return DownloadRefused("request error", f"GET {name}: {via}{cause(error)}; {words}")
-    if found := _TUNNEL_REFUSED.match(str(innermost)):
+    if found := _TUNNEL_REFUSED.match(str(first)):
         return _proxy_error(name, via, int(found[1]))
     return DownloadError("request error", f"GET {name}: {via}{cause(error)}")
 
@@ -249,18 +249,6 @@ def _verify(policy: Policy) -> str | None:
 
 
 def cause(error: BaseException) -> str:
-    """The innermost reason of a requests error, which wraps urllib3's, which wraps the system's.
-
-    Their texts quote whole URLs, query strings and all; the innermost one's ``strerror`` does not.
-    """
-    error = _innermost(error)
-    text = getattr(error, "strerror", None)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _innermost(error: BaseException) -> BaseException:
-    while (inner := getattr(error, "reason", None) or error.__cause__ or error.__context__) is not None:
-        if not isinstance(inner, BaseException):
-            break
-        error = inner
-    return error
+    """The innermost reason of a requests error, with its name."""
+    found, words = type(innermost(error)).__name__, reason(error)
+    return found if words == found else f"{found}: {words}"

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused, PageInPlace
 from studio_worker.formats import header_problem, impostor, is_page
-from studio_worker.transfer.answer import Answer, Policy, UnwantedStatus
-from studio_worker.transfer.asking import Address
+from studio_worker.transfer.answer import Answer, UnwantedStatus
+from studio_worker.transfer.asking import Target
+from studio_worker.transfer.policy import Policy
 from studio_worker.transfer.range_reader import FileChanged
 from studio_worker.transfer.ranges import PARALLEL_BYTES, Ranges
 from studio_worker.transfer.staging import Origin, Progress, Staged
@@ -48,7 +49,7 @@ class Attempts:
         policy: Policy,
     ) -> None:
         self.url = url
-        self.address = Address(url, is_hash_known=sha256 is not None)
+        self.address = Target(url, is_hash_known=sha256 is not None)
         self.name = self.address.name
         self.dest = dest
         self.sha256 = sha256

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from studio_worker.errors import DownloadError
 from studio_worker.transfer.answer import CHUNK_BYTES, Body, Connection
-from studio_worker.transfer.asking import Address
+from studio_worker.transfer.asking import Target
 from studio_worker.transfer.pace import Work
 from studio_worker.transfer.policy import Policy
 from studio_worker.transfer.staging import Staged
@@ -37,20 +37,20 @@ class Pieces(Protocol):
     total: int
     validator: str | None
 
-    def take(self, line: Line) -> bool:
+    def take(self, line: RangeReader) -> bool:
         """Give ``line`` another piece; whether there is one for it."""
 
-    def extend(self, line: Line) -> bool:
+    def extend(self, line: RangeReader) -> bool:
         """Let ``line`` go on behind its piece; whether it may."""
 
-    def ended(self, line: Line, error: Exception | None) -> None:
+    def ended(self, line: RangeReader, error: Exception | None) -> None:
         """``line`` is done, or broken."""
 
 
-class Line:
+class RangeReader:
     """One connection. ``at`` and ``end`` are the rest of its piece; ``lock`` guards them and ``is_left``."""
 
-    def __init__(self, address: Address, policy: Policy, staged: Staged, pieces: Pieces) -> None:
+    def __init__(self, address: Target, policy: Policy, staged: Staged, pieces: Pieces) -> None:
         self.address = address
         self.policy = policy
         self.lock = threading.Lock()
@@ -202,7 +202,7 @@ class Line:
             body.close()
 
 
-def total_work(work: Work, *lines: Line) -> Work:
+def total_work(work: Work, *lines: RangeReader) -> Work:
     """``work``, and what ``lines`` took besides."""
     for line in lines:
         work = Work(work.busy_s + line.busy_s, work.reads + line.reads, work.late_reads + line.late_reads)

@@ -16,10 +16,10 @@ from collections.abc import Iterable
 from studio_worker.box.process import keep_freed_memory
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.transfer.answer import Body, UnwantedStatus
-from studio_worker.transfer.asking import Address
+from studio_worker.transfer.asking import Target
 from studio_worker.transfer.pace import Pace, Work
 from studio_worker.transfer.policy import Policy
-from studio_worker.transfer.range_reader import FileChanged, Line, RangesIgnored, total_work
+from studio_worker.transfer.range_reader import FileChanged, RangeReader, RangesIgnored, total_work
 from studio_worker.transfer.spans import Spans
 from studio_worker.transfer.staging import Progress, Staged
 
@@ -51,7 +51,7 @@ class Ranges:
         self,
         staged: Staged,
         *,
-        address: Address,
+        address: Target,
         total: int,
         validator: str | None,
         policy: Policy,
@@ -74,7 +74,7 @@ class Ranges:
         self._lock = threading.RLock()
         self._free = Spans()
         """What is missing and nobody fetches."""
-        self._lines: list[Line] = []
+        self._lines: list[RangeReader] = []
         self._errors: list[Exception] = []
         self._moved = (time.monotonic(), -1)  # when there were more bytes than before, and how many
         self._changed = threading.Event()
@@ -123,7 +123,7 @@ class Ranges:
 
     # --- what the lines ask for; from their threads ---
 
-    def take(self, line: Line) -> bool:
+    def take(self, line: RangeReader) -> bool:
         """Give ``line`` the next free piece, or a share of the one that would be done last."""
         with self._lock:
             if self._stop.is_set() or line not in self._lines or len(self._lines) > self._pace.target:
@@ -140,7 +140,7 @@ class Ranges:
                 line.is_open = self._pace.target == 1 and self._free.end_from(end) == self.total
             return True
 
-    def extend(self, line: Line) -> bool:
+    def extend(self, line: RangeReader) -> bool:
         """Let ``line``, whose answer goes on, have what is free behind its piece."""
         with self._lock:
             end = min(self._free.end_from(line.end), line.end + _AHEAD)
@@ -151,7 +151,7 @@ class Ranges:
                 line.end = end
             return True
 
-    def ended(self, line: Line, error: Exception | None) -> None:
+    def ended(self, line: RangeReader, error: Exception | None) -> None:
         """``line`` is done or broken; what it has not fetched is free again."""
         with self._lock:
             if line in self._lines:
@@ -172,10 +172,10 @@ class Ranges:
         # What would be left over is not worth a request of its own.
         return (start, end) if end - start < size + _SMALLEST_SHARE else (start, start + size)
 
-    def _share(self, helper: Line) -> tuple[int, int] | None:
+    def _share(self, helper: RangeReader) -> tuple[int, int] | None:
         """Half of what the slowest connection still has to fetch, where that is worth a request."""
         now = time.monotonic()
-        slowest: Line | None = None
+        slowest: RangeReader | None = None
         longest_s = 0.1
         for line in self._lines:
             rate = line.rate(now)
@@ -195,7 +195,7 @@ class Ranges:
     # --- the caller's thread ---
 
     def _begin(self, body: Body, start: int, end: int) -> None:
-        line = Line(self._address, self._policy, self._staged, self)
+        line = RangeReader(self._address, self._policy, self._staged, self)
         with self._lock:
             line.at, line.end = start, min(end, start + _AHEAD)
             line.is_open = line.end < end
@@ -217,7 +217,7 @@ class Ranges:
         work = work._replace(busy_s=work.busy_s + self._hashing_s)
         self._pace.note(now, self._staged.kept, delivering, work)
         while len(self._lines) < self._pace.target:
-            line = Line(self._address, self._policy, self._staged, self)
+            line = RangeReader(self._address, self._policy, self._staged, self)
             with self._lock:
                 self._lines.append(line)
                 if not self.take(line):
@@ -275,7 +275,7 @@ class Ranges:
         what = f"streaming body: no byte for {seconds:g} s"
         return DownloadError("streaming body", f"GET {self._address.name}: {what}")
 
-    def _drop(self, lines: Iterable[Line]) -> None:
+    def _drop(self, lines: Iterable[RangeReader]) -> None:
         for line in lines:
             line.leave()
             self.ended(line, None)

@@ -85,7 +85,7 @@ class Results(Protocol):
     def wake(self) -> None: ...
 
 
-class Reports(Protocol):
+class WorkReports(Protocol):
     """Who is told what becomes of jobs."""
 
     def job_began(self, job_id: str, model: str) -> None: ...

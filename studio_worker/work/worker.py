@@ -26,7 +26,7 @@ from studio_worker.errors import (
 )
 from studio_worker.jobs import Cancel, Job, Picture
 from studio_worker.models import RequiredModel
-from studio_worker.work.ports import Engines, Files, Health, InHand, JobSource, Reports, Results
+from studio_worker.work.ports import Engines, Files, Health, InHand, JobSource, Results, WorkReports
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Worker:
         engines: Engines,
         in_hand: InHand,
         results: Results,
-        reports: Reports,
+        reports: WorkReports,
         health: Health,
         fetch: Callable[[str, threading.Event], bytes],
         step_timeout_s: float,

@@ -17,11 +17,11 @@ from studio_worker.appliance.provisioning import (
     provision,
     show_duration,
 )
-from studio_worker.download import Policy
 from studio_worker.errors import DownloadCancelled, DownloadError, StoreError
 from studio_worker.models import ModelFile, RequiredModel
 from studio_worker.report.logs import facts
 from studio_worker.store import Store
+from studio_worker.transfer.policy import Policy
 from tests.servers import FileServer, ServedFile
 
 QUICK = Policy(connect_s=5, stall_s=5, delays_s=(0.0,))

@@ -15,10 +15,10 @@ import pytest
 from studio_worker.config.downloads import policy_from
 from studio_worker.config.sections import ModelsSection
 from studio_worker.config.settings import Settings
-from studio_worker.download import Policy, download_file
+from studio_worker.download import download_file
 from studio_worker.errors import ConfigError, DownloadError, DownloadRefused
 from studio_worker.report.logs import facts
-from studio_worker.transfer.policy import Limit
+from studio_worker.transfer.policy import Limit, Policy
 from tests.servers import FileServer, raw_server, refused_url
 
 BODY = b"a tiny pretend model" * 1000

@@ -24,7 +24,7 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.parts import clip_prompts
 from studio_worker.engine.families.stable_diffusion import SAMPLE as SAMPLE_FAMILY
-from studio_worker.engine.memory.loading import load_part
+from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory.machine import MachineMemory
 from studio_worker.engine.memory.residency import Key, Residency
 from studio_worker.engine.parameters import EngineDefaults, resolve

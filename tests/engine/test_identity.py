@@ -180,7 +180,7 @@ def test_picture_is_the_same_in_half_precision(sampler: str, monkeypatch: pytest
         return pixels(make(DiffusionEngine("cpu"), [SAMPLE], defaults=defaults, prompt=PROMPT, seed=seed))
 
     single, other = made(7), made(8)
-    monkeypatch.setattr("studio_worker.engine.memory.loading.numbers", lambda *_: "bfloat16")
+    monkeypatch.setattr("studio_worker.engine.loading.numbers", lambda *_: "bfloat16")
     half = made(7)
     assert 0 < np.abs(single - half).mean() <= HALF_MEAN
     assert np.abs(single - other).mean() >= OTHER_MEAN

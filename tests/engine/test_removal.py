@@ -21,11 +21,11 @@ from PIL import Image, ImageDraw
 
 from studio_worker.box.device import Device
 from studio_worker.engine import Inputs, default_router
-from studio_worker.engine.estimate import Estimates
 from studio_worker.engine.faults import OutOfMemory
 from studio_worker.engine.removal import engine as removal
 from studio_worker.engine.removal.engine import RemovalEngine
 from studio_worker.engine.removal.holes import holes
+from studio_worker.engine.rendering.estimate import Estimates
 from studio_worker.errors import FileDamaged, JobCancelled, JobError, JobImpossible, NotServed
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, LocalFile, ModelSource

@@ -14,7 +14,7 @@ from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.sdxl import SDXL
 from studio_worker.engine.families.z_image import Z_IMAGE
 from studio_worker.engine.files.gguf_files import open_gguf
-from studio_worker.engine.memory.loading import empty_model
+from studio_worker.engine.loading import empty_model
 from studio_worker.gpu_check.devices import Cpu, Cuda
 from studio_worker.gpu_check.gpu import Shares
 from studio_worker.gpu_check.rows import Missed, Skipped

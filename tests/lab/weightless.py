@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from studio_worker.engine.families.parts.component import CONFIGS
+from studio_worker.engine.families.component import CONFIGS
 
 
 def sd1_parts() -> tuple[Any, Any, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine import Engine, Progress, Request, Router
+from studio_worker.engine import Engine, Request, Router, StepProgress
 from studio_worker.jobs import Cancel, ImageTask, Job, Picture
 from studio_worker.models import LocalFile, ModelSource
 from studio_worker.report.activity import Activity
@@ -51,10 +51,10 @@ class Source:
 class ScriptedEngine:
     """Does for each job id what the script says; makes a picture where it says nothing."""
 
-    def __init__(self, script: Mapping[str, Callable[[Request, Progress, Cancel], None]]) -> None:
+    def __init__(self, script: Mapping[str, Callable[[Request, StepProgress, Cancel], None]]) -> None:
         self._script = script
 
-    def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
+    def generate(self, request: Request, progress: StepProgress, cancel: Cancel) -> Picture:
         act = self._script.get(request.job_id)
         if act is not None:
             act(request, progress, cancel)
@@ -64,7 +64,7 @@ class ScriptedEngine:
 def make(
     tmp_path: Path,
     source: Source,
-    script: Mapping[str, Callable[[Request, Progress, Cancel], None]] | None = None,
+    script: Mapping[str, Callable[[Request, StepProgress, Cancel], None]] | None = None,
     *,
     files: NoFiles | None = None,
     fetch: Callable[[str, threading.Event], bytes] = lambda url, cancel: b"input",
@@ -91,8 +91,8 @@ def make(
     return worker, outbox, in_hand
 
 
-def raises(error: BaseException) -> Callable[[Request, Progress, Cancel], None]:
-    def act(request: Request, progress: Progress, cancel: Cancel) -> None:
+def raises(error: BaseException) -> Callable[[Request, StepProgress, Cancel], None]:
+    def act(request: Request, progress: StepProgress, cancel: Cancel) -> None:
         raise error
 
     return act

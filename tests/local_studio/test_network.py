@@ -78,7 +78,7 @@ def is_hung_up(connection: socket.socket) -> bool:
 
 def test_strangers_who_say_nothing_keep_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With more silent connections than there is room for, pages and workers are served as ever."""
-    monkeypatch.setattr("studio_worker.local_studio.studio.MAX_CONNECTIONS", 16)
+    monkeypatch.setattr("studio_worker.local_studio.server.MAX_CONNECTIONS", 16)
     with LocalStudio(tmp_path / "studio.sqlite3") as studio:
         worker = Machine(studio).connect()
         half = b"POST /graphics/api/workers/register-request HTTP/1.1\r\nHost: 127.0.0.1\r\n"
@@ -99,7 +99,7 @@ def test_flood_of_connections_writes_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A thousand connections too many are no thousand lines in the log."""
-    monkeypatch.setattr("studio_worker.local_studio.studio.MAX_CONNECTIONS", 8)
+    monkeypatch.setattr("studio_worker.local_studio.server.MAX_CONNECTIONS", 8)
     for each in logging.getLogger(visit.__name__).filters:
         assert isinstance(each, Seldom)
         monkeypatch.setattr(each, "_counts", {})

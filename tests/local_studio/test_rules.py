@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from studio_worker.local_studio import rules
-from studio_worker.local_studio.rules import HELD, Job, JobStatus, RuleBroken
+from studio_worker.local_studio.rules import HELD, JobStatus, QueuedJob, RuleBroken
 
 WORKERS = ("anna", "bert")
 
-STEPS: dict[str, Callable[[Job, str], Job]] = {
+STEPS: dict[str, Callable[[QueuedJob, str], QueuedJob]] = {
     "offer": lambda job, who: rules.offered(job, who, 1.0),
     "accept": lambda job, who: rules.accepted(job, who, 2.0),
     "busy": lambda job, who: rules.rejected(job, who, "busy", for_now=True),
@@ -29,16 +29,16 @@ STEPS: dict[str, Callable[[Job, str], Job]] = {
 sequences = st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.sampled_from(WORKERS)), max_size=40)
 
 
-def new_job(**more: Any) -> Job:
-    return Job(job_id="j", model="m", task={"prompt": "p"}, model_source={}, created_at=0.0, **more)
+def new_job(**more: Any) -> QueuedJob:
+    return QueuedJob(job_id="j", model="m", task={"prompt": "p"}, model_source={}, created_at=0.0, **more)
 
 
-def walk(steps: list[tuple[str, str]], job: Job) -> list[tuple[str, str, Job, Job | None]]:
+def walk(steps: list[tuple[str, str]], job: QueuedJob) -> list[tuple[str, str, QueuedJob, QueuedJob | None]]:
     """Every step with the job before and after it; ``None`` where the rules forbade it."""
-    walked: list[tuple[str, str, Job, Job | None]] = []
+    walked: list[tuple[str, str, QueuedJob, QueuedJob | None]] = []
     for name, who in steps:
         try:
-            after: Job | None = STEPS[name](job, who)
+            after: QueuedJob | None = STEPS[name](job, who)
         except RuleBroken:
             after = None
         walked.append((name, who, job, after))

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from studio_worker import __version__
-from studio_worker.download import Policy, download_file
+from studio_worker.download import download_file
 from studio_worker.errors import DownloadError
 from studio_worker.network.connecting import Reached
+from studio_worker.transfer.policy import Policy
 from tests.servers import FileServer, black_hole, raw_server, resolve_to
 
 BODY = b"a tiny pretend model"

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studio_worker.errors import ConfigError
+from studio_worker.network.urls import safe_url
 from studio_worker.report import logs
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,7 @@ SECRET = "tok-0123456789abcdef"
 SPEAK = """
 import logging, os, sys
 from pathlib import Path
+from studio_worker.network.urls import safe_url
 from studio_worker.report import logs
 form = sys.argv[1] if len(sys.argv) > 1 else "auto"
 logs.configure("debug", form, journal_socket=Path(os.environ["TEST_JOURNAL_SOCKET"]))
@@ -378,7 +380,7 @@ plain = st.text(string.ascii_letters + string.digits + "-._~!$&'()*+,;=%", min_s
 def test_safe_url_drops_user_query_and_fragment(user: str, password: str, query: str, fragment: str) -> None:
     """A loggable address has neither user info nor query nor fragment."""
     url = f"https://{user}:{password}@host.example:8443/a/b?{query}#{fragment}"
-    assert logs.safe_url(url) == "https://host.example:8443/a/b"
+    assert safe_url(url) == "https://host.example:8443/a/b"
 
 
 nasty = st.text("/?#@:[]\\ %\n12ab", max_size=4)
@@ -394,12 +396,12 @@ nasty = st.text("/?#@:[]\\ %\n12ab", max_size=4)
 def test_safe_url_never_leaks_a_password(scheme: str, user: str, around: tuple[str, str], rest: str) -> None:
     """However mangled an address is, the password before its @ is not in the loggable form."""
     password = "S3cret".join(around)
-    assert "S3cret" not in logs.safe_url(f"{scheme}{user}:{password}@host.example/{rest}")
+    assert "S3cret" not in safe_url(f"{scheme}{user}:{password}@host.example/{rest}")
 
 
 def test_safe_url_keeps_what_is_harmless() -> None:
     """An address without secrets is shown as it is."""
-    assert logs.safe_url("http://[::1]:8765/models/a%20b.gguf") == "http://[::1]:8765/models/a%20b.gguf"
+    assert safe_url("http://[::1]:8765/models/a%20b.gguf") == "http://[::1]:8765/models/a%20b.gguf"
 
 
 # --- libraries ---
@@ -408,6 +410,7 @@ def test_safe_url_keeps_what_is_harmless() -> None:
 def test_library_that_quotes_prompts_is_silent_though_imported_later(tmp_path: Path) -> None:
     """Warnings of transformers, which may quote a prompt, do not appear, also when it is loaded after us."""
     script = """
+from studio_worker.network.urls import safe_url
 from studio_worker.report import logs
 from studio_worker.box import process
 process.prepare()
@@ -428,6 +431,7 @@ def test_python_warnings_do_not_reach_the_log(tmp_path: Path) -> None:
     """Warnings of libraries (deprecations and the like) appear neither as a line nor raw on stderr."""
     script = """
 import logging, warnings
+from studio_worker.network.urls import safe_url
 from studio_worker.report import logs
 warnings.simplefilter("always")
 logs.configure("debug", "json")

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from studio_worker.demo.service_process import ServiceProcess
-from studio_worker.download import Policy
 from studio_worker.errors import StoreError
 from studio_worker.models import ModelFile, RequiredModel
 from studio_worker.store import Store
 from studio_worker.store.bundles import export_bundle, import_bundle
+from studio_worker.transfer.policy import Policy
 from tests.servers import FileServer, ServedFile, refused_url
 
 QUICK = Policy(connect_s=5, stall_s=5, delays_s=(0.0,))

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from studio_worker.download import Policy
 from studio_worker.errors import DownloadError, StoreError
 from studio_worker.models import ModelFile
 from studio_worker.store import Store
+from studio_worker.transfer.policy import Policy
 from tests.servers import FileServer, ServedFile
 
 QUICK = Policy(connect_s=5, stall_s=5, delays_s=(0.0,))

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from studio_worker.download import Policy
 from studio_worker.errors import DownloadError, StoreError
 from studio_worker.models import ModelFile
 from studio_worker.store import Store
+from studio_worker.transfer.policy import Policy
 from tests.bench_store import large_models
 from tests.servers import FileServer, ServedFile, refused_url
 

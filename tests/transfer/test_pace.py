@@ -9,7 +9,7 @@ from studio_worker.transfer.pace import Pace, Work
 MB = 1_000_000
 
 
-class Line:
+class RangeReader:
     """A pace with a clock, fed by connections that each bring so many MB/s, up to what the line takes."""
 
     def __init__(self, *, each: float, line: float = 10_000, busy: float = 0.0, late: float = 0.0) -> None:
@@ -35,12 +35,12 @@ class Line:
 
 def test_pace_grows_to_all_where_each_connection_is_capped() -> None:
     """A server that caps connections is met with as many as are allowed, within a second."""
-    assert Line(each=20).run(1.0) == 32
+    assert RangeReader(each=20).run(1.0) == 32
 
 
 def test_pace_stays_with_one_where_one_brings_all() -> None:
     """More connections that bring nothing are given up, and not tried again at once."""
-    line = Line(each=100, line=110)
+    line = RangeReader(each=100, line=110)
     assert line.run(2.0) == 1
     assert line.run(10.0) == 1
 
@@ -48,12 +48,12 @@ def test_pace_stays_with_one_where_one_brings_all() -> None:
 @pytest.mark.parametrize("limit", [{"busy": 0.9}, {"late": 0.9}])
 def test_pace_adds_none_where_this_machine_is_what_limits(limit: dict[str, float]) -> None:
     """Connections do not help a machine that cannot keep up with one, or gets no time to."""
-    assert Line(each=20, **limit).run(5.0) == 1
+    assert RangeReader(each=20, **limit).run(5.0) == 1
 
 
 def test_pace_goes_back_when_the_server_refuses_and_rests_as_long_as_it_asks() -> None:
     """After a refusal only those that deliver stay, for the time the server names."""
-    line = Line(each=20)
+    line = RangeReader(each=20)
     line.run(1.0)
     line.pace.refused(line.now, 4, rest_s=60)
     assert line.run(55.0) == 4
@@ -62,7 +62,7 @@ def test_pace_goes_back_when_the_server_refuses_and_rests_as_long_as_it_asks() -
 
 def test_pace_keeps_within_what_is_allowed_now() -> None:
     """Where another download joins, some connections are given up at once; they come back later."""
-    line = Line(each=20)
+    line = RangeReader(each=20)
     line.run(1.0)
     line.pace.allow(line.now, 16)
     assert line.pace.target == 16
@@ -72,7 +72,7 @@ def test_pace_keeps_within_what_is_allowed_now() -> None:
 
 def test_pace_stays_with_one_where_ranges_are_ignored() -> None:
     """A server without ranges is never asked for more, whatever is allowed."""
-    line = Line(each=20)
+    line = RangeReader(each=20)
     line.pace.hold_at_one()
     line.pace.allow(line.now, 32)
     assert line.run(5.0) == 1

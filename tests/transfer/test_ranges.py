@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from studio_worker.download import Policy, download_file
+from studio_worker.download import download_file
 from studio_worker.errors import DownloadError
-from studio_worker.transfer.policy import Connections
+from studio_worker.transfer.policy import Connections, Policy
 from tests.servers import FileServer, ServedFile
 
 LARGE = random.Random(2).randbytes(24 * 1024 * 1024)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from studio_worker.engine import Engine, Progress, Request, Router
+from studio_worker.engine import Engine, Request, Router, StepProgress
 from studio_worker.errors import (
     DeviceError,
     DownloadError,
@@ -55,11 +55,11 @@ def test_worker_tells_how_jobs_end_to_whoever_judges_the_box(tmp_path: Path) -> 
         def failed(self, job: Job, error: Exception) -> None:
             told.append(f"{job.job_id} {type(error).__name__}")
 
-    def slow(request: Request, progress: Progress, cancel: Cancel) -> None:
+    def slow(request: Request, progress: StepProgress, cancel: Cancel) -> None:
         worker.cancel_job("step 2 of 4 took 61 s")
         cancel.check()
 
-    def ending(request: Request, progress: Progress, cancel: Cancel) -> None:
+    def ending(request: Request, progress: StepProgress, cancel: Cancel) -> None:
         worker.hand_back("the worker is stopping")
         cancel.check()
 
@@ -182,7 +182,7 @@ def test_worker_hands_the_job_back_when_told(tmp_path: Path) -> None:
     source = Source(job("a"), job("b"))
     running = threading.Event()
 
-    def endless(request: Request, progress: Progress, cancel: Cancel) -> None:
+    def endless(request: Request, progress: StepProgress, cancel: Cancel) -> None:
         running.set()
         while True:
             cancel.check()
@@ -204,7 +204,7 @@ def test_worker_notes_the_job_before_the_engine_touches_it(tmp_path: Path) -> No
     """While the engine works, the job is on disk, so that a crash is noticed at the next start."""
     found: list[str | None] = []
 
-    def crash_now(request: Request, progress: Progress, cancel: Cancel) -> None:
+    def crash_now(request: Request, progress: StepProgress, cancel: Cancel) -> None:
         # What the next process would find if this one died here.
         found.append((tmp_path / "spool" / "job-in-hand.json").read_text())
 
@@ -221,7 +221,7 @@ def test_worker_without_progress_is_stuck(tmp_path: Path) -> None:
     verdicts: dict[str, bool] = {}
     held = threading.Event()
 
-    def hang(request: Request, progress: Progress, cancel: Cancel) -> None:
+    def hang(request: Request, progress: StepProgress, cancel: Cancel) -> None:
         progress(1, 2)
         verdicts["stepping"] = worker.is_stuck()
         held.wait(0.15)  # longer than the step limit below
@@ -243,7 +243,7 @@ def test_worker_that_loads_a_model_from_a_slow_disk_is_not_stuck(
     now_s = 0.0
     monkeypatch.setattr("studio_worker.work.worker.time", SimpleNamespace(monotonic=lambda: now_s))
 
-    def load(request: Request, progress: Progress, cancel: Cancel) -> None:
+    def load(request: Request, progress: StepProgress, cancel: Cancel) -> None:
         nonlocal now_s
         for _ in range(3):
             progress(0, 2)
@@ -280,7 +280,7 @@ def test_worker_stopped_in_one_job_makes_the_next(tmp_path: Path) -> None:
     """A job that is cancelled is reported as retryable and leaves the next one untouched."""
     source = Source(job("a"), job("b"))
 
-    def endless(request: Request, progress: Progress, cancel: Cancel) -> None:
+    def endless(request: Request, progress: StepProgress, cancel: Cancel) -> None:
         worker.cancel_job("enough")
         cancel.check()
 
@@ -308,8 +308,8 @@ def test_worker_stops_a_job_after_a_step_that_took_too_long(
     monkeypatch.setattr("studio_worker.work.worker.time.monotonic", lambda: now)
     source = Source(job("slow"), job("loading"), job("well"))
 
-    def steps(*seconds: float) -> Callable[[Request, Progress, Cancel], None]:
-        def act(request: Request, progress: Progress, cancel: Cancel) -> None:
+    def steps(*seconds: float) -> Callable[[Request, StepProgress, Cancel], None]:
+        def act(request: Request, progress: StepProgress, cancel: Cancel) -> None:
             nonlocal now
             for number, each in enumerate(seconds, 1):
                 now += each
@@ -337,7 +337,7 @@ def test_worker_in_a_step_that_never_returns_stays_stuck(tmp_path: Path) -> None
     """Where no step ends there is nothing to stop at: the verdict stays, for the watchdog to act on."""
     entered, release = threading.Event(), threading.Event()
 
-    def hang(request: Request, progress: Progress, cancel: Cancel) -> None:
+    def hang(request: Request, progress: StepProgress, cancel: Cancel) -> None:
         progress(1, 2)
         entered.set()
         release.wait(20)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from studio_worker.engine.families.parts.component import Part, Tokenizer
+from studio_worker.engine.families.component import Part, Tokenizer
 from studio_worker.engine.files.sections import Section
 from studio_worker.engine.parameters import MAX_FLOW_SHIFT, EngineDefaults, Parameters
 from studio_worker.engine.sampling.levels import Diffusion, Flow, Scale

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from studio_worker.engine.families.component import CONFIGS, Layout, Part, read_json
 from studio_worker.engine.families.family import Family, Pipelines, Seen
 from studio_worker.engine.families.parts import clip_prompts
 from studio_worker.engine.families.parts.black_forest import black_forest_names, from_black_forest
 from studio_worker.engine.families.parts.common import clip, clip_tokenizer, kl_vae
-from studio_worker.engine.families.parts.component import CONFIGS, Layout, Part, read_json
 from studio_worker.engine.families.parts.packing import packed, places, unpacked
 from studio_worker.engine.families.parts.t5 import T5_TOKENIZER, is_t5_truncated, t5, t5_states
 from studio_worker.engine.parameters import EngineDefaults, Parameters

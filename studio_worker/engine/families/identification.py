@@ -11,9 +11,9 @@ import re
 from collections.abc import Sequence
 
 from studio_worker.engine.families.chroma import CHROMA
+from studio_worker.engine.families.component import Part
 from studio_worker.engine.families.family import Blueprint, Family, refused
 from studio_worker.engine.families.flux import FLUX_FAMILIES
-from studio_worker.engine.families.parts.component import Part
 from studio_worker.engine.families.qwen_image import QWEN_FAMILIES
 from studio_worker.engine.families.recognised import packing, recognise
 from studio_worker.engine.families.sd3 import SD3_FAMILIES

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from studio_worker.engine.families.component import CONFIGS, Layout, Part, read_json
 from studio_worker.engine.families.family import Family, JobKind, Pipelines, Seen, refused
 from studio_worker.engine.families.flux import predict_packed
-from studio_worker.engine.families.parts.component import CONFIGS, Layout, Part, read_json
 from studio_worker.engine.families.parts.packing import packed, tokens_a_side
-from studio_worker.engine.families.parts.qwen import (
+from studio_worker.engine.families.qwen import (
     QWEN_TOKENIZER,
     framed,
     language_states,
@@ -19,8 +19,8 @@ from studio_worker.engine.families.parts.qwen import (
     qwen25_vision,
 )
 from studio_worker.engine.files.sections import Tensors
+from studio_worker.engine.images import in_area
 from studio_worker.engine.parameters import EngineDefaults, Parameters
-from studio_worker.engine.pictures.images import in_area
 
 ZERO_COND_T = "__index_timestep_zero__"
 """By this empty tensor ComfyUI's files of Qwen-Image-Edit-2511 say what ``zeroCondT`` says: the reference

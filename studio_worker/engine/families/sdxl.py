@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from studio_worker.engine.families.component import CONFIGS, Tokenizer
 from studio_worker.engine.families.family import Pipelines, Seen
 from studio_worker.engine.families.parts import clip_prompts
 from studio_worker.engine.families.parts.common import clip, clip_tokenizer, kl_vae, unet
-from studio_worker.engine.families.parts.component import CONFIGS, Tokenizer
 from studio_worker.engine.families.parts.unet import UNetFamily
 from studio_worker.engine.files.sections import Section
 from studio_worker.engine.parameters import UNET_PX, EngineDefaults, Parameters

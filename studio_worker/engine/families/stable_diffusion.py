@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from studio_worker import sample_model
+from studio_worker.engine.families.component import CONFIGS
 from studio_worker.engine.families.family import Pipelines
 from studio_worker.engine.families.parts import clip_prompts
 from studio_worker.engine.families.parts.common import clip, clip_tokenizer, kl_vae, unet
-from studio_worker.engine.families.parts.component import CONFIGS
 from studio_worker.engine.families.parts.unet import UNetFamily
 from studio_worker.engine.parameters import UNET_PX, EngineDefaults
 from studio_worker.engine.sampling.levels import Diffusion, Scale

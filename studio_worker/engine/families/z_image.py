@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tokenizer, read_json
 from studio_worker.engine.families.family import Family, Pipelines
 from studio_worker.engine.families.parts.common import kl_vae
-from studio_worker.engine.families.parts.component import CONFIGS, Layout, Part, Tokenizer, read_json
 from studio_worker.engine.families.parts.layer_names import by_table
 from studio_worker.engine.families.parts.packing import padded
-from studio_worker.engine.families.parts.qwen import QWEN_TOKENIZER, framed, language_states, qwen3
+from studio_worker.engine.families.qwen import QWEN_TOKENIZER, framed, language_states, qwen3
 from studio_worker.engine.files.sections import Tensors
 from studio_worker.engine.parameters import EngineDefaults
 from studio_worker.engine.sampling.levels import TIMESTEPS

@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 import torch
 
+from studio_worker.engine.families.component import Part
 from studio_worker.engine.families.family import Family
-from studio_worker.engine.families.parts.component import Part
 from studio_worker.engine.families.parts.layer_names import Named
 from studio_worker.engine.files.gguf_files import Shape
+from studio_worker.engine.loading import empty_model
 from studio_worker.engine.loras.adapter import Adapter
 from studio_worker.engine.loras.files import READ, read_lora
 from studio_worker.engine.loras.wanted import Lora
-from studio_worker.engine.memory.loading import empty_model
 from studio_worker.errors import JobImpossible, NotServed
 
 _DENOISERS = re.compile(

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from studio_worker.engine.pictures import images
+from studio_worker.engine import images
 from studio_worker.errors import JobError
 
 

@@ -17,14 +17,14 @@ from PIL import Image
 
 from studio_worker.box.process import giving_memory_back
 from studio_worker.box.ram import available_ram_bytes
-from studio_worker.engine.contract import Progress, Request, Resident
-from studio_worker.engine.estimate import removal_bytes
+from studio_worker.engine.contract import Request, Resident, StepProgress
 from studio_worker.engine.faults import translated
+from studio_worker.engine.images import MAX_PIXELS, any_white, decode_upright
 from studio_worker.engine.parameters import Parameters, printable
 from studio_worker.engine.pictures.encoding import check_ext, encode, generation_meta
-from studio_worker.engine.pictures.images import MAX_PIXELS, any_white, decode_upright
 from studio_worker.engine.removal.graph import CUDA, RemovalGraph
 from studio_worker.engine.removal.holes import Levels, White, holes, lay_in, shown
+from studio_worker.engine.rendering.estimate import removal_bytes
 from studio_worker.errors import JobError, JobImpossible
 from studio_worker.jobs import Cancel, ImageTask, Picture
 from studio_worker.models import CliDefaults, LocalFile
@@ -55,7 +55,7 @@ class RemovalEngine:
         self._resident: dict[str, Resident] = {}
 
     @giving_memory_back()
-    def generate(self, request: Request, progress: Progress, cancel: Cancel) -> Picture:
+    def generate(self, request: Request, progress: StepProgress, cancel: Cancel) -> Picture:
         """See :meth:`studio_worker.engine.contract.Engine.generate`."""
         task = request.task
         private = (printable(task.prompt), printable(task.negative_prompt or ""))

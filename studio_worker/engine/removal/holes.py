@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from studio_worker.engine.pictures.images import any_white
+from studio_worker.engine.images import any_white
 
 Levels = NDArray[np.uint8]
 """A picture (height, width, 3) of 0 to 255."""

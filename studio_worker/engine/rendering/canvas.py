@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from studio_worker.engine.families.family import Family, JobKind, Seen
+from studio_worker.engine.images import cells, in_area
 from studio_worker.engine.parameters import Parameters
-from studio_worker.engine.pictures.images import cells, in_area
 from studio_worker.engine.sampling.denoising import Kept, drawn
 from studio_worker.engine.sampling.noise import Noise
 from studio_worker.errors import JobError

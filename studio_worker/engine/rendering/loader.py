@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 
 from studio_worker.engine.families.family import Blueprint, JobKind
+from studio_worker.engine.loading import computed_in, load_part, use_channels_last, weights_dtype
 from studio_worker.engine.loras.wanted import Lora
 from studio_worker.engine.memory.held import Place
-from studio_worker.engine.memory.loading import computed_in, load_part, use_channels_last, weights_dtype
 from studio_worker.engine.memory.machine import Memory
 from studio_worker.engine.memory.placement import Footprint, Mode, Plan, choose, leanest
 from studio_worker.engine.memory.residency import Key, Residency

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from studio_worker.engine.families.component import read_json
 from studio_worker.engine.families.family import Blueprint, Family, JobKind
-from studio_worker.engine.families.parts.component import read_json
 from studio_worker.engine.files.sections import Section
 from studio_worker.engine.loras.files import read_lora
 from studio_worker.engine.memory.placement import Footprint

@@ -15,9 +15,9 @@ import diffusers
 import torch
 from PIL import Image
 
-from studio_worker.engine.contract import Progress
+from studio_worker.engine.contract import StepProgress
 from studio_worker.engine.families.family import Family
-from studio_worker.engine.memory.loading import load_scheduler, load_tokenizer
+from studio_worker.engine.loading import load_scheduler, load_tokenizer
 from studio_worker.engine.memory.offloading import Bring, placed
 from studio_worker.engine.memory.placement import Mode, Plan
 from studio_worker.engine.parameters import Parameters
@@ -78,7 +78,7 @@ class LoadedModel:
 
     @torch.no_grad()
     def render(
-        self, parameters: Parameters, starting: Starting, progress: Progress, cancel: Cancel
+        self, parameters: Parameters, starting: Starting, progress: StepProgress, cancel: Cancel
     ) -> Rendered:
         """Make one picture. ``progress`` is called and ``cancel`` checked at every model evaluation, and
         after each layer of what is no denoiser.

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from studio_worker import sample_model
-from studio_worker.engine import Inputs, Progress, Request
+from studio_worker.engine import Inputs, Request, StepProgress
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.family import Family
 from studio_worker.jobs import Cancel, ImageTask, Picture
@@ -45,7 +45,7 @@ def make(
     files: Sequence[LocalFile],
     kind: Kind = "text",
     *,
-    progress: Progress = nothing,
+    progress: StepProgress = nothing,
     cancel: Cancel | None = None,
     offload: bool = False,
     **task: Any,

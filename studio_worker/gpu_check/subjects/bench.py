@@ -16,7 +16,7 @@ from diffusers import EulerDiscreteScheduler
 
 from studio_worker import sample_model
 from studio_worker.engine.diffusion import DiffusionEngine
-from studio_worker.engine.memory.loading import load_scheduler, load_tokenizer
+from studio_worker.engine.loading import load_scheduler, load_tokenizer
 from studio_worker.gpu_check.subjects.asking import make
 from studio_worker.gpu_check.subjects.cases import Case, case
 from studio_worker.gpu_check.subjects.lab import Lab

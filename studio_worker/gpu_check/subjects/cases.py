@@ -12,7 +12,7 @@ import torch
 from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.sdxl import SDXL
 from studio_worker.engine.families.z_image import Z_IMAGE
-from studio_worker.engine.memory.loading import empty_model
+from studio_worker.engine.loading import empty_model
 from studio_worker.gpu_check.places import free_bytes
 from studio_worker.gpu_check.rows import Skipped
 from studio_worker.gpu_check.subjects.random_weights import Drawn, shapes, write_plain, write_q4_k

@@ -8,7 +8,7 @@ import torch
 
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.family import Family, JobKind
-from studio_worker.engine.memory.loading import computed_in
+from studio_worker.engine.loading import computed_in
 from studio_worker.engine.memory.machine import MachineMemory
 from studio_worker.engine.memory.placement import Plan
 from studio_worker.engine.rendering.needs import footprint

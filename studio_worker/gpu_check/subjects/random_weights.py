@@ -14,8 +14,8 @@ import gguf
 import numpy as np
 import torch
 
-from studio_worker.engine.families.parts.component import Part
-from studio_worker.engine.memory.loading import empty_model
+from studio_worker.engine.families.component import Part
+from studio_worker.engine.loading import empty_model
 from studio_worker.gpu_check.tiny.weights import Tensors
 from studio_worker.models import FileRole, LocalFile
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from studio_worker import sample_model
 from studio_worker.engine.families import chroma, flux, qwen_image, sd3, sdxl, stable_diffusion
 from studio_worker.engine.families.z_image import Z_IMAGE
-from studio_worker.engine.memory.loading import empty_model
+from studio_worker.engine.loading import empty_model
 from studio_worker.gpu_check.tiny.flux import tiny_chroma, tiny_flux
 from studio_worker.gpu_check.tiny.model import Published, Tiny
 from studio_worker.gpu_check.tiny.qwen_image import tiny_qwen_image

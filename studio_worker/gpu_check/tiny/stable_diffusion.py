@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from studio_worker.engine.families.parts.component import CONFIGS
+from studio_worker.engine.families.component import CONFIGS
 from studio_worker.engine.families.sdxl import Folders, StableDiffusionXL, sdxl
 from studio_worker.engine.families.stable_diffusion import StableDiffusion, stable_diffusion
 from studio_worker.gpu_check.tiny import compvis

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from studio_worker.engine.families.parts.component import Tokenizer
-from studio_worker.engine.families.parts.qwen import QWEN_TOKENIZER
+from studio_worker.engine.families.component import Tokenizer
+from studio_worker.engine.families.qwen import QWEN_TOKENIZER
 from studio_worker.models import FileRole, LocalFile
 
 State = Mapping[str, torch.Tensor]

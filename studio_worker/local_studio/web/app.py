@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from studio_worker.files import DISK_TROUBLES
 from studio_worker.local_studio.database import StorageFull
-from studio_worker.local_studio.desk import Desk
+from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.access import Access, Guard, error_response
 from studio_worker.local_studio.web.people_routes import PeopleRoutes
@@ -33,7 +33,7 @@ _PAGE_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+
 
 
 def build_app(
-    desk: Desk, *, access: Access, models_dir: Path | None = None, auto_approve: bool = False
+    studio: Studio, *, access: Access, models_dir: Path | None = None, auto_approve: bool = False
 ) -> ASGIApp:
     """The studio's ASGI application.
 
@@ -41,9 +41,11 @@ def build_app(
         models_dir: folder whose files are served under ``/models``.
         auto_approve: let every machine in that asks.
     """
-    workers = WorkerRoutes(desk.registry, desk.queue, desk.sessions, desk.approve if auto_approve else None)
-    people = PeopleRoutes(desk)
-    shelf = ShelfRoutes(desk, models_dir)
+    workers = WorkerRoutes(
+        studio.registry, studio.queue, studio.sessions, studio.approve if auto_approve else None
+    )
+    people = PeopleRoutes(studio)
+    shelf = ShelfRoutes(studio, models_dir)
     return Starlette(
         routes=[*workers.routes(), *people.routes(), *shelf.routes(), *_page_routes(access)],
         middleware=[Middleware(Guard, access=access, login_page=_page_text("login.html"))],

@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from studio_worker.local_studio.desk import Desk
 from studio_worker.local_studio.registry import NotPending, UnknownRequest
 from studio_worker.local_studio.rules import JobStatus, RuleBroken
+from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.access import FOREVER, http_base
 from studio_worker.local_studio.web.bodies import number_in
@@ -36,8 +36,8 @@ ROWS = 30
 class PeopleRoutes:
     """State, events, registrations, workers, jobs and their results."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, studio: Studio) -> None:
+        self._desk = studio
 
     def routes(self) -> list[BaseRoute]:
         """What the application serves of these."""
@@ -59,22 +59,24 @@ class PeopleRoutes:
 
     async def state(self, request: Request) -> Response:
         """Everything the page shows but for the gallery, models and logs."""
-        desk = self._desk
-        names = desk.registry.workers.names()
+        studio = self._desk
+        names = studio.registry.workers.names()
         active = [
-            *desk.queue.listed(JobStatus.RUNNING, ROWS),
-            *desk.queue.listed(JobStatus.OFFERED, ROWS),
-            *desk.queue.listed(JobStatus.QUEUED, ROWS),
+            *studio.queue.listed(JobStatus.RUNNING, ROWS),
+            *studio.queue.listed(JobStatus.OFFERED, ROWS),
+            *studio.queue.listed(JobStatus.QUEUED, ROWS),
         ]
         return JSONResponse(
             {
-                "version": desk.changes.version,
+                "version": studio.changes.version,
                 "baseUrl": http_base(request),
-                "registrations": [desk.views.registration(entry) for entry in desk.pending()],
-                "workers": [desk.views.worker(worker) for worker in desk.workers()],
-                "queue": desk.queue.counts(),
-                "active": [desk.views.job(job, names) for job in active],
-                "failed": [desk.views.job(job, names) for job in desk.queue.listed(JobStatus.FAILED, ROWS)],
+                "registrations": [studio.views.registration(entry) for entry in studio.pending()],
+                "workers": [studio.views.worker(worker) for worker in studio.workers()],
+                "queue": studio.queue.counts(),
+                "active": [studio.views.job(job, names) for job in active],
+                "failed": [
+                    studio.views.job(job, names) for job in studio.queue.listed(JobStatus.FAILED, ROWS)
+                ],
             }
         )
 

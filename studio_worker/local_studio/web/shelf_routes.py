@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from studio_worker.local_studio.desk import Desk
 from studio_worker.local_studio.shelf import NotAPicture
+from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web import bodies, views
 from studio_worker.local_studio.web.access import CONTENT_CSP, FOREVER, http_base
 from studio_worker.local_studio.web.bodies import number_in
@@ -25,8 +25,8 @@ class ShelfRoutes:
         models_dir: folder whose files are served under ``/models``; ``None`` serves none.
     """
 
-    def __init__(self, desk: Desk, models_dir: Path | None) -> None:
-        self._desk = desk
+    def __init__(self, studio: Studio, models_dir: Path | None) -> None:
+        self._desk = studio
         self._models_dir = models_dir
 
     def routes(self) -> list[BaseRoute]:

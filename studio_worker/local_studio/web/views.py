@@ -8,10 +8,10 @@ from typing import Any
 
 from studio_worker.local_studio.job_queue import JobQueue, Result
 from studio_worker.local_studio.registry import Registration
-from studio_worker.local_studio.rules import Job, JobStatus
-from studio_worker.local_studio.session import Session
+from studio_worker.local_studio.rules import JobStatus, QueuedJob
+from studio_worker.local_studio.session import WorkerSession
 from studio_worker.local_studio.shelf import LogLine, Model
-from studio_worker.local_studio.workers import Worker
+from studio_worker.local_studio.workers import RegisteredWorker
 
 
 def moment(unix_s: float | None) -> str | None:
@@ -24,7 +24,7 @@ def moment(unix_s: float | None) -> str | None:
 class Views:
     """Facts from the database and the live sessions, put together for reading."""
 
-    def __init__(self, queue: JobQueue, live: Mapping[str, Session]) -> None:
+    def __init__(self, queue: JobQueue, live: Mapping[str, WorkerSession]) -> None:
         self._queue = queue
         self._live = live
 
@@ -42,7 +42,7 @@ class Views:
             "requestedAt": moment(registration.created_at),
         }
 
-    def worker(self, worker: Worker) -> dict[str, Any]:
+    def worker(self, worker: RegisteredWorker) -> dict[str, Any]:
         """``state`` is ``offline``, ``paused``, ``working`` or ``idle``."""
         session = self._live.get(worker.worker_id)
         held = self._queue.held_by(worker.worker_id)
@@ -67,7 +67,7 @@ class Views:
             "capabilities": capabilities.model_dump(mode="json", by_alias=True),
         }
 
-    def job(self, job: Job, names: Mapping[str, str]) -> dict[str, Any]:
+    def job(self, job: QueuedJob, names: Mapping[str, str]) -> dict[str, Any]:
         """A job and, where it is done, its result; ``names`` maps worker ids to what people call them."""
         result = self._queue.result(job.job_id) if job.status is JobStatus.DONE else None
         return {
@@ -110,7 +110,7 @@ class Views:
         }
         return {"result": facts, "generationMeta": result.generation_meta}
 
-    def _in_hand(self, job: Job) -> dict[str, Any]:
+    def _in_hand(self, job: QueuedJob) -> dict[str, Any]:
         return {
             "jobId": job.job_id,
             "status": job.status,
@@ -119,7 +119,7 @@ class Views:
             "since": moment(job.started_at or job.offered_at),
         }
 
-    def _waiting_for(self, job: Job, names: Mapping[str, str]) -> str | None:
+    def _waiting_for(self, job: QueuedJob, names: Mapping[str, str]) -> str | None:
         """Why a queued job is not being done, where that is known."""
         if job.status is not JobStatus.QUEUED:
             return None

@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.registry import Registry, TooManyPending, UnknownRequest, WrongSecret
-from studio_worker.local_studio.rules import Job, RuleBroken
+from studio_worker.local_studio.rules import QueuedJob, RuleBroken
 from studio_worker.local_studio.session import is_finite
 from studio_worker.local_studio.sessions import UPLOADED_KINDS, Sessions
 from studio_worker.local_studio.web import bodies
@@ -116,7 +116,7 @@ class WorkerRoutes:
         logger.info("upload refused", extra={"worker_id": worker_id, "job_id": job_id})
         raise HTTPException(409, "the job is no longer this worker's")
 
-    async def _keep(self, request: Request, job: Job, worker_id: str) -> Response | None:
+    async def _keep(self, request: Request, job: QueuedJob, worker_id: str) -> Response | None:
         async with bodies.read_form(request, bodies.MAX_UPLOAD_BYTES) as form:
             content, fields = await _parts(form, job)
         try:
@@ -147,7 +147,7 @@ def _too_long(body: wire.RegisterRequest) -> str:
     return next((name for name, text in names.items() if len(text) > _MAX_NAME_CHARS), "")
 
 
-async def _parts(form: FormData, job: Job) -> tuple[bytes, dict[str, Any]]:
+async def _parts(form: FormData, job: QueuedJob) -> tuple[bytes, dict[str, Any]]:
     image, ext = form.get("image"), form.get("ext")
     prompt, meta = form.get("prompt"), form.get("generationMeta")
     if job.kind not in UPLOADED_KINDS:

@@ -28,6 +28,7 @@ from studio_worker.errors import (
 )
 from studio_worker.network import certificates
 from studio_worker.network.connecting import Adapter, Reached
+from studio_worker.network.reasons import innermost, reason
 from studio_worker.spool.delivery import Delivery
 from studio_worker.studio.http.route import route_to
 from studio_worker.studio.wire import (
@@ -186,7 +187,7 @@ class StudioApi:
             return answer._replace(is_second=is_lost)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise StudioUnavailable(
-                f"the studio cannot be reached: {why(error)}", is_answer_lost=is_lost or _is_sent(body)
+                f"the studio cannot be reached: {_why(error)}", is_answer_lost=is_lost or _is_sent(body)
             ) from None
 
     def _new_session(self) -> requests.Session:
@@ -317,12 +318,6 @@ def untrusted(error: ssl.SSLCertVerificationError) -> str:
     return f"the studio's certificate is not trusted ({error.verify_message}); {cure}"
 
 
-def why(error: BaseException) -> str:
-    """The innermost reason of a requests error; its own text quotes addresses, proxies' passwords and all."""
-    while isinstance(
-        inner := getattr(error, "reason", None) or error.__cause__ or error.__context__, BaseException
-    ):
-        error = inner
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return untrusted(error)
-    return getattr(error, "strerror", None) or type(error).__name__
+def _why(error: BaseException) -> str:
+    found = innermost(error)
+    return untrusted(found) if isinstance(found, ssl.SSLCertVerificationError) else reason(found)

@@ -17,10 +17,10 @@ import torch
 from diffusers.quantizers.gguf.utils import GGUFParameter
 
 from studio_worker.engine.families import chroma, flux, qwen_image, sd3
+from studio_worker.engine.families.component import Part
 from studio_worker.engine.families.parts.common import unet
-from studio_worker.engine.families.parts.component import Part
 from studio_worker.engine.files.sections import read_sections
-from studio_worker.engine.memory.loading import load_part
+from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory.machine import weight_bytes
 from studio_worker.gpu_check.tiny import compvis
 from studio_worker.gpu_check.tiny.layouts import black_forest, stability

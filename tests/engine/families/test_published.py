@@ -11,13 +11,13 @@ import torch
 
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.chroma import CHROMA
+from studio_worker.engine.families.component import Part
 from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.flux import FLUX_DEV, FLUX_FILL, FLUX_SCHNELL
-from studio_worker.engine.families.parts.component import Part
 from studio_worker.engine.families.qwen_image import QWEN_IMAGE
 from studio_worker.engine.families.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from studio_worker.engine.files.sections import read_sections
-from studio_worker.engine.memory.loading import empty_model, load_tokenizer
+from studio_worker.engine.loading import empty_model, load_tokenizer
 from studio_worker.errors import JobError
 from studio_worker.models import FileRole, LocalFile
 from tests.engine_lab import write_header

@@ -16,7 +16,7 @@ from studio_worker.engine.families import identify
 from studio_worker.engine.families.parts.t5 import t5
 from studio_worker.engine.families.stable_diffusion import SAMPLE as SAMPLE_FAMILY
 from studio_worker.engine.files.sections import read_sections
-from studio_worker.engine.memory.loading import load_part
+from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory.machine import weight_bytes
 from studio_worker.gpu_check.tiny import layouts
 from studio_worker.gpu_check.tiny.encoders import t5_config

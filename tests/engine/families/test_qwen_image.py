@@ -22,10 +22,10 @@ from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.family import JobKind
-from studio_worker.engine.families.parts.qwen import QWEN_TOKENIZER
 from studio_worker.engine.families.parts.qwen_vl import PictureProcessor
+from studio_worker.engine.families.qwen import QWEN_TOKENIZER
 from studio_worker.engine.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT_2511
-from studio_worker.engine.memory.loading import load_tokenizer
+from studio_worker.engine.loading import load_tokenizer
 from studio_worker.engine.memory.placement import Mode
 from studio_worker.engine.rendering.canvas import Starting
 from studio_worker.engine.rendering.needs import footprint

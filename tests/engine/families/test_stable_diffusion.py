@@ -23,7 +23,7 @@ from studio_worker.engine.families.stable_diffusion import (
     SD2_INPAINT,
     StableDiffusion,
 )
-from studio_worker.engine.memory.loading import empty_model, load_scheduler, load_tokenizer
+from studio_worker.engine.loading import empty_model, load_scheduler, load_tokenizer
 from studio_worker.errors import JobError
 from studio_worker.gpu_check.tiny import compvis
 from studio_worker.gpu_check.tiny.model import Tiny

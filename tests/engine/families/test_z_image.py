@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import identify
-from studio_worker.engine.families.parts.qwen import QWEN_TOKENIZER, from_llama_cpp
+from studio_worker.engine.families.qwen import QWEN_TOKENIZER, from_llama_cpp
 from studio_worker.engine.families.z_image import Z_IMAGE
 from studio_worker.engine.files.sections import read_sections
-from studio_worker.engine.memory.loading import empty_model, load_part, load_tokenizer
+from studio_worker.engine.loading import empty_model, load_part, load_tokenizer
 from studio_worker.engine.memory.machine import weight_bytes
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.rendering.canvas import Starting

@@ -17,7 +17,7 @@ from studio_worker.engine.families import identify
 from studio_worker.engine.files.checkpoint import read_checkpoint
 from studio_worker.engine.files.sections import read_sections
 from studio_worker.engine.files.weights import read_tensors
-from studio_worker.engine.memory.loading import load_part
+from studio_worker.engine.loading import load_part
 from studio_worker.errors import FileDamaged, JobImpossible, NotServed
 from studio_worker.formats import header_problem
 from studio_worker.gpu_check.tiny.z_image import language_model

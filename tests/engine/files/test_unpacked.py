@@ -14,10 +14,10 @@ from studio_worker.engine import Inputs, Resident
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families import FAMILIES, identify
 from studio_worker.engine.files.packed import PackedLinear, pack, packed_linears, unpack
+from studio_worker.engine.loading import load_part
 from studio_worker.engine.loras.adapters import Adapters
 from studio_worker.engine.loras.places import LoraPlaces
 from studio_worker.engine.loras.wanted import Lora
-from studio_worker.engine.memory.loading import load_part
 from studio_worker.engine.memory.placement import Footprint
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.rendering.canvas import Starting

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLQwenImage
 
 from studio_worker.engine.families import identify
 from studio_worker.engine.families.stable_diffusion import SAMPLE as SAMPLE_FAMILY
-from studio_worker.engine.memory.loading import load_part, use_channels_last
+from studio_worker.engine.loading import load_part, use_channels_last
 from studio_worker.engine.memory.placement import Mode, Plan
 from studio_worker.engine.memory.residency import Residency
 from studio_worker.engine.parameters import resolve

@@ -21,16 +21,16 @@ from safetensors.torch import save_file
 from studio_worker.box.device import Device
 from studio_worker.engine import Inputs, Router
 from studio_worker.engine.diffusion import DiffusionEngine
-from studio_worker.engine.estimate import Estimates
 from studio_worker.engine.families import identify
+from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory.held import Held, Place
-from studio_worker.engine.memory.loading import load_part
 from studio_worker.engine.memory.machine import MachineMemory
 from studio_worker.engine.memory.peaks import Peaks
 from studio_worker.engine.memory.placement import Mode, Plan, choose
 from studio_worker.engine.memory.residency import Residency
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.rendering.canvas import Starting
+from studio_worker.engine.rendering.estimate import Estimates
 from studio_worker.engine.rendering.needs import footprint
 from studio_worker.engine.rendering.pipeline import LoadedModel
 from studio_worker.errors import JobError
@@ -655,7 +655,7 @@ def test_estimate_is_told_without_torch() -> None:
 import sys
 from studio_worker import sample_model
 from studio_worker.box.device import Device
-from studio_worker.engine.estimate import Estimates
+from studio_worker.engine.rendering.estimate import Estimates
 from studio_worker.jobs import ImageTask
 from studio_worker.models import CliDefaults, LocalFile
 file = LocalFile("model", sample_model.WEIGHTS, sample_model.SHA256)
@@ -710,5 +710,5 @@ def test_estimate_counts_on_ram_only_as_far_as_it_goes(monkeypatch: pytest.Monke
         for plan in reversed(footprint(identify([SAMPLE]), "float16", 64 * 64).plans())
     }
     assert needed() == plans[Mode.LAYERS] < plans[Mode.COMPONENT]
-    monkeypatch.setattr("studio_worker.engine.estimate.total_ram_bytes", lambda: 4 * MIB)
+    monkeypatch.setattr("studio_worker.engine.rendering.estimate.total_ram_bytes", lambda: 4 * MIB)
     assert needed() == plans[Mode.WHOLE] > plans[Mode.COMPONENT]

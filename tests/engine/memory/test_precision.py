@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from studio_worker.box.device import Device
-from studio_worker.engine.estimate import Estimates
 from studio_worker.engine.families import FAMILIES
 from studio_worker.engine.families.z_image import Z_IMAGE
-from studio_worker.engine.memory.loading import weights_dtype
+from studio_worker.engine.loading import weights_dtype
 from studio_worker.engine.probe import probe
+from studio_worker.engine.rendering.estimate import Estimates
 from studio_worker.gpu_check.subjects.random_weights import shapes
 from studio_worker.jobs import ImageTask
 from studio_worker.models import CliDefaults, LocalFile
@@ -97,7 +97,7 @@ def test_estimate_knows_the_numbers_of_the_card(tmp_path: Path, monkeypatch: pyt
     computed in single precision it takes twice as much, so that an offer is refused and not found out to be
     too large after loading. Here RAM has no room for weights that wait.
     """
-    monkeypatch.setattr("studio_worker.engine.estimate.total_ram_bytes", lambda: 8 << 30)
+    monkeypatch.setattr("studio_worker.engine.rendering.estimate.total_ram_bytes", lambda: 8 << 30)
     files = []
     for name, part in Z_IMAGE.parts.items():
         header = {key: tuple(tensor.shape) for key, tensor in shapes(part).items()}

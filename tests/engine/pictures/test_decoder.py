@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from studio_worker.engine import Inputs
+from studio_worker.engine import Inputs, images
 from studio_worker.engine.diffusion import DiffusionEngine
-from studio_worker.engine.pictures import images
 from studio_worker.engine.pictures.decoder import Decoder
 from studio_worker.errors import JobCancelled, JobError, JobImpossible
 from studio_worker.jobs import Cancel

@@ -14,7 +14,7 @@ from PIL import Image
 
 from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
-from studio_worker.engine.pictures.images import decode_mask, decode_picture
+from studio_worker.engine.images import decode_mask, decode_picture
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
 from tests.engine_lab import decoded, encoded, request, scene

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import CLIPTextModel
 
-from studio_worker.engine import sources
 from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.families import sources
+from studio_worker.engine.families.sources import Sources
 from studio_worker.engine.rendering.prompts import PromptCache
-from studio_worker.engine.sources import Sources
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile

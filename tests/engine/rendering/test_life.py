@@ -100,7 +100,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SlowMachine:
         return component
 
     monkeypatch.setattr(reading, "open_safetensors", SlowFile)
-    monkeypatch.setattr("studio_worker.engine.memory.loading.dequantised", copied)
+    monkeypatch.setattr("studio_worker.engine.loading.dequantised", copied)
     monkeypatch.setattr(loading, "load_part", loaded)
     return made
 

@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from studio_worker.engine.families import FAMILIES, identify
+from studio_worker.engine.families.component import Part, read_json
 from studio_worker.engine.families.family import Blueprint, Family, JobKind
 from studio_worker.engine.families.flux import FLUX_DEV
-from studio_worker.engine.families.parts.component import Part, read_json
 from studio_worker.engine.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT_2511, QwenImage
 from studio_worker.engine.families.sdxl import SDXL
 from studio_worker.engine.families.stable_diffusion import SD1
@@ -29,7 +29,7 @@ from studio_worker.engine.files.checkpoint import Checkpoint
 from studio_worker.engine.files.packed import BlockLinear
 from studio_worker.engine.files.sections import Section, read_sections
 from studio_worker.engine.files.weights import dequantised, read_tensors
-from studio_worker.engine.memory.loading import empty_model
+from studio_worker.engine.loading import empty_model
 from studio_worker.engine.memory.placement import Footprint, Mode, Plan
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.rendering.canvas import Starting

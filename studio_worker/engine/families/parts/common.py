@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine.families.parts.component import Layout, Part, Tokenizer, read_json
+from studio_worker.engine.families.component import Layout, Part, Tokenizer, read_json
 from studio_worker.engine.families.parts.layer_names import by_table, comp_vis
 from studio_worker.engine.files.sections import Tensors
 

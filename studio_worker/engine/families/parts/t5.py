@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine.families.parts.component import CONFIGS, Layout, Part, Tokenizer, read_json
+from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tokenizer, read_json
 from studio_worker.engine.families.parts.weighted import reader, scaled, tokens
 from studio_worker.engine.files.sections import Tensors
 

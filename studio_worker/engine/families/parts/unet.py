@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from studio_worker.engine.families.component import read_json
 from studio_worker.engine.families.family import Family, Seen, refused
 from studio_worker.engine.families.parts import clip_prompts
-from studio_worker.engine.families.parts.component import read_json
 from studio_worker.engine.files.sections import Section
 from studio_worker.engine.parameters import Parameters
 

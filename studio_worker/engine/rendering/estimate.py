@@ -51,7 +51,7 @@ class Estimates:
 
     @cached_property
     def _sources(self) -> Any:
-        from studio_worker.engine.sources import Sources
+        from studio_worker.engine.families.sources import Sources
 
         return Sources()
 

@@ -16,7 +16,7 @@ from studio_worker.engine.files.gguf_files import Shape
 from studio_worker.engine.files.sections import Section, Tensors
 from studio_worker.models import FileRole
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,8 +18,8 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers.quantizers.gguf.utils import GGUFParameter
 
+from studio_worker.engine.families.component import Part, Tokenizer, read_json
 from studio_worker.engine.families.family import Family, refused
-from studio_worker.engine.families.parts.component import Part, Tokenizer, read_json
 from studio_worker.engine.faults import is_device_lost, is_exhausted
 from studio_worker.engine.files.gguf_files import Stated
 from studio_worker.engine.files.packed import BlockLinear, EightBitLinear, use_packed_linears

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from studio_worker.engine.pictures import images
-from studio_worker.engine.pictures.images import cells, decode_mask, decode_picture
+from studio_worker.engine import images
+from studio_worker.engine.images import cells, decode_mask, decode_picture
 from studio_worker.errors import JobError
 from tests.engine_lab import encoded, scene
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studio_worker.engine.families.parts.component import CONFIGS, Layout, Part, Tokenizer, read_json
+from studio_worker.engine.families.component import CONFIGS, Layout, Part, Tokenizer, read_json
 from studio_worker.engine.families.parts.weighted import reader, scaled, tokens
 from studio_worker.engine.files.sections import Tensors
 

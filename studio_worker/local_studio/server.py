@@ -1,0 +1,271 @@
+"""The local studio as one object: a studio and the web server in front of it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+import uvicorn
+
+from studio_worker.errors import ConfigError, StudioWorkerError
+from studio_worker.local_studio.sessions import HELLO_TIMEOUT_S
+from studio_worker.local_studio.studio import Studio
+from studio_worker.local_studio.web import seldom
+from studio_worker.local_studio.web.access import Access, is_loopback
+from studio_worker.local_studio.web.app import build_app
+from studio_worker.local_studio.web.visit import visits_of
+from studio_worker.network.crowd import most_connections
+from studio_worker.studio import wire
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PORT = 8765
+DATABASE_NAME = "studio.sqlite3"
+MODELS_FOLDER = "models"
+MIN_TOKEN_CHARS = 16
+MAX_FRAME_BYTES = 1 << 20
+SHUTDOWN_S = 5
+MAX_CONNECTIONS = 512
+"""Hundreds of workers with a session each, and the people who watch."""
+_BACKLOG = 128
+
+
+class LocalStudio(Studio):
+    """A studio that listens. One object is started and stopped once; the file and the port may be used again.
+
+    Args:
+        database: the SQLite file that holds everything.
+        port: 0 takes a free one; after :meth:`start` this attribute holds the real port.
+        admin_token: what people must know to use the page and ``/api``; required where ``host`` is not
+            loopback.
+        models_dir: folder whose files workers may fetch under ``/models``.
+        auto_approve: let every machine in that asks. For demos.
+        max_attempts, heartbeat_timeout_s, hello_timeout_s: see :class:`Studio`.
+
+    Raises:
+        ConfigError: not loopback and no token, or the database cannot be used.
+    """
+
+    def __init__(
+        self,
+        database: Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        admin_token: str | None = None,
+        models_dir: Path | None = None,
+        auto_approve: bool = False,
+        max_attempts: int = 3,
+        heartbeat_timeout_s: float = wire.STUDIO_HEARTBEAT_TIMEOUT_S,
+        hello_timeout_s: float = HELLO_TIMEOUT_S,
+    ) -> None:
+        if not admin_token and not is_loopback(host):
+            raise ConfigError(
+                f"listening on {host} opens the studio to the network without a token",
+                cure="give a token with --token-file, or listen on 127.0.0.1",
+                key="--host",
+            )
+        seldom.limit_lines()
+        super().__init__(
+            database,
+            max_attempts=max_attempts,
+            heartbeat_timeout_s=heartbeat_timeout_s,
+            hello_timeout_s=hello_timeout_s,
+        )
+        self.host = host
+        self.port = port
+        app = build_app(
+            self, access=Access(admin_token or None), models_dir=models_dir, auto_approve=auto_approve
+        )
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                http=visits_of(most_connections(MAX_CONNECTIONS, each=2)),  # a file is open for some
+                # The loop takes as many at once, and where descriptors are short logs a traceback for each.
+                backlog=_BACKLOG,
+                access_log=False,  # it would hold ?token=
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                server_header=False,
+                timeout_graceful_shutdown=SHUTDOWN_S,
+                ws="websockets-sansio",
+                ws_max_size=MAX_FRAME_BYTES,
+                # Heartbeats are the protocol's signs of life; pings would be a second opinion.
+                ws_ping_interval=None,
+            )
+        )
+        self._thread: threading.Thread | None = None
+
+    @property
+    def base_url(self) -> str:
+        """The studio's address for programs of this machine, without a path."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def start(self) -> Self:
+        """Listen; returns when connections are taken.
+
+        Raises:
+            ConfigError: the address cannot be used.
+        """
+        try:
+            listener = _listen(self.host, self.port)
+        except ConfigError:
+            self.stop()
+            raise
+        self.port = listener.getsockname()[1]
+        self._thread = threading.Thread(
+            target=self._server.run, args=([listener],), name="local-studio", daemon=True
+        )
+        self._thread.start()
+        self._server.settled.wait()
+        if not self._server.started:
+            self.stop()
+            raise ConfigError("the web server did not start", cure="see the log above for its reason")
+        logger.debug("local studio listens", extra={"host": self.host, "port": self.port})
+        return self
+
+    def stop(self) -> None:
+        """Close all sessions, give their jobs back to the queue, close the file."""
+        self.sessions.is_stopping = True
+        self.changes.bump()  # wakes the event streams, which then end
+        if self._thread is not None:
+            self._server.stop_soon()
+            self._thread.join()
+        self.changes.forget_listeners()
+        self.database.close()
+        logger.debug("local studio stopped")
+
+    def serve_forever(self, on_ready: Callable[[Self], None] | None = None) -> None:
+        """Listen until SIGINT or SIGTERM. Only from the main thread.
+
+        Args:
+            on_ready: called once connections are taken.
+
+        Raises:
+            ConfigError: the address cannot be used.
+            StudioWorkerError: the web server ended by itself.
+        """
+        over = self._server.over
+
+        def stop(_signal: int, _frame: FrameType | None) -> None:
+            over.set()
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with self:
+                if on_ready is not None:
+                    on_ready(self)
+                over.wait()
+                if self._thread is None or not self._thread.is_alive():
+                    raise StudioWorkerError("the web server ended unasked; see the log above for its reason")
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def run_local_studio(
+    *,
+    data_dir: Path,
+    host: str = "127.0.0.1",
+    port: int = DEFAULT_PORT,
+    token: str | None = None,
+    models_dir: Path | None = None,
+    auto_approve: bool = False,
+    on_ready: Callable[[LocalStudio], None] | None = None,
+) -> None:
+    """Run a local studio until SIGINT or SIGTERM: what ``studio-worker local-studio`` does.
+
+    Args:
+        data_dir: holds the database; made where it is missing.
+        token: what people must know; required unless ``host`` is loopback.
+        models_dir: model files for workers; ``models`` in the data folder where it is not given.
+        on_ready: called once the studio listens, e.g. to print its address.
+
+    Raises:
+        ConfigError: a mistake of the operator, with its cure.
+    """
+    if token is not None and len(token) < MIN_TOKEN_CHARS:
+        raise ConfigError(
+            f"the token has fewer than {MIN_TOKEN_CHARS} characters",
+            cure="make a longer one, e.g. with: openssl rand -hex 32",
+            key="--token-file",
+        )
+    studio = LocalStudio(
+        data_dir / DATABASE_NAME,
+        host=host,
+        port=port,
+        admin_token=token,
+        models_dir=models_dir or data_dir / MODELS_FOLDER,
+        auto_approve=auto_approve,
+    )
+    studio.serve_forever(on_ready)
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that says when it listens (``settled``) and when it should or did end (``over``)."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.settled = threading.Event()
+        self.over = threading.Event()
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            super().run(sockets)
+        finally:
+            self.settled.set()
+            self.over.set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.settled.set()
+
+    def stop_soon(self) -> None:
+        """From any thread."""
+        self.should_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, proto)
+    except OSError as error:
+        raise ConfigError(
+            f"{host!r} is no address of this machine", cure="use 127.0.0.1", key="--host"
+        ) from error
+    try:
+        # A studio that was just stopped leaves connections in TIME_WAIT; they must not bar the next one.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} is in use", cure="stop what listens there, or choose another port", key="--port"
+            ) from error
+        raise ConfigError(
+            f"cannot listen on {host} port {port} ({error.strerror})",
+            cure="choose an address of this machine and a port above 1023",
+            key="--host",
+        ) from error
+    return listener
