@@ -24,14 +24,13 @@ from studio_worker.appliance.news import News
 from studio_worker.appliance.parts import Parts, found_device
 from studio_worker.appliance.pausing import Pausing
 from studio_worker.appliance.preparation import Preparation, await_nodes, recover, try_again
-from studio_worker.appliance.provisioning import LaterProvision, SeenFiles, change_store
-from studio_worker.appliance.reload import REQUIRED_MODELS, Reloaded, Reloader
+from studio_worker.appliance.provisioning import LaterProvision, SeenFiles
+from studio_worker.appliance.reload import Reloader
 from studio_worker.appliance.watchdog import start_watchdog
 from studio_worker.box.owner import become, give_folder, owner_of
 from studio_worker.box.state_lock import state_lock
-from studio_worker.config import Config
+from studio_worker.config import Config, Current
 from studio_worker.config.downloads import policy_from
-from studio_worker.config.settings import Settings
 from studio_worker.network.urls import safe_url
 from studio_worker.report import logs
 from studio_worker.report.control import ControlServer, runtime_dir
@@ -90,10 +89,10 @@ class Service:
         policy = dataclasses.replace(
             policy_from(settings), on_end=news.activity.download_ended, on_wait=news.download_waits
         )
-        self._reloader = Reloader(directory, loaded, policy, news.notifier, news.line, self._adopt)
+        self._current = current = Current(loaded, policy)
         shipping = logs.ShippingBuffer()
         logging.getLogger().addHandler(shipping)
-        self._parts = parts = Parts.opened(loaded, device, policy)
+        self._parts = parts = Parts.opened(current, device)
         self._gpu = GpuWatch(
             device,
             is_idle=lambda: parts.desk.current_job_id is None,
@@ -104,6 +103,7 @@ class Service:
             parts.store, device, news.notifier, end.stop, on_usable=self._gpu.start
         )
         self._later = LaterProvision(parts.store, partial(news.line.note, "provision"))
+        self._reloader = Reloader(directory, current, news.notifier, news.line, self._later)
         self._health = Health(
             partial(news.line.note, "jobs"),
             try_device=partial(try_again, device, parts.desk.rest, end.stop),
@@ -130,17 +130,17 @@ class Service:
         """What the control socket serves from now on."""
 
     def _linked(self, api: StudioApi, shipping: logs.ShippingBuffer) -> StudioLink:
-        abilities = Abilities(self._parts, lambda: self._settings, self._health)
+        abilities = Abilities(self._parts, self._current, self._health)
         return StudioLink(
             api,
-            IdentityFile(self._settings.state.dir / "identity.json"),
+            IdentityFile(self._current.settings.state.dir / "identity.json"),
             desk=self._parts.desk,
             outbox=self._parts.outbox,
             failures=self._parts.failures,
             situation=abilities.situation,
             capabilities=abilities.capabilities,
             shipping=shipping,
-            reconnect_attempts=self._settings.studio.reconnect_attempts,
+            reconnect_attempts=lambda: self._current.settings.studio.reconnect_attempts,
             reports=self._news.activity,
             on_answer=self._news.offer_answered,
             say=self._news.line.say,
@@ -157,8 +157,8 @@ class Service:
             results=self._parts.outbox,
             reports=self._news.activity,
             health=self._health,
-            fetch=lambda url, cancel: input_fetcher(self._reloader.policy, studio_root)(url, cancel),
-            step_timeout_s=self._settings.worker.step_timeout_s,
+            fetch=lambda url, cancel: input_fetcher(self._current.policy, studio_root)(url, cancel),
+            step_timeout_s=lambda: self._current.settings.worker.step_timeout_s,
         )
 
     def run(self) -> None:
@@ -172,12 +172,12 @@ class Service:
         )
         threading.Thread(target=steering, name="signals", daemon=True).start()
         exporter = open_exporter(
-            self._settings, self._status, self._news.activity, lambda: self._reloader.succeeded
+            self._current.settings, self._status, self._news.activity, lambda: self._reloader.succeeded
         )
         with contextlib.closing(exporter):
             recover(self._parts.in_hand, self._health)
             self._news.activity.entered("provisioning")
-            if self._preparation.run(self._reloader.config.required, compiles=self._settings.worker.compile):
+            if self._preparation.run(self._current.required, compiles=self._current.settings.worker.compile):
                 self._work()
             else:
                 self._news.notifier.stopping()
@@ -197,9 +197,9 @@ class Service:
         start_watchdog(self._news.notifier, troubles, self._ending.over)
         self._studio.start()
         try:
-            if self._settings.worker.preload:
+            if self._current.settings.worker.preload:
                 say = partial(self._news.line.note, "preload")
-                self._worker.preload(self._reloader.config.required, self._has_leisure, say)
+                self._worker.preload(self._current.required, self._has_leisure, say)
             self._worker.run()
         finally:
             self._news.activity.entered("stopping")
@@ -221,7 +221,7 @@ class Service:
         """The first stop signal: finish the job in hand, then end."""
         log.info("stop requested", extra={"op": "service", "signal": signal_name})
         self._news.activity.entered("draining")
-        limit_s = self._settings.worker.stop_timeout_s
+        limit_s = self._current.settings.worker.stop_timeout_s
         self._news.notifier.stopping("finishing the job in hand", within_s=limit_s + _AFTER_LIMIT_S)
         self._ending.ask()
         return limit_s
@@ -229,18 +229,3 @@ class Service:
     def _hand_back(self, reason: str) -> None:
         log.warning("handing the job in hand back", extra={"op": "service", "reason": reason})
         self._ending.hand_back("the worker is stopping")
-
-    def _adopt(self, reloaded: Reloaded) -> None:
-        """Values that somebody keeps; what is asked of ``self._settings`` each time has changed already."""
-        settings = reloaded.config.settings
-        logs.configure(settings.log.level, settings.log.format)
-        self._studio.session.reconnect_attempts = settings.studio.reconnect_attempts
-        self._worker.step_timeout_s = settings.worker.step_timeout_s
-        change_store(self._parts.store, reloaded.config, reloaded.policy)
-        if REQUIRED_MODELS in reloaded.applied:
-            self._later.begin(reloaded.config.required)
-
-    @property
-    def _settings(self) -> Settings:
-        """As they are now; a reload changes them."""
-        return self._reloader.config.settings

@@ -16,6 +16,7 @@ from pathlib import Path
 from studio_worker.models import ModelFile
 from studio_worker.store import Store
 from studio_worker.store.ledger import Verified, file_name
+from studio_worker.store.terms import fixed
 
 
 def large_models(root: Path, *, count: int, size_bytes: int) -> list[ModelFile]:
@@ -45,7 +46,7 @@ def large_models(root: Path, *, count: int, size_bytes: int) -> list[ModelFile]:
 def check_s(root: Path, files: list[ModelFile]) -> float:
     """What a start does with models that are all here."""
     started = time.perf_counter()
-    store = Store(root, required=files)
+    store = Store(root, fixed(required=files))
     store.clean_staging()
     for file in files:
         store.ensure([file], model=file.filename)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import getpass
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from studio_worker import __version__
 from studio_worker.appliance.parts import Parts
 from studio_worker.box.ram import available_ram_bytes
-from studio_worker.config.settings import Settings
+from studio_worker.config import Current
 from studio_worker.engine.rendering.estimate import Estimates
 from studio_worker.jobs import ImageTask
 from studio_worker.models import LocalFile, ModelFile, ModelSource
@@ -26,11 +26,10 @@ class Abilities:
     """Asked anew each time, since all of it changes. Safe from any thread.
 
     Args:
-        settings: as they are now; a reload changes them.
         health: what the last jobs say of this box.
     """
 
-    def __init__(self, parts: Parts, settings: Callable[[], Settings], health: Health) -> None:
+    def __init__(self, parts: Parts, current: Current, health: Health) -> None:
         self._device = parts.device
         self._engines = parts.engines
         self._estimates = Estimates(parts.device, parts.engines.peaks)
@@ -39,7 +38,7 @@ class Abilities:
         self._in_hand = parts.in_hand
         self._failures = parts.failures
         self._outbox = parts.outbox
-        self._settings = settings
+        self._current = current
         self._health = health
 
     def capabilities(self) -> Capabilities:
@@ -58,7 +57,7 @@ class Abilities:
 
     def situation(self, courier: Courier) -> Situation:
         """What an offer is judged by at this moment."""
-        models = self._settings().models
+        models = self._current.settings.models
         return Situation(
             now=time.monotonic(),
             current_job_id=self._desk.current_job_id,
@@ -81,7 +80,7 @@ class Abilities:
         )
 
     def _threshold_gib(self) -> float:
-        return self._settings().worker.vram_threshold_gb or self._device_gib()
+        return self._current.settings.worker.vram_threshold_gb or self._device_gib()
 
     def _device_gib(self) -> float:
         """As the studio is told: what it then offers is not refused for a difference in rounding."""

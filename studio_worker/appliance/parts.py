@@ -8,13 +8,12 @@ from typing import Self
 
 from studio_worker.appliance.provisioning import open_store
 from studio_worker.box.device import Device, find_device
-from studio_worker.config import Config
+from studio_worker.config import Current
 from studio_worker.engine import Router, default_router
 from studio_worker.spool.failures import Failures
 from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.store import Store
-from studio_worker.transfer.policy import Policy
 from studio_worker.work.desk import Desk
 
 log = logging.getLogger(__name__)
@@ -52,13 +51,13 @@ class Parts:
     desk: Desk
 
     @classmethod
-    def opened(cls, loaded: Config, device: Device, policy: Policy) -> Self:
+    def opened(cls, current: Current, device: Device) -> Self:
         """What the configuration describes, on disk and in memory; no model is loaded yet."""
-        state, worker = loaded.settings.state, loaded.settings.worker
+        state, worker = current.settings.state, current.settings.worker
         return cls(
             device=device,
             engines=default_router(device.name, compiles=worker.compile),
-            store=open_store(loaded, policy),
+            store=open_store(current),
             in_hand=JobInHand(state.dir / "spool"),
             failures=Failures(state.dir / "spool"),
             outbox=Outbox(

@@ -9,15 +9,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from studio_worker.config import Config
-from studio_worker.config.downloads import policy_from
+from studio_worker.config import Current
 from studio_worker.download import Progress
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.models import LocalFile, ModelFile, RequiredModel
 from studio_worker.store import Store
-from studio_worker.transfer.policy import Policy
+from studio_worker.store.terms import Terms
 
 log = logging.getLogger(__name__)
 
@@ -26,28 +26,18 @@ _LOG_EVERY_S = 10.0
 _RATE_OVER_S = 10.0
 
 
-def open_store(loaded: Config, policy: Policy | None = None) -> Store:
-    """The models folder as the configuration has it."""
-    return Store(
-        loaded.settings.models.root,
-        policy or policy_from(loaded.settings),
-        required=_required_files(loaded),
-        budget_bytes=_budget_bytes(loaded),
+def open_store(current: Current) -> Store:
+    """The models folder as the configuration has it; what else it says of it may change at any time."""
+    return Store(current.settings.models.root, partial(_terms, current))
+
+
+def _terms(current: Current) -> Terms:
+    budget_gb = current.settings.models.budget_gb
+    return Terms(
+        current.policy,
+        required=tuple(file for model in current.required for file in model.files),
+        budget_bytes=None if budget_gb is None else int(budget_gb * 1e9),
     )
-
-
-def change_store(store: Store, loaded: Config, policy: Policy) -> None:
-    """The folder stays; what else a changed configuration says of it holds from now on."""
-    store.change(policy=policy, required=_required_files(loaded), budget_bytes=_budget_bytes(loaded))
-
-
-def _required_files(loaded: Config) -> list[ModelFile]:
-    return [file for model in loaded.required for file in model.files]
-
-
-def _budget_bytes(loaded: Config) -> int | None:
-    budget_gb = loaded.settings.models.budget_gb
-    return None if budget_gb is None else int(budget_gb * 1e9)
 
 
 class ProvisionProgress:

@@ -1,7 +1,7 @@
 """The configuration, read again while the service runs: what changes at once, and what a restart has to.
 
-Everything is read and checked first; a fault leaves all as it was. The service carries out what is decided
-here.
+Everything is read and checked first; a fault leaves all as it was. Each setting's declaration says whether a
+reload applies it.
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import BaseModel
-
 from studio_worker import config
-from studio_worker.config import Config
-from studio_worker.config.declaration import Declared
-from studio_worker.config.downloads import policy_from
-from studio_worker.config.settings import DECLARED, Settings
+from studio_worker.appliance.provisioning import LaterProvision
+from studio_worker.config import Config, Current
+from studio_worker.config.downloads import policy_from, succeeding
+from studio_worker.config.settings import differences, with_live_values
 from studio_worker.errors import ConfigError
+from studio_worker.report import logs
 from studio_worker.report.notify import Notifier, ReadyLine
 from studio_worker.transfer.policy import Policy
 
@@ -43,57 +41,43 @@ class Reloaded:
     needs_restart: tuple[str, ...]
 
 
-def read_again(directory: Path, running: Config, policy: Policy) -> Reloaded:
-    """Read and check everything in ``directory`` and compare it with what is ``running``.
+def read_again(directory: Path, current: Current) -> Reloaded:
+    """Read and check everything in ``directory`` and compare it with what is ``current``.
 
     Raises:
         ConfigError: as :func:`config.load`, :func:`config.check_folders` and :func:`policy_from`.
     """
     wanted = config.load(directory)
     config.check_folders(wanted.settings)
-    changed = _differences(running.settings, wanted.settings)
-    settings = _with_live_keys(running.settings, wanted.settings)
-    # Always: a token may have changed in its file.
-    new_policy = dataclasses.replace(policy_from(settings), on_end=policy.on_end, on_wait=policy.on_wait)
-    # The same objects, or downloads under way and new ones would each take all that is allowed.
-    if policy.limit and new_policy.limit and policy.limit.bytes_per_s == new_policy.limit.bytes_per_s:
-        new_policy = dataclasses.replace(new_policy, limit=policy.limit)
-    if policy.connections.most == new_policy.connections.most:
-        new_policy = dataclasses.replace(new_policy, connections=policy.connections)
-    applied = tuple(each.key for each in changed if each.is_live)
-    if wanted.required != running.required:
-        applied += (REQUIRED_MODELS,)
+    changed = differences(current.settings, wanted.settings)
+    settings = with_live_values(current.settings, wanted.settings)
+    applied = [each.key for each in changed if each.is_live]
+    if wanted.required != current.required:
+        applied.append(REQUIRED_MODELS)
     return Reloaded(
         config=Config(settings, wanted.required),
-        policy=new_policy,
-        applied=applied,
+        # Always anew: a token may have changed in its file.
+        policy=succeeding(current.policy, policy_from(settings)),
+        applied=tuple(applied),
         needs_restart=tuple(each.key for each in changed if not each.is_live),
     )
 
 
 class Reloader:
-    """Holds the configuration that is running, and replaces it when it is asked to.
+    """Replaces the ``current`` configuration when it is asked to.
 
     Args:
-        adopt: carries out what a reload comes to, where asking for ``config`` and ``policy`` anew is not
-            enough.
+        later: fetches models that have become required.
     """
 
     def __init__(
-        self,
-        directory: Path,
-        running: Config,
-        policy: Policy,
-        notifier: Notifier,
-        line: ReadyLine,
-        adopt: Callable[[Reloaded], None],
+        self, directory: Path, current: Current, notifier: Notifier, line: ReadyLine, later: LaterProvision
     ) -> None:
-        self.config = running
-        self.policy = policy
         self._directory = directory
+        self._current = current
         self._notifier = notifier
         self._line = line
-        self._adopt = adopt
+        self._later = later
         self.succeeded = True
         """Whether the files, as they were last read, are in effect, apart from what needs a restart."""
         self._is_allowed = self._is_wanted = False
@@ -119,7 +103,7 @@ class Reloader:
         self._notifier.reloading()
         self.succeeded = False
         try:
-            self._replace(read_again(self._directory, self.config, self.policy))
+            self._replace(read_again(self._directory, self._current))
         except ConfigError as error:
             log.error("configuration not reloaded", extra={"op": "reload", "error": str(error)})
             self._line.note("reload", f"configuration not reloaded: {error}")
@@ -129,8 +113,12 @@ class Reloader:
         self._notifier.ready(str(self._line))
 
     def _replace(self, reloaded: Reloaded) -> None:
-        self.config, self.policy = reloaded.config, reloaded.policy
-        self._adopt(reloaded)
+        self._current.replace(reloaded.config, reloaded.policy)
+        # All others read it there; the log and a fetch that has to begin cannot.
+        settings = reloaded.config.settings
+        logs.configure(settings.log.level, settings.log.format)
+        if REQUIRED_MODELS in reloaded.applied:
+            self._later.begin(reloaded.config.required)
         self.succeeded = True
         restart = ", ".join(reloaded.needs_restart)
         self._line.note("reload", f"restart to apply: {restart}" if restart else "")
@@ -139,17 +127,3 @@ class Reloader:
             "configuration reloaded",
             extra={"op": "reload", "applied": reloaded.applied, "restart_to_apply": reloaded.needs_restart},
         )
-
-
-def _differences(old: Settings, new: Settings) -> list[Declared]:
-    return [each for each in DECLARED.values() if each.of(old) != each.of(new)]
-
-
-def _with_live_keys(old: Settings, new: Settings) -> Settings:
-    """``old`` with the values of ``new`` for every key that may change while the service runs."""
-    sections: dict[str, BaseModel] = {}
-    for each in DECLARED.values():
-        if each.is_live:
-            before = sections.get(each.section, getattr(old, each.section))
-            sections[each.section] = before.model_copy(update={each.name: each.of(new)})
-    return old.model_copy(update=sections)

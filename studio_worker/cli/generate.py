@@ -183,7 +183,9 @@ class _Model:
         policy = policy_from(self.loaded.settings)  # with tokens that may be the caller's alone
         become(self.owner)
         config.check_folders(self.loaded.settings)
-        with open_store(self.loaded, policy).taken(self.name, self.source.files, progress=progress) as files:
+        with open_store(config.Current(self.loaded, policy)).taken(
+            self.name, self.source.files, progress=progress
+        ) as files:
             yield files
 
 

@@ -220,7 +220,7 @@ def _opened(setup: _Setup) -> tuple[config.Config, Any]:
 
     become(setup.owner)
     config.check_folders(setup.loaded.settings)
-    return setup.loaded, open_store(setup.loaded, setup.policy)
+    return setup.loaded, open_store(config.Current(setup.loaded, setup.policy))
 
 
 def _rows(loaded: config.Config, store: Any) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """What the operator wants: settings, required models and the ways of downloads, read and checked as a whole.
 
-Owns the files under the configuration folder. Hands out values; changes nothing while the service runs.
+Owns the files under the configuration folder. Hands out values; a reload changes some of them.
 """
 
+from studio_worker.config.current import Current
 from studio_worker.config.loading import DEFAULT_DIR, Config, check_folders, load
 
-__all__ = ["DEFAULT_DIR", "Config", "check_folders", "load"]
+__all__ = ["DEFAULT_DIR", "Config", "Current", "check_folders", "load"]

@@ -6,6 +6,7 @@ an error.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -51,6 +52,21 @@ def policy_from(settings: Settings) -> Policy:
         ca_bundle=models.ca_bundle,
         proxy=models.proxy,
         offered=_offered(settings),
+    )
+
+
+def succeeding(before: Policy, wanted: Policy) -> Policy:
+    """``wanted`` in the place of ``before``: told of to the same, and with the same limits where they stay.
+
+    Else downloads under way and new ones would each take all that is allowed.
+    """
+    limit, connections = wanted.limit, wanted.connections
+    if limit and before.limit and limit.bytes_per_s == before.limit.bytes_per_s:
+        limit = before.limit
+    if connections.most == before.connections.most:
+        connections = before.connections
+    return dataclasses.replace(
+        wanted, limit=limit, connections=connections, on_end=before.on_end, on_wait=before.on_wait
     )
 
 

@@ -1,14 +1,16 @@
-"""The settings as a whole: the sections, and what wins where a value is given twice.
+"""The settings as a whole: the sections, what wins where a value is given twice, what a reload changes.
 
 The keys are declared in sections.py; what is said of a wrong value is loading.py's work.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as SettingsError
 
-from studio_worker.config.declaration import declared_in
+from studio_worker.config.declaration import Declared, declared_in
 from studio_worker.config.sections import (
     LogSection,
     MetricsSection,
@@ -55,3 +57,18 @@ class Settings(BaseSettings):
 
 DECLARED = {each.key: each for each in declared_in(Settings)}
 """Every setting by its key, in order."""
+
+
+def differences(old: Settings, new: Settings) -> list[Declared]:
+    """The settings whose values differ, in order."""
+    return [each for each in DECLARED.values() if each.of(old) != each.of(new)]
+
+
+def with_live_values(old: Settings, new: Settings) -> Settings:
+    """``old`` with the values of ``new`` for every setting that may change while the service runs."""
+    live: dict[str, dict[str, Any]] = {}
+    for each in DECLARED.values():
+        if each.is_live:
+            live.setdefault(each.section, {})[each.name] = each.of(new)
+    sections = {name: getattr(old, name).model_copy(update=values) for name, values in live.items()}
+    return old.model_copy(update=sections)

@@ -6,13 +6,12 @@ disk. The caller holds the files.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from studio_worker.download import Progress, ensure_file, hash_file
@@ -24,8 +23,8 @@ from studio_worker.store.ledger import Ledger, Verified, content_key, file_name,
 from studio_worker.store.leftovers import find_staging, remove_staging
 from studio_worker.store.pool import AT_ONCE, Tally, do_all
 from studio_worker.store.space import Space
+from studio_worker.store.terms import AskTerms
 from studio_worker.transfer.holding import staging_key
-from studio_worker.transfer.policy import Policy
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +35,12 @@ _BRIM_BYTES = 64 * 1024 * 1024
 class Fetcher:
     """Fetches into the folder ``root``; notes what it has verified in ``ledger``."""
 
-    def __init__(
-        self, root: Path, ledger: Ledger, space: Space, policy: Policy, configured: Iterable[ModelFile]
-    ) -> None:
-        self.change(policy, configured)
+    def __init__(self, root: Path, ledger: Ledger, space: Space, terms: AskTerms) -> None:
+        self._terms = terms
         self._root = root
         self._ledger = ledger
         self._space = space
         self._staging = root / ".staging"
-
-    def change(self, policy: Policy, configured: Iterable[ModelFile]) -> None:
-        """From the next file on; ``configured`` are those whose addresses the operator chose."""
-        self.policy = policy
-        self._of_offers = dataclasses.replace(policy, networks=policy.offered)
-        self._configured = {file.url for file in configured}
 
     def fetch(
         self,
@@ -80,7 +71,7 @@ class Fetcher:
 
         while True:
             try:
-                at_once = min(AT_ONCE, self.policy.connections.most)
+                at_once = min(AT_ONCE, self._terms().policy.connections.most)
                 do_all([task(same) for same in by_content.values()], cancel, at_once)
                 return
             except (DownloadError, OSError) as error:
@@ -120,7 +111,7 @@ class Fetcher:
                 progress=tally.of(file),
                 reading=reading,
                 cancel=cancel,
-                policy=self.policy if file.url in self._configured else self._of_offers,
+                policy=self._terms().policy_for(file.url),
             )
             sha256 = file.sha256 or hash_file(path, progress=reading, cancel=cancel)
             self._ledger.remember(file_name(file), sha256, safe_url(file.url))
@@ -155,7 +146,8 @@ class Fetcher:
         path = self._root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         again = ModelFile(role="model", url=url, filename=path.name, sha256=entry.sha256)
-        ensure_file(path.parent, again, staging=self._staging, progress=progress, policy=self.policy)
+        policy = self._terms().policy
+        ensure_file(path.parent, again, staging=self._staging, progress=progress, policy=policy)
         self._ledger.remember(name, entry.sha256, safe_url(url))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from studio_worker.errors import StoreError
 from studio_worker.models import ModelFile
 from studio_worker.store.ledger import Ledger, content_key, file_name
+from studio_worker.store.terms import AskTerms
 from studio_worker.transfer.holding import kept_bytes, pending_bytes, staging_key
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,7 @@ class Space:
     """The room in the folder ``root``.
 
     Args:
-        required: what is never removed.
-        budget_bytes: how much all files together may be long; ``None`` = no limit.
+        terms: asked each time for what is never removed, and for the budget.
         spare_bytes: kept free on the disk.
     """
 
@@ -50,20 +50,14 @@ class Space:
         self,
         root: Path,
         ledger: Ledger,
+        terms: AskTerms,
         *,
-        required: Iterable[ModelFile] = (),
-        budget_bytes: int | None = None,
         spare_bytes: int = SPARE_BYTES,
     ) -> None:
         self._root = root
         self._ledger = ledger
         self._spare_bytes = spare_bytes
-        self.change(required=required, budget_bytes=budget_bytes)
-
-    def change(self, *, required: Iterable[ModelFile], budget_bytes: int | None) -> None:
-        """Other values for the same arguments."""
-        self._required = frozenset(content_key(file) for file in required)
-        self._budget_bytes = budget_bytes
+        self._terms = terms
 
     # --- holding ---
 
@@ -78,7 +72,7 @@ class Space:
     # --- judging ---
 
     def is_required(self, files: Iterable[ModelFile]) -> bool:
-        return all(content_key(file) in self._required for file in files)
+        return self._required().issuperset(map(content_key, files))
 
     def shortfall_bytes(self, files: Iterable[ModelFile]) -> int:
         """How many bytes are missing to fetch ``files``, when everything that may go is gone; 0 = enough."""
@@ -151,6 +145,10 @@ class Space:
 
     # --- measuring ---
 
+    def _required(self) -> set[str]:
+        """The contents that are never removed."""
+        return set(map(content_key, self._terms().required))
+
     def _missing(self, files: list[ModelFile]) -> dict[str, ModelFile]:
         """Which files have yet to be fetched, by content, as far as sizes are declared."""
         return {
@@ -180,11 +178,12 @@ class Space:
 
     def _over(self, files: list[ModelFile]) -> int:
         """By how much the budget would be exceeded with ``files``; 0 or less = not."""
-        if self._budget_bytes is None:
+        budget = self._terms().budget_bytes
+        if budget is None:
             return 0
         coming = sum(file.approx_bytes or 0 for file in self._missing(files).values())
         here = {stat.st_ino: stat.st_size for stat in self._stats().values()}
-        return sum(here.values()) + coming - self._budget_bytes
+        return sum(here.values()) + coming - budget
 
     def _beyond_budget(self, files: list[ModelFile], removals: list[Removal]) -> int:
         """What is over even when everything that may go is gone. Required models are not refused for it."""
@@ -193,7 +192,7 @@ class Space:
         return max(0, self._over(files) - sum(each.size_bytes for each in removals))
 
     def _refuse_beyond_budget(self, files: list[ModelFile], removals: list[Removal]) -> None:
-        budget = self._budget_bytes
+        budget = self._terms().budget_bytes
         if budget is None or not self._beyond_budget(files, removals):
             return
         need = sum(file.approx_bytes or 0 for file in {content_key(file): file for file in files}.values())
@@ -214,7 +213,7 @@ class Space:
         """What may go to make room for ``wanted``, in order. A file of several models goes with the last."""
         stats = self._stats()
         entries = self._ledger.entries
-        kept = self._required | {content_key(file) for file in wanted}
+        kept = self._required() | {content_key(file) for file in wanted}
         contents = {_content(name) for name in stats} - kept
         free = {content for content in contents if _is_unheld(self._root / content)}
         # A file of which nobody noted the use is a model of its own, the oldest.

@@ -29,8 +29,8 @@ from studio_worker.store.ledger import Ledger, Verified, content_key, file_name,
 from studio_worker.store.leftovers import find_staging, find_strangers, remove_abandoned, remove_staging
 from studio_worker.store.pool import FileWatch, Tally
 from studio_worker.store.space import SPARE_BYTES, Removal, Space
+from studio_worker.store.terms import AskTerms, fixed
 from studio_worker.transfer.holding import staging_key
-from studio_worker.transfer.policy import Policy
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +52,7 @@ class Store:
 
     Args:
         root: made where missing.
-        policy: how patient downloads are, and which addresses they may use.
-        required: files that are never removed to make room.
-        budget_bytes: how much all files together may be long; ``None`` = no limit.
+        terms: asked each time; downloads under way go on by those that they began with.
         spare_bytes: kept free on the disk beyond what a download needs.
         clock: seconds since the epoch, for the last use of models.
     """
@@ -62,30 +60,20 @@ class Store:
     def __init__(
         self,
         root: Path,
-        policy: Policy | None = None,
+        terms: AskTerms | None = None,
         *,
-        required: Iterable[ModelFile] = (),
-        budget_bytes: int | None = None,
         spare_bytes: int = SPARE_BYTES,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.root = root
         self._staging = root / ".staging"
-        self._required = tuple(required)
+        self._terms = terms or fixed()
         self._clock = clock
         with store_errors(root):
             root.mkdir(parents=True, exist_ok=True)
             self._ledger = Ledger(root)
-        self._space = Space(
-            root, self._ledger, required=self._required, budget_bytes=budget_bytes, spare_bytes=spare_bytes
-        )
-        self._fetcher = Fetcher(root, self._ledger, self._space, policy or Policy(), self._required)
-
-    def change(self, *, policy: Policy, required: Iterable[ModelFile], budget_bytes: int | None) -> None:
-        """Other values for the same arguments; downloads under way go on as they began."""
-        self._required = tuple(required)
-        self._space.change(required=self._required, budget_bytes=budget_bytes)
-        self._fetcher.change(policy, self._required)
+        self._space = Space(root, self._ledger, self._terms, spare_bytes=spare_bytes)
+        self._fetcher = Fetcher(root, self._ledger, self._space, self._terms)
 
     def ensure(
         self,
@@ -171,7 +159,7 @@ class Store:
         Raises:
             StoreError: the folder cannot be written.
         """
-        urls = {file_name(file): file.url for file in self._required}
+        urls = {file_name(file): file.url for file in self._terms().required}
         for name, entry in sorted(self._ledger.entries.items()):
             url = urls.get(name)
             fetch = partial(self._fetcher.fetch_again, name, entry, progress)
@@ -219,7 +207,7 @@ class Store:
         with store_errors(self.root):
             removals = self._space.removals()
             going = [each for each in removals if dry_run or self._space.remove(each, "prune")]
-            kept = {staging_key(file.url, file.sha256) for file in self._required}
+            kept = {staging_key(file.url, file.sha256) for file in self._terms().required}
             staged = [each for each in find_staging(self._staging) if each.key not in kept]
             freed = sum(each.size_bytes for each in staged if dry_run or remove_staging(each))
             if not dry_run:
@@ -227,7 +215,7 @@ class Store:
                 gone = [name for name in self._ledger.entries if not (self.root / name).exists()]
                 if gone:
                     self._ledger.forget(*gone)
-            known = {*self._ledger.entries, *(file_name(file) for file in self._required)}
+            known = {*self._ledger.entries, *(file_name(file) for file in self._terms().required)}
             return Pruned(tuple(going), freed, tuple(find_strangers(self.root, known)))
 
     def clean_staging(self) -> None:

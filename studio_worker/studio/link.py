@@ -68,7 +68,7 @@ class StudioLink:
         situation: Callable[[Courier], Situation],
         capabilities: Callable[[], Capabilities],
         shipping: ShippingBuffer,
-        reconnect_attempts: int,
+        reconnect_attempts: Callable[[], int],
         reports: Reports,
         on_answer: Callable[[Judgement, str], None],
         say: Callable[[str], None],

@@ -36,8 +36,8 @@ class Worker:
 
     Args:
         fetch: gets an input picture's bytes, given up when the event is set; raises DownloadError.
-        step_timeout_s: how long one step, or one gap between two signs of progress, may take; may be set
-            anew at any time.
+        step_timeout_s: how long one step, or one gap between two signs of progress, may take; asked each
+            time.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Worker:
         reports: WorkReports,
         health: Health,
         fetch: Callable[[str, threading.Event], bytes],
-        step_timeout_s: float,
+        step_timeout_s: Callable[[], float],
     ) -> None:
         self._source = source
         self._files = files
@@ -61,7 +61,7 @@ class Worker:
         self._reports = reports
         self._health = health
         self._fetch = fetch
-        self.step_timeout_s = step_timeout_s
+        self._step_timeout_s = step_timeout_s
         self._guard = threading.Lock()
         self._cancel = Cancel()
         self._cancel_download = threading.Event()
@@ -152,7 +152,7 @@ class Worker:
     def is_stuck(self) -> bool:
         """Whether the job in hand has shown no progress for longer than its limit."""
         stepped_at = self._stepped_at
-        return stepped_at is not None and time.monotonic() - stepped_at > self.step_timeout_s
+        return stepped_at is not None and time.monotonic() - stepped_at > self._step_timeout_s()
 
     def _do(self, job: Job) -> None:
         has_crashed = False
@@ -276,10 +276,10 @@ class Worker:
         if done == 0:
             return
         self._reports.job_stepped(done, total)
-        if done > 1 and took_s > self.step_timeout_s:
+        limit_s = self._step_timeout_s()
+        if done > 1 and took_s > limit_s:
             self.cancel_job(
-                f"step {done} of {total} took {took_s:.0f} s, longer than step_timeout_s "
-                f"({self.step_timeout_s:g} s)"
+                f"step {done} of {total} took {took_s:.0f} s, longer than step_timeout_s ({limit_s:g} s)"
             )
 
     def _report(self, job: Job, error: str, *, retryable: bool, handed_back: bool = False) -> None:

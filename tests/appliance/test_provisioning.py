@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ from studio_worker.appliance.provisioning import (
 )
 from studio_worker.errors import DownloadCancelled, DownloadError, StoreError
 from studio_worker.models import ModelFile, RequiredModel
+from studio_worker.network.addresses import Networks
 from studio_worker.report.logs import facts
 from studio_worker.store import Store
+from studio_worker.store.terms import fixed
 from studio_worker.transfer.policy import Policy
 from tests.servers import FileServer, ServedFile
 
@@ -165,7 +168,7 @@ def test_provision_fetches_every_file_of_every_model(
     caplog.set_level(logging.INFO, logger="studio_worker.appliance.provisioning")
     files = [server.serve(f"/{name}", name.encode()) for name in "abc"]
     models = [required("one", files[0], files[1]), required("two", files[2])]
-    store = Store(tmp_path, QUICK)
+    store = Store(tmp_path, fixed(QUICK))
 
     provision(store, models, watched.progress, threading.Event())
 
@@ -189,9 +192,9 @@ def test_provision_is_silent_where_everything_is_verified(
     """The second start reads and fetches nothing."""
     file = server.serve("/a", b"a")
     models = [required("one", file)]
-    provision(Store(tmp_path, QUICK), models, Watched().progress, threading.Event())
+    provision(Store(tmp_path, fixed(QUICK)), models, Watched().progress, threading.Event())
 
-    provision(Store(tmp_path, QUICK), models, watched.progress, threading.Event())
+    provision(Store(tmp_path, fixed(QUICK)), models, watched.progress, threading.Event())
 
     assert len(file.requests) == 1
     assert watched.lines == []
@@ -204,7 +207,7 @@ def test_provision_fails_with_the_download(server: FileServer, tmp_path: Path, w
 
     with pytest.raises(DownloadError, match="404") as failure:
         provision(
-            Store(tmp_path, QUICK),
+            Store(tmp_path, fixed(QUICK)),
             [required("one", missing), required("two", other)],
             watched.progress,
             threading.Event(),
@@ -222,7 +225,10 @@ def test_provision_fails_where_the_disk_is_too_small(
 
     with pytest.raises(StoreError) as failure:
         provision(
-            Store(tmp_path, QUICK), [required("one", file, size=10**15)], watched.progress, threading.Event()
+            Store(tmp_path, fixed(QUICK)),
+            [required("one", file, size=10**15)],
+            watched.progress,
+            threading.Event(),
         )
 
     assert failure.value.exit_status == 74
@@ -253,7 +259,7 @@ def test_configured_budget_and_required_models_reach_the_store(server: FileServe
     (tmp_path / "etc" / "models.d").mkdir(parents=True)
     (tmp_path / "etc" / "models.d" / "one.json").write_text(wanted.model_dump_json(by_alias=True))
     (tmp_path / "etc" / "config.toml").write_text(f'[models]\nroot = "{tmp_path}/models"\nbudget_gb = 3e-6\n')
-    store = open_store(config.load(tmp_path / "etc"), QUICK)
+    store = open_store(config.Current(config.load(tmp_path / "etc"), QUICK))
     store.ensure(wanted.files, model="one")
     other = required("two", server.serve("/b", b"b" * 2000), size=2000)
 
@@ -264,13 +270,37 @@ def test_configured_budget_and_required_models_reach_the_store(server: FileServe
     assert store.is_verified(wanted.files[0])
 
 
+def test_store_keeps_to_what_a_reload_says(server: FileServer, tmp_path: Path) -> None:
+    """Budget, required models and the ways of downloads that a reload brings hold for the next model."""
+    (tmp_path / "config.toml").write_text(f'[models]\nroot = "{tmp_path}/models"\n')
+    current = config.Current(config.load(tmp_path), QUICK)
+    store = open_store(current)
+    old = required("old", server.serve("/old", b"o" * 2000), size=2000)
+    new = required("new", server.serve("/new", b"n" * 2000), size=2000)
+    store.ensure(old.files, model="old")
+    assert store.shortfall_bytes(new.files) == 0
+
+    with (tmp_path / "config.toml").open("a") as file:
+        file.write("budget_gb = 3e-6\n")
+    settings = config.load(tmp_path).settings
+    current.replace(config.Config(settings, (old,)), QUICK)
+    assert store.shortfall_bytes(new.files) == 1000
+    assert store.prune(dry_run=True).models == ()
+
+    stricter = dataclasses.replace(QUICK, offered=Networks())
+    current.replace(config.Config(settings, ()), stricter)
+    assert store.shortfall_bytes(new.files) == 0
+    with pytest.raises(DownloadError, match="this machine"):
+        store.ensure(new.files, model="new")
+
+
 def test_files_of_a_job_are_shown_while_they_come(server: FileServer, tmp_path: Path) -> None:
     """A model that a job brings is shown like a required one; one that is here is not mentioned."""
     file = server.serve("/a", b"a" * 4000)
     (wanted,) = required("one", file, size=4000).files
     shown: list[str] = []
     moved: list[int] = []
-    files = SeenFiles(Store(tmp_path, QUICK), shown.append, lambda: shown.append("ready"))
+    files = SeenFiles(Store(tmp_path, fixed(QUICK)), shown.append, lambda: shown.append("ready"))
 
     with files.taken("one", [wanted], progress=lambda done, total: moved.append(done)) as (local,):
         assert local.path.read_bytes() == b"a" * 4000
@@ -287,10 +317,10 @@ def test_status_tells_reading_from_downloading(server: FileServer, tmp_path: Pat
     """A file on disk that has to be hashed is verified, not downloaded; one that comes beside it is."""
     here, coming = server.serve("/a", b"a" * 4000), server.serve("/b", b"b" * 4000)
     (file,) = required("one", here, size=4000).files
-    Store(tmp_path, QUICK).ensure([file])
+    Store(tmp_path, fixed(QUICK)).ensure([file])
     (tmp_path / "ledger.json").unlink()
     shown: list[str] = []
-    files = SeenFiles(Store(tmp_path, QUICK), shown.append, lambda: None)
+    files = SeenFiles(Store(tmp_path, fixed(QUICK)), shown.append, lambda: None)
 
     with files.taken("one", [file]):
         pass
@@ -305,7 +335,7 @@ def test_files_of_a_job_that_cannot_be_had_leave_no_line_behind(server: FileServ
     """After a failed download the status line is what it was."""
     file = server.serve("/a", b"a" * 40_000, flip_at=3)
     shown: list[str] = []
-    files = SeenFiles(Store(tmp_path, QUICK), shown.append, lambda: shown.append("ready"))
+    files = SeenFiles(Store(tmp_path, fixed(QUICK)), shown.append, lambda: shown.append("ready"))
 
     with pytest.raises(DownloadError), files.taken("one", required("one", file).files):
         pass

@@ -18,14 +18,17 @@ import requests
 from studio_worker import config
 from studio_worker.appliance.provisioning import LaterProvision
 from studio_worker.appliance.reload import read_again
+from studio_worker.config import Current
 from studio_worker.config.declaration import Declared
 from studio_worker.config.downloads import policy_from
 from studio_worker.config.settings import DECLARED
 from studio_worker.demo import MODEL_ID, sample_source
 from studio_worker.demo.service_process import ServiceProcess
+from studio_worker.errors import ReconnectExhausted
 from studio_worker.local_studio import LocalStudio
 from studio_worker.models import ModelFile, RequiredModel
 from studio_worker.store import Store
+from studio_worker.store.terms import Terms, fixed
 from studio_worker.transfer.policy import Policy
 from tests.certificates import certificate
 from tests.lab.service import READY_S, await_status, override, queue_synthetic, reload, require
@@ -62,6 +65,19 @@ def test_reload_applies_what_can_change_live(site: Path, studio: LocalStudio, tm
         ["worker.step_timeout_s", "models.on_demand"]
     ]
     assert logged(running, "job rejected")[0]["job_id"] == job_id
+
+
+def test_reload_counts_failed_connections_anew(site: Path, studio: LocalStudio, tmp_path: Path) -> None:
+    """[studio] reconnect_attempts of a reload holds from the next failed connection on."""
+    with ServiceProcess(site, tmp_path / "log") as running:
+        running.await_message("STATUS=ready, connected", READY_S)
+        override(site, "[studio]\nreconnect_attempts = 1\n")
+        reload(running)
+        studio.stop()
+        assert running.wait(READY_S) == ReconnectExhausted.exit_status
+    assert [line["applied"] for line in logged(running, "configuration reloaded")] == [
+        ["studio.reconnect_attempts"]
+    ]
 
 
 def test_reload_with_a_fault_leaves_everything_as_it_was(
@@ -211,7 +227,7 @@ def test_reload_does_with_every_key_as_the_shipped_configuration_says(tmp_path: 
     assert [
         key for key, each in DECLARED.items() if each.of(before.settings) == each.of(after.settings)
     ] == []
-    reloaded = read_again(tmp_path, before, Policy())
+    reloaded = read_again(tmp_path, Current(before, Policy()))
     marked = marked_in_the_shipped_configuration()
     assert reloaded.applied == tuple(key for key, needs_restart in marked.items() if not needs_restart)
     assert reloaded.needs_restart == tuple(key for key, needs_restart in marked.items() if needs_restart)
@@ -224,10 +240,10 @@ def test_required_models_change_at_a_reload(tmp_path: Path) -> None:
     """models.d counts as one key that changes live, and its new set holds."""
     write(tmp_path, "")
     running = config.load(tmp_path)
-    assert read_again(tmp_path, running, Policy()).applied == ()
+    assert read_again(tmp_path, Current(running, Policy())).applied == ()
     entry = f'id = "a"\nengine = "sd-cpp"\n[[files]]\nrole = "model"\nfilename = "a"\nsha256 = "{"0" * 64}"\n'
     (tmp_path / "models.d" / "a.toml").write_text(f'{entry}url = "https://models.example/a"\n')
-    reloaded = read_again(tmp_path, running, Policy())
+    reloaded = read_again(tmp_path, Current(running, Policy()))
     assert reloaded.applied == ("models.d",)
     assert [model.id for model in reloaded.config.required] == ["a"]
 
@@ -242,7 +258,7 @@ def test_token_replaced_in_its_file_is_used_after_a_reload(tmp_path: Path) -> No
     running = config.load(tmp_path)
     policy = policy_from(running.settings)
     token.write_text("second-token")
-    assert read_again(tmp_path, running, policy).policy.tokens == {"models.example": "second-token"}
+    assert read_again(tmp_path, Current(running, policy)).policy.tokens == {"models.example": "second-token"}
 
 
 def test_unchanged_limits_are_shared_with_downloads_under_way(tmp_path: Path) -> None:
@@ -250,10 +266,10 @@ def test_unchanged_limits_are_shared_with_downloads_under_way(tmp_path: Path) ->
     write(tmp_path, "download_limit_mb_s = 5\n")
     running = config.load(tmp_path)
     policy = policy_from(running.settings)
-    assert read_again(tmp_path, running, policy).policy.limit is policy.limit
-    assert read_again(tmp_path, running, policy).policy.connections is policy.connections
+    assert read_again(tmp_path, Current(running, policy)).policy.limit is policy.limit
+    assert read_again(tmp_path, Current(running, policy)).policy.connections is policy.connections
     write(tmp_path, "download_limit_mb_s = 6\nmax_connections = 7\n")
-    changed = read_again(tmp_path, running, policy).policy
+    changed = read_again(tmp_path, Current(running, policy)).policy
     assert changed.limit is not None
     assert (changed.limit.bytes_per_s, changed.connections.most) == (6e6, 7)
 
@@ -268,7 +284,7 @@ def test_downloads_after_a_reload_are_told_of_as_before(tmp_path: Path) -> None:
         on_end=lambda *facts: told.append(facts),
         on_wait=lambda *facts: told.append(facts),
     )
-    reloaded = read_again(tmp_path, running, policy).policy
+    reloaded = read_again(tmp_path, Current(running, policy)).policy
     reloaded.on_end(True, 3)
     reloaded.on_wait("the host allows no more", 2.0)
     assert told == [(True, 3), ("the host allows no more", 2.0)]
@@ -317,7 +333,7 @@ def test_model_that_comes_later_is_tried_again_until_it_is_there(tmp_path: Path)
     notes = Notes()
     with FileServer() as server:
         model = required(server, "/late", b"late" * 100, answers=[(503, {})] * 2)
-        store = Store(tmp_path, Policy(delays_s=()))
+        store = Store(tmp_path, fixed(Policy(delays_s=())))
         later = LaterProvision(store, notes, delays_s=(0.01,))
         later.begin((model,))
         notes.wait_for("required models missing: ")
@@ -332,13 +348,12 @@ def test_model_that_comes_later_outlasts_this_boxs_own_troubles(tmp_path: Path) 
     with FileServer() as server:
         server.use_tls(made.shown, made.key)
         model = required(server, "/late", b"late" * 100)
-        store = Store(tmp_path / "models", Policy(delays_s=()))
+        terms = [Terms(Policy(delays_s=()))]
+        store = Store(tmp_path / "models", lambda: terms[-1])
         later = LaterProvision(store, notes, delays_s=(0.01,))
         later.begin((model,))
         notes.wait_for("SSLCertVerificationError")
-        store.change(
-            policy=Policy(delays_s=(), ca_bundle=made.authority), required=model.files, budget_bytes=None
-        )
+        terms.append(Terms(Policy(delays_s=(), ca_bundle=made.authority), required=model.files))
         notes.wait_for_nothing()
         assert store.is_verified(model.files[0])
 
@@ -348,7 +363,7 @@ def test_model_that_comes_later_with_a_wrong_hash_is_not_fetched_again(tmp_path:
     notes = Notes()
     with FileServer() as server:
         model = required(server, "/wrong", b"evil", sha256="0" * 64)
-        later = LaterProvision(Store(tmp_path, Policy(delays_s=())), notes, delays_s=(0.01,))
+        later = LaterProvision(Store(tmp_path, fixed(Policy(delays_s=()))), notes, delays_s=(0.01,))
         later.begin((model,))
         notes.wait_for("sha256 mismatch")
         for thread in threading.enumerate():

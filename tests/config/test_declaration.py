@@ -38,7 +38,7 @@ from studio_worker.transfer.policy import Policy
 folder = Path(sys.argv[1])
 running = config.load(folder)
 (folder / "config.toml").write_text("[worker]\\nrest_s = 7\\nnickname = 'cellar'\\n")
-reloaded = read_again(folder, running, Policy())
+reloaded = read_again(folder, config.Current(running, Policy()))
 print(reloaded.applied, reloaded.needs_restart, reloaded.config.settings.worker.rest_s)
 """
 

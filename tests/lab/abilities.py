@@ -7,6 +7,7 @@ from pathlib import Path
 from studio_worker.appliance.abilities import Abilities
 from studio_worker.appliance.parts import Parts
 from studio_worker.box.device import Device
+from studio_worker.config import Config, Current
 from studio_worker.config.settings import Settings
 from studio_worker.engine import Router
 from studio_worker.models import ModelSource
@@ -18,6 +19,7 @@ from studio_worker.store import Store
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.session.offers import Situation
+from studio_worker.transfer.policy import Policy
 from studio_worker.work.desk import Desk
 from tests.lab.worker import KeepingEngine
 from tests.played import untouched_health
@@ -64,5 +66,6 @@ def abilities_of(
         outbox=outbox,
         desk=Desk(),
     )
-    abilities = Abilities(parts, lambda: settings or Settings(), untouched_health())
+    current = Current(Config(settings or Settings(), ()), Policy())
+    abilities = Abilities(parts, current, untouched_health())
     return abilities, abilities.situation(idle_courier(outbox))

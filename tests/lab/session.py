@@ -74,7 +74,7 @@ class Running:
             on_answer=lambda judgement, model: self.answers.append(judgement),
             on_unreported=lambda job_id, error, retryable: self.unreported.append((job_id, error, retryable)),
             shipping=self.shipping,
-            reconnect_attempts=attempts,
+            reconnect_attempts=lambda: attempts,
             timings=timings,
             on_state=lambda state, why: self.states.append(f"{state} {why}".strip()),
         )

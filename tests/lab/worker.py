@@ -68,7 +68,7 @@ def make(
     *,
     files: NoFiles | None = None,
     fetch: Callable[[str, threading.Event], bytes] = lambda url, cancel: b"input",
-    step_timeout_s: float = 60.0,
+    step_timeout_s: Callable[[], float] = lambda: 60.0,
     health: Health | None = None,
 ) -> tuple[Worker, Outbox, JobInHand]:
     """A worker with a real spool and a scripted engine."""

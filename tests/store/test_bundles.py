@@ -20,6 +20,7 @@ from studio_worker.errors import StoreError
 from studio_worker.models import ModelFile, RequiredModel
 from studio_worker.store import Store
 from studio_worker.store.bundles import export_bundle, import_bundle
+from studio_worker.store.terms import fixed
 from studio_worker.transfer.policy import Policy
 from tests.servers import FileServer, ServedFile, refused_url
 
@@ -58,7 +59,7 @@ def required(server: FileServer) -> RequiredModel:
 @pytest.fixture
 def full(tmp_path: Path, required: RequiredModel) -> Store:
     """A box that has it."""
-    store = Store(tmp_path / "full", QUICK, required=required.files)
+    store = Store(tmp_path / "full", fixed(QUICK, required=required.files))
     store.ensure(required.files, model=required.id)
     return store
 
@@ -81,7 +82,7 @@ def test_bundle_brings_a_model_to_another_box(
 ) -> None:
     """What one box exports another has verified after the import, without any request or reading again."""
     bundle = exported(full, required, tmp_path / f"bundle{suffix}")
-    empty = Store(tmp_path / "empty", QUICK)
+    empty = Store(tmp_path / "empty", fixed(QUICK))
 
     manifest = import_bundle(empty, bundle)
 
@@ -111,13 +112,13 @@ def test_bundle_carries_one_content_once(server: FileServer, tmp_path: Path, suf
     served = server.serve("/a.bin", b"a" * 5000)
     twin = server.serve("/twin.bin", b"a" * 5000)
     models = [model(served, twin), model(twin, model_id="unhashed", sha256=None)]
-    full = Store(tmp_path / "full", QUICK)
+    full = Store(tmp_path / "full", fixed(QUICK))
     for each in models:
         full.ensure(each.files, model=each.id)
     bundle = tmp_path / f"bundle{suffix}"
     export_bundle(full, bundle, models)
 
-    empty = Store(tmp_path / "empty", QUICK)
+    empty = Store(tmp_path / "empty", fixed(QUICK))
     import_bundle(empty, bundle)
 
     assert all(empty.is_verified(file) for each in models for file in each.files)
@@ -186,7 +187,7 @@ def test_import_refuses_a_damaged_file_by_name(
     content[content.rindex(b"b" * 300)] ^= 1
     damaged.unlink()  # it may share its inode with the box it came from
     damaged.write_bytes(content)
-    empty = Store(tmp_path / "empty", QUICK)
+    empty = Store(tmp_path / "empty", fixed(QUICK))
 
     with pytest.raises(StoreError, match=r"\(b\.gguf\) is damaged"):
         import_bundle(empty, bundle)
@@ -345,7 +346,7 @@ def test_import_respects_the_budget(full: Store, required: RequiredModel, tmp_pa
     bundle = exported(full, required, tmp_path / "bundle")
 
     with pytest.raises(StoreError, match="budget_gb"):
-        import_bundle(Store(tmp_path / "empty", budget_bytes=5100), bundle)
+        import_bundle(Store(tmp_path / "empty", fixed(budget_bytes=5100)), bundle)
 
     assert not list((tmp_path / "empty").rglob("*.gguf"))
 
@@ -402,7 +403,7 @@ def test_bundle_holds_no_secret_of_an_address(server: FileServer, tmp_path: Path
         engine="sd-cpp",
         files=(replace(plain, url=f"{file.url}?token=TOPSECRET"),),
     )
-    store = Store(tmp_path / "full", QUICK, required=secret.files)
+    store = Store(tmp_path / "full", fixed(QUICK, required=secret.files))
     store.ensure(secret.files, model=secret.id)
 
     bundle = exported(store, secret, tmp_path / f"bundle{suffix}")
@@ -420,7 +421,7 @@ def test_bundle_that_was_packed_again_is_taken(
     packed = tmp_path / "bundle.tar"
     with tarfile.open(packed, mode) as tar:  # type: ignore[call-overload]
         tar.add(folder, ".")
-    box = Store(tmp_path / "box", QUICK, required=required.files)
+    box = Store(tmp_path / "box", fixed(QUICK, required=required.files))
 
     import_bundle(box, packed)
 

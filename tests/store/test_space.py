@@ -17,6 +17,7 @@ import pytest
 from studio_worker.errors import DownloadError, StoreError
 from studio_worker.models import ModelFile
 from studio_worker.store import Store
+from studio_worker.store.terms import fixed
 from studio_worker.transfer.policy import Policy
 from tests.servers import FileServer, ServedFile
 
@@ -28,6 +29,7 @@ import sys
 from pathlib import Path
 from studio_worker.models import ModelFile
 from studio_worker.store import Store
+from studio_worker.store.terms import fixed
 url, root, sha256 = sys.argv[1:]
 file = ModelFile(role="model", url=url, filename="model.gguf", sha256=sha256)
 with Store(Path(root)).taken("other", [file]):
@@ -64,9 +66,8 @@ class Box:
         return ModelFile(role="model", url=served.url, **(facts | changes))
 
     def store(self, budget: int | None = None, required: tuple[ModelFile, ...] = (), **options: Any) -> Store:
-        return Store(
-            self.root, QUICK, budget_bytes=budget, required=required, clock=self.clock, **{**options}
-        )
+        terms = fixed(QUICK, budget_bytes=budget, required=required)
+        return Store(self.root, terms, clock=self.clock, **options)
 
     def use(self, store: Store, *files: ModelFile, model: str | None = None) -> None:
         """One job with ``files``, an hour after the last."""

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from studio_worker.errors import DownloadError, StoreError
 from studio_worker.models import ModelFile
 from studio_worker.store import Store
+from studio_worker.store.terms import fixed
 from studio_worker.transfer.policy import Policy
 from tests.bench_store import large_models
 from tests.servers import FileServer, ServedFile, refused_url
@@ -61,7 +62,7 @@ def served(server: FileServer) -> ServedFile:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "models", QUICK)
+    return Store(tmp_path / "models", fixed(QUICK))
 
 
 def model_file(served: ServedFile, **changes: Any) -> ModelFile:
@@ -76,7 +77,7 @@ def model_file(served: ServedFile, **changes: Any) -> ModelFile:
 
 def reopened(store: Store, file: ModelFile) -> Store:
     """The store as the next process sees it."""
-    return Store(root_of(store, file), QUICK)
+    return Store(root_of(store, file), fixed(QUICK))
 
 
 def root_of(store: Store, file: ModelFile) -> Path:
@@ -123,7 +124,7 @@ def closed(served: ServedFile) -> Iterator[tuple[Store, ModelFile]]:
     """A store of that user's, and a verified file in it that it may not read any more."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
-        store, file = Store(Path(name) / "models", QUICK), model_file(served)
+        store, file = Store(Path(name) / "models", fixed(QUICK)), model_file(served)
         store.ensure([file])
         for path in (store.root, *store.root.rglob("*")):
             os.chown(path, 65534, 65534)
@@ -241,10 +242,11 @@ import json, sys
 from pathlib import Path
 from studio_worker.models import ModelFile
 from studio_worker.store import Store
+from studio_worker.store.terms import fixed
 files = [ModelFile(**facts) for facts in json.loads(sys.argv[2])]
 opened = []
 sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
-store = Store(Path(sys.argv[1]), required=files)
+store = Store(Path(sys.argv[1]), fixed(required=files))
 store.clean_staging()
 store.ensure(files, model="large")
 print(json.dumps([path for path in opened if path.endswith(".gguf")]), all(map(store.is_verified, files)))
@@ -292,7 +294,7 @@ def test_store_hashes_a_file_it_does_not_know(store: Store, served: ServedFile) 
     assert served.requests == []
 
     wrong = model_file(served, filename="wrong.gguf")
-    other = Store(root_of(store, right).with_name("other"), QUICK)
+    other = Store(root_of(store, right).with_name("other"), fixed(QUICK))
     other.path(wrong).parent.mkdir()
     other.path(wrong).write_bytes(WRONG)
     other.ensure([wrong])

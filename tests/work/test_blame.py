@@ -27,6 +27,7 @@ from studio_worker.appliance.abilities import Abilities
 from studio_worker.appliance.parts import Parts
 from studio_worker.appliance.provisioning import SeenFiles
 from studio_worker.box.device import Device
+from studio_worker.config import Config, Current
 from studio_worker.config.settings import Settings
 from studio_worker.engine import default_router
 from studio_worker.report.activity import Activity
@@ -35,6 +36,7 @@ from studio_worker.spool.failures import Failures
 from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.store import Store
+from studio_worker.store.terms import fixed
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.identity import Credentials
 from studio_worker.studio.session.connection import Timings
@@ -373,12 +375,12 @@ class Box:
 
     def __init__(self, folder: Path, studio: ScriptedStudio, policy: Policy) -> None:
         api = StudioApi(studio.url)
-        store, outbox = Store(folder / "models", policy), Outbox(folder / "outbox")
+        store, outbox = Store(folder / "models", fixed(policy)), Outbox(folder / "outbox")
         in_hand, failures = JobInHand(folder / "spool"), Failures(folder / "spool")
         desk, engines, health = Desk(), default_router("cpu"), untouched_health()
         settings = Settings.model_validate({"models": {"allow_insecure_urls": policy.allow_insecure}})
         parts = Parts(Device("cpu", "cpu", 24.0), engines, store, in_hand, failures, outbox, desk)
-        abilities = Abilities(parts, lambda: settings, health)
+        abilities = Abilities(parts, Current(Config(settings, ()), policy), health)
         courier = idle_courier(outbox)
         self._session = StudioSession(
             api=api,
@@ -403,7 +405,7 @@ class Box:
             reports=Activity(),
             health=health,
             fetch=fetch,
-            step_timeout_s=300.0,
+            step_timeout_s=lambda: 300.0,
         )
         self._desk = desk
         self._threads = [

@@ -23,6 +23,7 @@ from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefus
 from studio_worker.models import ModelFile
 from studio_worker.network.addresses import Networks, network_kind
 from studio_worker.store import Store
+from studio_worker.store.terms import fixed
 from studio_worker.transfer.policy import Policy
 from studio_worker.work.inputs import input_fetcher
 from tests.servers import FileServer, resolve_to
@@ -137,7 +138,7 @@ def offered(
     file = ModelFile("model", url, "m.safetensors", None, hashlib.sha256(BODY).hexdigest())
     asked = server.serve("/m", BODY)
     with contextlib.suppress(DownloadRefused):
-        Store(folder, policy, required=[file] if is_required else []).ensure([file])
+        Store(folder, fixed(policy, required=[file] if is_required else [])).ensure([file])
     return len(asked.requests)
 
 

@@ -74,7 +74,7 @@ class Box:
             situation=lambda courier: situation(self.desk, courier, self.outbox, in_hand, failures),
             capabilities=lambda: CAPABILITIES.model_copy(update={"auto_enabled": not self.desk.is_paused}),
             shipping=ShippingBuffer(),
-            reconnect_attempts=0,
+            reconnect_attempts=lambda: 0,
             reports=Activity(),
             on_answer=lambda judgement, model: None,
             say=lambda text: None,
@@ -97,7 +97,7 @@ class Box:
             reports=Activity(),
             health=untouched_health(),
             fetch=lambda url, cancel: b"",
-            step_timeout_s=60.0,
+            step_timeout_s=lambda: 60.0,
         )
         self._working = threading.Thread(target=self.worker.run, daemon=True)
         self._working.start()

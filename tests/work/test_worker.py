@@ -228,7 +228,7 @@ def test_worker_without_progress_is_stuck(tmp_path: Path) -> None:
         verdicts["hanging"] = worker.is_stuck()
 
     source = Source(job("a"))
-    worker, _, _ = make(tmp_path, source, {"a": hang}, step_timeout_s=0.1)
+    worker, _, _ = make(tmp_path, source, {"a": hang}, step_timeout_s=lambda: 0.1)
     assert not worker.is_stuck()
     worker.run()
     assert verdicts == {"stepping": False, "hanging": True}
@@ -253,7 +253,7 @@ def test_worker_that_loads_a_model_from_a_slow_disk_is_not_stuck(
         cancel.check()
 
     source = Source(job("a"))
-    worker, _, _ = make(tmp_path, source, {"a": load}, step_timeout_s=300.0)
+    worker, _, _ = make(tmp_path, source, {"a": load}, step_timeout_s=lambda: 300.0)
     worker.run()
     assert verdicts == [False, False, False]
     assert not source.failures
@@ -323,7 +323,7 @@ def test_worker_stops_a_job_after_a_step_that_took_too_long(
         source,
         # The first sign of progress comes after the model was loaded: that is no slow step.
         {"slow": steps(1, 1, 61, 1), "loading": steps(500, 1, 1), "well": steps(59, 59, 59)},
-        step_timeout_s=60.0,
+        step_timeout_s=lambda: 60.0,
     )
     worker.run()
     assert source.failures == [
@@ -331,6 +331,27 @@ def test_worker_stops_a_job_after_a_step_that_took_too_long(
     ]
     assert [d.job_id for d in outbox.oldest()] == ["loading", "well"]
     assert in_hand.recover() is None  # a job that was stopped is no crash
+
+
+def test_job_in_hand_is_held_to_the_limit_that_holds_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step_timeout_s that a reload raises spares the job in hand, and one that it lowers ends it."""
+    now, limit_s = 1000.0, 60.0
+    monkeypatch.setattr("studio_worker.work.worker.time.monotonic", lambda: now)
+
+    def act(request: Request, progress: StepProgress, cancel: Cancel) -> None:
+        nonlocal now, limit_s
+        for number in (1, 2, 3):
+            limit_s = {1: 60.0, 2: 100.0, 3: 80.0}[number]
+            now += 90
+            progress(number, 4)
+            cancel.check()
+
+    source = Source(job("a"))
+    worker, _, _ = make(tmp_path, source, {"a": act}, step_timeout_s=lambda: limit_s)
+    worker.run()
+    assert source.failures == [("a", "step 3 of 4 took 90 s, longer than step_timeout_s (80 s)", True)]
 
 
 def test_worker_in_a_step_that_never_returns_stays_stuck(tmp_path: Path) -> None:
@@ -343,7 +364,7 @@ def test_worker_in_a_step_that_never_returns_stays_stuck(tmp_path: Path) -> None
         release.wait(20)
 
     source = Source(job("a"))
-    worker, _, _ = make(tmp_path, source, {"a": hang}, step_timeout_s=0.05)
+    worker, _, _ = make(tmp_path, source, {"a": hang}, step_timeout_s=lambda: 0.05)
     thread = threading.Thread(target=worker.run)
     thread.start()
     assert entered.wait(10)
@@ -468,7 +489,7 @@ def test_preloading_that_hangs_is_noticed(tmp_path: Path) -> None:
     """A device that hangs while a model is loaded is stuck as it is in a job."""
     verdicts: list[bool] = []
     held = threading.Event()
-    worker, _, _ = make(tmp_path, Source(), step_timeout_s=0.1)
+    worker, _, _ = make(tmp_path, Source(), step_timeout_s=lambda: 0.1)
 
     def hang(go_on: Callable[[], bool]) -> bool:
         go_on()

@@ -51,8 +51,7 @@ class StudioSession:
         on_unreported: called with job id, error and whether it may pass, for a failure that the studio was
             not told because no connection holds its job any more.
         on_state: called with ``connected``, or with ``reconnecting`` and why.
-        reconnect_attempts: failed connections in a row before giving up; 0 = never. May be set anew at any
-            time.
+        reconnect_attempts: failed connections in a row before giving up; 0 = never. Asked each time.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class StudioSession:
         on_answer: Callable[[Judgement, str], None],
         on_unreported: Callable[[str, str, bool], None],
         shipping: ShippingBuffer,
-        reconnect_attempts: int = 0,
+        reconnect_attempts: Callable[[], int] = lambda: 0,
         on_state: Callable[[Literal["connected", "reconnecting"], str], None],
         timings: Timings | None = None,
     ) -> None:
@@ -80,7 +79,7 @@ class StudioSession:
         self._on_answer = on_answer
         self._on_unreported = on_unreported
         self._shipping = shipping
-        self.reconnect_attempts = reconnect_attempts
+        self._reconnect_attempts = reconnect_attempts
         self._timings = timings or Timings()
         self._on_state = on_state
         self._aside = Aside(self._call)
@@ -192,7 +191,7 @@ class StudioSession:
                 failed_in_a_row = 0
             else:
                 failed_in_a_row += 1
-                if failed_in_a_row == self.reconnect_attempts:
+                if failed_in_a_row == self._reconnect_attempts():
                     raise ReconnectExhausted(
                         f"{failed_in_a_row} connections in a row failed, the last one: {error}"
                     ) from error

@@ -118,7 +118,7 @@ def box(folder: Path, machine: SlowMachine, name: str, inputs: Inputs = Inputs()
         source,
         files=Present(files),
         fetch=lambda url, cancel: inputs.init_image or b"",
-        step_timeout_s=STEP_TIMEOUT_S,
+        step_timeout_s=lambda: STEP_TIMEOUT_S,
     )
     worker._engines = Router({"sd-cpp": lambda: DiffusionEngine("cpu", families=(model.family,))})
     machine.is_stuck = worker.is_stuck

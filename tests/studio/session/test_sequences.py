@@ -176,7 +176,7 @@ class Box:
             reports=Activity(),
             health=untouched_health(),
             fetch=lambda url, cancel: b"",
-            step_timeout_s=60.0,
+            step_timeout_s=lambda: 60.0,
         )
         self.thread = threading.Thread(target=self.worker.run, daemon=True)
         self.thread.start()
