@@ -6,6 +6,7 @@ text leaves it, in a message or in a traceback.
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,11 +109,13 @@ def is_exhausted(error: Exception) -> bool:
     """Whether memory ran out, on the device or in RAM."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _MEMORY_SIGNS)
 
 
 def _is_of_ram(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _RAM_SIGNS)
+    return isinstance(error, (MemoryError, OSError)) or any(sign in str(error) for sign in _RAM_SIGNS)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +19,7 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.faults import OutOfMemory, is_device_lost, translated, usable_device
 from studio_worker.errors import DeviceError, JobCancelled, JobError, StudioWorkerError
 from studio_worker.jobs import Cancel
-from tests.engine_lab import request
+from tests.engine_lab import request, write_header
 
 CPU = torch.device("cpu")
 SECRET = "a dragon that nobody may know of"
@@ -27,31 +34,87 @@ def raised_by(error: Exception) -> StudioWorkerError:
     return caught.value
 
 
+SHORT_OF_RAM = """
+import contextlib, json, resource, sys
+from pathlib import Path
+import numpy as np
+import torch
+from PIL import Image
+from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine.faults import translated
+from studio_worker.engine.files.checkpoint import read_checkpoint
+from studio_worker.models import LocalFile
+from tests.engine_lab import request, write_header
+from tests.lab.memory import made
+
+def job(path):
+    made(engine, LocalFile("model", path, "a"))
+
+large = [Path(name) for name in sys.argv[1:]]
+ways = {
+    "tensor": lambda: torch.empty(2**32, dtype=torch.uint8),
+    "array": lambda: np.zeros(2**32, dtype=np.uint8),
+    "picture": lambda: Image.new("RGB", (40_000, 40_000)),
+    "mapped tensor": lambda: torch.from_file(str(large[0]), size=2**32, dtype=torch.uint8),
+    "mapped array": lambda: np.memmap(large[0]),
+    **{f"header of {path.suffix}": lambda path=path: read_checkpoint(path) for path in large},
+    **{f"job of {path.suffix}": lambda path=path: job(path) for path in large},
+}
+engine = DiffusionEngine("cpu")
+used = int(open("/proc/self/status").read().partition("VmSize:")[2].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, -1))
+for name, take in ways.items():
+    try:
+        with translated(torch.device("cpu"), ()):
+            take()
+        print(json.dumps([name, "nothing", ""]))
+    except Exception as error:
+        print(json.dumps([name, type(error).__name__, str(error)]))
+"""
+
+
+def test_system_that_refuses_memory_is_understood_whoever_asked_it(tmp_path: Path) -> None:
+    """When the system really refuses memory, the job fails with the figures so that another worker may try:
+    whichever library had asked, for numbers or for the mapping of a file; and no file is called damaged.
+    """
+    shapes = {"model.diffusion_model.input_blocks.0.0.weight": (2**31,)}
+    safetensors = write_header(tmp_path / "large.safetensors", shapes)
+    gguf = tmp_path / "large.gguf"
+    gguf.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
+    os.truncate(gguf, 2**32)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SHORT_OF_RAM, str(safetensors), str(gguf)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
+    )
+    told = {name: (kind, text) for name, kind, text in map(json.loads, done.stdout.splitlines())}
+    assert len(told) == 9
+    assert {name: kind for name, (kind, _) in told.items() if kind != "OutOfMemory"} == {}
+    figures = re.compile(r"out of memory on cpu: \d+\.\d of \d+\.\d GiB free")
+    assert all(figures.search(text) for _, text in told.values())
+
+
 @pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
-        MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
         torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
     ],
 )
-def test_exhausted_memory_is_reported(error: Exception) -> None:
-    """When memory runs out, the job fails with the figures so that another may try."""
+def test_gpu_that_refuses_memory_is_understood(error: Exception) -> None:
+    """CUDA and its libraries say it in their own words (cublas_api.h, cudnn_graph.h, cufft.h): the job fails
+    so that a leaner way is tried, or another worker.
+    """
     translation = raised_by(error)
-    assert isinstance(translation, JobError)
+    assert isinstance(translation, OutOfMemory)
     assert translation.retryable
-    assert "out of memory on cpu" in str(translation)
-    assert "GiB" in str(translation)
-
-
-def test_torch_itself_running_out_is_understood() -> None:
-    """Torch's own failure to allocate RAM is told from other errors."""
-    with (
-        pytest.raises(JobError, match="out of memory"),
-        translated(CPU, ()),
-    ):
-        torch.empty(2**52)
+    assert not translation.in_ram
 
 
 def gone(device: torch.device) -> None:
@@ -93,12 +156,6 @@ def test_device_that_still_answers_is_not_lost(error: Exception) -> None:
     translation = raised_by(error)
     assert type(translation) is JobError
     assert translation.retryable
-
-
-@pytest.mark.parametrize("status", ["CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"])
-def test_memory_that_a_library_of_cuda_lacks_is_memory(status: str) -> None:
-    """A library of CUDA that gets no memory is told as that, so that a leaner way is tried."""
-    assert isinstance(raised_by(RuntimeError(f"CUDA error: {status} when calling `create`")), OutOfMemory)
 
 
 def test_device_whose_memory_others_have_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:

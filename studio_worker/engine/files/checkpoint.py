@@ -153,7 +153,7 @@ def _safetensors(path: Path, start: bytes) -> Checkpoint:
             shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
             types = {name: each.get_dtype() for name, each in slices.items()}
             said = file.metadata() or {}
-    except (SafetensorError, OSError, MemoryError) as error:
+    except (SafetensorError, OSError) as error:
         odd = odd_header(path) if isinstance(error, SafetensorError) else None
         if odd is None:
             # The library names its checks (InvalidHeaderLength, MetadataIncompleteBuffer, …), never the

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import gguf
 import numpy as np
 
+from studio_worker.box.ram import ram_for_mapping
 from studio_worker.errors import JobImpossible, NotServed
 from studio_worker.formats import (
     GGUF_ARRAY,
@@ -45,8 +46,8 @@ class BeyondLimits(ValueError):
     """The header is larger than any model's."""
 
 
-DAMAGE = (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, struct.error, MemoryError)
-"""What a damaged file leads to."""
+DAMAGE = (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, struct.error)
+"""What a damaged file leads to. Memory that runs out says nothing of a file."""
 
 _SHAPE_KEY = "comfy.gguf.orig_shape."
 """ComfyUI-GGUF's ``tools/convert.py`` lays matrices out in rows of 256 where their own rows are not multiples
@@ -94,8 +95,11 @@ def open_gguf(path: Path, mode: Literal["r", "c"] = "r") -> GgufFile:
         JobImpossible, NotServed: it is of a version, or has numbers of a kind, that nobody or not this worker
             reads.
         DAMAGE: the file is damaged, or its header larger than any model's.
+        MemoryError: there is no room to map it.
     """
-    cursor = _Cursor(np.memmap(path, mode=mode), path.name)
+    with ram_for_mapping():
+        data = np.memmap(path, mode=mode)
+    cursor = _Cursor(data, path.name)
     count, pairs = cursor.counts()
     facts: dict[str, Stated | tuple[Stated, ...]] = {}
     for _ in range(pairs):

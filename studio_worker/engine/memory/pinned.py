@@ -34,7 +34,10 @@ class PinnedMemory:
         """
         if self._device.type != "cuda" or not 0 < size_bytes <= self._limit_bytes - self.used_bytes:
             return None
-        memory = mmap.mmap(-1, size_bytes)  # whole pages, which are no other's
+        try:
+            memory = mmap.mmap(-1, size_bytes)  # whole pages, which are no other's
+        except OSError:
+            return None
         block = torch.frombuffer(memory, dtype=torch.uint8)
         address = block.data_ptr()
         if torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0) != 0:  # type: ignore[no-untyped-call]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -285,27 +283,37 @@ def test_session_survives_rubbish(scripted: ScriptedStudio, caplog: pytest.LogCa
     assert len(told) == len(rubbish)
 
 
-def test_session_heartbeats_while_python_is_busy(scripted: ScriptedStudio) -> None:
-    """Work on the main thread does not hold heartbeats up."""
-    running = Running(scripted, timings=replace(FAST, heartbeat_s=0.1))
+def test_session_heartbeats_and_answers_while_a_job_is_made(
+    scripted: ScriptedStudio, running: Running
+) -> None:
+    """The worker's thread does nothing for the session from the moment it takes a job until that is done:
+    heartbeats name the job, and offers are answered, however long it takes.
+    """
     conversation = scripted.accept()
     conversation.welcome()
-    conversation.receive_type("heartbeat")
-    ended = threading.Event()
+    conversation.send(type="offer", claim=CLAIM)
+    conversation.receive_type("accept")
+    heard = threading.Event()
 
-    def burn() -> None:
-        while not ended.is_set():
-            sum(range(10_000))
+    def make() -> None:
+        job = running.taken()
+        assert job is not None
+        assert heard.wait(LIMIT_S)
+        running.session.finished(job)
 
-    threading.Thread(target=burn, daemon=True).start()
-    times = []
-    for _ in range(10):
-        conversation.receive_type("heartbeat")
-        times.append(time.monotonic())
-    ended.set()
-    running.session.stop()
-    running.end()
-    assert max(b - a for a, b in itertools.pairwise(times)) < 2.0
+    worker = threading.Thread(target=make)
+    worker.start()
+    try:
+        for _ in range(3):
+            assert conversation.receive_type("heartbeat")["currentJobId"] == "j1"
+        conversation.send(type="offer", claim={**CLAIM, "jobId": "j2"})
+        assert conversation.receive_type("reject")["code"] == "busy"
+        assert worker.is_alive()
+    finally:
+        heard.set()
+        worker.join(LIMIT_S)
+    while "currentJobId" in conversation.receive_type("heartbeat"):
+        pass
 
 
 def test_session_ships_log_lines_with_their_facts(scripted: ScriptedStudio, running: Running) -> None:
