@@ -1,46 +1,87 @@
-"""One URL to one verified file: streamed, hashed on the way, resumed after a break, renamed when whole.
+"""One URL to one verified file: decide, fetch into staging, check, move.
 
 Knows nothing of systemd, models folders or the studio; progress goes out through a callback. Bytes on
 their way live in a staging folder, keyed by content, and survive the process; nothing is ever visible
-under its final name before its hash, or where none is known its length, is right.
+under its final name before its hash, or where none is known its length, is right. The machinery is in
+``transfer``. What it survives, each with the test that shows it:
+
+Of the way there
+
+* An address of the host swallows everything, as IPv6 on many a network
+  (``test_download_reaches_a_host_one_of_whose_addresses_swallows_everything``)
+* The connection breaks, again and again (``test_download_outlasts_a_server_that_drops_every_connection``)
+* One of several connections is silent (``test_download_replaces_a_connection_that_is_silent``)
+* All are (``test_download_gives_up_on_a_silent_server``)
+* A mirror fails, or spoils the file (``test_origin_is_asked_where_the_mirror_fails``)
+* Redirects go round in a circle (``test_download_ends_a_redirect_loop``), lead where nobody may ask
+  (``test_download_refuses_a_redirect_to_a_forbidden_address``), or expire
+  (``test_expired_redirect_is_asked_for_anew``)
+* A proxy wants a password (``test_proxy_that_wants_a_password_is_named``)
+
+Of the server's answers
+
+* Busy or limited for now (``test_download_tries_again_after_a_passing_status``), with the time to wait
+  (``test_download_waits_as_long_as_the_server_asks``)
+* Refused for good (``test_download_asks_once_where_the_answer_is_final``), or for now, with bytes kept
+  (``test_download_keeps_its_bytes_when_the_file_is_refused_for_now``)
+* No ranges, wrong ones, or too short ones (``test_download_is_right_whatever_becomes_of_its_ranges``,
+  ``test_download_starts_over_when_the_server_sends_another_range``,
+  ``test_download_takes_a_range_that_was_cut_short_as_one_step``)
+* A part as the whole (``test_download_takes_no_part_for_the_whole``)
+* An end that nobody can know (``test_download_refuses_a_body_whose_end_cannot_be_known``), and one that comes
+  too early or too late (``test_download_rejects_a_truncated_body_and_caches_nothing``,
+  ``test_download_stops_a_body_that_outgrows_its_size``)
+* A coding that is not the file's (``test_download_refuses_an_encoded_body``)
+* Another file than was registered, or a page in its place (``test_fault_ends_as_it_should``)
+* A file that changes meanwhile (``test_download_notices_a_file_that_changed_between_two_requests``,
+  ``test_download_never_mixes_two_versions_of_a_file``)
+* Tags of its own for each node of a CDN (``test_connections_to_nodes_with_tags_of_their_own_bring_one_file``)
+
+Of this box
+
+* The process is killed (``test_download_resumes_after_a_kill``) or stopped
+  (``test_download_ends_soon_when_cancelled``)
+* The power is cut (``test_power_cut_costs_what_was_not_synced``)
+* Kept bytes are damaged (``test_download_replaces_kept_bytes_that_are_damaged``), or their note is
+  (``test_download_survives_an_unreadable_note``)
+* The file on disk is damaged (``test_ensure_file_replaces_a_damaged_cached_file``)
+* Another process fetches the same (``test_two_processes_share_one_download``), dies with it
+  (``test_a_killed_download_does_not_hold_up_the_next``) or hangs
+  (``test_process_that_hangs_with_a_download_is_not_waited_for_for_ever``)
+* The disk is full (``test_download_tells_when_the_disk_is_full``), or takes no more of the file
+  (``test_download_tells_when_the_disk_takes_no_more``)
+* Staging and models are on two disks
+  (``test_download_ends_well_where_the_staging_folder_is_a_disk_of_its_own``)
+* Threads are short (``test_download_does_with_the_threads_that_there_are``)
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import errno
 import hashlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from studio_worker.errors import DownloadCancelled, DownloadError, StoreError
-from studio_worker.files import DISK_FULL
-from studio_worker.network.urls import safe_url
+from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.transfer.answer import Answer
 from studio_worker.transfer.asking import Target
 from studio_worker.transfer.attempts import Attempts
-from studio_worker.transfer.holding import hold, staging_key
+from studio_worker.transfer.disk import disk_errors
+from studio_worker.transfer.holding import hold
 from studio_worker.transfer.policy import Policy
 from studio_worker.transfer.staging import Progress as Progress
 from studio_worker.transfer.staging import Staged
+from studio_worker.transfer.wanted import Caller, Wanted
 
 log = logging.getLogger(__name__)
 
-_LOOK_AGAIN_S = 0.2
 _READ_BYTES = 1024 * 1024
-_LOCAL_CURES = {
-    errno.EFBIG: "the file system, or a limit of this process, takes no file of this size: set [models] root "
-    "to a folder on ext4 or xfs, or raise LimitFSIZE",
-    errno.EMFILE: "raise the limit of files that this process may open (LimitNOFILE), or lower [models] "
-    "max_connections",
-    errno.ENFILE: "raise the limit of files that this machine may have open (fs.file-max)",
-}
 
 
 class RemoteFile(Protocol):
@@ -85,118 +126,50 @@ def download_file(
         DownloadError: with one of the five reasons; nothing is left under ``dest``.
         DownloadCancelled: ``cancel`` was set.
     """
-    started = time.monotonic()
-    cancel = cancel or threading.Event()
+    wanted = Wanted(url, dest, sha256.lower() if sha256 else None, size)
+    caller = Caller(wanted.name, progress, reading, cancel)
     policy = policy or Policy()
-    reading = _until(cancel, safe_url(url), reading or progress or _unseen)
-    progress = _until(cancel, safe_url(url), progress or _unseen)
-    impatient = dataclasses.replace(policy, delays_s=policy.delays_s[:1])  # another way is left
-    ways = [
-        Attempts(
-            url=way,
-            dest=dest,
-            sha256=sha256.lower() if sha256 else None,
-            size=size,
-            progress=progress,
-            reading=reading,
-            cancel=cancel,
-            policy=policy if way == url else impatient,
-        )
-        for way in policy.ways(url)
-    ]
-    facts: dict[str, Any] = {"op": "download", "url": safe_url(url), "dest": str(dest)}
-    log.info("download starting", extra=facts)
-    try:
-        length, attempts = _run_held(ways, staging or dest.parent / ".staging")
-    except DownloadCancelled:
-        log.info("download stopped", extra={**facts, "elapsed_ms": _elapsed_ms(started)})
-        raise
-    except DownloadError as error:
-        facts["elapsed_ms"] = _elapsed_ms(started)
-        if error.status is not None:
-            facts["status"] = error.status
-        log.warning(f"download failed: {error.reason}", extra={**facts, "error": str(error)})
-        policy.on_end(False, 0)
-        raise
-    finally:
-        if staging is None:  # our own default, not a caller's folder
-            with contextlib.suppress(OSError):  # not empty, or never made: both are fine
-                (dest.parent / ".staging").rmdir()
-    facts["elapsed_ms"] = _elapsed_ms(started)
-    policy.on_end(True, length - attempts.resumed_from)
-    log.info(
-        "download done",
-        extra={
-            **facts,
-            "bytes": length,
-            "resumed_from": attempts.resumed_from,
-            "connections": attempts.connections,
-        },
-    )
+    with _told(wanted, policy) as brought, _staging(dest, staging) as folder, disk_errors(wanted, folder):
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        with hold(folder, wanted, caller, policy) as staged:
+            if staged is None:  # another process has just brought it
+                brought.length = dest.stat().st_size
+            else:
+                way = _bring(wanted, staged, caller, policy)
+                brought.length, brought.resumed_from = staged.length, way.resumed_from
+                brought.connections = way.connections
     return dest
 
 
-def _run_held(ways: Sequence[Attempts], staging: Path) -> tuple[int, Attempts]:
-    """Take the kept bytes for ourselves; another process that works on them is waited for.
-
-    Returns the length and the way that led there.
-    """
-    attempts = ways[-1]
-
-    last: os.stat_result | None = None
-    waited_s = 0.0
-
-    def wait_for_other(found: os.stat_result) -> None:
-        """As long as it brings something: a process that hangs must not be waited for as if it worked."""
-        nonlocal last, waited_s
-        if last is None or (found.st_size, found.st_mtime_ns) != (last.st_size, last.st_mtime_ns):
-            last, waited_s = found, 0.0
-        if waited_s >= attempts.policy.other_s:
-            raise attempts.broken(
-                f"another process has this download, and brought nothing for {attempts.policy.other_s:g} s"
-            )
-        attempts.progress(found.st_size, attempts.size)
-        attempts.policy.wait(attempts.cancel, _LOOK_AGAIN_S)
-        waited_s += _LOOK_AGAIN_S
-
-    key = staging_key(attempts.url, attempts.sha256)
+def _bring(wanted: Wanted, staged: Staged, caller: Caller, policy: Policy) -> Attempts:
+    """Fetch, check and move the file. Returns the way that led there."""
+    impatient = replace(policy, delays_s=policy.delays_s[:1])  # another way is left
+    *mirrors, itself = policy.ways(wanted.url)
+    ways = [Attempts(wanted.at(mirror), caller, impatient) for mirror in mirrors]
+    ways.append(Attempts(wanted.at(itself), caller, policy))
     try:
-        attempts.dest.parent.mkdir(parents=True, exist_ok=True)
-        with hold(staging, key, attempts.dest, wait_for_other) as staged:
-            if staged is None:
-                return attempts.dest.stat().st_size, attempts
-            try:
-                with attempts.policy.connections.joined():
-                    return _run_ways(ways, staged)
-            except (DownloadError, OSError):
-                if not staged.kept or not any(way.may_resume(staged) for way in ways):
-                    staged.drop()
-                raise
-    except OSError as error:
-        if error.errno in _LOCAL_CURES:
-            raise StoreError(f"{staging}: {error.strerror}; {_LOCAL_CURES[error.errno]}") from error
-        what = (
-            f"no space left on the disk of {staging}: {error.strerror}"
-            if error.errno in DISK_FULL
-            else f"{error.strerror}: {error.filename or staging}"
-        )
-        raise attempts.broken(what) from error
+        with policy.connections.joined():
+            way = _first_that_leads_there(ways, staged)
+            staged.commit(wanted.dest)
+            return way
+    except (DownloadError, OSError):
+        if not staged.kept or not any(way.may_resume(staged) for way in ways):
+            staged.drop()
+        raise
 
 
-def _run_ways(ways: Sequence[Attempts], staged: Staged) -> tuple[int, Attempts]:
+def _first_that_leads_there(ways: Sequence[Attempts], staged: Staged) -> Attempts:
     """The mirrors in their order, then the address itself, whose error is the one that counts."""
     for way in ways[:-1]:
         try:
-            return way.run(staged), way
+            way.run(staged)
+            return way
         except DownloadCancelled:
             raise
         except DownloadError as error:
-            log.info("mirror failed", extra={"op": "download", "url": way.name, "error": str(error)})
-    return ways[-1].run(staged), ways[-1]
-
-
-def _unseen(done: int, total: int | None) -> None:
-    """The progress callback of a caller who does not look."""
+            log.info("mirror failed", extra={"op": "download", "url": way.wanted.name, "error": str(error)})
+    ways[-1].run(staged)
+    return ways[-1]
 
 
 def ensure_file(directory: Path, file: RemoteFile, **options: Any) -> Path:
@@ -224,11 +197,11 @@ def hash_file(path: Path, *, progress: Progress | None = None, cancel: threading
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        report = _until(cancel or threading.Event(), path.name, progress or _unseen)
+        caller = Caller(path.name, progress, cancel=cancel)
         total = os.fstat(file.fileno()).st_size
         while chunk := file.read(_READ_BYTES):
             digest.update(chunk)
-            report(file.tell(), total)
+            caller.moved(file.tell(), total)
     return digest.hexdigest()
 
 
@@ -262,15 +235,57 @@ def fetch_bytes(
         raise DownloadError("size mismatch", f"GET {answer.name}: larger than {max_bytes} bytes")
 
 
-def _until(cancel: threading.Event, name: str, progress: Progress) -> Progress:
-    """``progress`` that ends the work when ``cancel`` is set."""
+@dataclass
+class _Brought:
+    """What a download has brought, how much of it an earlier call, and over how many connections at most."""
 
-    def report(done: int, total: int | None) -> None:
-        progress(done, total)
-        if cancel.is_set():
-            raise DownloadCancelled(name)
+    length: int = 0
+    resumed_from: int = 0
+    connections: int = 1
 
-    return report
+
+@contextlib.contextmanager
+def _told(wanted: Wanted, policy: Policy) -> Iterator[_Brought]:
+    """The log, and whoever counts, hear of the download's beginning and end."""
+    started = time.monotonic()
+    facts: dict[str, Any] = {"op": "download", "url": wanted.name, "dest": str(wanted.dest)}
+    log.info("download starting", extra=facts)
+    brought = _Brought()
+    try:
+        yield brought
+    except DownloadCancelled:
+        log.info("download stopped", extra={**facts, "elapsed_ms": _elapsed_ms(started)})
+        raise
+    except DownloadError as error:
+        facts["elapsed_ms"] = _elapsed_ms(started)
+        if error.status is not None:
+            facts["status"] = error.status
+        log.warning(f"download failed: {error.reason}", extra={**facts, "error": str(error)})
+        policy.on_end(False, 0)
+        raise
+    policy.on_end(True, brought.length - brought.resumed_from)
+    log.info(
+        "download done",
+        extra={
+            **facts,
+            "elapsed_ms": _elapsed_ms(started),
+            "bytes": brought.length,
+            "resumed_from": brought.resumed_from,
+            "connections": brought.connections,
+        },
+    )
+
+
+@contextlib.contextmanager
+def _staging(dest: Path, given: Path | None) -> Iterator[Path]:
+    """The folder for bytes on their way; our own default, not a caller's, goes with the last of them."""
+    folder = given or dest.parent / ".staging"
+    try:
+        yield folder
+    finally:
+        if given is None:
+            with contextlib.suppress(OSError):  # not empty, or never made: both are fine
+                folder.rmdir()
 
 
 def _elapsed_ms(started: float) -> int:

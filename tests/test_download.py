@@ -761,6 +761,19 @@ def test_download_waits_as_long_as_the_server_asks(
     assert [facts(record)["retry_in_s"] for record in warnings(logged)] == waits.seconds
 
 
+def test_download_reads_a_date_to_wait_for_by_the_servers_own_clock(tmp_path: Path) -> None:
+    """A box whose clock is wrong waits as long as the server means."""
+    waits = Waits()
+    answer = (
+        b"HTTP/1.1 503 Busy\r\nDate: Thu, 01 Jan 1970 00:00:00 GMT\r\n"
+        b"Retry-After: Thu, 01 Jan 1970 00:00:07 GMT\r\nContent-Length: 0\r\n\r\n"
+    )
+    with raw_server(answer) as url, pytest.raises(DownloadError, match="503"):
+        download_file(url, tmp_path / "m", policy=Policy(delays_s=(1,), wait=waits))
+
+    assert waits.seconds == [7]
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 501, 505])
 def test_download_asks_once_where_the_answer_is_final(
     server: FileServer, tmp_path: Path, status: int

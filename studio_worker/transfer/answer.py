@@ -1,14 +1,14 @@
-"""One answer: what its head says, and its body as chunks, given up at once when a cancel comes.
+"""One answer: its body as it arrives, given up at once when a cancel comes.
 
-How it is asked for is asking.py's work. Knows nothing of files and hashes. No error text holds a query
-string, a fragment or user info, and no error carries the library's own, whose texts do.
+What its head says is head.py's, how it is asked for asking.py's work. Knows nothing of files and hashes.
+No error text holds a query string, a fragment or user info, and no error carries the library's own, whose
+texts do.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
-import email.utils
 import fcntl
 import http.client
 import queue
@@ -24,6 +24,7 @@ import urllib3
 
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.transfer.asking import Session, Target, ask, cause
+from studio_worker.transfer.head import Head
 from studio_worker.transfer.policy import Policy
 
 CHUNK_BYTES = 256 * 1024
@@ -41,66 +42,6 @@ _JUDGED_AFTER_S = 0.05
 _QUEUED_CHUNKS = 8
 _LOOK_AGAIN_S = 0.1
 _NO_THREAD = "this process may start no more threads: raise their limit (TasksMax, ulimit -u)"
-
-
-class UnwantedStatus(DownloadError):
-    """The server answered with something else than the file.
-
-    Args:
-        retry_after_s: seconds the server asked to wait, where it did.
-    """
-
-    def __init__(self, name: str, status: int, retry_after_s: float | None) -> None:
-        super().__init__("non-success status", f"GET {name} -> {status}", status=status)
-        self.retry_after_s = retry_after_s
-
-
-class Head:
-    """The status line and headers of an answer."""
-
-    def __init__(self, name: str, response: requests.Response) -> None:
-        self.name = name
-        self.status: int = response.status_code
-        self.headers: Mapping[str, str] = response.headers
-
-    @property
-    def length(self) -> int | None:
-        """``Content-Length``, where it is given and counts."""
-        return None if self.is_chunked else _number(self.headers.get("Content-Length", ""))
-
-    @property
-    def is_chunked(self) -> bool:
-        """Whether the body says itself where it ends."""
-        return "chunked" in self.headers.get("Transfer-Encoding", "").lower()
-
-    @property
-    def content_range(self) -> tuple[int | None, int | None]:
-        """``Content-Range`` as (first byte, length of the whole file); ``None`` for what is not given."""
-        unit, _, rest = self.headers.get("Content-Range", "").partition(" ")
-        span, _, whole = rest.partition("/")
-        first = span.partition("-")[0]
-        if unit != "bytes":
-            return None, None
-        return _number(first), _number(whole)
-
-    @property
-    def validator(self) -> str | None:
-        """What ``If-Range`` may hold: a strong ETag, else a date that is strong (RFC 9110, 8.8, 13.1.5)."""
-        etag = self.headers.get("ETag", "")
-        if etag:
-            return etag if etag.startswith('"') else None
-        modified = self.headers.get("Last-Modified", "")
-        try:
-            age = email.utils.parsedate_to_datetime(self.headers.get("Date", ""))
-            age_s = (age - email.utils.parsedate_to_datetime(modified)).total_seconds()
-        except (ValueError, TypeError):
-            return None
-        # A file that changed twice within the second has one date for two contents.
-        return modified if age_s >= 1 else None
-
-    def unwanted(self) -> UnwantedStatus:
-        """The error for a status that the caller cannot use."""
-        return UnwantedStatus(self.name, self.status, _retry_after_s(self.headers.get("Retry-After", "")))
 
 
 class Body(Head):
@@ -167,9 +108,9 @@ class Connection:
         self._policy = policy
         self._session = Session(policy)
 
-    def ask(self, address: Target, headers: Mapping[str, str]) -> Body:
+    def ask(self, target: Target, headers: Mapping[str, str]) -> Body:
         """The answer to one GET. Raises DownloadError."""
-        return Body(address.name, ask(address, headers, self._policy, self._session))
+        return Body(target.name, ask(target, headers, self._policy, self._session))
 
     def close(self) -> None:
         """Close it."""
@@ -189,9 +130,9 @@ class Answer(Head):
     """
 
     def __init__(
-        self, address: Target, headers: Mapping[str, str], policy: Policy, cancel: threading.Event
+        self, target: Target, headers: Mapping[str, str], policy: Policy, cancel: threading.Event
     ) -> None:
-        self.name = address.name
+        self.name = target.name
         self._cancel = cancel
         self._items: queue.Queue[requests.Response | bytes | DownloadError | None] = queue.Queue(
             _QUEUED_CHUNKS
@@ -199,7 +140,7 @@ class Answer(Head):
         self._left, self._decided = threading.Event(), threading.Event()
         self._is_detached = False
         self._limit = policy.limit
-        reading = threading.Thread(target=self._read, args=(address, headers, policy), name="download")
+        reading = threading.Thread(target=self._read, args=(target, headers, policy), name="download")
         reading.daemon = True
         try:
             reading.start()
@@ -252,9 +193,9 @@ class Answer(Head):
 
     # --- the reading thread ---
 
-    def _read(self, address: Target, headers: Mapping[str, str], policy: Policy) -> None:
+    def _read(self, target: Target, headers: Mapping[str, str], policy: Policy) -> None:
         try:
-            response = ask(address, headers, policy)
+            response = ask(target, headers, policy)
             self._put(response)
             self._decided.wait()
             if self._is_detached:
@@ -286,17 +227,3 @@ def _next_chunk(
         return bytes(chunk)  # the same object: only its type is not known
     except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
         raise DownloadError("streaming body", f"GET {name}: streaming body: {cause(error)}") from None
-
-
-def _number(text: str) -> int | None:
-    return int(text) if text.isdecimal() and len(text) < 20 else None
-
-
-def _retry_after_s(text: str) -> float | None:
-    """``Retry-After`` in either of its forms, seconds or a date."""
-    if (seconds := _number(text)) is not None:
-        return float(seconds)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return None

@@ -84,7 +84,7 @@ class Target:
 
 
 def ask(
-    address: Target, headers: Mapping[str, str], policy: Policy, session: Session | None = None
+    target: Target, headers: Mapping[str, str], policy: Policy, session: Session | None = None
 ) -> requests.Response:
     """Send the request, and on to where it is redirected; no address is asked before it is checked.
 
@@ -92,24 +92,24 @@ def ask(
         DownloadError: there is no answer, or none that may be used.
     """
     with contextlib.nullcontext(session) if session else Session(policy) as used:
-        if (known := address.redirected) is not None:
+        if (known := target.redirected) is not None:
             with contextlib.suppress(DownloadError):
-                response, _ = _follow(known, address, headers, policy, used)
+                response, _ = _follow(known, target, headers, policy, used)
                 if response.status_code not in _EXPIRED:
                     return response
                 response.close()
-            address.redirected = None
-        response, last = _follow(address.url, address, headers, policy, used)
-        if last != address.url:
-            address.redirected = last
+            target.redirected = None
+        response, last = _follow(target.url, target, headers, policy, used)
+        if last != target.url:
+            target.redirected = last
         return response
 
 
 def _follow(
-    url: str, address: Target, headers: Mapping[str, str], policy: Policy, session: Session
+    url: str, target: Target, headers: Mapping[str, str], policy: Policy, session: Session
 ) -> tuple[requests.Response, str]:
     """The answer, and the address that gave it."""
-    name, first, via = address.name, url, ""
+    name, first, via = target.name, url, ""
     for _ in range(_MAX_REDIRECTS + 1):
         session.adapter.target = _target(url)
         url = _checked(url, name, via, policy)
@@ -138,7 +138,7 @@ def _follow(
             raise _proxy_error(name, via, response.status_code)
         location = response.headers.get("Location")
         if response.status_code not in _REDIRECTS or location is None:
-            if coding := _coding(response, is_hash_known=address.is_hash_known):
+            if coding := _coding(response, is_hash_known=target.is_hash_known):
                 response.close()
                 raise DownloadRefused(
                     "request error", f"GET {name}: {via}the server insists on coding {coding[:40]}"

@@ -10,25 +10,29 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import IO
 
 from studio_worker.files import open_plain
+from studio_worker.transfer.policy import Policy
 from studio_worker.transfer.staging import Staged
+from studio_worker.transfer.wanted import Caller, Wanted
+
+_LOOK_AGAIN_S = 0.2
 
 
 @contextlib.contextmanager
-def hold(
-    folder: Path, key: str, dest: Path, waiting: Callable[[os.stat_result], None]
-) -> Iterator[Staged | None]:
-    """The kept bytes of ``key``, for this process alone; ``None`` = another one has just made them ``dest``.
+def hold(folder: Path, wanted: Wanted, caller: Caller, policy: Policy) -> Iterator[Staged | None]:
+    """The kept bytes of ``wanted``, for this process alone; another one that has them is waited for.
 
-    Args:
-        waiting: called with the state of the file, again and again, while another process holds it; it does
-            the waiting, and may raise to end it.
+    ``None`` = that one has just made them the file that is wanted.
+
+    Raises:
+        DownloadError: the other process brings nothing.
     """
-    part = folder / f"{key}.part"
+    part = folder / f"{staging_key(wanted.url, wanted.sha256)}.part"
+    other = _Other(wanted, caller, policy)
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -37,14 +41,39 @@ def hold(
             continue  # another process has removed the empty folder between the two steps
         with os.fdopen(descriptor, "r+b", buffering=0) as file:
             while not _lock(file):
-                waiting(os.fstat(file.fileno()))
+                other.await_more(os.fstat(file.fileno()))
             if _names(part, file):
                 with contextlib.closing(Staged(part, file)) as staged:
                     yield staged
                 return
-            if _names(dest, file):
+            if _names(wanted.dest, file):
                 yield None
                 return
+
+
+class _Other:
+    """Another process at the same download, which is waited for as long as it brings something: one that
+    hangs must not be waited for as if it worked.
+    """
+
+    def __init__(self, wanted: Wanted, caller: Caller, policy: Policy) -> None:
+        self._wanted = wanted
+        self._caller = caller
+        self._policy = policy
+        self._last: tuple[int, int] | None = None
+        self._waited_s = 0.0
+
+    def await_more(self, found: os.stat_result) -> None:
+        """A while. Raises DownloadError where it was too long without anything new."""
+        if self._last != (found.st_size, found.st_mtime_ns):
+            self._last, self._waited_s = (found.st_size, found.st_mtime_ns), 0.0
+        if self._waited_s >= self._policy.other_s:
+            raise self._wanted.broken(
+                f"another process has this download, and brought nothing for {self._policy.other_s:g} s"
+            )
+        self._caller.moved(found.st_size, self._wanted.size)
+        self._policy.wait(self._caller.cancel, _LOOK_AGAIN_S)
+        self._waited_s += _LOOK_AGAIN_S
 
 
 def staging_key(url: str, sha256: str | None) -> str:

@@ -37,13 +37,12 @@ class Pace:
     """The number of connections, from what the last number brought.
 
     Args:
-        is_single: never more than one.
         limit: bytes per second that may come at all.
     """
 
-    def __init__(self, *, is_single: bool = False, limit: float | None = None) -> None:
+    def __init__(self, *, limit: float | None = None) -> None:
         self.target = 1
-        self._is_single = is_single
+        self._is_single = False
         self._most = 1
         self._limit = limit
         self._changed_at: float | None = None

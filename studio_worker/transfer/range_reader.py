@@ -50,8 +50,8 @@ class Pieces(Protocol):
 class RangeReader:
     """One connection. ``at`` and ``end`` are the rest of its piece; ``lock`` guards them and ``is_left``."""
 
-    def __init__(self, address: Target, policy: Policy, staged: Staged, pieces: Pieces) -> None:
-        self.address = address
+    def __init__(self, target: Target, policy: Policy, staged: Staged, pieces: Pieces) -> None:
+        self.target = target
         self.policy = policy
         self.lock = threading.Lock()
         self.at = self.end = 0
@@ -127,7 +127,7 @@ class RangeReader:
             if self.received == before:
                 raise error or DownloadError(
                     "streaming body",
-                    f"GET {self.address.name}: streaming body: {self._staged.kept} of "
+                    f"GET {self.target.name}: streaming body: {self._staged.kept} of "
                     f"{self._pieces.total} bytes arrived",
                 )
 
@@ -138,7 +138,7 @@ class RangeReader:
         headers = {"Range": f"bytes={self.at}-{end}"}
         if self._pieces.validator:
             headers["If-Range"] = self._pieces.validator
-        body = connection.ask(self.address, headers)
+        body = connection.ask(self.target, headers)
         try:
             self._check(body)
         except BaseException:
@@ -155,7 +155,7 @@ class RangeReader:
         is_same = body.validator is None or pieces.validator in {None, body.validator}
         first, total = body.content_range
         # Some caches send the range that was asked for with the status of a whole answer.
-        is_range = body.status == 200 and first == self.at and self.address.is_hash_known
+        is_range = body.status == 200 and first == self.at and self.target.is_hash_known
         if body.status == 200 and not is_range:
             if not is_same or body.length not in {None, pieces.total}:
                 raise FileChanged(body.name)

@@ -14,14 +14,16 @@ import time
 from collections.abc import Iterable
 
 from studio_worker.box.process import keep_freed_memory
-from studio_worker.errors import DownloadCancelled, DownloadError
-from studio_worker.transfer.answer import Body, UnwantedStatus
+from studio_worker.errors import DownloadError
+from studio_worker.transfer.answer import Body
 from studio_worker.transfer.asking import Target
+from studio_worker.transfer.head import UnwantedStatus
 from studio_worker.transfer.pace import Pace, Work
 from studio_worker.transfer.policy import Policy
 from studio_worker.transfer.range_reader import FileChanged, RangeReader, RangesIgnored, total_work
 from studio_worker.transfer.spans import Spans
-from studio_worker.transfer.staging import Progress, Staged
+from studio_worker.transfer.staging import Staged
+from studio_worker.transfer.wanted import Caller
 
 PARALLEL_BYTES = 16 * 1024 * 1024
 """What is smaller is fetched by one connection, as a plain stream."""
@@ -44,20 +46,17 @@ class Ranges:
     Args:
         total: the file's length.
         validator: what every answer must be an answer for, where it is known.
-        is_single: one connection only.
     """
 
     def __init__(
         self,
         staged: Staged,
+        target: Target,
+        policy: Policy,
+        caller: Caller,
         *,
-        address: Target,
         total: int,
         validator: str | None,
-        policy: Policy,
-        cancel: threading.Event,
-        progress: Progress,
-        is_single: bool,
     ) -> None:
         self.total = total
         self.validator = validator
@@ -66,11 +65,10 @@ class Ranges:
         self.requests = 1
         """How many answers the bytes are from."""
         self._staged = staged
-        self._address = address
+        self._target = target
         self._policy = policy
-        self._cancel = cancel
-        self._progress = progress
-        self._pace = Pace(is_single=is_single, limit=policy.limit.bytes_per_s if policy.limit else None)
+        self._caller = caller
+        self._pace = Pace(limit=policy.limit.bytes_per_s if policy.limit else None)
         self._lock = threading.RLock()
         self._free = Spans()
         """What is missing and nobody fetches."""
@@ -83,6 +81,10 @@ class Ranges:
         self._ended = Work(0.0, 0, 0)
         """What the connections took that are gone."""
         self._disk_error: Exception | None = None
+
+    def hold_at_one(self) -> None:
+        """One connection must do."""
+        self._pace.hold_at_one()
 
     def receive(self, body: Body, start: int, end: int) -> None:
         """Everything that is missing; ``body`` is the answer that has begun, for ``[start, end)``.
@@ -105,14 +107,12 @@ class Ranges:
             while self._staged.hashed < self.total:
                 self._changed.wait(_TICK_S)
                 self._changed.clear()
-                self._progress(self._staged.kept, self.total)
-                if self._cancel.is_set():
-                    raise DownloadCancelled(body.name)
+                self._caller.moved(self._staged.kept, self.total)
                 if self._disk_error is not None:
                     raise self._disk_error
                 if self._staged.kept < self.total:
                     self._tend(time.monotonic())
-            self._progress(self.total, self.total)
+            self._caller.moved(self.total, self.total)
         finally:
             self._stop.set()
             with self._lock:
@@ -195,7 +195,7 @@ class Ranges:
     # --- the caller's thread ---
 
     def _begin(self, body: Body, start: int, end: int) -> None:
-        line = RangeReader(self._address, self._policy, self._staged, self)
+        line = RangeReader(self._target, self._policy, self._staged, self)
         with self._lock:
             line.at, line.end = start, min(end, start + _AHEAD)
             line.is_open = line.end < end
@@ -217,7 +217,7 @@ class Ranges:
         work = work._replace(busy_s=work.busy_s + self._hashing_s)
         self._pace.note(now, self._staged.kept, delivering, work)
         while len(self._lines) < self._pace.target:
-            line = RangeReader(self._address, self._policy, self._staged, self)
+            line = RangeReader(self._target, self._policy, self._staged, self)
             with self._lock:
                 self._lines.append(line)
                 if not self.take(line):
@@ -273,7 +273,7 @@ class Ranges:
 
     def _no_byte(self, seconds: float) -> DownloadError:
         what = f"streaming body: no byte for {seconds:g} s"
-        return DownloadError("streaming body", f"GET {self._address.name}: {what}")
+        return DownloadError("streaming body", f"GET {self._target.name}: {what}")
 
     def _drop(self, lines: Iterable[RangeReader]) -> None:
         for line in lines:

@@ -10,8 +10,6 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -29,6 +27,7 @@ from studio_worker.errors import (
 from studio_worker.network import certificates
 from studio_worker.network.connecting import Adapter, Reached
 from studio_worker.network.reasons import innermost, reason
+from studio_worker.network.retry_after import retry_after_s
 from studio_worker.spool.delivery import Delivery
 from studio_worker.studio.http.route import route_to
 from studio_worker.studio.wire import (
@@ -262,7 +261,7 @@ def _expect_ok(answer: _Answer) -> None:
     raise StudioUnavailable(
         f"the studio answered HTTP {answer.status}{hint(answer.status)}",
         status=answer.status,
-        retry_after_s=retry_after_s(answer.headers),
+        retry_after_s=retry_after_s(answer.headers, _RETRY_AFTER_CAP_S),
         is_answer_lost=answer.status in _GATEWAY_STATUSES,
     )
 
@@ -292,22 +291,6 @@ def _read(kind: TypeAdapter[_B], answer: _Answer) -> _B:
         return kind.validate_json(answer.content)
     except ValidationError as error:
         raise StudioUnavailable("the studio's answer is not readable", status=answer.status) from error
-
-
-def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """``Retry-After`` in seconds, from either of its forms (RFC 9110, 10.2.3); at most an hour.
-
-    A date is read against the answer's own ``Date``: this box's clock may be wrong.
-    """
-    text = headers.get("Retry-After", "").strip()
-    if text.isascii() and text.isdigit():
-        return min(float(text), _RETRY_AFTER_CAP_S)
-    try:
-        until = parsedate_to_datetime(text)
-        now = parsedate_to_datetime(headers["Date"]) if "Date" in headers else datetime.now(UTC)
-        return min(max(0.0, (until - now).total_seconds()), _RETRY_AFTER_CAP_S)
-    except (ValueError, TypeError, OverflowError):  # no date, or one without a zone
-        return None
 
 
 def untrusted(error: ssl.SSLCertVerificationError) -> str:
