@@ -36,8 +36,12 @@ from studio_worker.report import logs
 from studio_worker.report.control import ControlServer, runtime_dir
 from studio_worker.report.starts import Starts
 from studio_worker.studio.http.api import StudioApi
+from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.http.identity import IdentityFile
+from studio_worker.studio.http.registration import Registration
 from studio_worker.studio.link import StudioLink
+from studio_worker.studio.session.connector import Connector
+from studio_worker.studio.session.session import StudioSession
 from studio_worker.work.health import Health
 from studio_worker.work.inputs import input_fetcher
 from studio_worker.work.worker import Worker
@@ -111,7 +115,10 @@ class Service:
             stop=end.stop,
         )
         api = StudioApi(settings.studio.api_base_url)
-        self._studio = self._linked(api, shipping)
+        abilities = Abilities(parts, current, self._health)
+        self._session = StudioSession(abilities, parts.desk, parts.uploads, parts.failures, news)
+        self._connector = Connector(api, abilities, self._session, shipping)
+        self._studio = self._linked(api, abilities)
         self._worker = self._employed(api.root)
         end.on_end(lambda _: parts.desk.close())
         end.on_end(self._preparation.give_up)
@@ -121,36 +128,27 @@ class Service:
             parts,
             self._health,
             self._gpu,
-            studio=safe_url(settings.studio.api_base_url),
-            uploading=lambda: self._studio.courier.uploading,
+            safe_url(settings.studio.api_base_url),
         )
-        pausing = Pausing(parts.desk, news, settings.state.dir, self._studio.session.beat)
+        pausing = Pausing(parts.desk, news, settings.state.dir, self._session.beat_now)
         pausing.begin()
         self.handlers = {"status": self._status.answer, **pausing.handlers()}
         """What the control socket serves from now on."""
 
-    def _linked(self, api: StudioApi, shipping: logs.ShippingBuffer) -> StudioLink:
-        abilities = Abilities(self._parts, self._current, self._health)
-        return StudioLink(
+    def _linked(self, api: StudioApi, abilities: Abilities) -> StudioLink:
+        registration = Registration(
             api,
             IdentityFile(self._current.settings.state.dir / "identity.json"),
-            desk=self._parts.desk,
-            outbox=self._parts.outbox,
-            failures=self._parts.failures,
-            situation=abilities.situation,
-            capabilities=abilities.capabilities,
-            shipping=shipping,
-            reconnect_attempts=lambda: self._current.settings.studio.reconnect_attempts,
-            reports=self._news.activity,
-            on_answer=self._news.offer_answered,
-            say=self._news.line.say,
-            on_end=self._ending.end_with,
+            abilities.capabilities,
+            on_waiting=self._news.registration_waits,
             stop=self._ending.stop,
         )
+        courier = Courier(api, self._parts.outbox, self._parts.uploads, self._session, self._news.activity)
+        return StudioLink(registration, self._connector, courier, self._news, self._ending.end_with)
 
     def _employed(self, studio_root: str) -> Worker:
         return Worker(
-            source=self._studio.session,
+            source=self._session,
             files=SeenFiles(self._parts.store, self._news.notifier.status, self._news.line.say),
             engines=self._parts.engines,
             in_hand=self._parts.in_hand,
@@ -192,7 +190,7 @@ class Service:
         self._reloader.allow()
         troubles = {
             "the job in hand makes no progress": self._worker.is_stuck,
-            "the session's loop does not turn": lambda: self._studio.session.is_silent(_LOOP_SILENCE_S),
+            "the session's loop does not turn": lambda: self._connector.is_silent(_LOOP_SILENCE_S),
         }
         start_watchdog(self._news.notifier, troubles, self._ending.over)
         self._studio.start()

@@ -16,10 +16,12 @@ from studio_worker.models import LocalFile, ModelFile
 from studio_worker.spool.failures import Failures
 from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
-from studio_worker.studio.http.courier import Courier
-from studio_worker.studio.session.offers import Situation
+from studio_worker.studio.http.uploads import Uploads
+from studio_worker.studio.session.offers import Judgement, Situation
+from studio_worker.studio.wire import Capabilities
 from studio_worker.work.desk import Desk
 from studio_worker.work.health import Health
+from tests.lab.frames import CAPABILITIES
 from tests.scripted import LIMIT_S
 
 
@@ -73,24 +75,43 @@ def untouched_health() -> Health:
     return Health(lambda text: None, try_device=lambda: "", end=lambda error: None, stop=over)
 
 
-def situation(
-    desk: Desk, courier: Courier, outbox: Outbox, in_hand: JobInHand, failures: Failures
-) -> Situation:
-    """What offers are judged by on a box with room for everything."""
-    return Situation(
-        now=0.0,
-        current_job_id=desk.current_job_id,
-        is_paused=desk.is_paused,
-        threshold_gib=8.0,
-        engines=frozenset({"sd-cpp"}),
-        on_demand=True,
-        allow_insecure_urls=False,
-        is_uploading=courier.is_uploading,
-        is_just_delivered=courier.has_just_delivered,
-        is_in_outbox=outbox.holds,
-        state_problem=outbox.fullness,
-        is_poisoned=in_hand.is_poisoned,
-        failed_for_good=failures.final,
-        is_on_box=lambda files: True,
-        shortfall_bytes=lambda files: 0,
-    )
+class PlayedBox:
+    """What the session asks of a box, with room for everything; nobody is told anything."""
+
+    def __init__(self, desk: Desk, uploads: Uploads, outbox: Outbox, in_hand: JobInHand, failures: Failures):
+        self.desk = desk
+        self.uploads = uploads
+        self.outbox = outbox
+        self.in_hand = in_hand
+        self.failures = failures
+
+    def capabilities(self) -> Capabilities:
+        return CAPABILITIES.model_copy(update={"auto_enabled": not self.desk.is_paused})
+
+    def reconnect_attempts(self) -> int:
+        return 0
+
+    def situation(self) -> Situation:
+        """What offers are judged by."""
+        return Situation(
+            now=0.0,
+            current_job_id=self.desk.current_job_id,
+            is_paused=self.desk.is_paused,
+            threshold_gib=8.0,
+            engines=frozenset({"sd-cpp"}),
+            on_demand=True,
+            allow_insecure_urls=False,
+            is_uploading=self.uploads.is_under_way,
+            is_just_delivered=self.uploads.has_just_delivered,
+            is_in_outbox=self.outbox.holds,
+            state_problem=self.outbox.fullness,
+            is_poisoned=self.in_hand.is_poisoned,
+            failed_for_good=self.failures.final,
+            is_on_box=lambda files: True,
+            shortfall_bytes=lambda files: 0,
+        )
+
+    def registered(self, worker_id: str) -> None: ...
+    def connected(self) -> None: ...
+    def reconnecting(self, why: str) -> None: ...
+    def offer_answered(self, judgement: Judgement, model: str) -> None: ...

@@ -15,7 +15,6 @@ from studio_worker.engine.rendering.estimate import Estimates
 from studio_worker.jobs import ImageTask
 from studio_worker.models import LocalFile, ModelFile, ModelSource
 from studio_worker.network.urls import is_data_url
-from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.session.offers import Situation
 from studio_worker.studio.wire import Capabilities
 from studio_worker.work.breaker import Refusal
@@ -38,6 +37,7 @@ class Abilities:
         self._in_hand = parts.in_hand
         self._failures = parts.failures
         self._outbox = parts.outbox
+        self._uploads = parts.uploads
         self._current = current
         self._health = health
 
@@ -55,7 +55,7 @@ class Abilities:
             supported_models_per_kind={"image": models},
         )
 
-    def situation(self, courier: Courier) -> Situation:
+    def situation(self) -> Situation:
         """What an offer is judged by at this moment."""
         models = self._current.settings.models
         return Situation(
@@ -66,8 +66,8 @@ class Abilities:
             engines=self._engines.names(),
             on_demand=models.on_demand,
             allow_insecure_urls=models.allow_insecure_urls,
-            is_uploading=courier.is_uploading,
-            is_just_delivered=courier.has_just_delivered,
+            is_uploading=self._uploads.is_under_way,
+            is_just_delivered=self._uploads.has_just_delivered,
             is_in_outbox=self._outbox.holds,
             state_problem=lambda: self._outbox.fullness() or self._in_hand.problem(),
             is_poisoned=self._in_hand.is_poisoned,
@@ -78,6 +78,10 @@ class Abilities:
             needed_gb=self._needed_gb,
             held_back=self._held_back,
         )
+
+    def reconnect_attempts(self) -> int:
+        """Failed connections in a row before the service gives up; 0 = never."""
+        return self._current.settings.studio.reconnect_attempts
 
     def _threshold_gib(self) -> float:
         return self._current.settings.worker.vram_threshold_gb or self._device_gib()

@@ -57,7 +57,6 @@ class Status:
 
     Args:
         studio: its address, as it may be shown.
-        uploading: the job whose upload is under way, if any.
     """
 
     def __init__(
@@ -66,16 +65,13 @@ class Status:
         parts: Parts,
         health: Health,
         gpu: GpuWatch,
-        *,
         studio: str,
-        uploading: Callable[[], str | None],
     ) -> None:
         self._early = early
         self._parts = parts
         self._health = health
         self._gpu = gpu
         self._studio = studio
-        self._uploading = uploading
 
     def answer(self) -> dict[str, Any]:
         """For the control socket."""
@@ -93,7 +89,7 @@ class Status:
                     count=waiting.count,
                     size_bytes=waiting.size_bytes,
                     oldest_at=waiting.oldest_at,
-                    uploading=self._uploading(),
+                    uploading=self._parts.uploads.under_way,
                 ),
                 "device": DeviceFacts(
                     name=device.name,

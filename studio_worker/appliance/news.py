@@ -6,6 +6,9 @@ from studio_worker.report.activity import Activity
 from studio_worker.report.notify import Notifier, ReadyLine
 from studio_worker.studio.session.offers import AlreadyOurs, Impossible, Judgement, Refuse, Take
 
+_WHY_CHARS = 300
+"""Of a reason in the status line; some of it may come from the studio."""
+
 
 class News:
     """One service's record, its messages to systemd and its line once it is ready. Safe from any thread."""
@@ -34,6 +37,25 @@ class News:
         self.line.is_paused = is_paused
         if self.activity.phase == "ready":
             self.line.say()
+
+    def registration_waits(self, what: str) -> None:
+        """For ``what``: the operator's approval, or a studio that does not answer."""
+        self.activity.registration("pending", detail=what)
+        self.line.say(what)
+
+    def registered(self, worker_id: str) -> None:
+        """The studio has approved this worker."""
+        self.activity.registration("approved", worker_id=worker_id)
+
+    def connected(self) -> None:
+        """The session is open."""
+        self.activity.session("connected")
+        self.line.say("connected")
+
+    def reconnecting(self, why: str) -> None:
+        """The session is down, and there will be another try."""
+        self.activity.session("reconnecting")
+        self.line.say(f"reconnecting: {why[:_WHY_CHARS]}")
 
     def offer_answered(self, judgement: Judgement, model: str) -> None:
         """How an offer of a job for ``model`` was answered; the line says what keeps jobs away."""

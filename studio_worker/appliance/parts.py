@@ -14,6 +14,7 @@ from studio_worker.spool.failures import Failures
 from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.store import Store
+from studio_worker.studio.http.uploads import Uploads
 from studio_worker.work.desk import Desk
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Parts:
     in_hand: JobInHand
     failures: Failures
     outbox: Outbox
+    uploads: Uploads
     desk: Desk
 
     @classmethod
@@ -60,10 +62,13 @@ class Parts:
             store=open_store(current),
             in_hand=JobInHand(state.dir / "spool"),
             failures=Failures(state.dir / "spool"),
-            outbox=Outbox(
-                state.dir / "outbox",
-                max_bytes=state.outbox_max_gb * 1e9,
-                max_age_s=state.outbox_max_days * 86_400,
+            outbox=(
+                outbox := Outbox(
+                    state.dir / "outbox",
+                    max_bytes=state.outbox_max_gb * 1e9,
+                    max_age_s=state.outbox_max_days * 86_400,
+                )
             ),
+            uploads=Uploads(outbox),
             desk=Desk(),
         )

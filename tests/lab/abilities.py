@@ -11,13 +11,11 @@ from studio_worker.config import Config, Current
 from studio_worker.config.settings import Settings
 from studio_worker.engine import Router
 from studio_worker.models import ModelSource
-from studio_worker.report.activity import Activity
 from studio_worker.spool.failures import Failures
 from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.store import Store
-from studio_worker.studio.http.api import StudioApi
-from studio_worker.studio.http.courier import Courier
+from studio_worker.studio.http.uploads import Uploads
 from studio_worker.studio.session.offers import Situation
 from studio_worker.transfer.policy import Policy
 from studio_worker.work.desk import Desk
@@ -36,19 +34,6 @@ class FullEngine(KeepingEngine):
         return None if self.available_gb is None else int(self.available_gb * 1e9)
 
 
-def idle_courier(outbox: Outbox) -> Courier:
-    """Has nothing to deliver, and nobody to tell."""
-    return Courier(
-        outbox,
-        StudioApi("http://127.0.0.1:9"),
-        on_delivered=lambda job_id: None,
-        on_unacceptable=lambda job_id, error: None,
-        on_lost=lambda job_id, error: None,
-        on_settled=lambda job_id: None,
-        reports=Activity(),
-    )
-
-
 def abilities_of(
     folder: Path, device: Device, engine: FullEngine | None = None, settings: Settings | None = None
 ) -> tuple[Abilities, Situation]:
@@ -64,8 +49,9 @@ def abilities_of(
         in_hand=JobInHand(folder / "spool"),
         failures=Failures(folder / "spool"),
         outbox=outbox,
+        uploads=Uploads(outbox),
         desk=Desk(),
     )
     current = Current(Config(settings or Settings(), ()), Policy())
     abilities = Abilities(parts, current, untouched_health())
-    return abilities, abilities.situation(idle_courier(outbox))
+    return abilities, abilities.situation()

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from studio_worker.jobs import Job
 from studio_worker.report.logs import ShippingBuffer
+from studio_worker.spool.failures import Failures
+from studio_worker.spool.outbox import Outbox
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.identity import Credentials
+from studio_worker.studio.http.uploads import Uploads
 from studio_worker.studio.session.connection import Timings
+from studio_worker.studio.session.connector import Connector
 from studio_worker.studio.session.offers import (
     Judgement,
     Situation,
 )
 from studio_worker.studio.session.session import StudioSession
+from studio_worker.studio.wire import Capabilities
 from studio_worker.work.desk import Desk
 from tests.lab.frames import CAPABILITIES
 from tests.scripted import LIMIT_S, ScriptedStudio
@@ -45,45 +52,56 @@ FAST = Timings(heartbeat_s=0.05, log_batch_s=0.05, backoff_base_s=0.01)
 
 
 class Running:
-    """A session on a thread of its own, with what it said of its state and how it ended."""
+    """A session on a thread of its own, with what it said of its state and how it ended.
+
+    It is its own box, and hears the reports.
+    """
 
     def __init__(self, studio: ScriptedStudio, *, timings: Timings = FAST, attempts: int = 0) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="session-")
+        folder = Path(self._folder.name)
         self.desk = Desk()
         self.shipping = ShippingBuffer()
         self.states: list[str] = []
         self.answers: list[Judgement] = []
-        self.unreported: list[tuple[str, str, bool]] = []
         self.ended_with: BaseException | None = None
         self.outbox: set[str] = set()
-        self.redelivered = threading.Event()
         self.odd: dict[str, Any] = {}
         """What the situation has in the place of what it should."""
-        self.session = StudioSession(
-            api=StudioApi(studio.url),
-            desk=self.desk,
-            situation=lambda: replace(
-                IDLE,
-                current_job_id=self.desk.current_job_id,
-                is_paused=self.desk.is_paused,
-                is_in_outbox=self.outbox.__contains__,
-                **self.odd,
-            ),
-            capabilities=lambda: CAPABILITIES.model_copy(update={"auto_enabled": not self.desk.is_paused}),
-            uploading=lambda: None,
-            on_redelivery=lambda _job_id: self.redelivered.set(),
-            on_answer=lambda judgement, model: self.answers.append(judgement),
-            on_unreported=lambda job_id, error, retryable: self.unreported.append((job_id, error, retryable)),
-            shipping=self.shipping,
-            reconnect_attempts=lambda: attempts,
-            timings=timings,
-            on_state=lambda state, why: self.states.append(f"{state} {why}".strip()),
-        )
+        self.uploads = Uploads(Outbox(folder / "outbox"))
+        self._attempts = attempts
+        self.session = StudioSession(self, self.desk, self.uploads, Failures(folder / "spool"), self)
+        self._connector = Connector(StudioApi(studio.url), self, self.session, self.shipping, timings)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def capabilities(self) -> Capabilities:
+        return CAPABILITIES.model_copy(update={"auto_enabled": not self.desk.is_paused})
+
+    def situation(self) -> Situation:
+        return replace(
+            IDLE,
+            current_job_id=self.desk.current_job_id,
+            is_paused=self.desk.is_paused,
+            is_in_outbox=self.outbox.__contains__,
+            **self.odd,
+        )
+
+    def reconnect_attempts(self) -> int:
+        return self._attempts
+
+    def connected(self) -> None:
+        self.states.append("connected")
+
+    def reconnecting(self, why: str) -> None:
+        self.states.append(f"reconnecting {why}")
+
+    def offer_answered(self, judgement: Judgement, model: str) -> None:
+        self.answers.append(judgement)
+
     def _run(self) -> None:
         try:
-            self.session.run(Credentials("w1", "token-of-w1"))
+            self._connector.run(Credentials("w1", "token-of-w1"))
         except Exception as error:
             self.ended_with = error
 
@@ -91,8 +109,12 @@ class Running:
         """The next job; whoever waits here is never paused."""
         return self.session.take(lambda: pytest.fail("told to rest"))
 
+    def stop(self) -> None:
+        self._connector.stop()
+
     def end(self) -> BaseException | None:
         """What the session ended with, once it has ended."""
         self._thread.join(LIMIT_S)
         assert not self._thread.is_alive()
+        self._folder.cleanup()
         return self.ended_with

@@ -24,6 +24,7 @@ from PIL import Image
 
 from studio_worker import sample_model
 from studio_worker.appliance.abilities import Abilities
+from studio_worker.appliance.news import News
 from studio_worker.appliance.parts import Parts
 from studio_worker.appliance.provisioning import SeenFiles
 from studio_worker.box.device import Device
@@ -39,7 +40,9 @@ from studio_worker.store import Store
 from studio_worker.store.terms import fixed
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.identity import Credentials
+from studio_worker.studio.http.uploads import Uploads
 from studio_worker.studio.session.connection import Timings
+from studio_worker.studio.session.connector import Connector
 from studio_worker.studio.session.session import StudioSession
 from studio_worker.transfer.policy import Policy
 from studio_worker.work.desk import Desk
@@ -47,7 +50,6 @@ from studio_worker.work.inputs import input_fetcher
 from studio_worker.work.worker import Worker
 from tests.certificates import certificate
 from tests.engine_lab import changed_sample, write_header
-from tests.lab.abilities import idle_courier
 from tests.played import untouched_health
 from tests.scripted import LIMIT_S, ScriptedStudio
 from tests.servers import FileServer, raw_server, refused_url
@@ -377,24 +379,13 @@ class Box:
         api = StudioApi(studio.url)
         store, outbox = Store(folder / "models", fixed(policy)), Outbox(folder / "outbox")
         in_hand, failures = JobInHand(folder / "spool"), Failures(folder / "spool")
+        uploads = Uploads(outbox)
         desk, engines, health = Desk(), default_router("cpu"), untouched_health()
         settings = Settings.model_validate({"models": {"allow_insecure_urls": policy.allow_insecure}})
-        parts = Parts(Device("cpu", "cpu", 24.0), engines, store, in_hand, failures, outbox, desk)
+        parts = Parts(Device("cpu", "cpu", 24.0), engines, store, in_hand, failures, outbox, uploads, desk)
         abilities = Abilities(parts, Current(Config(settings, ()), policy), health)
-        courier = idle_courier(outbox)
-        self._session = StudioSession(
-            api=api,
-            desk=desk,
-            situation=lambda: abilities.situation(courier),
-            capabilities=abilities.capabilities,
-            uploading=lambda: None,
-            on_redelivery=lambda job_id: None,
-            on_answer=lambda judgement, model: None,
-            on_unreported=lambda job_id, error, retryable: None,
-            shipping=ShippingBuffer(),
-            timings=Timings(heartbeat_s=0.1),
-            on_state=lambda state, why: None,
-        )
+        self._session = StudioSession(abilities, desk, uploads, failures, News())
+        self._connector = Connector(api, abilities, self._session, ShippingBuffer(), Timings(heartbeat_s=0.1))
         fetch = input_fetcher(policy, api.root)
         self._worker = Worker(
             source=self._session,
@@ -409,7 +400,7 @@ class Box:
         )
         self._desk = desk
         self._threads = [
-            threading.Thread(target=self._session.run, args=(Credentials("w1", "token"),), daemon=True),
+            threading.Thread(target=self._connector.run, args=(Credentials("w1", "token"),), daemon=True),
             threading.Thread(target=self._worker.run, daemon=True),
         ]
 
@@ -420,7 +411,7 @@ class Box:
 
     def __exit__(self, *_: object) -> None:
         self._desk.close()
-        self._session.stop()
+        self._connector.stop()
         for thread in self._threads:
             thread.join(LIMIT_S)
             assert not thread.is_alive()

@@ -24,15 +24,18 @@ from studio_worker.spool.failures import Failures
 from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.studio.http.api import StudioApi
-from studio_worker.studio.http.courier import Patience
+from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.http.identity import Credentials, IdentityFile
 from studio_worker.studio.http.registration import Registration
+from studio_worker.studio.http.uploads import Patience, Uploads
 from studio_worker.studio.link import StudioLink
 from studio_worker.studio.session.connection import Timings
+from studio_worker.studio.session.connector import Connector
+from studio_worker.studio.session.session import StudioSession
 from studio_worker.work.desk import Desk
 from studio_worker.work.worker import Worker
 from tests.lab.frames import CAPABILITIES
-from tests.played import GatedEngine, NoFiles, situation, untouched_health
+from tests.played import GatedEngine, NoFiles, PlayedBox, untouched_health
 from tests.scripted import LIMIT_S
 
 SOURCE = {"engine": "sd-cpp", "files": [], "cliDefaults": {}}
@@ -65,23 +68,15 @@ class Box:
         api = Api(studio.base_url)
         identity = IdentityFile(folder / "identity.json")
         self.credentials = self._registered(api, identity)
+        self.uploads = Uploads(self.outbox, Patience(0.05, 0.2, 0.2))
+        played = PlayedBox(self.desk, self.uploads, self.outbox, in_hand, failures)
+        session = StudioSession(played, self.desk, self.uploads, failures, played)
         self.link = StudioLink(
-            api,
-            identity,
-            desk=self.desk,
-            outbox=self.outbox,
-            failures=failures,
-            situation=lambda courier: situation(self.desk, courier, self.outbox, in_hand, failures),
-            capabilities=lambda: CAPABILITIES.model_copy(update={"auto_enabled": not self.desk.is_paused}),
-            shipping=ShippingBuffer(),
-            reconnect_attempts=lambda: 0,
-            reports=Activity(),
-            on_answer=lambda judgement, model: None,
-            say=lambda text: None,
-            on_end=self._note_end,
-            stop=threading.Event(),
-            timings=FAST,
-            patience=Patience(0.05, 0.2, 0.2),
+            self._registration(api, identity),
+            Connector(api, played, session, ShippingBuffer(), FAST),
+            Courier(api, self.outbox, self.uploads, session, Activity()),
+            played,
+            self._note_end,
         )
         engine = self.engine
 
@@ -89,7 +84,7 @@ class Box:
             return engine
 
         self.worker = Worker(
-            source=self.link.session,
+            source=session,
             files=NoFiles(),
             engines=Router({"sd-cpp": make}),
             in_hand=in_hand,
@@ -103,8 +98,8 @@ class Box:
         self._working.start()
         self.link.start()
 
-    def _registered(self, api: StudioApi, identity: IdentityFile) -> Credentials:
-        registration = Registration(
+    def _registration(self, api: StudioApi, identity: IdentityFile) -> Registration:
+        return Registration(
             api,
             identity,
             lambda: CAPABILITIES,
@@ -112,7 +107,9 @@ class Box:
             stop=threading.Event(),
             tick_s=0.0,
         )
-        credentials = registration.run()
+
+    def _registered(self, api: StudioApi, identity: IdentityFile) -> Credentials:
+        credentials = self._registration(api, identity).run()
         assert credentials is not None
         return credentials
 
@@ -191,7 +188,7 @@ def test_job_offered_again_while_its_picture_waits_is_not_made_again(
         running.uploads_wait.set()
         assert running.engine.entered.get(timeout=LIMIT_S) == job_id
         running.engine.ends.put("picture")
-        studio.wait_for(lambda: running.link.courier.uploading == job_id, LIMIT_S)
+        studio.wait_for(lambda: running.uploads.under_way == job_id, LIMIT_S)
         running.drop()
         running.let_upload.set()
         await_done(studio, job_id)
@@ -226,7 +223,7 @@ def test_picture_of_a_deleted_worker_waits_for_the_next_identity(studio: LocalSt
         running.uploads_wait.set()
         assert running.engine.entered.get(timeout=LIMIT_S) == job_id
         running.engine.ends.put("picture")
-        studio.wait_for(lambda: running.link.courier.uploading == job_id, LIMIT_S)
+        studio.wait_for(lambda: running.uploads.under_way == job_id, LIMIT_S)
         studio.delete_worker(running.credentials.worker_id)
         assert running.ended.wait(LIMIT_S)
         assert isinstance(running.ended_with, RefusedByStudio)

@@ -52,6 +52,10 @@ class Registration:
         self._is_announced = False
         self._told = ""
 
+    def check(self) -> None:
+        """Look at the identity alone. Raises ConfigError where it cannot be read or written."""
+        self._file.load()
+
     def run(self) -> Credentials | None:
         """Credentials, or ``None`` when stopped before there were any.
 

@@ -1,17 +1,17 @@
-"""One connection's conversation: what is answered to what the studio says, without a socket or a clock.
+"""One connection's conversation: what follows from what the studio says, without a socket, a clock or a desk.
 
-Joins the rules of the session (``protocol.py``), the judging of offers (``offers.py``) and the desk. Frames
-leave through ``send``; whoever holds the socket (``session.py``) carries them, in that order.
+Joins the rules of the session (``protocol.py``), the answers to offers and what is shipped of the log. Acts
+come out; whoever holds the rest (``session.py``) carries them out, in that order and before it calls again.
 """
 
 from __future__ import annotations
 
 import logging
-import traceback
 from collections import deque
-from collections.abc import Callable
+from dataclasses import dataclass
 
-from studio_worker.errors import FrameError, StudioWorkerError
+from studio_worker.errors import FrameError
+from studio_worker.jobs import Job
 from studio_worker.models import NAME_CHARS
 from studio_worker.studio.session.offers import (
     AlreadyOurs,
@@ -20,14 +20,11 @@ from studio_worker.studio.session.offers import (
     Judgement,
     OnItsWay,
     Refuse,
-    Situation,
     Take,
-    judge,
 )
 from studio_worker.studio.session.protocol import BeatAcknowledged, Offered, SessionProtocol, State, Welcomed
 from studio_worker.studio.session.shipping import Shipping
 from studio_worker.studio.wire import Body, Capabilities
-from studio_worker.work.desk import Desk
 
 log = logging.getLogger(__name__)
 
@@ -38,50 +35,61 @@ _MAX_WAITING = 20
 """Offers that wait to be judged. The protocol has one in flight; more come from a studio gone wrong."""
 
 
-def _at_once(work: Callable[[], Judgement], then: Callable[[Judgement], None]) -> None:
-    then(work())
+@dataclass(frozen=True)
+class Opened:
+    """The studio has said welcome: a heartbeat is due, and from now on everything else may be sent."""
+
+
+@dataclass(frozen=True)
+class Send:
+    frame: Body
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Have this offer judged, and give the judgement to :meth:`Exchange.judged`."""
+
+    offer: Offered
+
+
+@dataclass(frozen=True)
+class Hand:
+    """Hand this job, which is accepted, to the worker."""
+
+    job: Job
+
+
+@dataclass(frozen=True)
+class Redeliver:
+    """The studio offers a job whose result waits in the outbox: have it delivered now."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
+class AwaitUpload:
+    """The studio offers the very job that is being uploaded: :meth:`Exchange.settle` it when that ends."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An offer of a job for ``model`` has its answer; note it."""
+
+    judgement: Judgement
+    model: str
+
+
+Act = Opened | Send | Judge | Hand | Redeliver | AwaitUpload | Answered
 
 
 class Exchange:
-    """What one connection says. Everything is called from the session's thread.
+    """What is said over one connection, and what else is to be done for that."""
 
-    Args:
-        protocol: fresh, of this connection alone.
-        send: takes a frame that is to go out.
-        situation: what the worker knows of itself, asked anew for each offer.
-        capabilities: asked anew for each heartbeat.
-        uploading: the job whose upload is under way, if any.
-        shipping: what the log has for the studio.
-        on_redelivery: called with the job that the studio offers while its result waits in the outbox.
-        on_answer: called with the judgement of every offer and the model it names, once it is answered.
-        aside: does the first, which may wait for a disk, and calls the second with what it gave, in the
-            session's thread.
-    """
-
-    def __init__(
-        self,
-        protocol: SessionProtocol,
-        send: Callable[[Body], None],
-        *,
-        desk: Desk,
-        situation: Callable[[], Situation],
-        capabilities: Callable[[], Capabilities],
-        uploading: Callable[[], str | None],
-        shipping: Shipping,
-        on_redelivery: Callable[[str], None],
-        on_answer: Callable[[Judgement, str], None],
-        aside: Callable[[Callable[[], Judgement], Callable[[Judgement], None]], None] = _at_once,
-    ) -> None:
+    def __init__(self, protocol: SessionProtocol, shipping: Shipping) -> None:
         self.protocol = protocol
-        self._send = send
-        self._desk = desk
-        self._situation = situation
-        self._capabilities = capabilities
-        self._uploading = uploading
         self._shipping = shipping
-        self._on_redelivery = on_redelivery
-        self._on_answer = on_answer
-        self._aside = aside
         self._waiting: deque[Offered] = deque()
         self._is_judging = self._has_ended = False
         self._postponed: dict[str, Offered] = {}
@@ -92,12 +100,12 @@ class Exchange:
         """Whether the studio has said welcome: only then may anything be sent."""
         return self.protocol.state is State.OPEN
 
-    def begin(self, auth_token: str) -> None:
+    def begin(self, auth_token: str, capabilities: Capabilities) -> list[Act]:
         """Say hello."""
-        self._send(self.protocol.hello(auth_token, self._capabilities()))
+        return [Send(self.protocol.hello(auth_token, capabilities))]
 
-    def receive(self, message: str | bytes, now: float) -> bool:
-        """Take one message in and answer it; returns whether it was the studio's welcome.
+    def receive(self, message: str | bytes, now: float) -> list[Act]:
+        """Take one message in.
 
         Raises:
             ProtocolError: the studio said that the session is over; its class says whether for good.
@@ -106,48 +114,58 @@ class Exchange:
             event = self.protocol.receive(message, now)
         except FrameError as error:
             self._note_dropped("frame dropped", str(error))
-            return False
-        if isinstance(event, Offered):
-            self._answer(event)
-        elif isinstance(event, BeatAcknowledged):
-            self._shipping.beat_acknowledged()
-        elif isinstance(event, Welcomed):
-            log.info("session open", extra={"op": "session", "worker_id": event.worker_id})
-            self.beat()
-            return True
-        return False
+            return []
+        match event:
+            case Welcomed(worker_id):
+                log.info("session open", extra={"op": "session", "worker_id": worker_id})
+                return [Opened()]
+            case Offered():
+                return self._answer(event)
+            case BeatAcknowledged():
+                self._shipping.beat_acknowledged()
+        return []
 
-    def beat(self) -> None:
-        """A heartbeat, once the session is open. It names the job in hand, or else the one being uploaded."""
-        if self.is_open:
-            current = self._desk.current_job_id or self._uploading()
-            self._send(self.protocol.heartbeat(self._capabilities(), current))
-            self._shipping.beat()
+    def judged(self, offer: Offered, judgement: Judgement) -> list[Act]:
+        """Answer ``offer``, then have the next one judged, which depends on that."""
+        self._is_judging = False
+        if self._has_ended:  # the studio has put the job back
+            return []
+        model = str(offer.claim.get("model", ""))[:NAME_CHARS]
+        return [*self._tell(offer, judgement), Answered(judgement, model), *self._judge_next()]
 
-    def ship(self) -> None:
+    def beat(self, capabilities: Capabilities, current_job_id: str | None) -> list[Act]:
+        """A heartbeat. Asserts that the session is open."""
+        frame = self.protocol.heartbeat(capabilities, current_job_id)
+        self._shipping.beat()
+        return [Send(frame)]
+
+    def ship(self) -> list[Act]:
         """What the log has for the studio, once the session is open."""
         if self.is_open and (entries := self._shipping.next_batch()):
-            self._send(self.protocol.log_batch(entries))
+            return [Send(self.protocol.log_batch(entries))]
+        return []
 
     def end(self) -> None:
         """The connection is over."""
         self._has_ended = True
         self._shipping.end()
 
-    def fail(self, job_id: str, error: str, *, retryable: bool) -> bool:
-        """Report a failure; ``False`` where the studio does not hold the job for this connection."""
+    def fail(self, job_id: str, error: str, *, retryable: bool) -> list[Act]:
+        """Report a failure; nothing where the studio does not hold the job for this connection."""
         frame = self.protocol.fail(job_id, error, retryable=retryable) if self.is_open else None
-        if frame is not None:
-            self._postponed.pop(job_id, None)  # an offer of what we held is answered with this
-            self._send(frame)
-        return frame is not None
+        if frame is None:
+            return []
+        self._postponed.pop(job_id, None)  # an offer of what we held is answered with this
+        return [Send(frame)]
 
-    def settle(self, job_id: str) -> bool:
+    def has_postponed(self, job_id: str) -> bool:
+        """Whether an offer of ``job_id`` waits for the end of its upload."""
+        return job_id in self._postponed
+
+    def settle(self, job_id: str) -> list[Act]:
         """The upload during which ``job_id`` was offered has ended: answer that offer, if there is one."""
         offer = self._postponed.pop(job_id, None)
-        if offer is not None:
-            self._answer(offer)
-        return offer is not None
+        return [] if offer is None else self._answer(offer)
 
     def _note_dropped(self, message: str, error: str) -> None:
         """Each kind once: a studio of a later version may send what is not known here at every heartbeat."""
@@ -155,74 +173,40 @@ class Exchange:
             self._dropped.add(error)
             log.warning(message, extra={"op": "session", "error": error})
 
-    def _answer(self, offer: Offered) -> None:
+    def _answer(self, offer: Offered) -> list[Act]:
         """Have it judged, after those before it: whether a job can be taken depends on them."""
         if len(self._waiting) >= _MAX_WAITING:
             self._note_dropped("offer dropped", f"{_MAX_WAITING} others wait to be answered")
-            return
+            return []
         self._waiting.append(offer)
-        self._judge_next()
+        return self._judge_next()
 
-    def _judge_next(self) -> None:
+    def _judge_next(self) -> list[Act]:
         if self._is_judging or not self._waiting:
-            return
+            return []
         self._is_judging = True
-        offer = self._waiting.popleft()
+        return [Judge(self._waiting.popleft())]
 
-        def judged(judgement: Judgement) -> None:
-            self._is_judging = False
-            if not self._has_ended:  # else the studio has put the job back
-                self._tell(offer, judgement)
-                self._judge_next()
-
-        self._aside(lambda: self._judge(offer), judged)
-
-    def _tell(self, offer: Offered, judgement: Judgement) -> None:
+    def _tell(self, offer: Offered, judgement: Judgement) -> list[Act]:
         match judgement:
             case OnItsWay(job_id):
                 self._postponed[job_id] = offer
-                self._on_redelivery(job_id)
-                # It may have ended meanwhile, and perhaps before it knew of this offer.
-                if self._uploading() != job_id:
-                    self.settle(job_id)
+                return [AwaitUpload(job_id)]
             case Take(job):
-                self._send(self.protocol.accept(job.job_id))
-                self._desk.put(job)
                 log.info("job accepted", extra=_facts(job.job_id, model=job.model))
+                return [Send(self.protocol.accept(job.job_id)), Hand(job)]
             case AlreadyOurs(job_id):
-                self._send(self.protocol.accept(job_id))
                 log.info("job offered again", extra=_facts(job_id))
-                if job_id != self._desk.current_job_id:  # it is made at this moment; its picture comes later
-                    self._on_redelivery(job_id)
+                return [Send(self.protocol.accept(job_id)), Redeliver(job_id)]
             case Refuse(job_id, reason, code):
-                self._send(self.protocol.reject(job_id, reason, code))
                 log.info("job rejected", extra=_facts(job_id, reason=reason, code=code))
+                return [Send(self.protocol.reject(job_id, reason, code))]
             case Impossible(job_id, error):
-                self._send(self.protocol.accept(job_id))
-                self.fail(job_id, error, retryable=False)
                 log.error("job failed", extra=_facts(job_id, outcome="failed", error=error, retryable=False))
+                return [Send(self.protocol.accept(job_id)), *self.fail(job_id, error, retryable=False)]
             case Ignore(reason):
                 self._note_dropped("offer dropped", reason)
-        self._on_answer(judgement, str(offer.claim.get("model", ""))[:NAME_CHARS])
-
-    def _judge(self, offer: Offered) -> Judgement:
-        job_id = str(offer.claim.get("jobId", ""))
-        try:
-            return judge(offer.claim, self._situation())
-        except (StudioWorkerError, OSError) as error:  # a disk that cannot be asked
-            return Refuse(job_id, f"the worker cannot tell: {error}")
-        except Exception as error:
-            # A fault of ours, met in an odd claim or an odd file: no job may end the session for all others.
-            # By its frames, without its text, which may quote the prompt.
-            log.error(
-                "offer cannot be judged",
-                extra=_facts(
-                    job_id,
-                    error=type(error).__name__,
-                    traceback="".join(traceback.format_tb(error.__traceback__)),
-                ),
-            )
-            return Refuse(job_id, f"the worker cannot tell: {type(error).__name__}")
+        return []
 
 
 def _facts(job_id: str, **more: object) -> dict[str, object]:

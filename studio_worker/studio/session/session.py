@@ -1,8 +1,8 @@
-"""The socket around the session's rules.
+"""What the worker and its studio say to each other, whichever connection carries it.
 
-The session runs in an asyncio loop on a thread of its own, so that heartbeats go out on time whatever
-torch does. It reconnects for as long as reconnecting makes sense; a dropped connection does not touch
-the job in hand.
+The shell around the rules: what they decide (``exchange.py``) is carried out here, and what the worker and
+the courier have to tell is put to them. That comes from any thread, and is done in the one of the session's
+loop. Opens no connection and closes none (``connector.py``); a dropped one does not touch the job in hand.
 """
 
 from __future__ import annotations
@@ -10,85 +10,49 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
-import threading
-import time
-from collections.abc import Callable
-from typing import Literal
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
-from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import WebSocketException
-
-from studio_worker.errors import DuplicateWorker, ProtocolError, ReconnectExhausted, RefusedByStudio
+from studio_worker.errors import StudioWorkerError
 from studio_worker.jobs import Job
-from studio_worker.report.logs import ShippingBuffer
-from studio_worker.studio.backoff import Backoff
-from studio_worker.studio.http.api import StudioApi
-from studio_worker.studio.http.identity import Credentials
+from studio_worker.models import NAME_CHARS
+from studio_worker.spool.failures import Failures
+from studio_worker.studio.http.uploads import Uploads
 from studio_worker.studio.session.aside import Aside
-from studio_worker.studio.session.connection import Timings, carry, now_s, opened
-from studio_worker.studio.session.endings import explain
-from studio_worker.studio.session.exchange import Exchange
-from studio_worker.studio.session.offers import Judgement, Situation
-from studio_worker.studio.session.protocol import SessionProtocol
-from studio_worker.studio.session.shipping import Shipping
-from studio_worker.studio.wire import Body, Capabilities
+from studio_worker.studio.session.exchange import (
+    Act,
+    Answered,
+    AwaitUpload,
+    Exchange,
+    Hand,
+    Judge,
+    Opened,
+    Redeliver,
+    Send,
+)
+from studio_worker.studio.session.offers import Judgement, Refuse, judge
+from studio_worker.studio.session.ports import Box, Reports
+from studio_worker.studio.session.protocol import Offered
+from studio_worker.studio.wire import Body
 from studio_worker.work.desk import Desk
 
 log = logging.getLogger(__name__)
 
 
 class StudioSession:
-    """The session with one studio, reconnected until it is over for good.
+    """The session with one studio: tells it what there is to tell, and does what its answers ask for."""
 
-    Args:
-        api: gives the session's address.
-        situation: what the worker knows of itself, asked anew for each offer.
-        capabilities: asked anew for each heartbeat.
-        uploading: the job whose upload is under way, if any.
-        on_redelivery: called with the job that the studio offers while its result waits in the outbox.
-        on_answer: called with the judgement of every offer and the model it names, once it is answered.
-        on_unreported: called with job id, error and whether it may pass, for a failure that the studio was
-            not told because no connection holds its job any more.
-        on_state: called with ``connected``, or with ``reconnecting`` and why.
-        reconnect_attempts: failed connections in a row before giving up; 0 = never. Asked each time.
-    """
-
-    def __init__(
-        self,
-        *,
-        api: StudioApi,
-        desk: Desk,
-        situation: Callable[[], Situation],
-        capabilities: Callable[[], Capabilities],
-        uploading: Callable[[], str | None],
-        on_redelivery: Callable[[str], None],
-        on_answer: Callable[[Judgement, str], None],
-        on_unreported: Callable[[str, str, bool], None],
-        shipping: ShippingBuffer,
-        reconnect_attempts: Callable[[], int] = lambda: 0,
-        on_state: Callable[[Literal["connected", "reconnecting"], str], None],
-        timings: Timings | None = None,
-    ) -> None:
-        self._api = api
+    def __init__(self, box: Box, desk: Desk, uploads: Uploads, failures: Failures, reports: Reports) -> None:
+        self._box = box
         self._desk = desk
-        self._situation = situation
-        self._capabilities = capabilities
-        self._uploading = uploading
-        self._on_redelivery = on_redelivery
-        self._on_answer = on_answer
-        self._on_unreported = on_unreported
-        self._shipping = shipping
-        self._reconnect_attempts = reconnect_attempts
-        self._timings = timings or Timings()
-        self._on_state = on_state
+        self._uploads = uploads
+        self._failures = failures
+        self._reports = reports
         self._aside = Aside(self._call)
         self._exchange: Exchange | None = None
-        self._was_open = False
+        self._send: Callable[[Body], None] = _to_nobody
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping: asyncio.Event | None = None
-        self._stop_requested = threading.Event()
-        self._turned_at: float | None = None
 
     # --- called from other threads ---
 
@@ -103,7 +67,7 @@ class StudioSession:
     def report_failure(self, job_id: str, error: str, *, retryable: bool) -> None:
         """The same for a job known by its id only."""
         if not self._call(self._fail, job_id, error, retryable):
-            self._on_unreported(job_id, error, retryable)
+            self._failures.add(job_id, error, retryable=retryable)
 
     def finished(self, job: Job) -> None:  # noqa: ARG002  (there is room for one job only)
         """The job in hand has ended."""
@@ -111,193 +75,158 @@ class StudioSession:
 
     def delivered(self, job_id: str) -> None:
         """The job's result has been uploaded."""
-        self._call(self._delivered, job_id)
+        self._call(self._deliver, job_id)
 
-    def beat(self) -> None:
+    def beat_now(self) -> None:
         """Send a heartbeat at once, if there is an open session: what the studio should know has changed."""
-        self._call(self._beat)
+        self._call(self.beat)
 
     def lost(self, job_id: str, error: str) -> None:
         """A finished picture is gone that the studio may wait for: report it, or answer its offer anew."""
         if not self._call(self._lose, job_id, error):
-            self._on_unreported(job_id, error, True)
+            self._failures.add(job_id, error, retryable=True)
 
     def settled(self, job_id: str) -> None:
         """An upload has ended, during which its job was offered again."""
         self._call(self._settle, job_id)
 
-    def is_silent(self, seconds: float) -> bool:
-        """Whether the loop runs and has not turned for ``seconds``: it hangs."""
-        turned_at = self._turned_at
-        return turned_at is not None and time.monotonic() - turned_at > seconds
-
-    def stop(self) -> None:
-        """Send what is queued, close the connection and end :meth:`run`."""
-        self._stop_requested.set()
-        if self._stopping is not None:
-            self._call(self._stopping.set)
-
     def _call(self, what: Callable[..., None], *args: object) -> bool:
         """Do it in the loop's thread; ``False`` where there is no loop, or no more."""
+        loop = self._loop
+        if loop is None:
+            return False
         try:
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(what, *args)
+            loop.call_soon_threadsafe(what, *args)
         except RuntimeError:  # closed
             return False
-        return self._loop is not None
+        return True
 
-    # --- the loop ---
+    # --- called in the loop's thread, by whoever holds the connection ---
 
-    def run(self, credentials: Credentials) -> None:
-        """Stay connected until stopped.
+    @contextlib.contextmanager
+    def served(self) -> Iterator[None]:
+        """For so long the running loop is the one that carries the session."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            yield
+        finally:
+            self._loop = None
+            self._aside.close()
+
+    def begin(self, exchange: Exchange, send: Callable[[Body], None], auth_token: str) -> None:
+        """A connection is made: say hello over it."""
+        self._exchange, self._send = exchange, send
+        self._do(exchange.begin(auth_token, self._box.capabilities()))
+
+    def receive(self, message: str | bytes, now: float) -> None:
+        """The studio has said something.
 
         Raises:
-            RefusedByStudio, DuplicateWorker: the studio said that reconnecting is of no use.
-            ReconnectExhausted: the allowed number of attempts failed.
+            ProtocolError: that the session is over; its class says whether for good.
         """
-        asyncio.run(self._run(credentials))
+        if self._exchange is not None:
+            self._do(self._exchange.receive(message, now))
 
-    async def _run(self, credentials: Credentials) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._stopping = asyncio.Event()
-        if self._stop_requested.is_set():
-            return
-        pulse = asyncio.create_task(self._pulse())
-        try:
-            await self._stay_connected(credentials, self._stopping)
-        finally:
-            pulse.cancel()
-            self._aside.close()
-            self._turned_at = None
+    def beat(self) -> None:
+        """A heartbeat, once the session is open. It names the job in hand, or else the one being uploaded."""
+        if self._exchange is not None and self._exchange.is_open:
+            current = self._desk.current_job_id or self._uploads.under_way
+            self._do(self._exchange.beat(self._box.capabilities(), current))
 
-    async def _stay_connected(self, credentials: Credentials, stopping: asyncio.Event) -> None:
-        backoff = Backoff(
-            random.Random(), base_s=self._timings.backoff_base_s, cap_s=self._timings.backoff_cap_s
-        )
-        failed_in_a_row = 0
-        while not stopping.is_set():
-            self._was_open = False
-            try:
-                await self._connect_once(credentials, stopping)
-                error = ProtocolError("the studio closed the connection")
-            except (ProtocolError, OSError, WebSocketException) as caught:
-                error = explain(caught)
-            if stopping.is_set():
-                break
-            if isinstance(error, RefusedByStudio | DuplicateWorker):
-                raise error
-            if self._was_open:
-                backoff.reset()
-                failed_in_a_row = 0
-            else:
-                failed_in_a_row += 1
-                if failed_in_a_row == self._reconnect_attempts():
-                    raise ReconnectExhausted(
-                        f"{failed_in_a_row} connections in a row failed, the last one: {error}"
-                    ) from error
-            wait_s = backoff.next_s()
-            self._on_state("reconnecting", str(error))
-            log.warning(
-                "session is down",
-                extra={"op": "session", "error": str(error), "retry_in_s": round(wait_s, 1)},
-            )
-            await _wait(stopping, wait_s)
-
-    async def _pulse(self) -> None:
-        while True:
-            self._turned_at = time.monotonic()
-            await asyncio.sleep(1.0)
-
-    async def _connect_once(self, credentials: Credentials, stopping: asyncio.Event) -> None:
-        socket_ = await self._open(credentials, stopping)
-        if socket_ is None:
-            return
-        async with socket_:
-            outgoing: asyncio.Queue[Body | None] = asyncio.Queue()
-            exchange = self.begin(outgoing.put_nowait, credentials)
-            try:
-                await carry(
-                    socket_,
-                    exchange,
-                    outgoing,
-                    timings=self._timings,
-                    stopping=stopping,
-                    on_welcome=self._welcomed,
-                )
-            finally:
-                self.end()
-
-    def begin(self, send: Callable[[Body], None], credentials: Credentials) -> Exchange:
-        """A connection is made: say hello over it. In the loop's thread, like everything below."""
-        self._exchange = Exchange(
-            SessionProtocol(now_s(), self._timings.dead_peer_s),
-            send,
-            desk=self._desk,
-            situation=self._situation,
-            capabilities=self._capabilities,
-            uploading=self._uploading,
-            shipping=Shipping(self._shipping),
-            on_redelivery=self._on_redelivery,
-            on_answer=self._on_answer,
-            aside=self._aside.do,
-        )
-        self._exchange.begin(credentials.auth_token)
-        return self._exchange
+    def ship(self) -> None:
+        """What the log has for the studio, once the session is open."""
+        if self._exchange is not None:
+            self._do(self._exchange.ship())
 
     def end(self) -> None:
         """The connection is gone: nothing more can be said over it."""
-        exchange, self._exchange = self._exchange, None
+        exchange, self._exchange, self._send = self._exchange, None, _to_nobody
         if exchange is not None:
             exchange.end()
 
-    async def _open(self, credentials: Credentials, stopping: asyncio.Event) -> ClientConnection | None:
-        """The connection, or ``None`` where the stop came first: a studio that is gone must not delay it."""
-        url = self._api.session_url(credentials.worker_id)
-        opening = asyncio.create_task(
-            opened(url, self._api.route, credentials.auth_token, self._timings.connect_s)
-        )
-        stopped = asyncio.create_task(stopping.wait())
-        try:
-            await asyncio.wait([opening, stopped], return_when=asyncio.FIRST_COMPLETED)
-            return opening.result() if opening.done() else None
-        finally:
-            stopped.cancel()
-            opening.cancel()
-            await asyncio.gather(opening, stopped, return_exceptions=True)
+    def went_down(self, why: str) -> None:
+        """There is no connection, and there will be another try."""
+        self._reports.reconnecting(why)
 
-    def _welcomed(self) -> None:
-        self._was_open = True
-        self._on_state("connected", "")
+    # --- what the rules decide ---
+
+    def _do(self, acts: Iterable[Act]) -> None:
+        for act in acts:
+            match act:
+                case Send(frame):
+                    self._send(frame)
+                case Judge(offer):
+                    # Beside the loop: a disk that hangs holds up the answer, and no heartbeat.
+                    self._aside.do(partial(self._judge, offer), partial(self._judged, self._exchange, offer))
+                case Hand(job):
+                    self._desk.put(job)
+                case Redeliver(job_id):
+                    if job_id != self._desk.current_job_id:  # else it is made now; its picture comes later
+                        self._uploads.offered_again(job_id)
+                case AwaitUpload(job_id):
+                    self._uploads.offered_again(job_id)
+                    # It may have ended meanwhile, and perhaps before it knew of this offer.
+                    if not self._uploads.is_under_way(job_id):
+                        self._settle(job_id)
+                case Answered(judgement, model):
+                    self._reports.offer_answered(judgement, model)
+                case Opened():
+                    self.beat()
+                    self._reports.connected()
+                    self._uploads.hurry()
+
+    def _judged(self, exchange: Exchange | None, offer: Offered, judgement: Judgement) -> None:
+        if exchange is not None:
+            self._do(exchange.judged(offer, judgement))
+
+    def _judge(self, offer: Offered) -> Judgement:
+        job_id = str(offer.claim.get("jobId", ""))
+        try:
+            return judge(offer.claim, self._box.situation())
+        except (StudioWorkerError, OSError) as error:  # a disk that cannot be asked
+            return Refuse(job_id, f"the worker cannot tell: {error}")
+        except Exception as error:
+            # A fault of ours, met in an odd claim or an odd file: no job may end the session for all others.
+            # By its frames, without its text, which may quote the prompt.
+            log.error(
+                "offer cannot be judged",
+                extra={
+                    "op": "job",
+                    "job_id": job_id[:NAME_CHARS],
+                    "error": type(error).__name__,
+                    "traceback": "".join(traceback.format_tb(error.__traceback__)),
+                },
+            )
+            return Refuse(job_id, f"the worker cannot tell: {type(error).__name__}")
+
+    # --- what other threads tell ---
 
     def _fail(self, job_id: str, error: str, retryable: bool) -> None:
-        if self._exchange is not None and self._exchange.fail(job_id, error, retryable=retryable):
-            return
-        log.info(
-            "failure not reported: the studio has put the job back",
-            extra={"op": "job", "job_id": job_id},
-        )
-        self._on_unreported(job_id, error, retryable)
+        acts = [] if self._exchange is None else self._exchange.fail(job_id, error, retryable=retryable)
+        self._do(acts)
+        if not acts:
+            log.info(
+                "failure not reported: the studio has put the job back",
+                extra={"op": "job", "job_id": job_id},
+            )
+            self._failures.add(job_id, error, retryable=retryable)
 
     def _lose(self, job_id: str, error: str) -> None:
         if job_id == self._desk.current_job_id:
             return  # it is being made anew already
-        if self._exchange is None or not self._exchange.settle(job_id):
+        if self._exchange is not None and self._exchange.has_postponed(job_id):
+            self._settle(job_id)
+        else:
             self._fail(job_id, error, True)
 
     def _settle(self, job_id: str) -> None:
         if self._exchange is not None:
-            self._exchange.settle(job_id)
+            self._do(self._exchange.settle(job_id))
 
-    def _beat(self) -> None:
-        if self._exchange is not None:
-            self._exchange.beat()
-
-    def _delivered(self, job_id: str) -> None:
+    def _deliver(self, job_id: str) -> None:
         if self._exchange is not None:
             self._exchange.protocol.delivered(job_id)
 
 
-async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
+def _to_nobody(frame: Body) -> None:
+    """No connection stands."""

@@ -19,8 +19,9 @@ from studio_worker.models import ModelSource
 from studio_worker.report.activity import Activity
 from studio_worker.spool.outbox import Outbox
 from studio_worker.studio.http.api import StudioApi
-from studio_worker.studio.http.courier import Courier, Patience
+from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.http.identity import Credentials
+from studio_worker.studio.http.uploads import Patience, Uploads
 from tests.scripted import LIMIT_S, ScriptedHttp
 
 OK = (200, {}, {})
@@ -28,9 +29,10 @@ FAST = Patience(base_s=0.01, cap_s=0.05)
 
 
 class Told:
-    """What the courier reports."""
+    """What the courier tells, and the uploads it knows of."""
 
-    def __init__(self) -> None:
+    def __init__(self, uploads: Uploads) -> None:
+        self.uploads = uploads
         self.delivered: list[str] = []
         self.unacceptable: list[tuple[str, str]] = []
         self.lost: list[tuple[str, str]] = []
@@ -38,19 +40,9 @@ class Told:
         self.activity = Activity()
         self._changed = threading.Condition()
 
-    def note_delivered(self, job_id: str) -> None:
+    def note(self, known: list[Any], fact: object) -> None:
         with self._changed:
-            self.delivered.append(job_id)
-            self._changed.notify_all()
-
-    def note_unacceptable(self, job_id: str, reason: str) -> None:
-        with self._changed:
-            self.unacceptable.append((job_id, reason))
-            self._changed.notify_all()
-
-    def note_lost(self, job_id: str, reason: str) -> None:
-        with self._changed:
-            self.lost.append((job_id, reason))
+            known.append(fact)
             self._changed.notify_all()
 
     def give(self, seconds: float) -> None:
@@ -62,6 +54,26 @@ class Told:
             assert self._changed.wait_for(
                 lambda: len(self.delivered) + len(self.unacceptable) + len(self.lost) >= count, LIMIT_S
             )
+
+
+class Claims:
+    """Who would tell the studio."""
+
+    def __init__(self, told: Told) -> None:
+        self._told = told
+
+    def delivered(self, job_id: str) -> None:
+        self._told.note(self._told.delivered, job_id)
+
+    def report_failure(self, job_id: str, error: str, *, retryable: bool) -> None:
+        assert not retryable
+        self._told.note(self._told.unacceptable, (job_id, error))
+
+    def lost(self, job_id: str, error: str) -> None:
+        self._told.note(self._told.lost, (job_id, error))
+
+    def settled(self, job_id: str) -> None:
+        self._told.settled.put(job_id)
 
 
 def add(outbox: Outbox, job_id: str, **meta: Any) -> None:
@@ -81,17 +93,9 @@ def courier(
     begins: bool = True,
 ) -> Iterator[tuple[Courier, Told, threading.Thread]]:
     """A courier at work on its thread."""
-    told = Told()
-    running = Courier(
-        outbox,
-        StudioApi(url),
-        on_delivered=told.note_delivered,
-        on_unacceptable=told.note_unacceptable,
-        on_lost=told.note_lost,
-        on_settled=told.settled.put,
-        reports=told.activity,
-        patience=patience,
-    )
+    uploads = Uploads(outbox, patience)
+    told = Told(uploads)
+    running = Courier(StudioApi(url), outbox, uploads, Claims(told), told.activity)
     thread = threading.Thread(target=running.run, args=(Credentials(worker_id, "token"),), daemon=True)
     if begins:
         thread.start()
@@ -245,11 +249,11 @@ def test_courier_asked_for_patience_is_patient_with_everything(outbox: Outbox) -
     add(outbox, "a")
     add(outbox, "b")
     with ScriptedHttp((429, {"Retry-After": "3600"}, {})) as server:  # noqa: SIM117
-        with courier(outbox, server.url) as (running, told, _):
+        with courier(outbox, server.url) as (_, told, _):
             waiting = outbox.oldest()
             while not server.heard:
                 told.give(0.01)
-            running.hurry()
+            told.uploads.hurry()
             told.give(0.3)
     assert len(server.heard) == 1
     assert outbox.oldest() == waiting
@@ -261,11 +265,11 @@ def test_courier_tries_at_once_when_the_studio_is_there_again(outbox: Outbox) ->
     patience = Patience(base_s=3600.0, cap_s=3600.0)
     with (
         ScriptedHttp((502, {}, {}), OK) as server,
-        courier(outbox, server.url, patience) as (running, told, _),
+        courier(outbox, server.url, patience) as (_, told, _),
     ):
-        while not server.heard or running.uploading:
+        while not server.heard or told.uploads.under_way:
             told.give(0.01)
-        running.hurry()
+        told.uploads.hurry()
         told.await_count(1)
     assert told.delivered == ["a"]
 
@@ -439,25 +443,25 @@ def test_courier_offered_a_job_again_delivers_at_once(outbox: Outbox) -> None:
     """The studio asks for it: no backoff and no Retry-After keeps the picture back."""
     add(outbox, "a")
     with ScriptedHttp((429, {"Retry-After": "3600"}, {}), OK) as server:  # noqa: SIM117
-        with courier(outbox, server.url) as (running, told, _):
-            while not server.heard or running.uploading:
+        with courier(outbox, server.url) as (_, told, _):
+            while not server.heard or told.uploads.under_way:
                 told.give(0.01)
-            running.offered_again("a")
+            told.uploads.offered_again("a")
             told.await_count(1)
     assert told.delivered == ["a"]
-    assert running.has_just_delivered("a")
-    assert not running.has_just_delivered("b")
+    assert told.uploads.has_just_delivered("a")
+    assert not told.uploads.has_just_delivered("b")
 
 
 def test_courier_keeps_a_picture_refused_while_it_was_offered_again(outbox: Outbox) -> None:
     """A 409 that crossed a new offer of the same job is old news: the picture stays, and is sent again."""
     add(outbox, "a")
     server = ScriptedHttp((409, {}, {}), OK)
-    with server, courier(outbox, server.url, begins=False) as (running, told, thread):
-        server.on_first = lambda: running.offered_again("a")
+    with server, courier(outbox, server.url, begins=False) as (_, told, thread):
+        server.on_first = lambda: told.uploads.offered_again("a")
         thread.start()
         assert told.settled.get(timeout=LIMIT_S) == "a"
-        running.offered_again("a")
+        told.uploads.offered_again("a")
         told.await_count(1)
     assert told.delivered == ["a"]
     assert len(server.heard) == 2
@@ -465,8 +469,8 @@ def test_courier_keeps_a_picture_refused_while_it_was_offered_again(outbox: Outb
 
 def test_courier_offered_a_job_whose_picture_is_gone_says_so(outbox: Outbox) -> None:
     """A picture refused the moment before its job came back is reported, so that the job is made anew."""
-    with ScriptedHttp() as server, courier(outbox, server.url) as (running, told, _):
-        running.offered_again("a")
+    with ScriptedHttp() as server, courier(outbox, server.url) as (_, told, _):
+        told.uploads.offered_again("a")
         told.await_count(1)
     assert told.lost == [("a", "the studio refused its picture before")]
 
@@ -475,8 +479,8 @@ def test_courier_forgets_an_offer_of_a_picture_that_is_refused_for_good(outbox: 
     """An unacceptable picture is dropped once; its job, made anew, is not given up for the old offer."""
     add(outbox, "a")
     server = ScriptedHttp((422, {}, {}), OK)
-    with server, courier(outbox, server.url, begins=False) as (running, told, thread):
-        server.on_first = lambda: running.offered_again("a")
+    with server, courier(outbox, server.url, begins=False) as (_, told, thread):
+        server.on_first = lambda: told.uploads.offered_again("a")
         thread.start()
         assert told.settled.get(timeout=LIMIT_S) == "a"
         add(outbox, "b")

@@ -26,8 +26,7 @@ from studio_worker.errors import (
 )
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.route import route_to
-from studio_worker.studio.session.connection import MAX_FRAME_BYTES, now_s, opened, watch
-from studio_worker.studio.session.endings import explain
+from studio_worker.studio.session.connection import MAX_FRAME_BYTES, explain, now_s, opened, watch
 from studio_worker.studio.session.protocol import SessionProtocol
 from tests import certificates
 from tests.lab.frames import CAPABILITIES_JSON, CLAIM
@@ -381,7 +380,7 @@ def test_frame_of_ten_megabytes_is_read(tmp_path: Path) -> None:
         conversation.send(type="offer", claim={**CLAIM, "task": task})
         assert conversation.receive_type("accept")["jobId"] == "j1"
         assert "prompt: has 10000000 bytes" in conversation.receive_type("fail")["error"]
-        running.session.stop()
+        running.stop()
         assert running.end() is None
 
 
@@ -400,7 +399,7 @@ def test_frame_beyond_the_protocol_closes_with_its_code(message: str | bytes, co
         conversation.send_raw(message) if isinstance(message, str) else conversation.send_bad_text(message)
         assert conversation.closed_with() == code
         studio.accept().welcome()
-        running.session.stop()
+        running.stop()
         assert running.end() is None
 
 
@@ -415,7 +414,7 @@ def test_deep_nesting_is_dropped() -> None:
         )
         conversation.send(type="offer", claim=CLAIM)
         assert conversation.receive_type("accept")["jobId"] == "j1"
-        running.session.stop()
+        running.stop()
         assert running.end() is None
 
 
@@ -430,7 +429,7 @@ def test_hello_is_what_the_protocol_says() -> None:
             "authToken": "token-of-w1",
             "capabilities": CAPABILITIES_JSON,
         }
-        running.session.stop()
+        running.stop()
         assert running.end() is None
 
 
@@ -500,5 +499,5 @@ def test_studio_gone_for_an_hour_is_found_again() -> None:
         running = Running(studio, timings=replace(FAST, backoff_base_s=0.001, backoff_cap_s=0.002))
         studio.accept().welcome()
         assert studio.refused == 130
-        running.session.stop()
+        running.stop()
         assert running.end() is None

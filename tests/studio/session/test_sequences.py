@@ -34,16 +34,20 @@ from studio_worker.spool.failures import Failures
 from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.studio.http.api import StudioApi
-from studio_worker.studio.http.courier import Courier, Patience
+from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.http.identity import Credentials
+from studio_worker.studio.http.uploads import Patience, Uploads
 from studio_worker.studio.session.aside import Aside
 from studio_worker.studio.session.exchange import Exchange
+from studio_worker.studio.session.offers import Judgement
+from studio_worker.studio.session.protocol import SessionProtocol
 from studio_worker.studio.session.session import StudioSession
+from studio_worker.studio.session.shipping import Shipping
 from studio_worker.studio.wire import Body
 from studio_worker.work.desk import Desk
 from studio_worker.work.worker import Worker
-from tests.lab.frames import CAPABILITIES, CLAIM
-from tests.played import GatedEngine, NoFiles, situation, untouched_health
+from tests.lab.frames import CLAIM
+from tests.played import GatedEngine, NoFiles, PlayedBox, untouched_health
 from tests.scripted import LIMIT_S
 
 CREDENTIALS = Credentials("w1", "token-of-w1")
@@ -78,8 +82,8 @@ FOLDER = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 class InlineSession(StudioSession):
     """The session without a loop: what other threads ask of it is done at once."""
 
-    def __init__(self, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self._aside = AtOnce(self._call)
 
     def _call(self, what: Callable[..., None], *args: object) -> bool:
@@ -92,6 +96,15 @@ class AtOnce(Aside):
 
     def do(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         then(work())
+
+
+class NotingBox(PlayedBox):
+    """Notes how offers were answered."""
+
+    answers: list[str]
+
+    def offer_answered(self, judgement: Judgement, model: str) -> None:
+        self.answers.append(type(judgement).__name__)
 
 
 class ScriptedApi(StudioApi):
@@ -128,30 +141,11 @@ class Box:
         self.exchange: Exchange | None = None
         self.finished: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.recovered = self.in_hand.recover()
-        self.session = InlineSession(
-            api=api,
-            desk=self.desk,
-            situation=lambda: situation(self.desk, self.courier, self.outbox, self.in_hand, self.failures),
-            capabilities=lambda: CAPABILITIES.model_copy(update={"auto_enabled": not self.desk.is_paused}),
-            uploading=lambda: self.courier.uploading,
-            on_redelivery=lambda job_id: self.courier.offered_again(job_id),
-            on_answer=lambda judgement, model: log.append(type(judgement).__name__),
-            on_unreported=lambda job_id, error, may_pass: self.failures.add(
-                job_id, error, retryable=may_pass
-            ),
-            on_state=lambda state, why: None,
-            shipping=ShippingBuffer(),
-        )
-        self.courier = Courier(
-            self.outbox,
-            api,
-            on_delivered=self.session.delivered,
-            on_unacceptable=lambda job_id, error: self.session.report_failure(job_id, error, retryable=False),
-            on_lost=self.session.lost,
-            on_settled=self.session.settled,
-            reports=Activity(),
-            patience=Patience(0.0, 0.0, 0.0),
-        )
+        self.uploads = Uploads(self.outbox, Patience(0.0, 0.0, 0.0))
+        box = NotingBox(self.desk, self.uploads, self.outbox, self.in_hand, self.failures)
+        box.answers = log
+        self.session = InlineSession(box, self.desk, self.uploads, self.failures, box)
+        self.courier = Courier(api, self.outbox, self.uploads, self.session, Activity())
         finished = self.finished
         session = self.session
 
@@ -217,7 +211,8 @@ class Sequences(RuleBasedStateMachine):
     @precondition(lambda self: self.box.exchange is None)
     @rule(is_welcome=st.sampled_from([True, True, True, False]))
     def connect(self, is_welcome: bool) -> None:
-        self.box.exchange = self.box.session.begin(self.box.send, CREDENTIALS)
+        self.box.exchange = Exchange(SessionProtocol(0.0), Shipping(ShippingBuffer()))
+        self.box.session.begin(self.box.exchange, self.box.send, CREDENTIALS.auth_token)
         if is_welcome:
             self.welcome()
 
@@ -226,7 +221,6 @@ class Sequences(RuleBasedStateMachine):
     def welcome(self) -> None:
         self.welcomed = True
         self.hear(type="welcome", workerId="w1", serverTime="now")
-        self.box.courier.hurry()
 
     @precondition(lambda self: self.box.exchange is not None)
     @rule(code=st.sampled_from(["", "", "internal_error", "protocol_violation", "something_new"]))
@@ -244,8 +238,9 @@ class Sequences(RuleBasedStateMachine):
     @precondition(lambda self: self.box.exchange is not None)
     @rule(message=st.sampled_from(OTHER_FRAMES))
     def other_frame(self, message: str | bytes) -> None:
-        assert self.box.exchange is not None
-        assert not self.box.exchange.receive(message, 1.0)
+        said = len(self.box.frames)
+        self.box.session.receive(message, 1.0)
+        assert len(self.box.frames) == said, "there is nothing to say to this"
 
     @precondition(lambda self: self.box.exchange is not None)
     @rule()
@@ -429,7 +424,7 @@ class Sequences(RuleBasedStateMachine):
                 case "heartbeat":
                     assert frame["capabilities"]["autoEnabled"] in {True, False}
         if self.welcomed:
-            waiting = [job_id for job_id in self.offered if job_id != self.box.courier.uploading]
+            waiting = [job_id for job_id in self.offered if job_id != self.box.uploads.under_way]
             assert waiting == [], "an offer without an answer"
 
     def settle(self, job_id: str) -> None:
@@ -439,7 +434,7 @@ class Sequences(RuleBasedStateMachine):
 
     def hear(self, **frame: Any) -> None:
         assert self.box.exchange is not None
-        self.box.exchange.receive(json.dumps(frame), 1.0)
+        self.box.session.receive(json.dumps(frame), 1.0)
 
     def leave(self) -> None:
         """Let the worker's thread go; nothing it does now counts."""

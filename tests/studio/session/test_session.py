@@ -29,7 +29,7 @@ def scripted() -> Iterator[ScriptedStudio]:
 def running(scripted: ScriptedStudio) -> Iterator[Running]:
     session = Running(scripted)
     yield session
-    session.session.stop()
+    session.stop()
     session.end()
 
 
@@ -153,7 +153,7 @@ def test_session_redelivers_a_job_whose_result_waits(scripted: ScriptedStudio, r
     conversation.welcome()
     conversation.send(type="offer", claim=CLAIM)
     assert conversation.receive_type("accept")["jobId"] == "j1"
-    assert running.redelivered.wait(LIMIT_S)
+    assert running.uploads.is_offered_again("j1")
     assert running.desk.current_job_id is None
 
 
@@ -171,7 +171,7 @@ def test_session_dropped_in_a_job_reconnects_and_takes_the_job_back(
     assert second.receive_type("heartbeat")["currentJobId"] == "j1"
     second.send(type="offer", claim=CLAIM)
     assert second.receive_type("accept")["jobId"] == "j1"
-    assert not running.redelivered.is_set()  # there is no picture yet
+    assert not running.uploads.is_offered_again("j1")  # there is no picture yet
     job = running.taken()
     assert job is not None
     running.session.finished(job)
@@ -263,7 +263,7 @@ def test_session_notices_a_silent_studio(scripted: ScriptedStudio) -> None:
     first = scripted.accept()
     first.welcome()
     scripted.accept().welcome()
-    running.session.stop()
+    running.stop()
     assert running.end() is None
 
 
@@ -349,7 +349,7 @@ def test_session_stopped_sends_what_is_queued_and_closes(scripted: ScriptedStudi
     assert job is not None
     running.desk.close()
     running.session.failed(job, "the worker is stopping", retryable=True)
-    running.session.stop()
+    running.stop()
     assert conversation.receive_type("fail")["error"] == "the worker is stopping"
     assert running.end() is None
 
@@ -393,13 +393,13 @@ def test_session_says_at_once_that_it_is_paused(scripted: ScriptedStudio) -> Non
     running = Running(scripted, timings=replace(FAST, heartbeat_s=3600.0))
     conversation = scripted.accept()
     running.desk.pause()
-    running.session.beat()  # before welcome: nothing may be sent
+    running.session.beat_now()  # before welcome: nothing may be sent
     conversation.welcome()
     assert conversation.receive_type("heartbeat")["capabilities"]["autoEnabled"] is False
     conversation.send(type="offer", claim=CLAIM)
     assert conversation.receive_type("reject")["code"] == "paused"
     running.desk.resume()
-    running.session.beat()
+    running.session.beat_now()
     assert conversation.receive_type("heartbeat")["capabilities"]["autoEnabled"] is True
     conversation.send(type="offer", claim=CLAIM)
     assert conversation.receive_type("accept")["jobId"] == "j1"
@@ -407,7 +407,7 @@ def test_session_says_at_once_that_it_is_paused(scripted: ScriptedStudio) -> Non
     running.desk.resume()  # a drain is not undone by the operator
     conversation.send(type="offer", claim={**CLAIM, "jobId": "j2"})
     assert conversation.receive_type("reject")["code"] == "paused"
-    running.session.stop()
+    running.stop()
     running.end()
 
 
