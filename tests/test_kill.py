@@ -12,7 +12,7 @@ from studio_worker import sample_model
 from studio_worker.demo import MODEL_ID, sample_source, write_configuration
 from studio_worker.demo.jobs import shown_jobs
 from studio_worker.demo.service_process import ServiceProcess
-from studio_worker.local_studio import LocalStudio
+from studio_worker.local_studio import Limits, LocalStudio
 from studio_worker.local_studio.rules import JobStatus, QueuedJob
 from tests.lab.service import hurried
 
@@ -34,7 +34,7 @@ def test_service_killed_at_ten_random_moments_loses_nothing_and_does_nothing_twi
         tmp_path / "studio.sqlite3",
         models_dir=sample_model.WEIGHTS.parent,
         auto_approve=True,
-        max_attempts=KILLS + 1,
+        limits=Limits(max_attempts=KILLS + 1),
     ) as studio:
         config = write_configuration(studio, work)
         environment = hurried(tmp_path, 0.1)  # or it would wait after the third process that died in a job

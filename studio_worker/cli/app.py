@@ -140,15 +140,13 @@ def local_studio(
     logs.configure(fmt="text")  # it is a person who runs it
     token = _read_token(token_file) if token_file is not None else None
 
-    from studio_worker.local_studio import MODELS_FOLDER, run_local_studio
+    from studio_worker.local_studio import MODELS_FOLDER, Door, run_local_studio
 
     models = models or data / MODELS_FOLDER
     run_local_studio(
-        data_dir=data,
-        host=host,
-        port=port,
+        data,
+        Door(host, port, token),
         models_dir=models,
-        token=token,
         auto_approve=approve_all,
         on_ready=lambda studio: _say_where(studio.base_url, models),
     )

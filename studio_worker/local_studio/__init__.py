@@ -7,6 +7,7 @@ a job itself.
 
 from __future__ import annotations
 
-from studio_worker.local_studio.server import MODELS_FOLDER, LocalStudio, run_local_studio
+from studio_worker.local_studio.server import MODELS_FOLDER, Door, LocalStudio, run_local_studio
+from studio_worker.local_studio.sessions import Limits
 
-__all__ = ["MODELS_FOLDER", "LocalStudio", "run_local_studio"]
+__all__ = ["MODELS_FOLDER", "Door", "Limits", "LocalStudio", "run_local_studio"]

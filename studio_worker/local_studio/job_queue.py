@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -40,35 +39,13 @@ class JobQueue:
         self._database = database
         self._clock = clock
 
-    def add(
-        self,
-        *,
-        model: str,
-        task: Mapping[str, Any],
-        model_source: Mapping[str, Any],
-        game_id: str,
-        asset_name: str,
-        vram_gb_estimate: float,
-        max_attempts: int,
-    ) -> QueuedJob:
+    def add(self, job: QueuedJob) -> None:
         """Put a new job at the end of the queue."""
-        job = QueuedJob(
-            job_id=str(uuid.uuid4()),
-            model=model,
-            task=dict(task),
-            model_source=dict(model_source),
-            created_at=self._clock(),
-            game_id=game_id,
-            asset_name=asset_name,
-            vram_gb_estimate=vram_gb_estimate,
-            max_attempts=max_attempts,
-        )
         with self._database.writing() as connection:
             connection.execute(
                 f"INSERT INTO jobs ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})",
                 _values(job),
             )
-        return job
 
     def get(self, job_id: str) -> QueuedJob | None:
         """One job, or ``None`` where the id is unknown."""

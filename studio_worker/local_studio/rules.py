@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypedDict
 
 from studio_worker.errors import ProtocolError
 
@@ -35,6 +35,15 @@ class JobStatus(StrEnum):
 
 
 HELD = (JobStatus.OFFERED, JobStatus.RUNNING)
+
+
+class JobExtras(TypedDict, total=False):
+    """What may be said of a new job besides; ``None`` is as good as nothing."""
+
+    game_id: str | None
+    asset_name: str | None
+    vram_gb_estimate: float | None
+    max_attempts: int | None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -15,18 +16,16 @@ from typing import Self
 import uvicorn
 
 from studio_worker.errors import ConfigError, StudioWorkerError
-from studio_worker.local_studio.sessions import HELLO_TIMEOUT_S
+from studio_worker.local_studio.sessions import Limits
 from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web import seldom
 from studio_worker.local_studio.web.access import Access, is_loopback
 from studio_worker.local_studio.web.app import build_app
 from studio_worker.local_studio.web.visit import visits_of
 from studio_worker.network.crowd import most_connections
-from studio_worker.studio import wire
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PORT = 8765
 DATABASE_NAME = "studio.sqlite3"
 MODELS_FOLDER = "models"
 MIN_TOKEN_CHARS = 16
@@ -37,17 +36,26 @@ MAX_CONNECTIONS = 512
 _BACKLOG = 128
 
 
+@dataclass(frozen=True)
+class Door:
+    """Where a studio listens, and what people must know to use its page and ``/api``.
+
+    ``port`` 0 takes a free one. Without a ``token`` it may listen on loopback only.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    token: str | None = field(default=None, repr=False)
+
+
 class LocalStudio(Studio):
     """A studio that listens. One object is started and stopped once; the file and the port may be used again.
 
     Args:
         database: the SQLite file that holds everything.
-        port: 0 takes a free one; after :meth:`start` this attribute holds the real port.
-        admin_token: what people must know to use the page and ``/api``; required where ``host`` is not
-            loopback.
+        door: after :meth:`start` the attribute ``port`` holds the real one.
         models_dir: folder whose files workers may fetch under ``/models``.
         auto_approve: let every machine in that asks. For demos.
-        max_attempts, heartbeat_timeout_s, hello_timeout_s: see :class:`Studio`.
 
     Raises:
         ConfigError: not loopback and no token, or the database cannot be used.
@@ -57,32 +65,23 @@ class LocalStudio(Studio):
         self,
         database: Path,
         *,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        admin_token: str | None = None,
+        door: Door = Door(),
         models_dir: Path | None = None,
         auto_approve: bool = False,
-        max_attempts: int = 3,
-        heartbeat_timeout_s: float = wire.STUDIO_HEARTBEAT_TIMEOUT_S,
-        hello_timeout_s: float = HELLO_TIMEOUT_S,
+        limits: Limits | None = None,
     ) -> None:
-        if not admin_token and not is_loopback(host):
+        if not door.token and not is_loopback(door.host):
             raise ConfigError(
-                f"listening on {host} opens the studio to the network without a token",
+                f"listening on {door.host} opens the studio to the network without a token",
                 cure="give a token with --token-file, or listen on 127.0.0.1",
                 key="--host",
             )
         seldom.limit_lines()
-        super().__init__(
-            database,
-            max_attempts=max_attempts,
-            heartbeat_timeout_s=heartbeat_timeout_s,
-            hello_timeout_s=hello_timeout_s,
-        )
-        self.host = host
-        self.port = port
+        super().__init__(database, limits)
+        self.host = door.host
+        self.port = door.port
         app = build_app(
-            self, access=Access(admin_token or None), models_dir=models_dir, auto_approve=auto_approve
+            self, access=Access(door.token or None), models_dir=models_dir, auto_approve=auto_approve
         )
         self._server = _Server(
             uvicorn.Config(
@@ -181,11 +180,9 @@ class LocalStudio(Studio):
 
 
 def run_local_studio(
-    *,
     data_dir: Path,
-    host: str = "127.0.0.1",
-    port: int = DEFAULT_PORT,
-    token: str | None = None,
+    door: Door,
+    *,
     models_dir: Path | None = None,
     auto_approve: bool = False,
     on_ready: Callable[[LocalStudio], None] | None = None,
@@ -194,14 +191,13 @@ def run_local_studio(
 
     Args:
         data_dir: holds the database; made where it is missing.
-        token: what people must know; required unless ``host`` is loopback.
         models_dir: model files for workers; ``models`` in the data folder where it is not given.
         on_ready: called once the studio listens, e.g. to print its address.
 
     Raises:
         ConfigError: a mistake of the operator, with its cure.
     """
-    if token is not None and len(token) < MIN_TOKEN_CHARS:
+    if door.token is not None and len(door.token) < MIN_TOKEN_CHARS:
         raise ConfigError(
             f"the token has fewer than {MIN_TOKEN_CHARS} characters",
             cure="make a longer one, e.g. with: openssl rand -hex 32",
@@ -209,9 +205,7 @@ def run_local_studio(
         )
     studio = LocalStudio(
         data_dir / DATABASE_NAME,
-        host=host,
-        port=port,
-        admin_token=token,
+        door=door,
         models_dir=models_dir or data_dir / MODELS_FOLDER,
         auto_approve=auto_approve,
     )

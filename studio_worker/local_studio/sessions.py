@@ -15,6 +15,7 @@ import asyncio
 import json
 import logging
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -34,7 +35,20 @@ from studio_worker.studio import wire
 logger = logging.getLogger(__name__)
 storage_logger = logger.getChild("storage")
 
-HELLO_TIMEOUT_S = 15.0
+
+@dataclass(frozen=True)
+class Limits:
+    """How often a studio has a job tried that does not say so itself, and how long it waits.
+
+    A session whose last heartbeat is older than ``heartbeat_timeout_s`` is closed; a new connection may wait
+    with its ``hello`` for ``hello_timeout_s``.
+    """
+
+    max_attempts: int = 3
+    heartbeat_timeout_s: float = wire.STUDIO_HEARTBEAT_TIMEOUT_S
+    hello_timeout_s: float = 15.0
+
+
 """Of a worker's reason for a failure or a rejection; it is shown whole on the page."""
 
 UPLOADED_KINDS = ("image", "audio_tts", "video")
@@ -44,12 +58,7 @@ _URL_FIELDS = ("initImageUrl", "maskUrl", "refImageUrl", "inputUrl")
 
 
 class Sessions:
-    """All sessions of this studio. Belongs to the server's event loop; :meth:`end` may come from any thread.
-
-    Args:
-        heartbeat_timeout_s: a session whose last heartbeat is older is closed.
-        hello_timeout_s: how long a new connection may wait with its ``hello``.
-    """
+    """All sessions of this studio. Belongs to the server's event loop; any thread may call :meth:`end`."""
 
     def __init__(
         self,
@@ -57,16 +66,13 @@ class Sessions:
         queue: JobQueue,
         shelf: Shelf,
         changes: Changes,
-        *,
-        heartbeat_timeout_s: float = wire.STUDIO_HEARTBEAT_TIMEOUT_S,
-        hello_timeout_s: float = HELLO_TIMEOUT_S,
+        limits: Limits,
     ) -> None:
         self._workers = workers
         self._queue = queue
         self._shelf = shelf
         self._changes = changes
-        self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._hello_timeout_s = hello_timeout_s
+        self._limits = limits
         self._loop: asyncio.AbstractEventLoop | None = None
         self.live: dict[str, WorkerSession] = {}
         self.is_stopping = False
@@ -116,7 +122,7 @@ class Sessions:
     # --- one session --------------------------------------------------------------------------------
 
     async def _greet(self, session: WorkerSession) -> None:
-        session.deadline = time.monotonic() + self._hello_timeout_s
+        session.deadline = time.monotonic() + self._limits.hello_timeout_s
         try:
             hello = await session.next_event()
         except FrameError as error:
@@ -147,7 +153,7 @@ class Sessions:
             logger.warning("frame dropped", extra={"worker_id": session.worker_id, "reason": str(error)})
             return
         except TimeoutError as error:
-            raise EndSession(None, f"no heartbeat for {self._heartbeat_timeout_s:g} s") from error
+            raise EndSession(None, f"no heartbeat for {self._limits.heartbeat_timeout_s:g} s") from error
         if self.live.get(session.worker_id) is not session:
             return  # replaced: its claims are gone, and the command that ends it is on its way
         try:
@@ -223,7 +229,7 @@ class Sessions:
     def _heard(self, session: WorkerSession, capabilities: wire.Capabilities) -> None:
         session.capabilities = capabilities
         session.heartbeat_at = time.time()
-        session.deadline = time.monotonic() + self._heartbeat_timeout_s
+        session.deadline = time.monotonic() + self._limits.heartbeat_timeout_s
         try:
             self._workers.seen(session.worker_id, capabilities)
         except StorageFull as error:  # the worker is here all the same

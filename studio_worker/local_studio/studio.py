@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from studio_worker.jobs import ImageTask
 from studio_worker.local_studio.changes import Changes
 from studio_worker.local_studio.database import Database
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.registry import Registration, Registry
-from studio_worker.local_studio.rules import RESTARTED, JobStatus, QueuedJob
-from studio_worker.local_studio.sessions import HELLO_TIMEOUT_S, Sessions
+from studio_worker.local_studio.rules import RESTARTED, JobExtras, JobStatus, QueuedJob
+from studio_worker.local_studio.sessions import Limits, Sessions
 from studio_worker.local_studio.shelf import LogLine, Model, Shelf
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.views import Views
 from studio_worker.local_studio.workers import RegisteredWorker
 from studio_worker.models import ModelSource
-from studio_worker.studio import wire
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +38,13 @@ class Studio:
 
     Args:
         database: the SQLite file; it and its folder are made where they are missing.
-        max_attempts: how often a job is tried, where it does not say so itself.
-        heartbeat_timeout_s: a session whose last heartbeat is older is closed.
-        hello_timeout_s: how long a new connection may wait with its ``hello``.
 
     Raises:
         ConfigError: the database cannot be used.
     """
 
-    def __init__(
-        self,
-        database: Path,
-        *,
-        max_attempts: int = 3,
-        heartbeat_timeout_s: float = wire.STUDIO_HEARTBEAT_TIMEOUT_S,
-        hello_timeout_s: float = HELLO_TIMEOUT_S,
-    ) -> None:
-        self.max_attempts = max_attempts
+    def __init__(self, database: Path, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
         self.changes = Changes()
         self.database = Database(database, self.changes.bump)
         self.registry = Registry(self.database)
@@ -64,8 +55,7 @@ class Studio:
             self.queue,
             self.shelf,
             self.changes,
-            heartbeat_timeout_s=heartbeat_timeout_s,
-            hello_timeout_s=hello_timeout_s,
+            self.limits,
         )
         self.views = Views(self.queue, self.sessions.live)
         if self.database.is_new:
@@ -116,10 +106,7 @@ class Studio:
         model: str,
         task: Mapping[str, Any] | ImageTask,
         model_source: Mapping[str, Any] | ModelSource | None = None,
-        game_id: str | None = None,
-        asset_name: str | None = None,
-        vram_gb_estimate: float | None = None,
-        max_attempts: int | None = None,
+        **extras: Unpack[JobExtras],
     ) -> str:
         """Queue a job; returns its id.
 
@@ -138,17 +125,21 @@ class Studio:
             if known is None:
                 raise ValueError(f"model: {model!r} is not registered, and no modelSource was given")
             model_source = known.model_source
-        if vram_gb_estimate is None:
-            vram_gb_estimate = known.vram_gb_estimate if known else 0.0
-        job = self.queue.add(
+        estimate_gb = extras.get("vram_gb_estimate")
+        if estimate_gb is None:
+            estimate_gb = known.vram_gb_estimate if known else 0.0
+        job = QueuedJob(
+            job_id=str(uuid.uuid4()),
             model=model,
             task=bodies.checked_task(task),
             model_source=bodies.checked_source(model_source),
-            game_id=game_id or "local",
-            asset_name=asset_name or "picture",
-            vram_gb_estimate=vram_gb_estimate,
-            max_attempts=max_attempts or self.max_attempts,
+            created_at=time.time(),
+            game_id=extras.get("game_id") or "local",
+            asset_name=extras.get("asset_name") or "picture",
+            vram_gb_estimate=estimate_gb,
+            max_attempts=extras.get("max_attempts") or self.limits.max_attempts,
         )
+        self.queue.add(job)
         logger.info("job queued", extra={"job_id": job.job_id, "model": model})
         return job.job_id
 

@@ -12,7 +12,7 @@ import pytest
 import requests
 from websockets.exceptions import InvalidStatus
 
-from studio_worker.local_studio import LocalStudio
+from studio_worker.local_studio import Door, Limits, LocalStudio
 from tests.fakes.machine import CAPABILITIES, PICTURE, SOURCE, WAIT_S, Machine, queue
 
 
@@ -250,7 +250,7 @@ def test_session_second_hello_is_a_violation(machine: Machine) -> None:
 
 def test_session_silent_newcomer_is_sent_away(tmp_path: Path) -> None:
     """A connection without a hello does not stay open for ever."""
-    with LocalStudio(tmp_path / "studio.sqlite3", hello_timeout_s=0.2) as studio:
+    with LocalStudio(tmp_path / "studio.sqlite3", limits=Limits(hello_timeout_s=0.2)) as studio:
         machine = Machine(studio)
         machine.socket = machine.dial()
         frames, code = machine.closing()
@@ -259,7 +259,7 @@ def test_session_silent_newcomer_is_sent_away(tmp_path: Path) -> None:
 
 def test_session_without_heartbeat_is_closed_and_its_job_released(tmp_path: Path) -> None:
     """A worker whose heartbeats stop loses its session and its job, whatever else it still sends."""
-    with LocalStudio(tmp_path / "studio.sqlite3", heartbeat_timeout_s=0.4) as studio:
+    with LocalStudio(tmp_path / "studio.sqlite3", limits=Limits(heartbeat_timeout_s=0.4)) as studio:
         machine = Machine(studio).connect()
         job_id = queue(studio)
         machine.take()
@@ -700,7 +700,7 @@ def test_restart_on_the_same_file_and_port(tmp_path: Path) -> None:
         machine.beat(job_id=in_hand)
         port = studio.port
     assert machine.closing()[1] == 1012
-    with LocalStudio(database, port=port) as studio:
+    with LocalStudio(database, door=Door(port=port)) as studio:
         assert studio.result(done) == PICTURE
         job = studio.job(in_hand)
         assert (job.status, job.attempts) == ("queued", 0)

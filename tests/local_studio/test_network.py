@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from studio_worker.local_studio import LocalStudio, registry
+from studio_worker.local_studio import Door, LocalStudio, registry
 from studio_worker.local_studio.registry import Registry, TooManyPending
 from studio_worker.local_studio.waiting_room import FIRST_POLL_S, SILENT_S
 from studio_worker.local_studio.web import visit
@@ -29,7 +29,7 @@ WAIT_S = 10.0
 
 @pytest.fixture
 def studio(tmp_path: Path) -> Iterator[LocalStudio]:
-    with LocalStudio(tmp_path / "studio.sqlite3", admin_token=TOKEN, models_dir=tmp_path) as running:
+    with LocalStudio(tmp_path / "studio.sqlite3", door=Door(token=TOKEN), models_dir=tmp_path) as running:
         yield running
 
 
@@ -37,7 +37,7 @@ def studio(tmp_path: Path) -> Iterator[LocalStudio]:
 def anywhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStudio]:
     """One studio for all tests that do not mind what others left in it."""
     folder = tmp_path_factory.mktemp("studio")
-    with LocalStudio(folder / "studio.sqlite3", admin_token=TOKEN, models_dir=folder) as running:
+    with LocalStudio(folder / "studio.sqlite3", door=Door(token=TOKEN), models_dir=folder) as running:
         yield running
 
 
@@ -224,7 +224,7 @@ def test_registration_with_a_name_too_long_is_refused(anywhere: LocalStudio, fie
     assert f"{field}: must have at most 200 characters" in json.loads(content)["error"]
 
 
-class Door:
+class Entrance:
     """Registrations from chosen addresses at chosen times."""
 
     def __init__(self, studio: LocalStudio) -> None:
@@ -243,48 +243,48 @@ class Door:
 
 
 @pytest.fixture
-def door(studio: LocalStudio, monkeypatch: pytest.MonkeyPatch) -> Door:
+def entrance(studio: LocalStudio, monkeypatch: pytest.MonkeyPatch) -> Entrance:
     monkeypatch.setattr(registry, "MAX_PENDING", 10)
-    return Door(studio)
+    return Entrance(studio)
 
 
-def test_invented_requests_of_one_address_make_room_for_another(door: Door) -> None:
+def test_invented_requests_of_one_address_make_room_for_another(entrance: Entrance) -> None:
     """Who fills all places from one address keeps nobody else out, even if each of them is asked about."""
-    real = door.asks("10.0.0.1")
-    fakes = [door.asks("10.6.6.6") for _ in range(9)]
+    real = entrance.asks("10.0.0.1")
+    fakes = [entrance.asks("10.6.6.6") for _ in range(9)]
     for each in fakes:
-        door.polls(each)
-    second = door.asks("10.0.0.2")
-    assert {real, second} < door.waiting()
-    assert len(door.waiting()) == 10
+        entrance.polls(each)
+    second = entrance.asks("10.0.0.2")
+    assert {real, second} < entrance.waiting()
+    assert len(entrance.waiting()) == 10
 
 
-def test_requests_nobody_asks_about_make_room(door: Door) -> None:
+def test_requests_nobody_asks_about_make_room(entrance: Entrance) -> None:
     """From one's own address, too, a worker gets in among requests that were never asked about again."""
-    real = door.asks("127.0.0.1")
-    door.polls(real)
+    real = entrance.asks("127.0.0.1")
+    entrance.polls(real)
     for _ in range(9):
-        door.asks("127.0.0.1")
+        entrance.asks("127.0.0.1")
     with pytest.raises(TooManyPending):
-        door.asks("127.0.0.1")
-    door.now += FIRST_POLL_S + 1
-    second = door.asks("127.0.0.1")
-    door.polls(second)
-    assert {real, second} <= door.waiting()
+        entrance.asks("127.0.0.1")
+    entrance.now += FIRST_POLL_S + 1
+    second = entrance.asks("127.0.0.1")
+    entrance.polls(second)
+    assert {real, second} <= entrance.waiting()
 
 
-def test_workers_that_wait_for_a_person_keep_their_places(door: Door) -> None:
+def test_workers_that_wait_for_a_person_keep_their_places(entrance: Entrance) -> None:
     """Real workers, which ask every half minute, are pushed out by none from their own network."""
-    real = {door.asks("192.168.1.5") for _ in range(10)}
+    real = {entrance.asks("192.168.1.5") for _ in range(10)}
     for _ in range(20):
-        door.now += 30
+        entrance.now += 30
         for each in real:
-            door.polls(each)
+            entrance.polls(each)
         with pytest.raises(TooManyPending):
-            door.asks("192.168.1.5")
-    assert door.waiting() == real
-    door.now += SILENT_S + 1
-    assert door.asks("192.168.1.5") in door.waiting()
+            entrance.asks("192.168.1.5")
+    assert entrance.waiting() == real
+    entrance.now += SILENT_S + 1
+    assert entrance.asks("192.168.1.5") in entrance.waiting()
 
 
 # --- the disk ---------------------------------------------------------------------------------------

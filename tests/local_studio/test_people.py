@@ -19,7 +19,7 @@ import requests
 from PIL import Image
 
 from studio_worker.errors import ConfigError
-from studio_worker.local_studio import LocalStudio, run_local_studio
+from studio_worker.local_studio import Door, LocalStudio, run_local_studio
 from tests.fakes.machine import PICTURE, SOURCE, WAIT_S, Machine, queue
 
 TOKEN = "a token of sufficient length"
@@ -54,7 +54,7 @@ def anywhere(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iter
 def guarded(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[LocalStudio]:
     """A studio with a token."""
     database = tmp_path_factory.mktemp("studio") / "studio.sqlite3"
-    with LocalStudio(database, admin_token=TOKEN, models_dir=models_dir) as running:
+    with LocalStudio(database, door=Door(token=TOKEN), models_dir=models_dir) as running:
         yield running
 
 
@@ -540,12 +540,12 @@ def test_log_names_no_token_secret_or_prompt(guarded: LocalStudio, caplog: pytes
 def test_network_needs_a_token(tmp_path: Path, host: str) -> None:
     """Listening beyond loopback without a token is refused, with what to do instead."""
     with pytest.raises(ConfigError, match="--token-file"):
-        LocalStudio(tmp_path / "studio.sqlite3", host=host)
+        LocalStudio(tmp_path / "studio.sqlite3", door=Door(host))
 
 
 def test_network_with_a_token_is_served(tmp_path: Path) -> None:
     """With a token the studio may listen on every address."""
-    with LocalStudio(tmp_path / "studio.sqlite3", host="0.0.0.0", admin_token=TOKEN) as studio:
+    with LocalStudio(tmp_path / "studio.sqlite3", door=Door("0.0.0.0", token=TOKEN)) as studio:
         assert studio.base_url == f"http://127.0.0.1:{studio.port}"
         headers = {"Authorization": f"Bearer {TOKEN}"}
         assert ask(studio, "GET", "/api/state", headers=headers).status_code == 200
@@ -555,14 +555,14 @@ def test_port_in_use_is_a_clear_mistake(tmp_path: Path, anywhere: LocalStudio) -
     """A port that something else holds is named, and the data is free again afterwards."""
     database = tmp_path / "studio.sqlite3"
     with pytest.raises(ConfigError, match=f"port {anywhere.port} is in use"):
-        LocalStudio(database, port=anywhere.port).start()
+        LocalStudio(database, door=Door(port=anywhere.port)).start()
     LocalStudio(database).stop()
 
 
 def test_address_of_another_machine_is_a_clear_mistake(tmp_path: Path) -> None:
     """An address that is not this machine's cannot be listened on."""
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1"):
-        LocalStudio(tmp_path / "studio.sqlite3", host="192.0.2.1", admin_token=TOKEN).start()
+        LocalStudio(tmp_path / "studio.sqlite3", door=Door("192.0.2.1", token=TOKEN)).start()
 
 
 def test_database_in_use_is_a_clear_mistake(studio: LocalStudio) -> None:
@@ -583,13 +583,13 @@ def test_data_folder_that_cannot_be_made_is_a_clear_mistake(tmp_path: Path) -> N
     """A data folder that cannot be written is named with its cure."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="cannot be written"):
-        run_local_studio(data_dir=tmp_path / "file" / "data")
+        run_local_studio(tmp_path / "file" / "data", Door())
 
 
 def test_short_token_is_a_clear_mistake(tmp_path: Path) -> None:
     """A token that could be guessed is refused before anything is opened."""
     with pytest.raises(ConfigError, match="fewer than 16"):
-        run_local_studio(data_dir=tmp_path, token="short")
+        run_local_studio(tmp_path, Door(token="short"))
 
 
 def test_stop_does_not_wait_for_open_pages(tmp_path: Path) -> None:
@@ -609,8 +609,9 @@ def test_stop_does_not_wait_for_open_pages(tmp_path: Path) -> None:
 def test_command_runs_until_a_signal(tmp_path: Path, number: signal.Signals) -> None:
     """The command says where it listens, and ends in order at SIGINT and SIGTERM."""
     script = (
-        "import sys; from pathlib import Path; from studio_worker.local_studio import run_local_studio\n"
-        "run_local_studio(data_dir=Path(sys.argv[1]), port=0,"
+        "import sys; from pathlib import Path\n"
+        "from studio_worker.local_studio import Door, run_local_studio\n"
+        "run_local_studio(Path(sys.argv[1]), Door(),"
         " on_ready=lambda studio: print(studio.base_url, flush=True))\n"
         "print('ended in order')"
     )

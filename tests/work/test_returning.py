@@ -17,7 +17,7 @@ import pytest
 
 from studio_worker.engine import Engine, Router
 from studio_worker.errors import RefusedByStudio
-from studio_worker.local_studio import LocalStudio
+from studio_worker.local_studio import Limits, LocalStudio
 from studio_worker.report.activity import Activity
 from studio_worker.report.logs import ShippingBuffer
 from studio_worker.spool.failures import Failures
@@ -138,7 +138,9 @@ class Box:
 @pytest.fixture
 def studio(tmp_path: Path) -> Iterator[LocalStudio]:
     """A local studio that lets every worker in."""
-    with LocalStudio(tmp_path / "studio.sqlite3", auto_approve=True, max_attempts=9) as running:
+    with LocalStudio(
+        tmp_path / "studio.sqlite3", auto_approve=True, limits=Limits(max_attempts=9)
+    ) as running:
         yield running
 
 
