@@ -112,7 +112,13 @@ def _check_safetensors(file: IO[bytes], size: int) -> None:
     header = json.loads(file.read(length))
     if not isinstance(header, dict):
         raise _Wrong("it is no table of tensors")
-    end = max((each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"), default=0)
+    end = 0
+    for start, stop in sorted(
+        each["data_offsets"] for name, each in header.items() if name != "__metadata__"
+    ):
+        if start != end:
+            raise _Wrong("its tensors do not lie one behind the other")
+        end = stop
     if 8 + length + end != size:
         raise _Wrong(f"it tells of {8 + length + end} bytes, the file has {size}")
 

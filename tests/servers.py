@@ -62,6 +62,7 @@ class ServedFile:
         hold_request: the request with this number (from 0) is held before its answer's first byte.
         hold_every: one request of so many is held in this way, beginning with the first.
         extra_headers: sent with every 200 and 206.
+        repeated: every header is sent twice.
         on_request: called before each answer with the number of earlier requests.
     """
 
@@ -88,6 +89,7 @@ class ServedFile:
     hold_request: int | None = None
     hold_every: int | None = None
     extra_headers: dict[str, str] = field(default_factory=dict)
+    repeated: bool = False
     on_request: Callable[[int], None] | None = None
 
     requests: list[Asked] = field(default_factory=list)
@@ -206,6 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     served: dict[str, ServedFile]
     present: Crowd
+    times = 1
+    """So often is each header sent."""
 
     def setup(self) -> None:
         super().setup()
@@ -218,6 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
         if file is None:
             self._head(404, {"Content-Length": "0"})
             return
+        self.times = 2 if file.repeated else 1
         earlier = len(file.requests)
         file.requests.append(Asked(self.path, {name.lower(): value for name, value in self.headers.items()}))
         if file.on_request is not None:
@@ -312,7 +317,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _head(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
         for name, value in {"Connection": "close", **headers}.items():
-            self.send_header(name, value)
+            for _ in range(self.times):
+                self.send_header(name, value)
         self.end_headers()
 
 

@@ -111,6 +111,11 @@ HEADERS = {
     "a number of many digits.safetensors": b'{"t":{"dtype":"F32","shape":[1],"data_offsets":[0,%s]}}'
     % (b"9" * 10_000),
     "one offset.safetensors": b'{"t":{"dtype":"F32","shape":[1],"data_offsets":[0]}}' + bytes(64),
+    "two tensors in one place.safetensors": b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
+    b'"b":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}' + bytes(16),
+    "a tensor beyond the end.safetensors": b'{"t":{"dtype":"F32","shape":[400],"data_offsets":[0,1600]}}'
+    + bytes(16),
+    "a hole.safetensors": b'{"t":{"dtype":"F32","shape":[4],"data_offsets":[16,32]}}' + bytes(32),
     "no table.safetensors": b'{"t":["a table","has","names"]}',
     "nested.safetensors": b'{"a":' * 100_000,
     "a million keys.gguf": gguf_head(0, 10**6) + bytes(100),
@@ -133,6 +138,16 @@ def test_header_that_was_made_up_is_damage(name: str, tmp_path: Path) -> None:
         content = struct.pack("<Q", length) + content
     path.write_bytes(content)
     assert "its header is wrong" in (header_problem(path, path.name) or "")
+    with pytest.raises(FileDamaged):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("metadata", [b"", b'"__metadata__":{"epoch":5},'])
+def test_tensor_longer_than_its_place_is_damage(metadata: bytes, tmp_path: Path) -> None:
+    """A tensor that would be read from its neighbour's bytes is damage, whatever the metadata are."""
+    header = b"{%s" % metadata + b'"t":{"dtype":"F32","shape":[400],"data_offsets":[0,16]}}'
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
     with pytest.raises(FileDamaged):
         read_checkpoint(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import signal
 import threading
@@ -146,6 +147,21 @@ def test_service_does_a_job_and_stops_cleanly(site: Path, studio: LocalStudio, t
     assert result is not None
     assert result.generation_meta is not None
     assert result.generation_meta["seed"] == 7
+
+
+def test_service_whose_output_nobody_reads_goes_on(site: Path, studio: LocalStudio, tmp_path: Path) -> None:
+    """Where whoever reads the service's output is gone (a crashed journal, a closed pipe), jobs are done."""
+    os.mkfifo(tmp_path / "log")
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+    with ServiceProcess(site, tmp_path / "log") as running:
+        running.await_message("READY=1", READY_S)
+        os.close(reader)
+        (tmp_path / "log").unlink()
+        (tmp_path / "log").touch()  # for whoever asks ServiceProcess what was logged
+        job_id = queue_synthetic(studio)
+        await_status(studio, job_id, "done")
+        assert running.stop() == 0
+    assert studio.job(job_id).completions == 1
 
 
 def test_service_paints_within_a_mask_that_came_in_the_offer(

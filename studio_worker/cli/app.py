@@ -119,18 +119,22 @@ def register(
 def local_studio(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8765,
-    data: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the studio's SQLite file.")] = Path(
-        "studio-data"
-    ),
+    data: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for the studio's SQLite file.", readable=False)
+    ] = Path("studio-data"),
     models: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder of model files to serve; default: models in the data folder."
+            metavar="DIR",
+            help="Folder of model files to serve; default: models in the data folder.",
+            readable=False,
         ),
     ] = None,
     token_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="File with the token people need (required off loopback)."),
+        typer.Option(
+            metavar="FILE", help="File with the token people need (required off loopback).", readable=False
+        ),
     ] = None,
     approve_all: Annotated[
         bool, typer.Option("--approve-all", help="Approve every worker that asks (trusted networks only).")
@@ -176,7 +180,9 @@ def _read_token(path: Path) -> str:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the pictures.")] = Path("demo"),
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for the pictures.", readable=False)
+    ] = Path("demo"),
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave studio and worker running and print the page's address.")
     ] = False,

@@ -35,7 +35,13 @@ _Model = Annotated[
 ]
 _Output = Annotated[
     Path,
-    typer.Option("--output", "-o", metavar="FILE", help="png, webp or jpg by its name; - is stdout (png)."),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="png, webp or jpg by its name; - is stdout (png).",
+        readable=False,
+    ),
 ]
 _Negative = Annotated[str, typer.Option(help="What the picture must not show.")]
 _Seed = Annotated[int | None, typer.Option(help="The same seed makes the same picture.")]
@@ -43,13 +49,20 @@ _Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
 _Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels, or one number for a square.")]
 _Cfg = Annotated[float | None, typer.Option(help="Guidance: how closely the prompt is followed.")]
 _Sampler = Annotated[str | None, typer.Option(help="euler, euler_a, heun, dpm++2m, lcm, …")]
-_Init = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to start from (image-to-image).")]
+_Init = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A picture to start from (image-to-image).", readable=False),
+]
 _Mask = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="White where the picture may change (inpainting), or what is removed."),
+    typer.Option(
+        metavar="FILE",
+        help="White where the picture may change (inpainting), or what is removed.",
+        readable=False,
+    ),
 ]
 _Reference = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="A picture to edit as the prompt says.")
+    Path | None, typer.Option(metavar="FILE", help="A picture to edit as the prompt says.", readable=False)
 ]
 _Denoise = Annotated[
     float | None, typer.Option(min=0, max=1, help="With --init: how far it may change, 0 to 1.")

@@ -13,7 +13,10 @@ def gpu_check(
         str, typer.Option(help="cuda or cuda:N; cpu rehearses everything at small sizes.")
     ] = "cuda",
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Everything that was found, as JSON.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Everything that was found, as JSON.", readable=False
+        ),
     ] = Path("gpu-check.json"),
     only: Annotated[
         str, typer.Option(metavar="PATTERN", help="Rows whose names match, e.g. 'flux*' or '*Q4_K'.")
@@ -23,7 +26,11 @@ def gpu_check(
     ] = 8.0,
     work: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="For files of 14 GB; by default a folder on a disk that has room."),
+        typer.Option(
+            metavar="DIR",
+            help="For files of 14 GB; by default a folder on a disk that has room.",
+            readable=False,
+        ),
     ] = None,
 ) -> None:
     """Prove on this box's GPU what only a GPU can prove: a table, and a JSON file.

@@ -151,7 +151,9 @@ def models_prune(
 
 @models_app.command("export")
 def models_export(
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="A folder, or a file that ends in .tar.")],
+    dest: Annotated[
+        Path, typer.Argument(metavar="DEST", help="A folder, or a file that ends in .tar.", readable=False)
+    ],
     models: Annotated[
         list[str] | None,
         typer.Argument(metavar="[MODEL]...", help="Which models; default: the required ones."),
@@ -177,7 +179,9 @@ def models_export(
 
 @models_app.command("import")
 def models_import(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A bundle: a folder or a tar file.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A bundle: a folder or a tar file.", readable=False)
+    ],
     directory: ConfigDir = config.DEFAULT_DIR,
 ) -> None:
     """Verify a bundle's files and place them; can be repeated."""

@@ -12,8 +12,10 @@ import typer
 
 from studio_worker.plain import plain
 
+# No path is looked at by typer (readable=False), here or elsewhere: whoever opens it says what is wrong.
 ConfigDir = Annotated[
-    Path, typer.Option("--config", metavar="DIR", help="Configuration folder.", show_default=True)
+    Path,
+    typer.Option("--config", metavar="DIR", help="Configuration folder.", show_default=True, readable=False),
 ]
 
 

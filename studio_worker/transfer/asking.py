@@ -48,6 +48,7 @@ class Session(requests.Session):
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.headers["User-Agent"] = f"studio-worker/{__version__}"
+        self.hooks["response"].append(_each_once)
         check = policy.networks.check if policy.networks else None
         self.adapter = Adapter(stall_s=policy.stall_s, reached=policy.reached, check=check)
         for scheme in ("http://", "https://"):
@@ -55,6 +56,13 @@ class Session(requests.Session):
 
     def get_redirect_target(self, resp: requests.Response) -> None:  # noqa: ARG002  (requests' signature)
         return None
+
+
+def _each_once(response: requests.Response, **_: object) -> None:
+    """A header that is repeated word for word, as some proxies do, counts once (RFC 9110, 8.6: lengths)."""
+    found = response.raw.headers
+    for name in found:
+        response.headers[name] = ", ".join(dict.fromkeys(found.getlist(name)))
 
 
 class _Bearer(requests.auth.AuthBase):

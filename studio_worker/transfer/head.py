@@ -33,8 +33,9 @@ class Head:
 
     @property
     def length(self) -> int | None:
-        """``Content-Length``, where it is given and counts."""
-        return None if self.is_chunked else _number(self.headers.get("Content-Length", ""))
+        """``Content-Length``, where it is given and counts; said twice in a line it counts once."""
+        given = {each.strip() for each in self.headers.get("Content-Length", "").split(",")}
+        return None if self.is_chunked or len(given) > 1 else _number(given.pop())
 
     @property
     def is_chunked(self) -> bool:

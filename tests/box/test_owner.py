@@ -11,12 +11,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from studio_worker import sample_model
-from tests.servers import FileServer
+from tests.servers import FileServer, refused_url
 
 ROOT = Path(__file__).parents[2]
 SERVICE = 65534
@@ -55,8 +55,8 @@ class Box(NamedTuple):
     models: Path
     secret: Path
 
-    def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        """A command as root."""
+    def run(self, *words: str | Path, **rights: Any) -> subprocess.CompletedProcess[str]:
+        """A command as root, or as ``rights`` say."""
         return subprocess.run(
             [PYTHON, "-m", "studio_worker", *map(str, words), "--config", str(self.etc)],
             cwd=ROOT,
@@ -65,6 +65,7 @@ class Box(NamedTuple):
             text=True,
             check=False,
             timeout=120,
+            **rights,
         )
 
     def secrets(self) -> dict[str, tuple[int, str]]:
@@ -287,3 +288,62 @@ def test_token_that_only_root_may_read_is_used(box: Box, mirror: FileServer) -> 
     file = mirror.serve("/a.safetensors", WEIGHTS)
     assert box.run("models", "pull").returncode == 0
     assert file.requests[0].headers["authorization"] == "Bearer token"
+
+
+STRANGER = 54321
+
+
+@pytest.mark.parametrize("words", [("check-config",), ("models", "list"), ("register",), ("status",)])
+def test_configuration_that_this_user_may_not_enter_is_one_line(box: Box, words: tuple[str, ...]) -> None:
+    """A command of somebody else's, whose configuration is closed to them, says so in one line, with 78."""
+    box.etc.chmod(0o700)
+    done = box.run(*words, user=STRANGER, group=STRANGER, extra_groups=[])
+    assert done.returncode == 78
+    assert "config.toml: cannot be read: Permission denied" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_user_whom_the_system_does_not_know_is_served(box: Box) -> None:
+    """A service whose user is in no passwd file and has no home, as in many containers, works like any."""
+    sockets = box.etc.parent / "run"
+    sockets.mkdir()
+    for own in (box.state, box.models, sockets):
+        os.chown(own, STRANGER, STRANGER)
+    with (box.etc / "config.toml").open("a") as config:
+        config.write(f'[studio]\napi_base_url = "{refused_url("/")}"\n')
+    known = {"USER", "LOGNAME", "LNAME", "USERNAME"}
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in known}
+    rights: dict[str, Any] = {"user": STRANGER, "group": STRANGER, "extra_groups": []}
+
+    def start(*words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [PYTHON, "-m", "studio_worker", *words, "--config", str(box.etc)],
+            cwd=ROOT,
+            env={**environment, "HOME": "/nonexistent"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **rights,
+        )
+
+    for words, status in (
+        (["check-config"], 0),
+        (["models", "pull"], 0),
+        (["models", "list"], 0),
+        (["doctor"], 1),
+    ):
+        with start(*words) as command:
+            said, _ = command.communicate(timeout=120)
+        assert (command.returncode, "Traceback" in said) == (status, False), said
+    with start("run") as service:
+        assert service.stdout is not None
+        said = ""
+        while "registration has to wait" not in said:  # READY, and the studio is not there
+            line = service.stdout.readline()
+            assert line, said
+            said += line
+        service.terminate()
+        rest, _ = service.communicate(timeout=120)
+    assert service.returncode == 0
+    assert "service ready" in said
+    assert "Traceback" not in said + rest

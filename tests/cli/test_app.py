@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.server
+import inspect
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import threading
 import tomllib
+import typing
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -129,6 +131,15 @@ def test_help_explains_every_command(path: tuple[str, ...]) -> None:
         assert getattr(option, "help", None), f"{option.name} is not explained"
         is_argument = option.param_type_name == "argument"
         assert (option.metavar if is_argument else option.opts[0]) in done.output
+
+
+@pytest.mark.parametrize("path", [path for path in COMMANDS if path != ("models",)], ids=" ".join)
+def test_no_command_leaves_a_file_to_the_librarys_words(path: tuple[str, ...]) -> None:
+    """A folder or file that may not be read is told in one line, as everything else, by whoever opens it."""
+    hints = typing.get_type_hints(inspect.unwrap(COMMANDS[path].callback), include_extras=True)
+    parts = {name: typing.get_args(hint) for name, hint in hints.items()}
+    paths = {name: said for name, said in parts.items() if said and said[0] in {Path, Path | None}}
+    assert [name for name, (_, option) in paths.items() if option.readable] == []
 
 
 def test_help_is_shown_where_no_command_is_given() -> None:

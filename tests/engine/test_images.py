@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image
 
 from studio_worker.engine import images
 from studio_worker.engine.images import cells, decode_mask, decode_picture
@@ -33,14 +33,42 @@ def test_picture_is_resized_to_the_job() -> None:
     assert decode_picture(encoded(scene(300, 100)), "initial picture", 128, 64).size == (128, 64)
 
 
-def test_orientation_of_a_photo_is_applied() -> None:
+AS_STORED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""What a camera does to an upright picture for each orientation that it then states (Exif 2.3, 4.6.4)."""
+
+
+@pytest.mark.parametrize("orientation", AS_STORED)
+def test_orientation_of_a_photo_is_applied(orientation: int) -> None:
     """A photo that says in its EXIF data which side is up is turned that way."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to show
-    data = encoded(scene(), "JPEG", exif=exif, quality=95)
-    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    assert decode_picture(data, "initial picture", 64, 64).tobytes() == upright.convert("RGB").tobytes()
-    assert np.asarray(upright)[5, 60].tolist()[0] > 150  # the red corner is now at the top right
+    exif[0x0112] = orientation
+    turn = AS_STORED[orientation]
+    photo = scene(64, 48) if turn is None else scene(64, 48).transpose(turn)
+    upright = decode_picture(encoded(photo, "JPEG", exif=exif, quality=95), "initial picture", 64, 48)
+    assert np.abs(np.asarray(upright, int) - np.asarray(scene(64, 48), int)).mean() < 3
+
+
+def test_photo_with_a_second_picture_is_its_first() -> None:
+    """A phone's photo that holds depths or a brighter version as a second picture (MPO) is its first one."""
+    data = encoded(scene(), "MPO", save_all=True, append_images=[Image.new("RGB", (64, 64))], quality=95)
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    picture = decode_picture(data, "initial picture", 64, 64)
+    assert np.abs(np.asarray(picture, int) - np.asarray(scene(), int)).mean() < 3
+
+
+@pytest.mark.parametrize("size", [(8, 8), (2000, 10), (9, 3000)])
+def test_reference_of_any_shape_keeps_its_size(size: tuple[int, int]) -> None:
+    """A reference picture, however small or long, is given on in its own size."""
+    assert images.decode_reference(encoded(Image.new("RGB", size, (1, 200, 3)))).size == size
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -196,6 +224,20 @@ def test_picture_is_made_smaller_as_light_mixes() -> None:
     stripes[:, ::2] = 255
     picture = decode_picture(encoded(Image.fromarray(stripes)), "initial picture", 64, 64)
     assert np.abs(np.asarray(picture, dtype=int) - 188).max() <= 1  # sRGB's grey of half the light
+
+
+@pytest.mark.parametrize("form", ["L", "1", "P", "RGB", "LA", "RGBA", "16 bits", "JPEG", "WEBP"])
+def test_mask_may_be_kept_in_any_form(form: str) -> None:
+    """What is white in a mask may change, in whatever numbers, colours or file the mask is kept."""
+    half = Image.new("L", (64, 48), 0)
+    half.paste(255, (32, 0, 64, 48))
+    if form == "16 bits":
+        data = encoded(Image.fromarray(np.asarray(half).astype(np.uint16) * 257))
+    elif form in {"JPEG", "WEBP"}:
+        data = encoded(half.convert("RGB"), form)
+    else:
+        data = encoded(half.convert(form))
+    assert decode_mask(data, 64, 48).tobytes() == half.tobytes()
 
 
 def test_transparent_mask_keeps() -> None:

@@ -134,3 +134,17 @@ def test_picture_has_the_size_that_was_asked_for(
     is_unet = isinstance(SERVED[name], UNetFamily)
     assert pixels(made).shape[:2] == ((64, 128) if is_unet else (40, 72))
     assert (made.meta["askedWidth"], made.meta["askedHeight"]) == (72, 33)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_smallest_and_longest_pictures_are_made(
+    name: str, files: dict[str, tuple[LocalFile, ...]], engines: dict[str, DiffusionEngine]
+) -> None:
+    """A picture of 16 pixels, and one that is eight times as long as high, are made by every family."""
+    inputs = jobs(name)["mask"][0] if SERVED[name].sees_mask else Inputs()
+    for width, height in ((16, 16), (16, 128), (128, 16)):
+        defaults = DEFAULTS.model_copy(update={"width": width, "height": height})
+        made = make(engines[name], files[name], defaults=defaults, inputs=inputs, steps=1)
+        is_unet = isinstance(SERVED[name], UNetFamily)
+        sides = (max(64, side) if is_unet else side for side in (height, width))
+        assert pixels(made).shape[:2] == tuple(sides)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.server
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,4 +209,107 @@ def test_download_does_with_the_threads_that_there_are(
     monkeypatch.setattr(threading.Thread, "start", once)
     download_file(file.url, tmp_path / "m", sha256=file.sha256, policy=Policy(delays_s=()))
 
+    assert (tmp_path / "m").read_bytes() == LARGE
+
+
+@pytest.mark.parametrize("lengths", [b"20\r\nContent-Length: 20", b"20, 20", b"20\r\nContent-Length: 21"])
+def test_length_that_is_said_twice_is_one(tmp_path: Path, lengths: bytes) -> None:
+    """The same Content-Length twice is one; where the two differ nobody knows when the file is whole."""
+    policy = Policy(delays_s=())
+    with raw_server(b"HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n%s" % (lengths, BODY)) as url:
+        if b"21" not in lengths:
+            download_file(f"{url}/m", tmp_path / "m", policy=policy)
+            assert (tmp_path / "m").read_bytes() == BODY
+        else:
+            with pytest.raises(DownloadError):
+                download_file(f"{url}/m", tmp_path / "m", policy=policy)
+            assert not (tmp_path / "m").exists()
+
+
+def test_headers_that_are_said_twice_are_one(server: FileServer, tmp_path: Path) -> None:
+    """Where a proxy repeats whatever the server says, redirects are followed and a broken file is resumed."""
+    file = server.serve("/m", LARGE[:200_000], repeated=True, drop_after=70_000)
+    moved = server.serve("/moved", b"", repeated=True, redirect="/m")
+
+    download_file(moved.url, tmp_path / "m", policy=Policy(delays_s=(0.0,)))
+
+    assert (tmp_path / "m").read_bytes() == file.content
+    assert file.bytes_sent == len(file.content)
+
+
+@pytest.mark.parametrize("is_hash_known", [True, False])
+def test_range_that_comes_as_a_form_is_never_in_the_file(tmp_path: Path, is_hash_known: bool) -> None:
+    """A range that comes as one part of a form is not taken for the file's bytes; the file comes whole."""
+    ranges: list[str | None] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked = self.headers.get("Range")
+            ranges.append(asked)
+            if asked is None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(BODY)))
+                self.send_header("ETag", '"one"')
+                self.end_headers()
+                self.wfile.write(BODY[:7] if len(ranges) == 1 else BODY)  # the first one breaks off
+                return
+            first = int(asked.removeprefix("bytes=").partition("-")[0])
+            part = b"--x\r\nContent-Range: bytes %d-%d/%d\r\n\r\n" % (first, len(BODY) - 1, len(BODY))
+            form = part + BODY[first:] + b"\r\n--x--\r\n"
+            self.send_response(206)
+            self.send_header("Content-Type", "multipart/byteranges; boundary=x")
+            self.send_header("Content-Length", str(len(form)))
+            self.end_headers()
+            self.wfile.write(form)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Keep quiet."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    sha256 = hashlib.sha256(BODY).hexdigest() if is_hash_known else None
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/m"
+        download_file(url, tmp_path / "m", sha256=sha256, policy=Policy(delays_s=(0.0,) * 3))
+    finally:
+        server.shutdown()
+        server.server_close()
+
+    assert (tmp_path / "m").read_bytes() == BODY
+    assert ranges[0] is None
+    assert ranges[-1] is None
+
+
+@pytest.mark.parametrize("no_length", [False, True])
+def test_file_of_no_bytes_is_a_file(server: FileServer, tmp_path: Path, no_length: bool) -> None:
+    """A file that holds nothing is downloaded as that."""
+    file = server.serve("/m", b"", no_length=no_length)
+
+    download_file(file.url, tmp_path / "m", sha256=file.sha256, policy=Policy(delays_s=()))
+
+    assert (tmp_path / "m").read_bytes() == b""
+
+
+FEW_DESCRIPTORS = """
+import resource, sys
+from pathlib import Path
+from studio_worker.download import Policy, download_file
+held = [open(0, closefd=False) for _ in range(3)]
+resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
+download_file(sys.argv[1], Path(sys.argv[2]), sha256=sys.argv[3], policy=Policy(delays_s=(0.1,)))
+"""
+
+
+def test_download_does_with_few_descriptors(server: FileServer, tmp_path: Path) -> None:
+    """Where the system gives a process hardly any open file, a download has fewer connections, and comes."""
+    file = server.serve("/m", LARGE, rate=8_000_000)
+
+    child = subprocess.run(
+        [sys.executable, "-c", FEW_DESCRIPTORS, file.url, str(tmp_path / "m"), file.sha256],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (child.returncode, child.stderr) == (0, "")
     assert (tmp_path / "m").read_bytes() == LARGE

@@ -333,6 +333,15 @@ def test_checkpoint_cut_short_is_an_error(length: int, tmp_path_factory: pytest.
     assert caught.value.retryable
 
 
+def test_bytes_behind_the_end_are_damage(tmp_path: Path) -> None:
+    """Weights with bytes behind their end, as of two copies in one, are an error that another may mend."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(sample_model.WEIGHTS.read_bytes() + bytes(100))
+    with pytest.raises(JobError, match=r"model\.safetensors is not a whole safetensors file") as caught:
+        read_checkpoint(path)
+    assert caught.value.retryable
+
+
 def test_gguf_cut_short_is_an_error(tmp_path: Path) -> None:
     """A damaged GGUF file is a clear error that another copy may mend."""
     path = tmp_path / "model.gguf"

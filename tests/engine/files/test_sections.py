@@ -134,3 +134,25 @@ def test_memory_that_runs_out_while_loading_is_no_fault_of_the_file(
     with pytest.raises(JobError, match="out of memory") as caught:
         picture(DiffusionEngine("cpu", families=(family,)), *parts.values())
     assert caught.value.retryable
+
+
+def test_numbers_of_several_kinds_in_one_file_make_their_picture(tmp_path: Path) -> None:
+    """A checkpoint of double, single and half precision and bfloat16 at once, as merging tools leave it,
+    makes the picture of the very numbers that it has.
+    """
+    types = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+    def mixed(tensors: dict[str, Any]) -> None:
+        for index, name in enumerate(tensors):
+            if tensors[name].is_floating_point():  # all of them hold what bfloat16 leaves of half precision
+                tensors[name] = tensors[name].to(torch.bfloat16).to(types[index % len(types)])
+
+    def single(tensors: dict[str, Any]) -> None:
+        for name in tensors:
+            if tensors[name].is_floating_point():
+                tensors[name] = tensors[name].to(torch.bfloat16).float()
+
+    engine = DiffusionEngine("cpu")
+    found = picture(engine, changed_sample(tmp_path / "mixed.safetensors", mixed))
+    assert found == picture(engine, changed_sample(tmp_path / "single.safetensors", single))
+    assert found != picture(engine, SAMPLE)

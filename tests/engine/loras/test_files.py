@@ -145,6 +145,43 @@ def test_strength_and_rank_may_differ_by_layer(
     assert far(make(engine, SAMPLE), expected)[0] > 1
 
 
+TYPES = (torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("type_", TYPES, ids=str)
+def test_lora_in_any_numbers_is_what_they_say(
+    engine: DiffusionEngine, plain: Tensors, tmp_path: Path, type_: torch.dtype
+) -> None:
+    """A LoRA that is saved in other numbers than single precision works as the very numbers that they are."""
+    tensors, changes = {}, {}
+    for index, layer in enumerate(layers(plain, "to_v")):
+        down, up = (each.to(type_) for each in factors(plain, layer, index))
+        stem = f"lora_unet_{layer.replace('.', '_')}"
+        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        changes[layer] = up.float() @ down.float()
+    expected = make(engine, merged(tmp_path / "merged.safetensors", plain, changes))
+    assert far(make(engine, SAMPLE, written(tmp_path / "style.safetensors", tensors)), expected)[1] <= 2
+    assert far(make(engine, SAMPLE), expected)[0] > 1
+
+
+def test_lora_of_a_text_encoder_alone_works(engine: DiffusionEngine, plain: Tensors, tmp_path: Path) -> None:
+    """A LoRA in kohya's names of a text encoder's queries and values, and of nothing else, is applied."""
+    generator = torch.Generator().manual_seed(5)
+    tensors, changes = {}, {}
+    for name in plain:
+        if name.startswith(READER) and name.endswith(("q_proj.weight", "v_proj.weight")):
+            layer = name.removeprefix(READER).removesuffix(".weight")
+            out, into = plain[name].shape
+            down = torch.randn(4, into, generator=generator) * 0.3
+            up = torch.randn(out, 4, generator=generator) * 0.3
+            stem = f"lora_te_text_model_{layer.replace('.', '_')}"
+            tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+            changes[layer] = up @ down
+    expected = make(engine, merged(tmp_path / "merged.safetensors", plain, changes))
+    assert far(make(engine, SAMPLE, written(tmp_path / "style.safetensors", tensors)), expected)[1] <= 2
+    assert far(make(engine, SAMPLE), expected)[0] > 1
+
+
 # --- names of old, and of others ---
 
 

@@ -270,3 +270,33 @@ def test_box_that_refuses_what_it_is_offered_says_why() -> None:
         said.append(news.activity.snapshot().status)
     why = "ready; the last offer was refused: the disk for finished pictures is full"
     assert said == [why, why, "ready"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "read"),
+    [
+        ("seed", 5.0, 5),
+        ("seed", "5", 5),
+        ("seed", None, None),
+        ("width", "512", 512),
+        ("steps", None, None),
+        ("cfgScale", 7, 7.0),
+        ("denoise", "0.5", 0.5),
+        ("negativePrompt", None, None),
+    ],
+)
+def test_numbers_as_sloppy_clients_write_them_are_read(field: str, value: Any, read: Any) -> None:
+    """A number as text, a whole one with a point, a null for what may be absent: read as what it means."""
+    judgement = judge({**CLAIM, "task": {"kind": "image", "prompt": "x", field: value}}, IDLE)
+    assert isinstance(judgement, Take)
+    assert judgement.job.task.model_dump(by_alias=True)[field] == read
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("seed", 5.5), ("seed", 1e30), ("width", "wide"), ("denoise", None), ("ext", None)]
+)
+def test_field_that_means_nothing_is_named(field: str, value: Any) -> None:
+    """What cannot be read fails the job for good, by the name of the field."""
+    judgement = judge({**CLAIM, "task": {"kind": "image", "prompt": "x", field: value}}, IDLE)
+    assert isinstance(judgement, Impossible)
+    assert field in judgement.error
