@@ -14,8 +14,9 @@ import requests
 
 from studio_worker.doctor.results import Box, Result, failure, ok, warning
 from studio_worker.network.urls import safe_url
-from studio_worker.studio.http.api import USER_AGENT, api_root
+from studio_worker.studio.http.api import api_root
 from studio_worker.studio.http.route import route_to
+from studio_worker.studio.http.transport import USER_AGENT
 
 _CONNECT_S = 10.0
 _CLOCK_WARNING_S = 30.0

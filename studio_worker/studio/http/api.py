@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import io
 import json
-import ssl
-import threading
-import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
-import requests
 import urllib3
 from pydantic import TypeAdapter, ValidationError
 
-from studio_worker import __version__
 from studio_worker.errors import (
     DeliveryRefused,
     RefusedByStudio,
     StudioUnavailable,
     UnknownRegistration,
 )
-from studio_worker.network import certificates
-from studio_worker.network.connecting import Adapter, Reached
-from studio_worker.network.reasons import innermost, reason
 from studio_worker.network.retry_after import retry_after_s
 from studio_worker.spool.delivery import Delivery
-from studio_worker.studio.http.route import route_to
+from studio_worker.studio.http.transport import Answer, Transport
 from studio_worker.studio.wire import (
     DECISION,
     Approved,
@@ -40,15 +28,7 @@ from studio_worker.studio.wire import (
     mime_type,
 )
 
-USER_AGENT = f"studio-worker/{__version__}"
-
 _ROUTE = "/graphics/api"
-_TIMEOUT_S = (15.0, 60.0)
-"""For the connection and each piece sent; for the wait for an answer. An upload may take longer in all."""
-_ANSWER_LIMIT_S = 60.0
-_ANSWER_LIMIT_BYTES = 1024 * 1024
-_WARM_S = 4.0
-"""So long a connection is used again: less than servers keep an idle one (uvicorn 5 s, nginx 75 s)."""
 _RETRY_AFTER_CAP_S = 3600.0
 """A studio that asks for more is asked again after an hour: it may have been a mistake."""
 
@@ -58,15 +38,6 @@ _REGISTERED = TypeAdapter(RegisterAnswer)
 
 _GATEWAY_STATUSES = frozenset({502, 504})
 """What stands before the studio has sent the request on and got no answer to it (RFC 9110, 15.6)."""
-
-
-class _Answer(NamedTuple):
-    """``is_second``: the one to a try just before was lost."""
-
-    status: int
-    headers: Mapping[str, str]
-    content: bytes
-    is_second: bool = False
 
 
 def api_root(api_base_url: str) -> str:
@@ -90,9 +61,8 @@ class StudioApi:
 
     def __init__(self, api_base_url: str) -> None:
         self.root = api_root(api_base_url)
-        self.route = route_to(self.root)
-        self._reached = Reached()
-        self._warm = threading.local()
+        self._transport = Transport(self.root)
+        self.route = self._transport.route
 
     def session_url(self, worker_id: str) -> str:
         """The WebSocket address of a worker's session."""
@@ -105,7 +75,7 @@ class StudioApi:
         Raises:
             StudioUnavailable: anything but a readable 2xx answer.
         """
-        answer = self._send(
+        answer = self._transport.send(
             "POST",
             "/workers/register-request",
             data=body.to_json().encode(),
@@ -120,7 +90,9 @@ class StudioApi:
             UnknownRegistration: 404 or 401; drop request id and secret and start over.
             StudioUnavailable: anything else that is no readable answer.
         """
-        answer = self._send("GET", f"/workers/register-requests/{quote(request_id, safe='')}", token=secret)
+        answer = self._transport.send(
+            "GET", f"/workers/register-requests/{quote(request_id, safe='')}", token=secret
+        )
         if answer.status in {401, 404}:
             raise UnknownRegistration(f"the studio answered HTTP {answer.status} to our request")
         return _read(DECISION, answer)
@@ -139,7 +111,7 @@ class StudioApi:
             fields["generationMeta"] = json.dumps(dict(delivery.meta), ensure_ascii=False)
         fields["image"] = (f"{delivery.job_id}.{delivery.ext}", delivery.read(), mime_type(delivery.ext))
         body, content_type = urllib3.encode_multipart_formdata(fields)
-        answer = self._send(
+        answer = self._transport.send(
             "POST",
             f"/workers/{quote(worker_id, safe='')}/jobs/{quote(delivery.job_id, safe='')}/complete",
             token=token,
@@ -158,104 +130,8 @@ class StudioApi:
                 "way answers for it, a network's sign-in page most likely"
             )
 
-    def _send(
-        self,
-        method: str,
-        path: str,
-        *,
-        token: str = "",
-        headers: dict[str, str] | None = None,
-        data: bytes | None = None,
-    ) -> _Answer:
-        """One request; its answer is read within limits of size and time, whatever the studio sends."""
-        headers = {"User-Agent": USER_AGENT, **(headers or {})}
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        # Read piece by piece: one write of everything would have to be through within the time limit.
-        body = None if data is None else io.BytesIO(data)
-        is_lost = False
-        try:
-            if (warm := self._take_warm()) is not None:
-                # The other side may be closing it at this very moment; that is no failure.
-                with contextlib.suppress(requests.ConnectionError):
-                    return self._send_by(warm, method, path, headers, body)
-                is_lost = _is_sent(body)
-                if body is not None:
-                    body.seek(0)
-            answer = self._send_by(self._new_session(), method, path, headers, body)
-            return answer._replace(is_second=is_lost)
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            raise StudioUnavailable(
-                f"the studio cannot be reached: {_why(error)}", is_answer_lost=is_lost or _is_sent(body)
-            ) from None
 
-    def _new_session(self) -> requests.Session:
-        session = requests.Session()
-        session.trust_env = False  # the route has read the environment; a netrc must not replace the token
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, Adapter(stall_s=_TIMEOUT_S[1], reached=self._reached))
-        return session
-
-    def _take_warm(self) -> requests.Session | None:
-        """This thread's connection, where it has answered lately.
-
-        Between two pictures the device waits for the upload, and a new connection costs two or three round
-        trips. After a pause none is trusted: what drops an idle one on the way often does so without a word,
-        and the picture would wait for the time limit.
-        """
-        session: requests.Session | None = getattr(self._warm, "session", None)
-        self._warm.session = None
-        if session is not None and time.monotonic() - self._warm.used_at > _WARM_S:
-            session.close()
-            return None
-        return session
-
-    def _send_by(
-        self,
-        session: requests.Session,
-        method: str,
-        path: str,
-        headers: dict[str, str],
-        body: io.BytesIO | None,
-    ) -> _Answer:
-        route = self.route
-        try:
-            with session.request(
-                method,
-                self.root + path,
-                headers=headers,
-                data=body,
-                timeout=_TIMEOUT_S,
-                allow_redirects=False,
-                stream=True,
-                proxies={"http": route.proxy, "https": route.proxy} if route.proxy else {},
-                verify=route.trusted,
-            ) as response:
-                answer = _Answer(response.status_code, response.headers, _content(response))
-        except BaseException:
-            session.close()
-            raise
-        self._warm.session, self._warm.used_at = session, time.monotonic()
-        return answer
-
-
-def _is_sent(body: io.BytesIO | None) -> bool:
-    """Whether all of it was taken for sending: without its end no studio takes a request for whole."""
-    return body is not None and body.tell() == len(body.getbuffer())
-
-
-def _content(response: requests.Response) -> bytes:
-    """The answer's body. Raises OSError where it is endless or trickles."""
-    deadline = time.monotonic() + _ANSWER_LIMIT_S
-    content = bytearray()
-    for piece in response.iter_content(64 * 1024):
-        content += piece
-        if len(content) > _ANSWER_LIMIT_BYTES or time.monotonic() > deadline:
-            raise OSError(errno.EMSGSIZE, "its answer has no end")
-    return bytes(content)
-
-
-def _expect_ok(answer: _Answer) -> None:
+def _expect_ok(answer: Answer) -> None:
     if 200 <= answer.status < 300:
         return
     raise StudioUnavailable(
@@ -266,7 +142,7 @@ def _expect_ok(answer: _Answer) -> None:
     )
 
 
-def _is_page(answer: _Answer) -> bool:
+def _is_page(answer: Answer) -> bool:
     """Whether a browser would show it as a page; no studio's answer is one (protocol §6.7)."""
     kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     begin = answer.content.lstrip(b"\xef\xbb\xbf \t\r\n")[:15].lower()
@@ -285,22 +161,9 @@ def hint(status: int) -> str:
     }.get(status, "")
 
 
-def _read(kind: TypeAdapter[_B], answer: _Answer) -> _B:
+def _read(kind: TypeAdapter[_B], answer: Answer) -> _B:
     _expect_ok(answer)
     try:
         return kind.validate_json(answer.content)
     except ValidationError as error:
         raise StudioUnavailable("the studio's answer is not readable", status=answer.status) from error
-
-
-def untrusted(error: ssl.SSLCertVerificationError) -> str:
-    """What is wrong with the studio's certificate, or with this machine's clock."""
-    cure = certificates.cure(
-        error, "see the machine's clock, and install the studio's CA (update-ca-certificates)"
-    )
-    return f"the studio's certificate is not trusted ({error.verify_message}); {cure}"
-
-
-def _why(error: BaseException) -> str:
-    found = innermost(error)
-    return untrusted(found) if isinstance(found, ssl.SSLCertVerificationError) else reason(found)

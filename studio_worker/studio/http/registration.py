@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from studio_worker.errors import RefusedByStudio, StudioUnavailable, UnknownRegistration
-from studio_worker.studio.http.api import USER_AGENT, StudioApi
+from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.identity import Credentials, Identity, IdentityFile, Standing
+from studio_worker.studio.http.transport import USER_AGENT
 from studio_worker.studio.wire import Approved, Capabilities, RegisterRequest, Rejected
 
 log = logging.getLogger(__name__)

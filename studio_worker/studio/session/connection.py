@@ -27,8 +27,9 @@ from websockets.typing import Subprotocol
 
 from studio_worker.errors import ProtocolError
 from studio_worker.network.connecting import ATTEMPT_DELAY_S
-from studio_worker.studio.http.api import USER_AGENT, hint, untrusted
+from studio_worker.studio.http.api import hint
 from studio_worker.studio.http.route import Route
+from studio_worker.studio.http.transport import USER_AGENT, untrusted
 from studio_worker.studio.session.exchange import Exchange
 from studio_worker.studio.session.protocol import SessionProtocol, error_for_code
 from studio_worker.studio.session.session import StudioSession

@@ -158,7 +158,7 @@ def test_uploads_in_a_row_share_a_connection(tmp_path: Path, monkeypatch: pytest
             api.upload("w1", "token-1", delivery(tmp_path))
         first, second, third, fourth = handler.ports
         assert first == second == third != fourth
-        monkeypatch.setattr("studio_worker.studio.http.api._WARM_S", 0.0)
+        monkeypatch.setattr("studio_worker.studio.http.transport._WARM_S", 0.0)
         api.upload("w1", "token-1", delivery(tmp_path))
         assert handler.ports[4] != fourth
         server.shutdown()

@@ -328,7 +328,7 @@ def test_upload_over_a_slow_line_takes_as_long_as_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is limited is silence, not the whole upload: a slow line delivers too."""
-    monkeypatch.setattr("studio_worker.studio.http.api._TIMEOUT_S", (0.5, 20.0))
+    monkeypatch.setattr("studio_worker.studio.http.transport._TIMEOUT_S", (0.5, 20.0))
     read = threading.Event()
 
     class Slow(http.server.BaseHTTPRequestHandler):

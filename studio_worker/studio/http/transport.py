@@ -1,0 +1,171 @@
+"""One HTTP call to the studio: sent, over a warm connection where there is one, and its answer read.
+
+Limits sizes and times, whatever the studio sends, and follows no redirect; what an answer means is the
+caller's business (``api.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import requests
+import urllib3
+
+from studio_worker import __version__
+from studio_worker.errors import StudioUnavailable
+from studio_worker.network import certificates
+from studio_worker.network.connecting import Adapter, Reached
+from studio_worker.network.reasons import innermost, reason
+from studio_worker.studio.http.route import route_to
+
+USER_AGENT = f"studio-worker/{__version__}"
+
+_TIMEOUT_S = (15.0, 60.0)
+"""For the connection and each piece sent; for the wait for an answer. An upload may take longer in all."""
+_ANSWER_LIMIT_S = 60.0
+_ANSWER_LIMIT_BYTES = 1024 * 1024
+_WARM_S = 4.0
+"""So long a connection is used again: less than servers keep an idle one (uvicorn 5 s, nginx 75 s)."""
+
+
+class Answer(NamedTuple):
+    """``is_second``: the one to a try just before was lost."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+    is_second: bool = False
+
+
+class Transport:
+    """Calls to what lies under ``root``. Safe from several threads; each has a warm connection of its own.
+
+    Raises:
+        ConfigError: the environment names a proxy or certificates that cannot be used.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.route = route_to(root)
+        self._root = root
+        self._reached = Reached()
+        self._warm = threading.local()
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        token: str = "",
+        headers: dict[str, str] | None = None,
+        data: bytes | None = None,
+    ) -> Answer:
+        """One request, and what came back, whatever its status.
+
+        Raises:
+            StudioUnavailable: no answer came, or one beyond the limits of size and time.
+        """
+        headers = {"User-Agent": USER_AGENT, **(headers or {})}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        # Read piece by piece: one write of everything would have to be through within the time limit.
+        body = None if data is None else io.BytesIO(data)
+        is_lost = False
+        try:
+            if (warm := self._take_warm()) is not None:
+                # The other side may be closing it at this very moment; that is no failure.
+                with contextlib.suppress(requests.ConnectionError):
+                    return self._send_by(warm, method, path, headers, body)
+                is_lost = _is_sent(body)
+                if body is not None:
+                    body.seek(0)
+            answer = self._send_by(self._new_session(), method, path, headers, body)
+            return answer._replace(is_second=is_lost)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            raise StudioUnavailable(
+                f"the studio cannot be reached: {_why(error)}", is_answer_lost=is_lost or _is_sent(body)
+            ) from None
+
+    def _new_session(self) -> requests.Session:
+        session = requests.Session()
+        session.trust_env = False  # the route has read the environment; a netrc must not replace the token
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, Adapter(stall_s=_TIMEOUT_S[1], reached=self._reached))
+        return session
+
+    def _take_warm(self) -> requests.Session | None:
+        """This thread's connection, where it has answered lately.
+
+        Between two pictures the device waits for the upload, and a new connection costs two or three round
+        trips. After a pause none is trusted: what drops an idle one on the way often does so without a word,
+        and the picture would wait for the time limit.
+        """
+        session: requests.Session | None = getattr(self._warm, "session", None)
+        self._warm.session = None
+        if session is not None and time.monotonic() - self._warm.used_at > _WARM_S:
+            session.close()
+            return None
+        return session
+
+    def _send_by(
+        self,
+        session: requests.Session,
+        method: str,
+        path: str,
+        headers: dict[str, str],
+        body: io.BytesIO | None,
+    ) -> Answer:
+        route = self.route
+        try:
+            with session.request(
+                method,
+                self._root + path,
+                headers=headers,
+                data=body,
+                timeout=_TIMEOUT_S,
+                allow_redirects=False,
+                stream=True,
+                proxies={"http": route.proxy, "https": route.proxy} if route.proxy else {},
+                verify=route.trusted,
+            ) as response:
+                answer = Answer(response.status_code, response.headers, _content(response))
+        except BaseException:
+            session.close()
+            raise
+        self._warm.session, self._warm.used_at = session, time.monotonic()
+        return answer
+
+
+def _is_sent(body: io.BytesIO | None) -> bool:
+    """Whether all of it was taken for sending: without its end no studio takes a request for whole."""
+    return body is not None and body.tell() == len(body.getbuffer())
+
+
+def _content(response: requests.Response) -> bytes:
+    """The answer's body. Raises OSError where it is endless or trickles."""
+    deadline = time.monotonic() + _ANSWER_LIMIT_S
+    content = bytearray()
+    for piece in response.iter_content(64 * 1024):
+        content += piece
+        if len(content) > _ANSWER_LIMIT_BYTES or time.monotonic() > deadline:
+            raise OSError(errno.EMSGSIZE, "its answer has no end")
+    return bytes(content)
+
+
+def untrusted(error: ssl.SSLCertVerificationError) -> str:
+    """What is wrong with the studio's certificate, or with this machine's clock."""
+    cure = certificates.cure(
+        error, "see the machine's clock, and install the studio's CA (update-ca-certificates)"
+    )
+    return f"the studio's certificate is not trusted ({error.verify_message}); {cure}"
+
+
+def _why(error: BaseException) -> str:
+    found = innermost(error)
+    return untrusted(found) if isinstance(found, ssl.SSLCertVerificationError) else reason(found)
