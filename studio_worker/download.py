@@ -68,6 +68,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from studio_worker.context import called
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.transfer.answer import Answer
 from studio_worker.transfer.asking import Target
@@ -129,7 +130,12 @@ def download_file(
     wanted = Wanted(url, dest, sha256.lower() if sha256 else None, size)
     caller = Caller(wanted.name, progress, reading, cancel)
     policy = policy or Policy()
-    with _told(wanted, policy) as brought, _staging(dest, staging) as folder, disk_errors(wanted, folder):
+    with (
+        called(url=wanted.name, dest=str(dest)),
+        _told(policy) as brought,
+        _staging(dest, staging) as folder,
+        disk_errors(wanted, folder),
+    ):
         dest.parent.mkdir(parents=True, exist_ok=True)
         with hold(folder, wanted, caller, policy) as staged:
             if staged is None:  # another process has just brought it
@@ -245,10 +251,10 @@ class _Brought:
 
 
 @contextlib.contextmanager
-def _told(wanted: Wanted, policy: Policy) -> Iterator[_Brought]:
+def _told(policy: Policy) -> Iterator[_Brought]:
     """The log, and whoever counts, hear of the download's beginning and end."""
     started = time.monotonic()
-    facts: dict[str, Any] = {"op": "download", "url": wanted.name, "dest": str(wanted.dest)}
+    facts: dict[str, Any] = {"op": "download"}
     log.info("download starting", extra=facts)
     brought = _Brought()
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from studio_worker import sample_model
+from studio_worker import context, sample_model
 from studio_worker.box import process
 from studio_worker.demo import write_configuration
 from studio_worker.local_studio import LocalStudio
@@ -29,6 +29,12 @@ def _pictures_are_made_offline(request: pytest.FixtureRequest, monkeypatch: pyte
         from tests.engine_lab import refuse_network
 
         refuse_network(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _caught_lines_carry_names(caplog: pytest.LogCaptureFixture) -> None:
+    """What tests catch of the log is what the service's own handlers get."""
+    caplog.handler.addFilter(context.add_names)
 
 
 @pytest.fixture

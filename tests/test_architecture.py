@@ -18,7 +18,7 @@ from tests.private_names import IN_TESTS, UNAVOIDABLE, foreign_names, own_names
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(rooms.split())
     for rooms in (
-        "errors files formats jobs models plain sample_model wording __init__",
+        "context errors files formats jobs models plain sample_model wording __init__",
         "box network",
         "report",
         "transfer",

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from studio_worker.config import Current
+from studio_worker.context import called
 from studio_worker.download import Progress
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.models import LocalFile, ModelFile, RequiredModel
@@ -96,8 +97,12 @@ class ProvisionProgress:
         self._on_status(f"{doing} {self._label}: {_share(done, total)}{_speed(rate, done, total)}")
         if now - self._logged_at >= _LOG_EVERY_S:
             self._logged_at = now
-            facts: dict[str, object] = {"op": "provision", "model": self._label, "doing": doing}
-            facts |= {"bytes": done, "bytes_total": total}
+            facts: dict[str, object] = {
+                "op": "provision",
+                "doing": doing,
+                "bytes": done,
+                "bytes_total": total,
+            }
             if rate:
                 facts["bytes_per_s"] = round(rate)
                 if total is not None:
@@ -124,8 +129,11 @@ def provision(
     began = time.monotonic()
     for model in required:
         progress.label = model.id
-        store.ensure(model.files, model=model.id, progress=progress, reading=progress.reading, cancel=cancel)
-        log.info("model verified", extra={"op": "provision", "model": model.id, "files": len(model.files)})
+        with called(model=model.id):
+            store.ensure(
+                model.files, model=model.id, progress=progress, reading=progress.reading, cancel=cancel
+            )
+            log.info("model verified", extra={"op": "provision", "files": len(model.files)})
     log.info(
         "required models verified",
         extra={

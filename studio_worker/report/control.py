@@ -121,7 +121,7 @@ class ControlServer:
                 try:
                     self._answer(connection)
                 except OSError as error:  # the other side went away
-                    log.debug("control connection broke", extra=_facts(error=str(error)))
+                    log.debug("control connection broke", extra={"op": "control", "error": str(error)})
 
     def _answer(self, connection: socket.socket) -> None:
         line = _read_line(connection, _MAX_REQUEST_BYTES, time.monotonic() + _PEER_LIMIT_S)
@@ -138,11 +138,11 @@ class ControlServer:
             known = ", ".join(sorted(self.handlers))
             return {"ok": False, "error": f"not a command of this service; it knows {known}"}
         if command != "status":
-            log.info("command received", extra=_facts(command=command))
+            log.info("command received", extra={"op": "control", "command": command})
         try:
             return {"ok": True, "result": dict(handler())}
         except Exception as error:  # a question must never end the service
-            log.exception("command failed", extra=_facts(command=command))
+            log.exception("command failed", extra={"op": "control", "command": command})
             return {"ok": False, "error": f"internal error: {type(error).__name__}; see the service's log"}
 
 
@@ -226,7 +226,3 @@ def _listen(directory: int) -> socket.socket:
         listener.close()
         raise
     return listener
-
-
-def _facts(**facts: object) -> dict[str, object]:
-    return {"op": "control", **facts}

@@ -1,7 +1,8 @@
 """Log lines: JSON for journald, readable text for a terminal, and a bounded buffer for the studio.
 
 One JSON object a line on stderr: ``timestamp``, ``level``, ``logger``, ``message`` (constant text) and
-facts as fields. In the journal they are fields of the entry too, so that ``journalctl JOB_ID=…`` works.
+facts as fields: those of the call, and what the work at hand is called (``context.py``). In the journal they
+are fields of the entry too, so that ``journalctl JOB_ID=…`` works.
 Every line is redacted on its way out: registered secrets are replaced wherever they appear, in messages,
 fields and tracebacks. Prompts are never given to a logger in the first place.
 """
@@ -24,6 +25,7 @@ from urllib.parse import quote
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
+from studio_worker import context
 from studio_worker.errors import ConfigError
 from studio_worker.plain import plain, plain_lines
 from studio_worker.report import journal
@@ -40,6 +42,9 @@ _NOISY = ("urllib3", "websockets", "uvicorn", "asyncio", "httpx", "httpcore", "P
 
 _RESERVED = [*RESERVED_ATTRS, "color_message"]
 """Attributes of a record that are no facts; ``color_message`` is uvicorn's second copy of a message."""
+
+_FIRST = ("op", *context.NAMES)
+"""What a line is about stands before what it says."""
 
 IDENTIFIER = "studio-worker"
 """What ``journalctl -t`` finds."""
@@ -75,8 +80,9 @@ def redact(text: str) -> str:
 
 
 def facts(record: logging.LogRecord) -> dict[str, Any]:
-    """The fields given to a log call by ``extra``."""
-    return {k: v for k, v in record.__dict__.items() if k not in _RESERVED and not k.startswith("_")}
+    """The fields of a line: what its work is called (``context.py``), and what the call gave by ``extra``."""
+    found = {k: v for k, v in record.__dict__.items() if k not in _RESERVED and not k.startswith("_")}
+    return {name: found[name] for name in _FIRST if name in found} | found
 
 
 class _Json(JsonFormatter):
@@ -174,6 +180,7 @@ class ShippingBuffer(logging.Handler):
 
     def __init__(self, capacity: int = 2000) -> None:
         super().__init__(logging.INFO)
+        self.addFilter(context.add_names)
         self._lines: collections.deque[logging.LogRecord] = collections.deque()
         self._capacity = capacity
         self._lost = 0
@@ -238,6 +245,7 @@ def configure(
     handler = _JournalHandler(stream, journal_socket) if listens else logging.StreamHandler(stream)
     is_text = fmt == "text" or (fmt == "auto" and stream.isatty())
     handler.setFormatter(_Text() if is_text else _Json())
+    handler.addFilter(context.add_names)
     root = logging.getLogger()
     before = [h for h in root.handlers if isinstance(h, _JournalHandler)]
     root.handlers = [h for h in root.handlers if isinstance(h, ShippingBuffer)] + [handler]

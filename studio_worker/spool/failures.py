@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from studio_worker.files import make_private, write_atomic
-from studio_worker.spool.notes import REMEMBERED_JOBS, note_facts, read_note
+from studio_worker.spool.notes import REMEMBERED_JOBS, read_note
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ class Failures:
             try:
                 write_atomic(self._path, json.dumps(self._failures).encode())
             except OSError as problem:
-                log.error("failure cannot be noted", extra=note_facts(self._path, error=problem.strerror))
+                facts = {"op": "spool", "path": str(self._path), "error": problem.strerror}
+                log.error("failure cannot be noted", extra=facts)
 
     def final(self, job_id: str) -> str | None:
         """Why ``job_id`` failed for good here, or ``None``."""

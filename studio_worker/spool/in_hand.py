@@ -19,9 +19,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from studio_worker.context import called
 from studio_worker.files import make_private, write_atomic, write_problem
 from studio_worker.jobs import Job
-from studio_worker.spool.notes import REMEMBERED_JOBS, note_facts, read_note
+from studio_worker.spool.notes import REMEMBERED_JOBS, read_note
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +62,14 @@ class JobInHand:
         self._crashes[job_id] = list(dict.fromkeys(notes))[-POISON_CRASHES:]  # the latest stands last
         self._crashes = dict(list(self._crashes.items())[-REMEMBERED_JOBS:])
         self.crashes_in_a_row += 1
-        try:
-            write_atomic(self._crashes_path, json.dumps(self._crashes).encode())
-            write_atomic(self._streak_path, json.dumps({"count": self.crashes_in_a_row}).encode())
-        except OSError as error:  # a full disk must not keep the service from delivering what lies on it
-            log.error("crash cannot be noted", extra=note_facts(self._crashes_path, error=error.strerror))
-        self._clear()
+        with called(job_id=job_id):
+            try:
+                write_atomic(self._crashes_path, json.dumps(self._crashes).encode())
+                write_atomic(self._streak_path, json.dumps({"count": self.crashes_in_a_row}).encode())
+            except OSError as error:  # a full disk must not keep the service from delivering what lies on it
+                facts = {"op": "spool", "path": str(self._crashes_path), "error": error.strerror}
+                log.error("crash cannot be noted", extra=facts)
+            self._clear()
         return job_id
 
     def problem(self) -> str | None:
@@ -110,7 +113,8 @@ class JobInHand:
             self._has_note_of_ended = False
         except OSError as error:
             self._has_note_of_ended = True
-            log.error("note of the job in hand stays", extra=note_facts(self._note, error=error.strerror))
+            facts = {"op": "spool", "path": str(self._note), "error": error.strerror}
+            log.error("note of the job in hand stays", extra=facts)
 
 
 def poisoned_jobs(folder: Path) -> list[str]:

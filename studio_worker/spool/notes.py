@@ -20,11 +20,6 @@ def read_note(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
-        log.warning("spool file is unreadable and ignored", extra=note_facts(path))
+        log.warning("spool file is unreadable and ignored", extra={"op": "spool", "path": str(path)})
         return None
     return value if isinstance(value, dict) else None
-
-
-def note_facts(path: Path, **more: object) -> dict[str, object]:
-    """What a log line about ``path`` says."""
-    return {"op": "spool", "path": str(path), **more}

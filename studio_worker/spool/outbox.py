@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from studio_worker.context import called
 from studio_worker.jobs import Job, Picture
 from studio_worker.spool.clock import OutboxClock
 from studio_worker.spool.delivery import Delivery
@@ -106,12 +107,7 @@ class Outbox:
         except OSError as error:
             log.error(
                 "picture cannot be written and waits in memory; make room on the disk",
-                extra={
-                    "op": "spool",
-                    "job_id": delivery.job_id,
-                    "path": str(self._files.folder),
-                    "error": error.strerror,
-                },
+                extra={"op": "spool", "path": str(self._files.folder), "error": error.strerror},
             )
             with self._guard:
                 held = sum(len(d.in_memory) for d in self._in_memory.values())
@@ -143,7 +139,8 @@ class Outbox:
                 return  # said when it came; it stays in memory
             with self._guard:
                 self._in_memory.pop(delivery.job_id, None)
-            log.info("picture is on disk now", extra={"op": "spool", "job_id": delivery.job_id})
+            with called(job_id=delivery.job_id, model=delivery.model):
+                log.info("picture is on disk now", extra={"op": "spool"})
 
     def _remove_again(self, job_id: str) -> None:
         with self._writing:
@@ -179,11 +176,9 @@ class Outbox:
             else:
                 continue
             total -= delivery.size_bytes()
-            log.error(
-                "picture dropped undelivered",
-                extra={"op": "spool", "job_id": delivery.job_id, "model": delivery.model, "reason": reason},
-            )
-            self.remove(delivery)
+            with called(job_id=delivery.job_id, model=delivery.model):
+                log.error("picture dropped undelivered", extra={"op": "spool", "reason": reason})
+                self.remove(delivery)
             dropped.append((delivery, reason))
         return dropped
 
@@ -223,7 +218,7 @@ class Outbox:
                 self._gone.add(delivery.job_id)
             log.error(
                 "delivered picture cannot be removed; that is tried again",
-                extra={"op": "spool", "job_id": delivery.job_id, "error": error.strerror},
+                extra={"op": "spool", "error": error.strerror},
             )
 
     def wake(self) -> None:

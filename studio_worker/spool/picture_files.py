@@ -15,7 +15,6 @@ from pathlib import Path
 
 from studio_worker.files import fsync_directory, make_private, write_atomic, write_problem
 from studio_worker.spool.delivery import Delivery
-from studio_worker.spool.notes import note_facts
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +89,8 @@ class PictureFiles:
         except FileNotFoundError:
             return None  # delivered meanwhile
         except OSError as error:  # this time; it may be readable the next
-            log.error("picture cannot be read", extra=note_facts(note, error=error.strerror))
+            facts = {"op": "spool", "path": str(note), "error": error.strerror}
+            log.error("picture cannot be read", extra=facts)
             return None
         except (ValueError, TypeError) as error:
             self._set_aside(note, type(error).__name__)
@@ -108,7 +108,7 @@ class PictureFiles:
         aside = self.folder / "unreadable"
         log.error(
             "picture cannot be delivered and is set aside",
-            extra=note_facts(note, error=problem, to=str(aside)),
+            extra={"op": "spool", "path": str(note), "error": problem, "to": str(aside)},
         )
         # On a full or failing disk it stays, and is passed over.
         with contextlib.suppress(OSError):

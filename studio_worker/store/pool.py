@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from studio_worker.context import carried
 from studio_worker.errors import DownloadCancelled
 from studio_worker.models import ModelFile
 from studio_worker.transfer.staging import Progress
@@ -130,7 +131,7 @@ def do_all(
 
     threads = min(at_once, len(tasks))
     for number in range(threads):
-        threading.Thread(target=work, name=f"fetch-{number}", daemon=True).start()
+        threading.Thread(target=carried(work), name=f"fetch-{number}", daemon=True).start()
     first: Exception | None = None
     while threads:
         if cancel.is_set():

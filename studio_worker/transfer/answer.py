@@ -22,6 +22,7 @@ from typing import Self
 import requests
 import urllib3
 
+from studio_worker.context import carried
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.transfer.asking import Session, Target, ask, cause
 from studio_worker.transfer.head import Head
@@ -140,8 +141,8 @@ class Answer(Head):
         self._left, self._decided = threading.Event(), threading.Event()
         self._is_detached = False
         self._limit = policy.limit
-        reading = threading.Thread(target=self._read, args=(target, headers, policy), name="download")
-        reading.daemon = True
+        reading = threading.Thread(target=carried(self._read), args=(target, headers, policy))
+        reading.name, reading.daemon = "download", True
         try:
             reading.start()
         except RuntimeError as error:

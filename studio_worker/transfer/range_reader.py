@@ -9,6 +9,7 @@ import threading
 import time
 from typing import Protocol
 
+from studio_worker.context import carried
 from studio_worker.errors import DownloadError
 from studio_worker.transfer.answer import CHUNK_BYTES, Body, Connection
 from studio_worker.transfer.asking import Target
@@ -85,7 +86,7 @@ class RangeReader:
 
     def start(self, body: Body | None = None) -> None:
         """Begin, with the answer that is there already where there is one."""
-        threading.Thread(target=self._work, args=(body,), name="download-range", daemon=True).start()
+        threading.Thread(target=carried(self._work), args=(body,), name="download-range", daemon=True).start()
 
     def leave(self) -> None:
         """Nothing is written any more when this returns; the thread ends with its next bytes."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 
 from studio_worker.box.process import keep_freed_memory
+from studio_worker.context import carried
 from studio_worker.errors import DownloadError
 from studio_worker.transfer.answer import Body
 from studio_worker.transfer.asking import Target
@@ -98,10 +99,10 @@ class Ranges:
         self._staged.split(self.total)
         for gap in self._staged.missing(self.total):
             self._free.add(*gap)
-        hasher = threading.Thread(target=self._hash, name="download-hash", daemon=True)
+        hasher = threading.Thread(target=carried(self._hash), name="download-hash", daemon=True)
         hasher.start()
         # Not waited for in the end: a slow disk must not hold up a stop.
-        threading.Thread(target=self._sync, name="download-sync", daemon=True).start()
+        threading.Thread(target=carried(self._sync), name="download-sync", daemon=True).start()
         try:
             self._begin(body, start, end)
             while self._staged.hashed < self.total:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from studio_worker.context import carried
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.network.urls import safe_url
 from studio_worker.transfer.staging import Progress
@@ -61,8 +62,9 @@ class Caller:
     ) -> None:
         self.cancel = cancel or threading.Event()
         self._name = name
-        self._progress = progress or _unheard
-        self._reading = reading or self._progress
+        # What the caller says then is not about this file alone.
+        self._progress = carried(progress or _unheard)
+        self._reading = carried(reading) if reading else self._progress
 
     def moved(self, done: int, total: int | None) -> None:
         """So many bytes are here. Raises DownloadCancelled."""

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 
+from studio_worker.context import called
 from studio_worker.engine import Inputs, KeepsModels, Request
 from studio_worker.errors import (
     DeviceError,
@@ -86,15 +87,14 @@ class Worker:
                 break
             say(f"loading {model.id}")
             self._moved(0, None)
-            try:
-                self._preload(model, go_on)
-            except (JobError, DownloadError) as error:
-                log.warning(
-                    "model not preloaded", extra={"op": "preload", "model": model.id, "error": str(error)}
-                )
-            finally:
-                self._stepped_at = None
-                say("")
+            with called(model=model.id):
+                try:
+                    self._preload(model, go_on)
+                except (JobError, DownloadError) as error:
+                    log.warning("model not preloaded", extra={"op": "preload", "error": str(error)})
+                finally:
+                    self._stepped_at = None
+                    say("")
 
     def _preload(self, model: RequiredModel, go_on: Callable[[], bool]) -> None:
         began = time.monotonic()
@@ -108,8 +108,9 @@ class Worker:
 
         with self._files.taken(model.id, model.files, cancel=self._cancel_download) as files:
             is_whole = engine.preload(model.id, files, model.cli_defaults, goes_on)
-        facts = {"op": "preload", "model": model.id, "elapsed_ms": round((time.monotonic() - began) * 1000)}
-        log.info("model preloaded" if is_whole else "model not preloaded", extra=facts)
+        elapsed_ms = round((time.monotonic() - began) * 1000)
+        message = "model preloaded" if is_whole else "model not preloaded"
+        log.info(message, extra={"op": "preload", "elapsed_ms": elapsed_ms})
 
     def run(self) -> None:
         """Work until the source has no more jobs.
@@ -118,7 +119,8 @@ class Worker:
             DeviceError: the device is lost; its job was reported and stays noted, the process should end.
         """
         while (job := self._source.take(self._rest)) is not None:
-            self._do(job)
+            with called(job_id=job.job_id, model=job.model):
+                self._do(job)
 
     def _rest(self) -> None:
         """Who pauses the box wants its memory for something else."""
@@ -166,7 +168,7 @@ class Worker:
             self._note(job)
             picture, timings_s = self._make(job)
             self._keep(job, picture, timings_s)
-            log.debug("picture made", extra={"op": "job", "job_id": job.job_id, "model": job.model})
+            log.debug("picture made", extra={"op": "job"})
             self._reports.job_made()
             self._health.made(job)
         except JobCancelled as error:
@@ -191,8 +193,6 @@ class Worker:
                 "job crashed",
                 extra={
                     "op": "job",
-                    "job_id": job.job_id,
-                    "model": job.model,
                     "error": type(error).__name__,
                     "traceback": "".join(traceback.format_tb(error.__traceback__)),
                 },
@@ -287,8 +287,6 @@ class Worker:
             "job failed",
             extra={
                 "op": "job",
-                "job_id": job.job_id,
-                "model": job.model,
                 "outcome": "failed",
                 "error": error,
                 "retryable": retryable,

@@ -18,6 +18,7 @@ from studio_worker.appliance.provisioning import (
     provision,
     show_duration,
 )
+from studio_worker.context import called
 from studio_worker.errors import DownloadCancelled, DownloadError, StoreError
 from studio_worker.models import ModelFile, RequiredModel
 from studio_worker.network.addresses import Networks
@@ -130,9 +131,10 @@ def test_progress_logs_every_ten_seconds(watched: Watched, caplog: pytest.LogCap
     """The log gets a line every ten seconds, with the bytes as fields."""
     caplog.set_level(logging.INFO, logger="studio_worker")
 
-    for second in range(1, 26):
-        watched.progress(second * 1000, 2_000_000)
-        watched.clock.now += 1
+    with called(model="sample"):
+        for second in range(1, 26):
+            watched.progress(second * 1000, 2_000_000)
+            watched.clock.now += 1
 
     assert [facts(record)["bytes"] for record in caplog.records] == [1000, 11000, 21000]
     assert facts(caplog.records[0]) == {

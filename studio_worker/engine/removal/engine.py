@@ -144,7 +144,7 @@ class RemovalEngine:
                     f"the graph needs {needed / 2**30:.1f} GiB of RAM, {available / 2**30:.1f} GiB are free"
                 )
             self._graph, self._content = RemovalGraph(file.path, self._device), file.content
-            _LOG.info("graph loaded", extra={"model": model, "provider": self._graph.provider})
+            _LOG.info("graph loaded", extra={"provider": self._graph.provider})
         place = "device" if self._torch_device.type != "cpu" or self._device == "cpu" else "ram"
         self._resident = {model: Resident(self._graph.size_bytes, place)}
         return self._graph

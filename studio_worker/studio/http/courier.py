@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Protocol
 
+from studio_worker.context import called
 from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable
 from studio_worker.spool.delivery import Delivery
 from studio_worker.spool.outbox import Outbox
@@ -101,7 +102,8 @@ class Courier:
             self._claims.lost(job_id, "the studio refused its picture before")
         for delivery in waiting:
             if self._uploads.due_in_s(delivery.job_id) <= 0.0:
-                self._try(credentials, delivery)
+                with called(job_id=delivery.job_id, model=delivery.model):
+                    self._try(credentials, delivery)
         left = [self._uploads.due_in_s(d.job_id) for d in waiting if self._outbox.holds(d.job_id)]
         if not self._outbox.is_caught_up():
             left.append(self._uploads.patience.disk_s)
@@ -122,7 +124,8 @@ class Courier:
         except DeliveryRefused as refusal:
             self._refused(delivery, refusal)
         except RefusedByStudio as error:
-            log.error("delivery waits for a new registration", extra=_facts(delivery, error=str(error)))
+            facts = {"op": "delivery", "error": str(error)}
+            log.error("delivery waits for a new registration", extra=facts)
             self._uploads.put_off(None, self._uploads.patience.token_refused_s)
         except StudioUnavailable as error:
             self._put_off(delivery, error)
@@ -132,12 +135,12 @@ class Courier:
             wait_s = self._uploads.put_off(delivery.job_id)
             log.error(
                 "delivery failed",
-                extra=_facts(
-                    delivery,
-                    error=getattr(error, "strerror", None) or type(error).__name__,
-                    retry_in_s=round(wait_s, 1),
-                    traceback="".join(traceback.format_tb(error.__traceback__)),
-                ),
+                extra={
+                    "op": "delivery",
+                    "error": getattr(error, "strerror", None) or type(error).__name__,
+                    "retry_in_s": round(wait_s, 1),
+                    "traceback": "".join(traceback.format_tb(error.__traceback__)),
+                },
             )
         else:
             self._delivered(delivery, began)
@@ -158,12 +161,14 @@ class Courier:
         wait_s = self._uploads.put_off(None if is_for_all else delivery.job_id, error.retry_after_s)
         self._reports.upload_waits()
         log.warning(
-            "delivery has to wait", extra=_facts(delivery, error=str(error), retry_in_s=round(wait_s, 1))
+            "delivery has to wait",
+            extra={"op": "delivery", "error": str(error), "retry_in_s": round(wait_s, 1)},
         )
 
     def _refused(self, delivery: Delivery, refusal: DeliveryRefused) -> None:
         if self._uploads.is_offered_again(delivery.job_id) and refusal.job_is_gone:
-            log.info("refused result is wanted again", extra=_facts(delivery, status=refusal.status))
+            facts = {"op": "delivery", "status": refusal.status}
+            log.info("refused result is wanted again", extra=facts)
         elif refusal.status == 409 and (
             refusal.is_answer_lost or self._uploads.may_be_there(delivery.job_id)
         ):
@@ -174,23 +179,21 @@ class Courier:
     def _end_unconfirmed(self, delivery: Delivery) -> None:
         """The studio wants no more of a picture that it may have had from a try whose answer was lost."""
         reason = "the studio probably has it: HTTP 409 after a try whose answer was lost on the way"
-        log.warning("result was probably delivered", extra=_facts(delivery, status=409, reason=reason))
+        facts = {"op": "delivery", "status": 409, "reason": reason}
+        log.warning("result was probably delivered", extra=facts)
         self._outbox.remove(delivery)
         self._reports.upload_unconfirmed(delivery.job_id, delivery.model, delivery.timings_s, reason)
         self._claims.delivered(delivery.job_id)
 
     def _drop(self, delivery: Delivery, refusal: DeliveryRefused) -> None:
-        log.error("result refused for good and dropped", extra=_facts(delivery, status=refusal.status))
+        facts = {"op": "delivery", "status": refusal.status}
+        log.error("result refused for good and dropped", extra=facts)
         self._outbox.remove(delivery)
         self._reports.upload_refused(delivery.job_id, delivery.model, delivery.timings_s, str(refusal))
         if refusal.job_is_gone:
             self._claims.delivered(delivery.job_id)
         else:
             self._claims.report_failure(delivery.job_id, str(refusal), retryable=False)
-
-
-def _facts(delivery: Delivery, **more: object) -> dict[str, object]:
-    return {"op": "delivery", "job_id": delivery.job_id, "model": delivery.model, **more}
 
 
 def _log_summary(delivery: Delivery, stages_s: Mapping[str, float]) -> None:
@@ -203,8 +206,6 @@ def _log_summary(delivery: Delivery, stages_s: Mapping[str, float]) -> None:
         "job done",
         extra={
             "op": "job",
-            "job_id": delivery.job_id,
-            "model": delivery.model,
             "outcome": "done",
             **{
                 name: f"{meta[width]}x{meta[height]}"

@@ -85,13 +85,15 @@ class Registration:
                 if identity.standing is not Standing.PENDING:
                     continue
             except UnknownRegistration as error:
-                log.warning("registration request is unknown; asking anew", extra=_facts(error=str(error)))
+                log.warning(
+                    "registration request is unknown; asking anew",
+                    extra={"op": "register", "error": str(error)},
+                )
                 identity = self._file.save(replace(identity, secret=None, request_id=None))
             except StudioUnavailable as error:
                 wait_s = max(wait_s, error.retry_after_s or 0.0)
-                log.warning(
-                    "registration has to wait", extra=_facts(error=str(error), retry_in_s=f"{wait_s:g}")
-                )
+                facts = {"op": "register", "error": str(error), "retry_in_s": f"{wait_s:g}"}
+                log.warning("registration has to wait", extra=facts)
                 self._tell(f"registration has to wait: {error}")
             self._stop.wait(wait_s)
         return None
@@ -102,7 +104,8 @@ class Registration:
         machine = self._capabilities().machine_name
         if not self._is_announced:
             self._is_announced = True
-            log.info("waiting for approval at the studio", extra=_facts(studio=studio, machine=machine))
+            facts = {"op": "register", "studio": studio, "machine": machine}
+            log.info("waiting for approval at the studio", extra=facts)
         self._tell(
             f"waiting for approval: approve {machine} at {studio} (asked about every {self._tick_s:g} s)"
         )
@@ -136,14 +139,10 @@ class Registration:
         decision = self._api.poll(identity.request_id, identity.secret)
         done = replace(identity, secret=None, request_id=None)
         if isinstance(decision, Approved):
-            log.info("registration approved", extra=_facts(worker_id=decision.worker_id))
+            log.info("registration approved", extra={"op": "register", "worker_id": decision.worker_id})
             return self._file.save(
                 replace(done, worker_id=decision.worker_id, auth_token=decision.auth_token)
             )
         if isinstance(decision, Rejected):
             return self._file.save(replace(done, rejected=decision.reason or "no reason given"))
         return identity
-
-
-def _facts(**facts: str) -> dict[str, str]:
-    return {"op": "register", **facts}

@@ -193,21 +193,20 @@ class Exchange:
                 self._postponed[job_id] = offer
                 return [AwaitUpload(job_id)]
             case Take(job):
-                log.info("job accepted", extra=_facts(job.job_id, model=job.model))
+                log.info("job accepted", extra={"op": "job"})
                 return [Send(self.protocol.accept(job.job_id)), Hand(job)]
             case AlreadyOurs(job_id):
-                log.info("job offered again", extra=_facts(job_id))
+                log.info("job offered again", extra={"op": "job"})
                 return [Send(self.protocol.accept(job_id)), Redeliver(job_id)]
             case Refuse(job_id, reason, code):
-                log.info("job rejected", extra=_facts(job_id, reason=reason, code=code))
+                facts = {"op": "job", "reason": reason} | ({"code": code} if code else {})
+                log.info("job rejected", extra=facts)
                 return [Send(self.protocol.reject(job_id, reason, code))]
             case Impossible(job_id, error):
-                log.error("job failed", extra=_facts(job_id, outcome="failed", error=error, retryable=False))
+                log.error(
+                    "job failed", extra={"op": "job", "outcome": "failed", "error": error, "retryable": False}
+                )
                 return [Send(self.protocol.accept(job_id)), *self.fail(job_id, error, retryable=False)]
             case Ignore(reason):
                 self._note_dropped("offer dropped", reason)
         return []
-
-
-def _facts(job_id: str, **more: object) -> dict[str, object]:
-    return {"op": "job", "job_id": job_id[:NAME_CHARS], **{k: v for k, v in more.items() if v is not None}}

@@ -12,8 +12,10 @@ import contextlib
 import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 
+from studio_worker.context import called, carried
 from studio_worker.errors import StudioWorkerError
 from studio_worker.jobs import Job
 from studio_worker.models import NAME_CHARS
@@ -157,7 +159,9 @@ class StudioSession:
                     self._send(frame)
                 case Judge(offer):
                     # Beside the loop: a disk that hangs holds up the answer, and no heartbeat.
-                    self._aside.do(partial(self._judge, offer), partial(self._judged, self._exchange, offer))
+                    with _called(offer):
+                        work, then = partial(self._judge, offer), partial(self._judged, self._exchange, offer)
+                        self._aside.do(carried(work), carried(then))
                 case Hand(job):
                     self._desk.put(job)
                 case Redeliver(job_id):
@@ -192,7 +196,6 @@ class StudioSession:
                 "offer cannot be judged",
                 extra={
                     "op": "job",
-                    "job_id": job_id[:NAME_CHARS],
                     "error": type(error).__name__,
                     "traceback": "".join(traceback.format_tb(error.__traceback__)),
                 },
@@ -205,11 +208,9 @@ class StudioSession:
         acts = [] if self._exchange is None else self._exchange.fail(job_id, error, retryable=retryable)
         self._do(acts)
         if not acts:
-            log.info(
-                "failure not reported: the studio has put the job back",
-                extra={"op": "job", "job_id": job_id},
-            )
-            self._failures.add(job_id, error, retryable=retryable)
+            with called(job_id=job_id):
+                log.info("failure not reported: the studio has put the job back", extra={"op": "job"})
+                self._failures.add(job_id, error, retryable=retryable)
 
     def _lose(self, job_id: str, error: str) -> None:
         if job_id == self._desk.current_job_id:
@@ -226,6 +227,13 @@ class StudioSession:
     def _deliver(self, job_id: str) -> None:
         if self._exchange is not None:
             self._exchange.protocol.delivered(job_id)
+
+
+def _called(offer: Offered) -> AbstractContextManager[None]:
+    """What an offer's job is called: only the studio's word, so no longer than names may be."""
+    said = (offer.claim.get("jobId"), offer.claim.get("model"))
+    job_id, model = (each[:NAME_CHARS] if isinstance(each, str) else "" for each in said)
+    return called(job_id=job_id, model=model)
 
 
 def _to_nobody(frame: Body) -> None:
