@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from studio_worker.engine.files.gguf_files import open_gguf, shape_of
 from studio_worker.gpu_check.tiny.model import Published, Tiny
-from studio_worker.gpu_check.tiny.quantised import Kind, write_eight_bit, write_gguf
+from studio_worker.gpu_check.tiny.quantised import Kind, without_outer_ones, write_eight_bit, write_gguf
 from studio_worker.models import LocalFile
 
 Q8, Q4 = Kind.Q8_0, Kind.Q4_0
@@ -78,14 +78,9 @@ def in_every_kind(published: Published, folder: Path) -> LocalFile | None:
         return published.write(folder)
     tensors = published.tensors if published.in_gguf is None else published.in_gguf
     path = folder / f"{published.name}-kinds.gguf"
-    return write_gguf(
-        path,
-        published.role,
-        tensors,
-        published.architecture,
-        any_kind,
-        drop_outer_ones=published.role == "model",
-    )
+    if published.role == "model":
+        tensors = without_outer_ones(tensors)
+    return write_gguf(path, published.role, tensors, published.architecture, any_kind)
 
 
 def in_eight_bit(published: Published, folder: Path) -> LocalFile | None:

@@ -14,7 +14,7 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.family import Family
 from studio_worker.engine.loading import load_tokenizer
 from studio_worker.gpu_check.tiny import compvis, layouts, z_image
-from studio_worker.gpu_check.tiny.quantised import Kind, write_gguf
+from studio_worker.gpu_check.tiny.quantised import Kind, without_outer_ones, write_gguf
 from studio_worker.gpu_check.tiny.weights import prefixed, safetensors
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
@@ -96,10 +96,9 @@ def gguf_files(
     transformer = write_gguf(
         tiny.folder / f"{name}.gguf",
         "diffusion-model",
-        prefixed(state, PREFIX) if ours else state,
+        without_outer_ones(prefixed(state, PREFIX)) if ours else state,
         "lumina2",
         kind,
-        drop_outer_ones=ours,
     )
     text_encoder = write_gguf(
         tiny.folder / f"{name}-qwen.gguf",

@@ -95,79 +95,25 @@ def _replaced(first: Look, now: Look) -> str | None:
     return f"the NVIDIA driver was replaced under the service, {first.module} by {now.module}; start it anew"
 
 
-class GpuWatch:
-    """The watch over one device. A CPU needs none and has none.
+class Eyes:
+    """What looks at a GPU, in a thread of its own each time, since the driver may hold up whoever asks.
 
     Args:
-        is_idle: whether no job is in hand.
-        say: gets what is wrong, an empty text when it has passed.
-        end: ends the service, for the reason given; called once at most.
+        place: the GPU's on the PCI bus.
         nvml: asked instead of the machine's own.
     """
 
     def __init__(
-        self,
-        device: Device,
-        *,
-        is_idle: Callable[[], bool],
-        say: Callable[[str], None],
-        end: Callable[[DeviceError], None],
-        nvml: Nvml | None = None,
-        root: Path = Path("/"),
-        every_s: float = LOOK_EVERY_S,
-        limit_s: float = ANSWER_LIMIT_S,
+        self, place: str, nvml: Nvml | None = None, root: Path = Path("/"), limit_s: float = ANSWER_LIMIT_S
     ) -> None:
-        self._device = device
-        self._place = device.pci_bus_id or ""
-        self._is_idle = is_idle
-        self._say = say
-        self._end = end
-        self._nvml = nvml or Nvml(self._place)
+        self._place = place
+        self._nvml = nvml or Nvml(place)
         self._root = root
-        self._every_s = every_s
         self._limit_s = limit_s
-        self._stopped = threading.Event()
-        self._facts: GpuFacts | None = None
         self._looks: queue.SimpleQueue[Look] | None = None
 
-    @property
-    def facts(self) -> GpuFacts | None:
-        """The figures of the last look. From any thread."""
-        return self._facts
-
-    def start(self) -> None:
-        """Begin to look, in a thread of its own."""
-        if self._place:
-            threading.Thread(target=self._watch, name="gpu", daemon=True).start()
-
-    def stop(self) -> None:
-        """Look no more."""
-        self._stopped.set()
-
-    def _watch(self) -> None:
-        judge, said, is_mute = Judge(), "", False
-        while not self._stopped.is_set():
-            look = self._look_in_time()
-            answer = None if look is None else look.answer
-            self._facts = self._figures(answer) if isinstance(answer, Reading) else None
-            if isinstance(answer, NvmlError) and not is_mute:
-                log.warning("the GPU tells no figures", extra={"op": "device", "error": str(answer)})
-            is_mute = isinstance(answer, NvmlError)
-            problem = judge.problem(look) or ""
-            if problem != said:
-                said = problem
-                self._say(problem)
-                if problem:
-                    log.error("the GPU cannot be used any more", extra={"op": "device", "error": problem})
-                else:
-                    log.info("the GPU can be used again", extra={"op": "device"})
-            if problem and self._is_idle():
-                self._end(DeviceError(f"{self._device.name}, {self._device.description}: {problem}"))
-                return
-            self._stopped.wait(self._every_s)
-
-    def _look_in_time(self) -> Look | None:
-        """What is seen now; ``None`` where the driver holds up whoever looks."""
+    def look(self) -> Look | None:
+        """What is seen now; ``None`` where the driver does not answer in time."""
         if self._looks is None:
             self._looks = queue.SimpleQueue()
             looking = threading.Thread(target=self._look, args=(self._looks,), name="gpu-look", daemon=True)
@@ -195,6 +141,73 @@ class GpuWatch:
         module = module_version(self._root) or (answer.driver if isinstance(answer, Reading) else None)
         is_on_bus = not has_left_the_bus(self._place, self._root)
         looks.put(Look(answer, is_on_bus, module, installed_version()))
+
+
+class GpuWatch:
+    """The watch over one device. A CPU needs none and has none.
+
+    Args:
+        is_idle: whether no job is in hand.
+        say: gets what is wrong, an empty text when it has passed.
+        end: ends the service, for the reason given; called once at most.
+        eyes: look instead of those for ``device``.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        is_idle: Callable[[], bool],
+        say: Callable[[str], None],
+        end: Callable[[DeviceError], None],
+        eyes: Eyes | None = None,
+        every_s: float = LOOK_EVERY_S,
+    ) -> None:
+        self._device = device
+        self._place = device.pci_bus_id or ""
+        self._is_idle = is_idle
+        self._say = say
+        self._end = end
+        self._eyes = eyes or Eyes(self._place)
+        self._every_s = every_s
+        self._stopped = threading.Event()
+        self._facts: GpuFacts | None = None
+
+    @property
+    def facts(self) -> GpuFacts | None:
+        """The figures of the last look. From any thread."""
+        return self._facts
+
+    def start(self) -> None:
+        """Begin to look, in a thread of its own."""
+        if self._place:
+            threading.Thread(target=self._watch, name="gpu", daemon=True).start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        judge, said, is_mute = Judge(), "", False
+        while not self._stopped.is_set():
+            look = self._eyes.look()
+            answer = None if look is None else look.answer
+            self._facts = self._figures(answer) if isinstance(answer, Reading) else None
+            if isinstance(answer, NvmlError) and not is_mute:
+                log.warning("the GPU tells no figures", extra={"op": "device", "error": str(answer)})
+            is_mute = isinstance(answer, NvmlError)
+            problem = judge.problem(look) or ""
+            if problem != said:
+                said = problem
+                self._say(problem)
+                if problem:
+                    log.error("the GPU cannot be used any more", extra={"op": "device", "error": problem})
+                else:
+                    log.info("the GPU can be used again", extra={"op": "device"})
+            if problem and self._is_idle():
+                self._end(DeviceError(f"{self._device.name}, {self._device.description}: {problem}"))
+                return
+            self._stopped.wait(self._every_s)
 
     def _figures(self, found: Reading) -> GpuFacts:
         return GpuFacts(

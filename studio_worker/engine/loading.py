@@ -84,7 +84,14 @@ def load_part(
         raise refused(
             f"{section} holds no whole {part.kind}: {type(error).__name__} {str(error)[:200]}"
         ) from error
-    _fill(model, tensors, section, part, device, dtype, alive)
+    wanted = _wanted(model)
+    _check_names_and_shapes(wanted, tensors, section, part)
+    _fill(model, wanted, tensors, dtype, device, alive)
+    if tensors:
+        _LOG.debug(
+            "tensors without a place",
+            extra={"file": section.file.path.name, "count": len(tensors), "first": next(iter(tensors))},
+        )
     if part.finish is not None:
         part.finish(model)
     return model.to(device).eval().requires_grad_(False)
@@ -158,19 +165,22 @@ def _number(stated: Stated, usual: float, what: str) -> float:
     return type(usual)(stated)
 
 
-def _fill(
-    model: torch.nn.Module,
-    tensors: Tensors,
-    section: Section,
-    part: Part,
-    device: torch.device,
-    dtype: torch.dtype,
-    alive: Callable[[], object],
-) -> None:
+def _wanted(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What has to come from the file: parameters, and the buffers that are kept with them."""
     kept = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
-    wanted = {**dict(model.named_parameters()), **buffers}
-    _check_names_and_shapes(wanted, tensors, section, part)
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def _fill(
+    model: torch.nn.Module,
+    wanted: Mapping[str, torch.Tensor],
+    tensors: Tensors,
+    dtype: torch.dtype,
+    device: torch.device,
+    alive: Callable[[], object],
+) -> None:
+    """Move what is ``wanted`` from ``tensors`` into the model; the rest stays there."""
     keep = _kept_in_single_precision(model, dtype)
     use_packed_linears(model, tensors, dtype, keep)
     for name in wanted:
@@ -182,17 +192,12 @@ def _fill(
             module.hold(tensor, device)
             continue
         tensor = dequantised(tensor, torch.float32 if keep(name) else dtype).reshape(wanted[name].shape)
-        if name in buffers:
-            setattr(module, attribute, tensor.to(device, buffers[name].dtype))
+        if not isinstance(wanted[name], torch.nn.Parameter):  # a buffer
+            setattr(module, attribute, tensor.to(device, wanted[name].dtype))
         else:
             setattr(module, attribute, torch.nn.Parameter(tensor.to(device), requires_grad=False))
     if isinstance(model, transformers.PreTrainedModel):
         model.tie_weights()
-    if tensors:
-        _LOG.debug(
-            "tensors without a place",
-            extra={"file": section.file.path.name, "count": len(tensors), "first": next(iter(tensors))},
-        )
 
 
 def _check_names_and_shapes(

@@ -75,24 +75,28 @@ def run_check(
     if found.state == "failed":
         report.close(time.monotonic() - began)
         return DeviceError.exit_status
-    together = _processes(device)
-    threads = max(1, (os.cpu_count() or 1) // together)
     with ExitStack() as at_the_end:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                 at_the_end.callback(signal.signal, number, signal.signal(number, _leave))
         folder = Path(tempfile.mkdtemp(prefix="studio-worker-gpu-check-", dir=work or folder_for_files()))
         at_the_end.callback(shutil.rmtree, folder, ignore_errors=True)
-        runner = Runner(
-            command_for(device.name, folder, small=small),
-            command_for(device.name, folder, small=small, threads=threads),
-            folder,
-            together=together,
-            on_found=report.add,
-        )
+        runner = _runner(device, folder, report, small=small)
         at_the_end.callback(runner.end)
         runner.run(chosen, deadline=began + 60 * minutes)
     return report.close(time.monotonic() - began)
+
+
+def _runner(device: Device, folder: Path, report: Report, *, small: bool) -> Runner:
+    together = _processes(device)
+    threads = max(1, (os.cpu_count() or 1) // together)
+    return Runner(
+        command_for(device.name, folder, small=small),
+        command_for(device.name, folder, small=small, threads=threads),
+        folder,
+        together=together,
+        on_found=report.add,
+    )
 
 
 def _check_places(output: Path, work: Path | None) -> None:

@@ -46,10 +46,8 @@ def _rehearsed() -> Iterator[Row]:
     forms, places, loras, kinds = cycle(FORMS), cycle(PLACES), cycle((False, True)), cycle(KINDS)
     for family in FAMILIES:
         form = next(forms)
-        # Narrow models are quick; only blocks of K-quantisations need wide ones.
-        width = 256 if form == "Q4_K" else 32
         given = {"places": [next(places)], "loras": [next(loras)], "kinds": [next(kinds)]}
-        yield _family(family.name, form, width=width, **given)
+        yield _family(family.name, form, **given)
 
 
 def _behaviour() -> Iterator[Row]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from studio_worker.appliance.gpu_watch import GpuWatch, Judge, Look
+from studio_worker.appliance.gpu_watch import Eyes, GpuWatch, Judge, Look
 from studio_worker.box.device import Device
 from studio_worker.box.nodes import has_left_the_bus
 from studio_worker.box.nvml import Nvml, NvmlError, Reading
@@ -204,9 +204,8 @@ def watched(library: Path, *, limit_s: float) -> Iterator[Watched]:
         is_idle=is_idle.is_set,
         say=said.put,
         end=ended.put,
-        nvml=Nvml(PLACE, str(library)),
+        eyes=Eyes(PLACE, Nvml(PLACE, str(library)), limit_s=limit_s),
         every_s=0.01,
-        limit_s=limit_s,
     )
     watch.start()
     try:

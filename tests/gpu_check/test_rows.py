@@ -63,7 +63,7 @@ def test_lora_that_the_device_leaves_out_is_found(
 
     monkeypatch.setattr(matrix, "make", forgetful)
     with pytest.raises(Missed, match=r"1 of 2 pictures: whole, text with LoRA: .*levels from the CPU's"):
-        matrix.compare(lab, "sd1", "safetensors", places=["whole"], kinds=["text"], width=32)
+        matrix.compare(lab, "sd1", "safetensors", places=["whole"], kinds=["text"])
     assert notes["pictures"] == 2
     assert notes["levels"]["whole, text"] == 0.0 < notes["levels"]["whole, text with LoRA"]
 
@@ -79,7 +79,7 @@ def test_model_that_is_placed_otherwise_than_asked_is_found(
 
     monkeypatch.setattr(matrix, "make", deaf)
     with pytest.raises(Missed, match="component, text: it was placed whole"):
-        matrix.compare(lab, "sd1", "safetensors", ["component"], kinds=["text"], loras=[False], width=32)
+        matrix.compare(lab, "sd1", "safetensors", ["component"], kinds=["text"], loras=[False])
 
 
 def test_picture_that_fails_does_not_keep_the_others_from_being_made(
@@ -95,7 +95,7 @@ def test_picture_that_fails_does_not_keep_the_others_from_being_made(
 
     monkeypatch.setattr(matrix, "make", broken)
     with pytest.raises(Missed, match="1 of 3 pictures: whole, image: RuntimeError: CUBLAS_"):
-        matrix.compare(lab, "sd1", "safetensors", ["whole"], loras=[False], width=32)
+        matrix.compare(lab, "sd1", "safetensors", ["whole"], loras=[False])
     assert set(notes["levels"]) == {"whole, text", "whole, mask"}
 
 

@@ -131,22 +131,28 @@ class Footprint:
         return Plan(mode, tiled, max(there[self.denoiser] + denoising, vae + decoding, *texts_bytes))
 
 
-def choose(
-    needed: Footprint,
-    available: int,
-    *,
-    host: int,
-    offload: bool,
-    device: str,
-    spare: int = 0,
-    allowed: int | None = None,
-) -> Plan:
-    """The fastest way to make the picture within ``available`` bytes of the device.
+@dataclass(frozen=True)
+class Space:
+    """What there is for a model and its picture.
 
     Args:
-        spare: how many of them the model and its picture have without others' leaving the device. Weights are
-            unpacked only within these; 0 where nothing is unpacked.
+        device: its name.
+        available: bytes of it, once all others have left it.
         host: bytes of RAM in which components can wait; 0 where RAM is the device.
+        spare: how many of the available bytes the model and its picture have without others' leaving the
+            device. Weights are unpacked only within these; 0 where nothing is unpacked.
+    """
+
+    device: str
+    available: int
+    host: int
+    spare: int = 0
+
+
+def choose(needed: Footprint, space: Space, *, offload: bool, allowed: int | None = None) -> Plan:
+    """The fastest way to make the picture within the available bytes of the device.
+
+    Args:
         offload: the model asks for that (``offloadToCpu``).
         allowed: within how many of the bytes the model asks to stay (``maxVramGib``). Where no way is as
             lean, the leanest that the device has room for is taken.
@@ -154,12 +160,13 @@ def choose(
     Raises:
         JobError: there is none; another worker may have more.
     """
+    available, host = space.available, space.host
     plans = [plan for plan in needed.plans() if _can_wait(needed, plan, host)]
     if offload:
         plans = [plan for plan in plans if plan.mode is not Mode.WHOLE] or plans
     limit = available if allowed is None else min(available, allowed)
     for plan in plans:
-        if plan.peak_bytes <= (min(spare, limit) if plan.unpacked else limit):
+        if plan.peak_bytes <= (min(space.spare, limit) if plan.unpacked else limit):
             return plan
     leanest_plan = min(plans, key=lambda plan: plan.peak_bytes)
     least = leanest_plan.peak_bytes
@@ -173,7 +180,7 @@ def choose(
         else ""
     )
     raise JobError(
-        f"the picture needs {least / 2**30:.1f} GiB and {device} has {available / 2**30:.1f} GiB for it"
+        f"the picture needs {least / 2**30:.1f} GiB and {space.device} has {available / 2**30:.1f} GiB for it"
         f"{waiting}; a smaller picture, a smaller quantisation of the model, or a device with more memory is "
         "needed"
     )

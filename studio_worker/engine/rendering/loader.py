@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -17,7 +17,7 @@ from studio_worker.engine.loading import computed_in, load_part, use_channels_la
 from studio_worker.engine.loras.wanted import Lora
 from studio_worker.engine.memory.held import Place
 from studio_worker.engine.memory.machine import Memory
-from studio_worker.engine.memory.placement import Footprint, Mode, Plan, choose, leanest
+from studio_worker.engine.memory.placement import Footprint, Mode, Plan, Space, choose, leanest
 from studio_worker.engine.memory.residency import Key, Residency
 from studio_worker.engine.rendering.compiling import compile_blocks
 from studio_worker.engine.rendering.needs import footprint
@@ -61,15 +61,14 @@ class Loader:
         Raises:
             JobError: there is no way; retryable.
         """
-        return choose(
-            needed,
-            self._memory.on_device(self._residency.size_bytes()),
+        space = Space(
+            str(self._device),
+            available=self._memory.on_device(self._residency.size_bytes()),
             host=self._host_bytes(),
-            offload=bool(defaults.offload_to_cpu),
-            allowed=_allowed_bytes(defaults),
-            device=str(self._device),
             spare=self._residency.spare_bytes(self._keys(blueprint).values()),
         )
+        offload = bool(defaults.offload_to_cpu)
+        return choose(needed, space, offload=offload, allowed=_allowed_bytes(defaults))
 
     def leanest(self, needed: Footprint) -> Plan:
         """The way that takes least, whether there is so much or not."""
@@ -105,25 +104,10 @@ class Loader:
                 sign of life, and may raise.
         """
         family, residency = blueprint.family, self._residency
-        dtype = weights_dtype(family, self._device)
         started = time.perf_counter()
         keys = self._keys(blueprint)
-        residency.drop_torn(keys.values())
-        unpacked = [keys[part] for part in plan.unpacked]
-        for key in keys.values():
-            if key not in unpacked:
-                residency.pack(key)
         place = Place.DEVICE if plan.mode is Mode.WHOLE else Place.RAM
-        coming = {
-            part: blueprint.sections[part].size_bytes(dtype.itemsize)
-            for part, key in keys.items()
-            if residency.place(key) is not place
-        }
-        if place is Place.DEVICE:
-            residency.make_room(sum(coming.values()), plan.working_bytes, keep=keys.values())
-        else:
-            new = sum(size for part, size in coming.items() if residency.place(keys[part]) is None)
-            residency.make_host_room(new + residency.lacking_bytes(keys.values()), keep=keys.values())
+        coming = self._make_room(blueprint, plan, place)
         parts: dict[str, torch.nn.Module | None] = {
             part: residency.get(keys[part], place) if part in keys else None for part in family.parts
         }
@@ -133,19 +117,10 @@ class Loader:
         for part in missing:
             if not go_on():
                 raise JobCancelled
-            where = self._device if place is Place.DEVICE else torch.device("cpu")
-            component = load_part(family.parts[part], blueprint.sections[part], where, dtype, go_on)
-            if part == "vae" and self._device.type == "cuda":  # on a CPU 1 to 3% faster, but of other bits
-                use_channels_last(component)
-            residency.add(keys[part], component, place)
-            parts[part] = component
-        changed = [keys[part] for part in missing]
-        for key in unpacked:
-            if not residency.is_unpacked(key):
-                residency.unpack(key, go_on)
-                changed.append(key)
+            parts[part] = self._read(blueprint, part, place, go_on)
+        changed = missing + self._unpack(plan, keys, go_on)
         denoiser = parts[family.denoiser]
-        if self._compiles and denoiser is not None and keys[family.denoiser] in changed:
+        if self._compiles and denoiser is not None and family.denoiser in changed:
             compile_blocks(denoiser)
         residency.name(name, keys.values())
         readers = tuple(key for part, key in keys.items() if part not in {family.denoiser, "vae"})
@@ -166,6 +141,46 @@ class Loader:
             },
         )
         return model, load_s
+
+    def _make_room(self, blueprint: Blueprint, plan: Plan, place: Place) -> list[str]:
+        """Have others leave for what comes to ``place``; returns the components that do."""
+        residency, keys = self._residency, self._keys(blueprint)
+        residency.drop_torn(keys.values())
+        unpacked = [keys[part] for part in plan.unpacked]
+        for key in keys.values():
+            if key not in unpacked:
+                residency.pack(key)
+        itemsize = weights_dtype(blueprint.family, self._device).itemsize
+        coming = {
+            part: blueprint.sections[part].size_bytes(itemsize)
+            for part, key in keys.items()
+            if residency.place(key) is not place
+        }
+        if place is Place.DEVICE:
+            residency.make_room(sum(coming.values()), plan.working_bytes, keep=keys.values())
+        else:
+            new = sum(size for part, size in coming.items() if residency.place(keys[part]) is None)
+            residency.make_host_room(new + residency.lacking_bytes(keys.values()), keep=keys.values())
+        return list(coming)
+
+    def _read(
+        self, blueprint: Blueprint, part: str, place: Place, go_on: Callable[[], bool]
+    ) -> torch.nn.Module:
+        """One component from its file to ``place``, where it stays."""
+        dtype = weights_dtype(blueprint.family, self._device)
+        where = self._device if place is Place.DEVICE else torch.device("cpu")
+        component = load_part(blueprint.family.parts[part], blueprint.sections[part], where, dtype, go_on)
+        if part == "vae" and self._device.type == "cuda":  # on a CPU 1 to 3% faster, but of other bits
+            use_channels_last(component)
+        self._residency.add(self._keys(blueprint)[part], component, place)
+        return component
+
+    def _unpack(self, plan: Plan, keys: Mapping[str, Key], go_on: Callable[[], bool]) -> list[str]:
+        """Write the quantised weights out that ``plan`` wants so; returns the components that were not."""
+        packed = [part for part in plan.unpacked if not self._residency.is_unpacked(keys[part])]
+        for part in packed:
+            self._residency.unpack(keys[part], go_on)
+        return packed
 
     def preload(
         self,

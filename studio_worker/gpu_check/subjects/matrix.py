@@ -23,7 +23,7 @@ from studio_worker.gpu_check.rows import Missed
 from studio_worker.gpu_check.subjects.asking import SAMPLE, Kind, kinds_of, levels_apart, make, pixels
 from studio_worker.gpu_check.subjects.estimates import Room, plans
 from studio_worker.gpu_check.subjects.lab import Lab
-from studio_worker.gpu_check.tiny.families import WIDTH, tiny
+from studio_worker.gpu_check.tiny.families import NARROW, WIDTH, tiny
 from studio_worker.gpu_check.tiny.model import Form, Tiny
 from studio_worker.jobs import Picture
 from studio_worker.models import LocalFile
@@ -65,15 +65,15 @@ def compare(
     places: Sequence[str] = PLACES,
     kinds: Sequence[Kind] | None = None,
     loras: Sequence[bool] = (False, True),
-    width: int = WIDTH,
 ) -> None:
-    """The tiny model of ``family`` in ``form``.
+    """The tiny model of ``family`` in ``form``; in a rehearsal a narrow one, which is quick, where the form
+    lets it be: blocks of K-quantisations need wide ones.
 
     Args:
         kinds: of jobs, as far as the family has them; all, if it has none of these.
-        width: see :func:`tiny`.
     """
     _read_small_references()
+    width = NARROW if lab.small and form != "Q4_K" else WIDTH
     with tempfile.TemporaryDirectory(dir=lab.folder) as folder:
         model = tiny(family, Path(folder), width)
         has = kinds_of(model.family)

@@ -20,6 +20,8 @@ from studio_worker.gpu_check.tiny.z_image import tiny_z_image
 
 WIDTH = 256
 """Numbers in a block of a K-quantisation (ggml's ``QK_K``): so long a row is whole blocks of any kind."""
+NARROW = 32
+"""Whole blocks of the other kinds."""
 
 _VAE_WIDTHS = (8, 8, 16, 16)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from studio_worker.engine.families.family import Family
-from studio_worker.gpu_check.tiny.quantised import Kind, write_eight_bit, write_gguf
+from studio_worker.gpu_check.tiny.quantised import Kind, without_outer_ones, write_eight_bit, write_gguf
 from studio_worker.gpu_check.tiny.weights import Tensors, safetensors
 from studio_worker.models import FileRole, LocalFile
 
@@ -66,14 +66,9 @@ class Published:
                 path.with_suffix(".safetensors"), self.role, self.tensors, self.scale or ""
             )
         tensors = self.tensors if self.in_gguf is None else self.in_gguf
-        return write_gguf(
-            path.with_suffix(".gguf"),
-            self.role,
-            tensors,
-            self.architecture,
-            Kind[form],
-            drop_outer_ones=self.role == "model",  # whole checkpoints are stable-diffusion.cpp's
-        )
+        if self.role == "model":  # whole checkpoints are stable-diffusion.cpp's
+            tensors = without_outer_ones(tensors)
+        return write_gguf(path.with_suffix(".gguf"), self.role, tensors, self.architecture, Kind[form])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ any bytes in a block's layout are numbers, and which ones, gguf's own decoder sa
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -69,10 +69,7 @@ def write_gguf(
     state: Mapping[str, torch.Tensor],
     architecture: str,
     kind: gguf.GGMLQuantizationType | Callable[[str], gguf.GGMLQuantizationType] | None = None,
-    *,
-    drop_outer_ones: bool = False,
-    stated: Mapping[str, float | str] = MappingProxyType({}),
-    split: tuple[int, int] | None = None,
+    stated: Mapping[str, float | str | int] = MappingProxyType({}),
 ) -> LocalFile:
     """``state`` as a GGUF file, as llama.cpp's and city96's tools write it: matrices as ``kind`` where their
     rows are whole blocks, everything else in single precision. ``None`` keeps all in single precision.
@@ -81,22 +78,17 @@ def write_gguf(
 
     Args:
         kind: for all matrices, or for each by its name (``mixed``).
-        drop_outer_ones: leave out outer dimensions of size 1, as stable-diffusion.cpp's converter does
-            (its ``ggml_n_dims``); city96's keeps them.
-        stated: further metadata, by their names without the architecture.
-        split: which piece this is of how many, as llama.cpp's ``llama-gguf-split`` notes it.
+        stated: further metadata, by their names without the architecture; :func:`piece` has others.
     """
     writer = gguf.GGUFWriter(path, architecture)
-    if split is not None:
-        writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_NO, split[0])
-        writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, split[1])
     for name, value in stated.items():
-        add = writer.add_string if isinstance(value, str) else writer.add_float32
-        add(f"{architecture}.{name}", value)
+        if isinstance(value, int):
+            writer.add_uint16(name, value)
+        else:
+            add = writer.add_string if isinstance(value, str) else writer.add_float32
+            add(f"{architecture}.{name}", value)
     for name, tensor in state.items():
         numbers = tensor.detach().float().numpy()
-        while drop_outer_ones and numbers.ndim > 1 and numbers.shape[0] == 1:
-            numbers = numbers[0]
         chosen = kind(name) if callable(kind) and not isinstance(kind, Kind) else kind
         if chosen is None or numbers.ndim != 2 or numbers.shape[1] % gguf.GGML_QUANT_SIZES[chosen][0]:
             writer.add_tensor(name, numbers)
@@ -110,6 +102,24 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return LocalFile(role, path, str(path))
+
+
+def without_outer_ones(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``state`` as stable-diffusion.cpp's converter has it, which leaves out outer dimensions of size 1 (its
+    ``ggml_n_dims``); city96's keeps them.
+    """
+    return {name: tensor.reshape(_inner(tensor.shape)) for name, tensor in state.items()}
+
+
+def _inner(shape: Sequence[int]) -> Sequence[int]:
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+def piece(number: int, count: int) -> dict[str, int]:
+    """What ``llama-gguf-split`` of llama.cpp states in each piece of a file."""
+    return {gguf.Keys.Split.LLM_KV_SPLIT_NO: number, gguf.Keys.Split.LLM_KV_SPLIT_COUNT: count}
 
 
 def write_eight_bit(

@@ -18,7 +18,7 @@ from studio_worker.engine.families import identify
 from studio_worker.errors import JobError, NotServed
 from studio_worker.gpu_check.tiny.families import tiny
 from studio_worker.gpu_check.tiny.model import Tiny
-from studio_worker.gpu_check.tiny.quantised import write_gguf
+from studio_worker.gpu_check.tiny.quantised import without_outer_ones, write_gguf
 from studio_worker.gpu_check.tiny.stable_diffusion import UNET, VAE, unet_and_vae
 from studio_worker.gpu_check.tiny.weights import Tensors, prefixed, safetensors
 from studio_worker.jobs import Cancel
@@ -238,7 +238,7 @@ def test_xl_of_stable_diffusion_cpp(
         **prefixed(first, "cond_stage_model.transformer."),
         **prefixed(form(second), "cond_stage_model.1.transformer."),
     }
-    file = write_gguf(tmp_path / "xl.gguf", "model", state, "sd", drop_outer_ones=True)
+    file = write_gguf(tmp_path / "xl.gguf", "model", without_outer_ones(state), "sd")
     assert (shelf.picture("sdxl", file) == shelf.expected("sdxl")).all()
 
 
@@ -249,7 +249,7 @@ def test_sd2_of_stable_diffusion_cpp(shelf: Shelf, tmp_path: Path) -> None:
     model = shelf.model("sd2")
     text = fused(prefixed(model.parts["text_encoder"].state_dict(), "text_model."))
     state = unet_and_vae(model.parts) | prefixed(text, "cond_stage_model.transformer.")
-    file = write_gguf(tmp_path / "sd2.gguf", "model", state, "sd", drop_outer_ones=True)
+    file = write_gguf(tmp_path / "sd2.gguf", "model", without_outer_ones(state), "sd")
     assert (shelf.picture("sd2", file) == shelf.expected("sd2")).all()
 
 
@@ -264,7 +264,7 @@ def test_sd3_of_stable_diffusion_cpp(shelf: Shelf, tmp_path: Path) -> None:
     for name, part in names.items():
         text = instead("text_projection.weight", "text_model.text_projection")(model.published[part].tensors)
         state |= prefixed(text, f"text_encoders.{name}.transformer.")
-    file = write_gguf(tmp_path / "sd3.gguf", "model", state, "sd", drop_outer_ones=True)
+    file = write_gguf(tmp_path / "sd3.gguf", "model", without_outer_ones(state), "sd")
     assert (shelf.picture("sd3-medium", file) == shelf.expected("sd3-medium")).all()
 
 

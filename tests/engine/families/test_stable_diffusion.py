@@ -27,7 +27,7 @@ from studio_worker.engine.loading import empty_model, load_scheduler, load_token
 from studio_worker.errors import JobError
 from studio_worker.gpu_check.tiny import compvis
 from studio_worker.gpu_check.tiny.model import Tiny
-from studio_worker.gpu_check.tiny.quantised import write_gguf
+from studio_worker.gpu_check.tiny.quantised import without_outer_ones, write_gguf
 from studio_worker.gpu_check.tiny.stable_diffusion import UNET, VAE, sd2_checkpoint, tiny_sd, tiny_sdxl
 from studio_worker.gpu_check.tiny.weights import prefixed, renamed, safetensors
 from studio_worker.jobs import Cancel
@@ -274,7 +274,7 @@ def test_xl_whole_checkpoint_as_gguf(xl: Tiny) -> None:
     hardly another one than the numbers that it was made to.
     """
     state = xl.published["model"].tensors
-    file = write_gguf(xl.folder / "whole.gguf", "model", state, "sdxl", Q8, drop_outer_ones=True)
+    file = write_gguf(xl.folder / "whole.gguf", "model", without_outer_ones(state), "sdxl", Q8)
     found = picture(xl, file)
     assert np.abs(found - expected_of(xl, "StableDiffusionXLPipeline")).mean() < 4
     assert np.abs(found - picture(xl, dequantised(file))).mean() <= DECODING

@@ -26,7 +26,7 @@ from studio_worker.engine.rendering.canvas import Starting
 from studio_worker.engine.rendering.pipeline import LoadedModel
 from studio_worker.errors import JobError
 from studio_worker.gpu_check.tiny import compvis, layouts
-from studio_worker.gpu_check.tiny.quantised import Kind, write_eight_bit, write_gguf
+from studio_worker.gpu_check.tiny.quantised import Kind, piece, write_eight_bit, write_gguf
 from studio_worker.gpu_check.tiny.weights import in_shards, prefixed, safetensors
 from studio_worker.gpu_check.tiny.z_image import language_model
 from studio_worker.jobs import Cancel, Picture
@@ -130,9 +130,9 @@ def test_split_gguf_is_refused_with_what_joins_it(
     whole = gguf_files(tiny, None, "unsplit")[role == "text-encoder"]
     tensors = list(numbers_of(whole).items())
     pieces = []
-    for index, piece in enumerate((tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :])):
+    for index, held in enumerate((tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :])):
         path = tiny.folder / f"{role}-{index}.gguf"
-        pieces.append(write_gguf(path, role, dict(piece), "qwen3", split=(index, 2)))
+        pieces.append(write_gguf(path, role, dict(held), "qwen3", stated=piece(index, 2)))
     others = [each for each in files if each.role != role]
     assert_refused(
         tiny,

@@ -26,7 +26,7 @@ from studio_worker.engine.loading import load_part
 from studio_worker.engine.memory.held import Held, Place
 from studio_worker.engine.memory.machine import MachineMemory
 from studio_worker.engine.memory.peaks import Peaks
-from studio_worker.engine.memory.placement import Mode, Plan, choose
+from studio_worker.engine.memory.placement import Mode, Plan, Space, choose
 from studio_worker.engine.memory.residency import Residency
 from studio_worker.engine.parameters import resolve
 from studio_worker.engine.rendering.canvas import Starting
@@ -74,7 +74,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 )
 def test_fastest_way_that_fits_is_taken(gib: float, mode: Mode, tiled: bool) -> None:
     """The whole model where it fits, else component by component, else layer by layer."""
-    plan = choose(needs(), int(gib * GIB), host=RAM, offload=False, device="cuda:0")
+    plan = choose(needs(), Space("cuda:0", int(gib * GIB), host=RAM), offload=False)
     assert (plan.mode, plan.tiled) == (mode, tiled)
     assert plan.peak_bytes <= gib * GIB
 
@@ -82,19 +82,19 @@ def test_fastest_way_that_fits_is_taken(gib: float, mode: Mode, tiled: bool) -> 
 def test_picture_that_fits_in_no_way_is_refused_with_the_figures() -> None:
     """A picture for which there is no room fails before anything is loaded; another worker may try."""
     with pytest.raises(JobError, match=r"needs 2\.0 GiB and cuda:0 has 1\.5 GiB") as caught:
-        choose(needs(), int(1.5 * GIB), host=RAM, offload=False, device="cuda:0")
+        choose(needs(), Space("cuda:0", int(1.5 * GIB), host=RAM), offload=False)
     assert caught.value.retryable
     with pytest.raises(JobError, match=r"needs 16\.0 GiB and cpu has 15\.0 GiB"):
-        choose(needs(), 15 * GIB, host=0, offload=False, device="cpu")
+        choose(needs(), Space("cpu", 15 * GIB, host=0), offload=False)
 
 
 def test_model_that_asks_for_it_is_offloaded_however_much_fits() -> None:
     """offloadToCpu keeps a model's weights in RAM even where the device could hold them; not where RAM
     cannot.
     """
-    assert choose(needs(), 100 * GIB, host=RAM, offload=True, device="d").mode is Mode.COMPONENT
+    assert choose(needs(), Space("d", 100 * GIB, host=RAM), offload=True).mode is Mode.COMPONENT
     for host in (0, 14 * GIB):
-        assert choose(needs(), 100 * GIB, host=host, offload=True, device="cpu").mode is Mode.WHOLE
+        assert choose(needs(), Space("cpu", 100 * GIB, host=host), offload=True).mode is Mode.WHOLE
 
 
 def test_weights_that_ram_cannot_hold_do_not_wait_there() -> None:
@@ -102,8 +102,8 @@ def test_weights_that_ram_cannot_hold_do_not_wait_there() -> None:
     instead of the machine's running out of memory.
     """
     with pytest.raises(JobError, match=r"needs 16\.0 GiB and cuda:0 has 12\.0 GiB .* 15\.0 GiB .* 14\.0 GiB"):
-        choose(needs(), 12 * GIB, host=14 * GIB, offload=False, device="cuda:0")
-    assert choose(needs(), 12 * GIB, host=15 * GIB, offload=False, device="d").mode is Mode.COMPONENT
+        choose(needs(), Space("cuda:0", 12 * GIB, host=14 * GIB), offload=False)
+    assert choose(needs(), Space("d", 12 * GIB, host=15 * GIB), offload=False).mode is Mode.COMPONENT
 
 
 QUANTISED = {"transformer": 20 * GIB, "text_encoder": 8 * GIB}
@@ -124,7 +124,7 @@ def test_free_memory_is_spent_on_unpacked_weights(spare_gib: float, unpacked: se
     leaves the device for it.
     """
     needed = needs(unpacked=QUANTISED)
-    plan = choose(needed, 100 * GIB, spare=int(spare_gib * GIB), host=RAM, offload=False, device="cuda:0")
+    plan = choose(needed, Space("cuda:0", 100 * GIB, RAM, int(spare_gib * GIB)), offload=False)
     assert (plan.mode, plan.tiled, plan.unpacked) == (Mode.WHOLE, False, unpacked)
     assert plan.peak_bytes - plan.working_bytes == needed.weight_bytes + sum(
         size - needed.weights[name] for name, size in QUANTISED.items() if name in unpacked
