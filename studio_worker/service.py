@@ -8,9 +8,9 @@ courier one each. Everything is wired together here; what is wired is in the roo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from studio_worker.studio.session.connector import Connector
 from studio_worker.studio.session.session import StudioSession
 from studio_worker.work.health import Health
 from studio_worker.work.inputs import input_fetcher
+from studio_worker.work.ports import Ports
 from studio_worker.work.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -90,19 +91,14 @@ class Service:
         self._news = news
         self._ending = end = Ending()
         device = found_device(settings.worker.device)
-        policy = dataclasses.replace(
+        policy = replace(
             policy_from(settings), on_end=news.activity.download_ended, on_wait=news.download_waits
         )
         self._current = current = Current(loaded, policy)
         shipping = logs.ShippingBuffer()
         logging.getLogger().addHandler(shipping)
         self._parts = parts = Parts.opened(current, device)
-        self._gpu = GpuWatch(
-            device,
-            is_idle=lambda: parts.desk.current_job_id is None,
-            say=news.gpu_has,
-            end=end.end_with,
-        )
+        self._gpu = GpuWatch(device, is_idle=parts.desk.is_idle, say=news.gpu_has, end=end.end_with)
         self._preparation = Preparation(
             parts.store, device, news.notifier, end.stop, on_usable=self._gpu.start
         )
@@ -123,13 +119,8 @@ class Service:
         end.on_end(lambda _: parts.desk.close())
         end.on_end(self._preparation.give_up)
         end.on_hand_back(self._worker.hand_back)
-        self._status = Status(
-            early,
-            parts,
-            self._health,
-            self._gpu,
-            safe_url(settings.studio.api_base_url),
-        )
+        shown = safe_url(settings.studio.api_base_url)
+        self._status = Status(early, parts, self._health, self._gpu, shown)
         pausing = Pausing(parts.desk, news, settings.state.dir, self._session.beat_now)
         pausing.begin()
         self.handlers = {"status": self._status.answer, **pausing.handlers()}
@@ -147,7 +138,7 @@ class Service:
         return StudioLink(registration, self._connector, courier, self._news, self._ending.end_with)
 
     def _employed(self, studio_root: str) -> Worker:
-        return Worker(
+        ports = Ports(
             source=self._session,
             files=SeenFiles(self._parts.store, self._news.notifier.status, self._news.line.say),
             engines=self._parts.engines,
@@ -156,8 +147,8 @@ class Service:
             reports=self._news.activity,
             health=self._health,
             fetch=lambda url, cancel: input_fetcher(self._current.policy, studio_root)(url, cancel),
-            step_timeout_s=lambda: self._current.settings.worker.step_timeout_s,
         )
+        return Worker(ports, lambda: self._current.settings.worker.step_timeout_s)
 
     def run(self) -> None:
         """From provisioning to the clean end.
@@ -211,7 +202,7 @@ class Service:
     def _has_leisure(self) -> bool:
         """Whether models may be loaded before their first job."""
         desk = self._parts.desk
-        return not self._ending.is_near and not desk.is_paused and desk.current_job_id is None
+        return not self._ending.is_near and not desk.is_paused and desk.is_idle()
 
     # --- signals, on their thread ---
 

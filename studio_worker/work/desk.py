@@ -31,6 +31,10 @@ class Desk:
         """The job accepted and not yet finished."""
         return self._current
 
+    def is_idle(self) -> bool:
+        """Whether no job is in hand."""
+        return self._current is None
+
     def put(self, job: Job) -> None:
         self._current = job.job_id
         self._jobs.put(job)

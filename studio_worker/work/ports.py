@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -95,3 +96,21 @@ class WorkReports(Protocol):
     def job_failed(
         self, job_id: str, model: str, reason: str, *, retryable: bool, handed_back: bool
     ) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ports:
+    """All that a worker works with.
+
+    Args:
+        fetch: gets an input picture's bytes, given up when the event is set; raises DownloadError.
+    """
+
+    source: JobSource
+    files: Files
+    engines: Engines
+    in_hand: InHand
+    results: Results
+    reports: WorkReports
+    health: Health
+    fetch: Callable[[str, threading.Event], bytes]

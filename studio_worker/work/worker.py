@@ -27,7 +27,7 @@ from studio_worker.errors import (
 )
 from studio_worker.jobs import Cancel, Job, Picture
 from studio_worker.models import RequiredModel
-from studio_worker.work.ports import Engines, Files, Health, InHand, JobSource, Results, WorkReports
+from studio_worker.work.ports import Ports
 
 log = logging.getLogger(__name__)
 
@@ -36,32 +36,20 @@ class Worker:
     """The loop.
 
     Args:
-        fetch: gets an input picture's bytes, given up when the event is set; raises DownloadError.
+        ports: all that it works with.
         step_timeout_s: how long one step, or one gap between two signs of progress, may take; asked each
             time.
     """
 
-    def __init__(
-        self,
-        *,
-        source: JobSource,
-        files: Files,
-        engines: Engines,
-        in_hand: InHand,
-        results: Results,
-        reports: WorkReports,
-        health: Health,
-        fetch: Callable[[str, threading.Event], bytes],
-        step_timeout_s: Callable[[], float],
-    ) -> None:
-        self._source = source
-        self._files = files
-        self._engines = engines
-        self._in_hand = in_hand
-        self._results = results
-        self._reports = reports
-        self._health = health
-        self._fetch = fetch
+    def __init__(self, ports: Ports, step_timeout_s: Callable[[], float]) -> None:
+        self._source = ports.source
+        self._files = ports.files
+        self._engines = ports.engines
+        self._in_hand = ports.in_hand
+        self._results = ports.results
+        self._reports = ports.reports
+        self._health = ports.health
+        self._fetch = ports.fetch
         self._step_timeout_s = step_timeout_s
         self._guard = threading.Lock()
         self._cancel = Cancel()

@@ -17,6 +17,7 @@ from studio_worker.spool.delivery import Delivery
 from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.work.health import Health
+from studio_worker.work.ports import Ports
 from studio_worker.work.worker import Worker
 from tests.played import NoFiles, untouched_health
 
@@ -77,7 +78,7 @@ def make(
     def scripted() -> Engine:
         return ScriptedEngine(script or {})
 
-    worker = Worker(
+    ports = Ports(
         source=source,
         files=files or NoFiles(),
         engines=Router({"scripted": scripted}),
@@ -86,8 +87,8 @@ def make(
         reports=Activity(),
         health=health or untouched_health(),
         fetch=fetch,
-        step_timeout_s=step_timeout_s,
     )
+    worker = Worker(ports, step_timeout_s)
     return worker, outbox, in_hand
 
 

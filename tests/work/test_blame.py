@@ -47,6 +47,7 @@ from studio_worker.studio.session.session import StudioSession
 from studio_worker.transfer.policy import Policy
 from studio_worker.work.desk import Desk
 from studio_worker.work.inputs import input_fetcher
+from studio_worker.work.ports import Ports
 from studio_worker.work.worker import Worker
 from tests.certificates import certificate
 from tests.engine_lab import changed_sample, write_header
@@ -387,7 +388,7 @@ class Box:
         self._session = StudioSession(abilities, desk, uploads, failures, News())
         self._connector = Connector(api, abilities, self._session, ShippingBuffer(), Timings(heartbeat_s=0.1))
         fetch = input_fetcher(policy, api.root)
-        self._worker = Worker(
+        ports = Ports(
             source=self._session,
             files=SeenFiles(store, on_status=lambda text: None, on_end=lambda: None),
             engines=engines,
@@ -396,8 +397,8 @@ class Box:
             reports=Activity(),
             health=health,
             fetch=fetch,
-            step_timeout_s=lambda: 300.0,
         )
+        self._worker = Worker(ports, lambda: 300.0)
         self._desk = desk
         self._threads = [
             threading.Thread(target=self._connector.run, args=(Credentials("w1", "token"),), daemon=True),

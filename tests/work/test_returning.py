@@ -33,6 +33,7 @@ from studio_worker.studio.session.connection import Timings
 from studio_worker.studio.session.connector import Connector
 from studio_worker.studio.session.session import StudioSession
 from studio_worker.work.desk import Desk
+from studio_worker.work.ports import Ports
 from studio_worker.work.worker import Worker
 from tests.lab.frames import CAPABILITIES
 from tests.played import GatedEngine, NoFiles, PlayedBox, untouched_health
@@ -83,7 +84,7 @@ class Box:
         def make() -> Engine:
             return engine
 
-        self.worker = Worker(
+        ports = Ports(
             source=session,
             files=NoFiles(),
             engines=Router({"sd-cpp": make}),
@@ -92,8 +93,8 @@ class Box:
             reports=Activity(),
             health=untouched_health(),
             fetch=lambda url, cancel: b"",
-            step_timeout_s=lambda: 60.0,
         )
+        self.worker = Worker(ports, lambda: 60.0)
         self._working = threading.Thread(target=self.worker.run, daemon=True)
         self._working.start()
         self.link.start()

@@ -45,6 +45,7 @@ from studio_worker.studio.session.session import StudioSession
 from studio_worker.studio.session.shipping import Shipping
 from studio_worker.studio.wire import Body
 from studio_worker.work.desk import Desk
+from studio_worker.work.ports import Ports
 from studio_worker.work.worker import Worker
 from tests.lab.frames import CLAIM
 from tests.played import GatedEngine, NoFiles, PlayedBox, untouched_health
@@ -161,7 +162,7 @@ class Box:
         def engine() -> Engine:
             return self.engine
 
-        self.worker = Worker(
+        ports = Ports(
             source=Source(),
             files=NoFiles(),
             engines=Router({"sd-cpp": engine}),
@@ -170,8 +171,8 @@ class Box:
             reports=Activity(),
             health=untouched_health(),
             fetch=lambda url, cancel: b"",
-            step_timeout_s=lambda: 60.0,
         )
+        self.worker = Worker(ports, lambda: 60.0)
         self.thread = threading.Thread(target=self.worker.run, daemon=True)
         self.thread.start()
 
