@@ -41,7 +41,7 @@ def frames(folder: Path) -> Iterator[Attempt]:
                     found.welcome()
                     return found
                 if not running._thread.is_alive():
-                    assert isinstance(running.ended_with, ProtocolError), running.ended_with
+                    assert isinstance(running.end(), ProtocolError), running.ended_with
                     running = Running(studio)
                     running.odd.update(nothing_is_taken)
 
@@ -65,7 +65,8 @@ def frames(folder: Path) -> Iterator[Attempt]:
             raise AssertionError("the session does not answer")
 
         yield attempt
-        running.session.stop()
+        running.stop()
+        running.end()
 
 
 @contextlib.contextmanager
