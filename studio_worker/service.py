@@ -29,7 +29,8 @@ from studio_worker.appliance.reload import Reloader
 from studio_worker.appliance.watchdog import start_watchdog
 from studio_worker.box.owner import become, give_folder, owner_of
 from studio_worker.box.state_lock import state_lock
-from studio_worker.config import Config, Current
+from studio_worker.config import Config
+from studio_worker.config.current import Current
 from studio_worker.config.downloads import policy_from
 from studio_worker.network.urls import safe_url
 from studio_worker.report import logs

@@ -205,13 +205,23 @@ def test_imports_for_types_only_hide_no_cycle() -> None:
 @pytest.mark.parametrize("module", ["service", "engine", "cli", "studio.session.session", "local_studio"])
 def test_importing_what_starts_loads_no_torch(module: str) -> None:
     """The service, its session and its commands start without torch: it is loaded for the first job."""
+    assert not loaded_with(module) & {"torch", "diffusers", "transformers", "numpy", "gguf", "onnxruntime"}
+
+
+def test_importing_the_commands_loads_no_http() -> None:
+    """A command that only reads files answers soon: libraries for HTTP come with their first use."""
+    assert not loaded_with("cli") & {"requests", "urllib3", "websockets", "starlette", "uvicorn", "rich"}
+
+
+def loaded_with(module: str) -> set[str]:
+    """The libraries that are loaded where ``module`` of ours is imported alone."""
     script = f"import sys, studio_worker.{module}\nprint(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "studio_worker" in loaded
-    assert not loaded & {"torch", "diffusers", "transformers", "numpy", "gguf", "onnxruntime"}
+    return loaded
 
 
 def test_private_names_of_libraries_are_used_only_where_they_must_be() -> None:

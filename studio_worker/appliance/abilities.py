@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from studio_worker import __version__
 from studio_worker.appliance.parts import Parts
 from studio_worker.box.ram import available_ram_bytes
-from studio_worker.config import Current
+from studio_worker.config.current import Current
 from studio_worker.engine.rendering.estimate import Estimates
 from studio_worker.jobs import ImageTask
 from studio_worker.models import LocalFile, ModelFile, ModelSource

@@ -8,7 +8,7 @@ from typing import Self
 
 from studio_worker.appliance.provisioning import open_store
 from studio_worker.box.device import Device, find_device
-from studio_worker.config import Current
+from studio_worker.config.current import Current
 from studio_worker.engine import Router, default_router
 from studio_worker.spool.failures import Failures
 from studio_worker.spool.in_hand import JobInHand

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from studio_worker.config import Current
+from studio_worker.config.current import Current
 from studio_worker.context import called
 from studio_worker.download import Progress
 from studio_worker.errors import DownloadCancelled, DownloadError

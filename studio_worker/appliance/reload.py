@@ -13,7 +13,8 @@ from pathlib import Path
 
 from studio_worker import config
 from studio_worker.appliance.provisioning import LaterProvision
-from studio_worker.config import Config, Current
+from studio_worker.config import Config
+from studio_worker.config.current import Current
 from studio_worker.config.downloads import policy_from, succeeding
 from studio_worker.config.settings import differences, with_live_values
 from studio_worker.errors import ConfigError

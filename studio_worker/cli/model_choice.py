@@ -50,12 +50,13 @@ class ChosenModel:
             yield self.local
             return
         from studio_worker.appliance.provisioning import open_store
+        from studio_worker.config.current import Current
         from studio_worker.config.downloads import policy_from
 
         policy = policy_from(self.loaded.settings)  # with tokens that may be the caller's alone
         become(self.owner)
         config.check_folders(self.loaded.settings)
-        store = open_store(config.Current(self.loaded, policy))
+        store = open_store(Current(self.loaded, policy))
         with store.taken(self.name, self.source.files, progress=progress) as files:
             yield files
 

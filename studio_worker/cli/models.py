@@ -221,10 +221,11 @@ class _Setup(NamedTuple):
 def _opened(setup: _Setup) -> tuple[config.Config, Any]:
     """The configuration and the models folder, with the rights of its owner from now on."""
     from studio_worker.appliance.provisioning import open_store
+    from studio_worker.config.current import Current
 
     become(setup.owner)
     config.check_folders(setup.loaded.settings)
-    return setup.loaded, open_store(config.Current(setup.loaded, setup.policy))
+    return setup.loaded, open_store(Current(setup.loaded, setup.policy))
 
 
 def _rows(loaded: config.Config, store: Any) -> list[dict[str, Any]]:

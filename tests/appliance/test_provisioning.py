@@ -18,6 +18,7 @@ from studio_worker.appliance.provisioning import (
     provision,
     show_duration,
 )
+from studio_worker.config.current import Current
 from studio_worker.context import called
 from studio_worker.errors import DownloadCancelled, DownloadError, StoreError
 from studio_worker.models import ModelFile, RequiredModel
@@ -261,7 +262,7 @@ def test_configured_budget_and_required_models_reach_the_store(server: FileServe
     (tmp_path / "etc" / "models.d").mkdir(parents=True)
     (tmp_path / "etc" / "models.d" / "one.json").write_text(wanted.model_dump_json(by_alias=True))
     (tmp_path / "etc" / "config.toml").write_text(f'[models]\nroot = "{tmp_path}/models"\nbudget_gb = 3e-6\n')
-    store = open_store(config.Current(config.load(tmp_path / "etc"), QUICK))
+    store = open_store(Current(config.load(tmp_path / "etc"), QUICK))
     store.ensure(wanted.files, model="one")
     other = required("two", server.serve("/b", b"b" * 2000), size=2000)
 
@@ -275,7 +276,7 @@ def test_configured_budget_and_required_models_reach_the_store(server: FileServe
 def test_store_keeps_to_what_a_reload_says(server: FileServer, tmp_path: Path) -> None:
     """Budget, required models and the ways of downloads that a reload brings hold for the next model."""
     (tmp_path / "config.toml").write_text(f'[models]\nroot = "{tmp_path}/models"\n')
-    current = config.Current(config.load(tmp_path), QUICK)
+    current = Current(config.load(tmp_path), QUICK)
     store = open_store(current)
     old = required("old", server.serve("/old", b"o" * 2000), size=2000)
     new = required("new", server.serve("/new", b"n" * 2000), size=2000)

@@ -18,7 +18,7 @@ import requests
 from studio_worker import config
 from studio_worker.appliance.provisioning import LaterProvision
 from studio_worker.appliance.reload import read_again
-from studio_worker.config import Current
+from studio_worker.config.current import Current
 from studio_worker.config.declaration import Declared
 from studio_worker.config.downloads import policy_from
 from studio_worker.config.settings import DECLARED

@@ -33,12 +33,13 @@ import sys
 from pathlib import Path
 from studio_worker import config
 from studio_worker.appliance.reload import read_again
+from studio_worker.config.current import Current
 from studio_worker.transfer.policy import Policy
 
 folder = Path(sys.argv[1])
 running = config.load(folder)
 (folder / "config.toml").write_text("[worker]\\nrest_s = 7\\nnickname = 'cellar'\\n")
-reloaded = read_again(folder, config.Current(running, Policy()))
+reloaded = read_again(folder, Current(running, Policy()))
 print(reloaded.applied, reloaded.needs_restart, reloaded.config.settings.worker.rest_s)
 """
 

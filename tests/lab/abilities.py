@@ -7,7 +7,8 @@ from pathlib import Path
 from studio_worker.appliance.abilities import Abilities
 from studio_worker.appliance.parts import Parts
 from studio_worker.box.device import Device
-from studio_worker.config import Config, Current
+from studio_worker.config import Config
+from studio_worker.config.current import Current
 from studio_worker.config.settings import Settings
 from studio_worker.engine import Router
 from studio_worker.models import ModelSource

@@ -28,7 +28,8 @@ from studio_worker.appliance.news import News
 from studio_worker.appliance.parts import Parts
 from studio_worker.appliance.provisioning import SeenFiles
 from studio_worker.box.device import Device
-from studio_worker.config import Config, Current
+from studio_worker.config import Config
+from studio_worker.config.current import Current
 from studio_worker.config.settings import Settings
 from studio_worker.engine import default_router
 from studio_worker.report.activity import Activity
