@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,6 @@ SHA256 = hashlib.sha256(LARGE).hexdigest()
 QUICK = Policy(connect_s=5, stall_s=5, delays_s=(0.0, 0.0, 0.0))
 PACE = 6_000_000
 """Bytes a second of one connection, where a test wants several of them."""
-
-
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with FileServer() as running:
-        yield running
 
 
 def slow(server: FileServer, **faults: Any) -> ServedFile:

@@ -1,0 +1,32 @@
+"""A local studio, and a worker of it that a test plays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from studio_worker.local_studio import LocalStudio
+from tests.fakes.machine import Machine
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Iterator[LocalStudio]:
+    with LocalStudio(tmp_path / "studio.sqlite3") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def anywhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStudio]:
+    """One studio for all tests that leave no jobs behind."""
+    with LocalStudio(tmp_path_factory.mktemp("studio") / "studio.sqlite3") as running:
+        yield running
+
+
+@pytest.fixture
+def machine(studio: LocalStudio) -> Iterator[Machine]:
+    worker = Machine(studio).connect()
+    yield worker
+    assert worker.socket is not None
+    worker.socket.close()

@@ -1,0 +1,177 @@
+"""The local studio\'s side of a session, from hello to its end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.exceptions import InvalidStatus
+
+from studio_worker.local_studio import Limits, LocalStudio
+from tests.fakes.machine import CAPABILITIES, WAIT_S, Machine, queue
+
+
+def test_session_welcomes_by_name_and_time(anywhere: LocalStudio) -> None:
+    """A hello is answered with welcome, under the protocol's own sub-protocol."""
+    machine = Machine(anywhere)
+    machine.socket = machine.dial()
+    assert machine.socket.subprotocol == "studio-worker-v1"
+    machine.say("hello", authToken=machine.token, capabilities=CAPABILITIES)
+    welcome = machine.hear()
+    assert (welcome["type"], welcome["workerId"]) == ("welcome", machine.worker_id)
+    assert welcome["serverTime"].endswith("Z")
+    assert anywhere.is_online(machine.worker_id)
+    machine.hang_up()
+
+
+@pytest.mark.parametrize("token", ["", "wrong", "0" * 64])
+def test_session_wrong_token_is_401_on_the_upgrade(anywhere: LocalStudio, token: str) -> None:
+    """Without the worker's token there is no session, and the upgrade says 401."""
+    machine = Machine(anywhere)
+    with pytest.raises(InvalidStatus) as refused:
+        machine.dial(token=token)
+    assert refused.value.response.status_code == 401
+
+
+def test_session_without_subprotocol_is_refused(anywhere: LocalStudio) -> None:
+    """The sub-protocol is required."""
+    machine = Machine(anywhere)
+    for subprotocol in (None, "studio-worker-v2"):
+        with pytest.raises(InvalidStatus) as refused:
+            machine.dial(subprotocol=subprotocol)
+        assert refused.value.response.status_code == 400
+
+
+def test_session_wrong_token_in_hello_is_auth_failed(anywhere: LocalStudio) -> None:
+    """A hello with another token than the upgrade's ends with auth_failed and 4001."""
+    machine = Machine(anywhere)
+    machine.socket = machine.dial()
+    machine.say("hello", authToken="wrong", capabilities=CAPABILITIES)
+    frames, code = machine.closing()
+    assert ([frame["code"] for frame in frames], code) == (["auth_failed"], 4001)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"type": "heartbeat", "capabilities": CAPABILITIES},
+        {"type": "accept", "jobId": "x"},
+        {"type": "hello"},
+        {"type": "unheard of"},
+        [],
+    ],
+)
+def test_session_must_begin_with_hello(anywhere: LocalStudio, first: Any) -> None:
+    """Anything but a hello before welcome is a protocol_violation."""
+    machine = Machine(anywhere)
+    machine.socket = machine.dial()
+    machine.socket.send(json.dumps(first))
+    frames, code = machine.closing()
+    assert ([frame["code"] for frame in frames], code) == (["protocol_violation"], 4002)
+
+
+def test_session_second_hello_is_a_violation(machine: Machine) -> None:
+    """Hello comes once."""
+    machine.say("hello", authToken=machine.token, capabilities=CAPABILITIES)
+    frames, code = machine.closing()
+    assert (frames[0]["code"], code) == ("protocol_violation", 4002)
+
+
+def test_session_silent_newcomer_is_sent_away(tmp_path: Path) -> None:
+    """A connection without a hello does not stay open for ever."""
+    with LocalStudio(tmp_path / "studio.sqlite3", limits=Limits(hello_timeout_s=0.2)) as studio:
+        machine = Machine(studio)
+        machine.socket = machine.dial()
+        frames, code = machine.closing()
+        assert (frames[0]["code"], code) == ("protocol_violation", 4002)
+
+
+def test_session_without_heartbeat_is_closed_and_its_job_released(tmp_path: Path) -> None:
+    """A worker whose heartbeats stop loses its session and its job, whatever else it still sends."""
+    with LocalStudio(tmp_path / "studio.sqlite3", limits=Limits(heartbeat_timeout_s=0.4)) as studio:
+        machine = Machine(studio).connect()
+        job_id = queue(studio)
+        machine.take()
+        machine.say("logBatch", entries=[])
+        assert machine.closing() == ([], 3008)
+        studio.wait_for(lambda: studio.job(job_id).status == "queued", WAIT_S)
+        assert studio.job(job_id).attempts == 1
+
+
+def test_session_newcomer_replaces_the_older_one(studio: LocalStudio, machine: Machine) -> None:
+    """A second session of the same worker ends the first with duplicate_worker, and its job is released."""
+    job_id = queue(studio)
+    machine.take()
+    older = machine.socket
+    machine.connect()
+    newer, machine.socket = machine.socket, older
+    frames, code = machine.closing()
+    assert ([frame["code"] for frame in frames], code) == (["duplicate_worker"], 4003)
+    machine.socket = newer
+    assert studio.is_online(machine.worker_id)
+    assert machine.take()["jobId"] == job_id
+    assert studio.job(job_id).attempts == 2
+
+
+def test_session_of_deleted_worker_ends(studio: LocalStudio, machine: Machine) -> None:
+    """Deleting a worker ends its session with worker_deleted, now and later, and frees its job."""
+    job_id = queue(studio)
+    machine.take()
+    studio.delete_worker(machine.worker_id)
+    frames, code = machine.closing()
+    assert ([frame["code"] for frame in frames], code) == (["worker_deleted"], 4004)
+    studio.wait_for(lambda: studio.job(job_id).status == "queued", WAIT_S)
+    machine.socket = machine.dial()
+    machine.say("hello", authToken=machine.token, capabilities=CAPABILITIES)
+    frames, code = machine.closing()
+    assert ([frame["code"] for frame in frames], code) == (["worker_deleted"], 4004)
+    assert machine.upload(job_id).status_code == 401
+    machine.register()
+    assert studio.approve(machine.request_id) != machine.worker_id
+    machine.fetch_token()
+    machine.connect()
+
+
+def test_session_unreadable_frames_are_dropped(machine: Machine) -> None:
+    """After welcome a binary, broken or unknown frame is dropped, and the session goes on."""
+    assert machine.socket is not None
+    machine.socket.send(b"\x00\x01")
+    machine.socket.send("{")
+    machine.socket.send('{"type": "readyForMore"}')
+    machine.socket.send('{"type": "heartbeat", "capabilities": 5}')
+    machine.say("heartbeat", capabilities=CAPABILITIES | {"vramTotalGb": float("inf")})
+    machine.beat()
+
+
+def test_session_own_mistake_is_internal_error(
+    studio: LocalStudio, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the studio itself fails, the worker hears internal_error and 1000, and may come back."""
+
+    def broken(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(studio.shelf, "add_logs", broken)
+    machine.say("logBatch", entries=[])
+    frames, code = machine.closing()
+    assert ([frame["code"] for frame in frames], code) == (["internal_error"], 1000)
+    machine.connect()
+
+
+def test_session_logs_are_kept_within_bounds(
+    studio: LocalStudio, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shipped log lines are kept, the newest only, and long ones cut."""
+    monkeypatch.setattr("studio_worker.local_studio.shelf.MAX_LOG_LINES", 10)
+    entries = [
+        {"ts": "2026-01-01T00:00:00Z", "level": "info", "category": "engine", "message": f"{n} " + "x" * 9000}
+        for n in range(30)
+    ]
+    machine.say("logBatch", entries=entries)
+    machine.beat()
+    lines = studio.logs(machine.worker_id)
+    assert [line.message.split()[0] for line in lines] == [str(n) for n in range(20, 30)]
+    assert all(len(line.message) <= 4000 for line in lines)
+    assert studio.logs("somebody else") == []
