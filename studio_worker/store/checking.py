@@ -38,48 +38,55 @@ class Checked:
         return self.state in {"verified", "repaired"}
 
 
-def check_file(
-    root: Path,
-    ledger: Ledger,
-    name: str,
-    entry: Verified,
-    *,
-    progress: Progress | None,
-    on_damage: OnDamage,
-    fetch_again: Callable[[], None] | None = None,
-    cancel: threading.Event | None = None,
-) -> Checked:
-    """Read the file ``name`` below ``root``.
+class Checker:
+    """Reads files below ``root`` and compares them with ``ledger``."""
 
-    Args:
-        fetch_again: brings it back, or raises DownloadError; ``None`` where nobody says from where.
+    def __init__(self, root: Path, ledger: Ledger) -> None:
+        self._root = root
+        self._ledger = ledger
 
-    Raises:
-        DownloadCancelled: ``cancel`` was set.
-    """
-    path = root / name
-    state = "missing"
-    if path.is_file():
+    def check(
+        self,
+        name: str,
+        entry: Verified,
+        *,
+        on_damage: OnDamage,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        fetch_again: Callable[[], None] | None = None,
+    ) -> Checked:
+        """Read the file ``name``.
+
+        Args:
+            fetch_again: brings it back, or raises DownloadError; ``None`` where nobody says from where.
+
+        Raises:
+            DownloadCancelled: ``cancel`` was set.
+        """
+        path = self._root / name
+        state = "missing"
+        if path.is_file():
+            try:
+                is_right = hash_file(path, progress=progress, cancel=cancel) == entry.sha256
+            except OSError as error:
+                # This user may not, or the network's disk is away: no damage.
+                if error.errno not in _BAD_SECTOR:
+                    return Checked(path, "unreadable", entry.size, f"{error.strerror}; nothing was changed")
+                is_right = False
+            if is_right:
+                if on_damage != "leave" and not self._ledger.is_unchanged(name):
+                    self._ledger.remember(name, entry.sha256, entry.url)
+                return Checked(path, "verified", entry.size)
+            state = "damaged"
+        size = entry.size if state == "damaged" else 0
+        if on_damage == "leave":
+            return Checked(path, state, size)
+        path.unlink(missing_ok=True)
+        if on_damage == "remove" or fetch_again is None:
+            self._ledger.forget(name)
+            return Checked(path, state, size, "removed; the next job that needs it fetches it")
         try:
-            is_right = hash_file(path, progress=progress, cancel=cancel) == entry.sha256
-        except OSError as error:
-            if error.errno not in _BAD_SECTOR:  # this user may not, or the network's disk is away: no damage
-                return Checked(path, "unreadable", entry.size, f"{error.strerror}; nothing was changed")
-            is_right = False
-        if is_right:
-            if on_damage != "leave" and not ledger.is_unchanged(name):
-                ledger.remember(name, entry.sha256, entry.url)
-            return Checked(path, "verified", entry.size)
-        state = "damaged"
-    size = entry.size if state == "damaged" else 0
-    if on_damage == "leave":
-        return Checked(path, state, size)
-    path.unlink(missing_ok=True)
-    if on_damage == "remove" or fetch_again is None:
-        ledger.forget(name)
-        return Checked(path, state, size, "removed; the next job that needs it fetches it")
-    try:
-        fetch_again()
-    except DownloadError as error:
-        return Checked(path, state, size, str(error))
-    return Checked(path, "repaired", entry.size)
+            fetch_again()
+        except DownloadError as error:
+            return Checked(path, state, size, str(error))
+        return Checked(path, "repaired", entry.size)

@@ -22,8 +22,7 @@ from studio_worker.download import Progress
 from studio_worker.errors import StoreError
 from studio_worker.files import fsync_directory
 from studio_worker.models import LocalFile, ModelFile
-from studio_worker.store.checking import Checked as Checked
-from studio_worker.store.checking import OnDamage, check_file
+from studio_worker.store.checking import Checked, Checker, OnDamage
 from studio_worker.store.fetching import Fetcher
 from studio_worker.store.ledger import Ledger, Verified, content_key, file_name, is_verified
 from studio_worker.store.leftovers import find_staging, find_strangers, remove_abandoned, remove_staging
@@ -72,6 +71,7 @@ class Store:
         with store_errors(root):
             root.mkdir(parents=True, exist_ok=True)
             self._ledger = Ledger(root)
+        self._checker = Checker(root, self._ledger)
         self._space = Space(root, self._ledger, self._terms, spare_bytes=spare_bytes)
         self._fetcher = Fetcher(root, self._ledger, self._space, self._terms)
 
@@ -164,13 +164,11 @@ class Store:
             url = urls.get(name)
             fetch = partial(self._fetcher.fetch_again, name, entry, progress)
             with store_errors(self.root), self._space.holding([name.partition("/")[0]]):
-                checked = check_file(
-                    self.root,
-                    self._ledger,
+                checked = self._checker.check(
                     name,
                     entry,
-                    progress=progress,
                     on_damage=on_damage,
+                    progress=progress,
                     fetch_again=None if url is None else partial(fetch, url),
                 )
             yield checked
@@ -190,9 +188,7 @@ class Store:
         if entry is None or entry.sha256 != name.partition("/")[0]:  # its source says no hash: nobody knows
             return False
         with store_errors(self.root), self._space.holding([entry.sha256]):
-            checked = check_file(
-                self.root, self._ledger, name, entry, on_damage="remove", progress=progress, cancel=cancel
-            )
+            checked = self._checker.check(name, entry, on_damage="remove", progress=progress, cancel=cancel)
         if checked.state == "unreadable":
             raise StoreError(f"{path}: {checked.error}")
         if not checked.is_right:
