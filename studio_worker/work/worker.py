@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 
 from studio_worker.context import called
-from studio_worker.engine import Inputs, KeepsModels, Request
+from studio_worker.engine import Inputs, Request
 from studio_worker.errors import (
     DeviceError,
     DownloadCancelled,
@@ -23,11 +23,12 @@ from studio_worker.errors import (
     JobCancelled,
     JobError,
     JobImpossible,
-    StudioWorkerError,
 )
 from studio_worker.jobs import Cancel, Job, Picture
 from studio_worker.models import RequiredModel
+from studio_worker.work.keeping import Preloader, release_all
 from studio_worker.work.ports import Ports
+from studio_worker.work.stride import Stride
 
 log = logging.getLogger(__name__)
 
@@ -50,55 +51,19 @@ class Worker:
         self._reports = ports.reports
         self._health = ports.health
         self._fetch = ports.fetch
-        self._step_timeout_s = step_timeout_s
+        self._stride = Stride(step_timeout_s)
         self._guard = threading.Lock()
         self._cancel = Cancel()
         self._cancel_download = threading.Event()
         self._ending: str | None = None
-        self._stepped_at: float | None = None
         self._is_making = False
 
     def preload(
         self, models: Iterable[RequiredModel], go_on: Callable[[], bool], say: Callable[[str], None]
     ) -> None:
-        """Have engines load ``models`` before their first job, as many as fit together.
-
-        Args:
-            go_on: whether nothing more urgent waits; asked between components.
-            say: gets what is being loaded, and an empty string at the end.
-
-        Raises:
-            DeviceError: the device is lost; the process should end.
-        """
-        for model in models:
-            if not go_on():
-                break
-            say(f"loading {model.id}")
-            self._moved(0, None)
-            with called(model=model.id):
-                try:
-                    self._preload(model, go_on)
-                except (JobError, DownloadError) as error:
-                    log.warning("model not preloaded", extra={"op": "preload", "error": str(error)})
-                finally:
-                    self._stepped_at = None
-                    say("")
-
-    def _preload(self, model: RequiredModel, go_on: Callable[[], bool]) -> None:
-        began = time.monotonic()
-        engine = self._engines.for_source(model)
-        if not isinstance(engine, KeepsModels):
-            return
-
-        def goes_on() -> bool:
-            self._moved(0, None)
-            return go_on()
-
-        with self._files.taken(model.id, model.files, cancel=self._cancel_download) as files:
-            is_whole = engine.preload(model.id, files, model.cli_defaults, goes_on)
-        elapsed_ms = round((time.monotonic() - began) * 1000)
-        message = "model preloaded" if is_whole else "model not preloaded"
-        log.info(message, extra={"op": "preload", "elapsed_ms": elapsed_ms})
+        """As :meth:`Preloader.preload`."""
+        preloader = Preloader(self._engines, self._files, self._stride, self._cancel_download)
+        preloader.preload(models, go_on, say)
 
     def run(self) -> None:
         """Work until the source has no more jobs.
@@ -111,15 +76,7 @@ class Worker:
                 self._do(job)
 
     def _rest(self) -> None:
-        """Who pauses the box wants its memory for something else."""
-        for engine in self._engines.made():
-            if isinstance(engine, KeepsModels):
-                try:
-                    engine.release()
-                # No room in RAM, or a device that is lost: the next job finds it. A pause ends no service.
-                except Exception as error:
-                    reason = str(error) if isinstance(error, StudioWorkerError) else type(error).__name__
-                    log.warning("models stay on the device", extra={"op": "pause", "error": reason})
+        release_all(self._engines)
 
     def hand_back(self, reason: str) -> None:
         """Stop the job in hand at its next step, and any later one: the process is ending.
@@ -141,12 +98,11 @@ class Worker:
 
     def is_stuck(self) -> bool:
         """Whether the job in hand has shown no progress for longer than its limit."""
-        stepped_at = self._stepped_at
-        return stepped_at is not None and time.monotonic() - stepped_at > self._step_timeout_s()
+        return self._stride.is_too_long()
 
     def _do(self, job: Job) -> None:
         has_crashed = False
-        self._stepped_at = time.monotonic()
+        self._stride.moved()
         self._reports.job_began(job.job_id, job.model)
         with self._guard:
             self._cancel, self._cancel_download = Cancel(), threading.Event()
@@ -188,7 +144,7 @@ class Worker:
             self._report(job, f"internal error: {type(error).__name__}", retryable=True)
             self._health.failed(job, error)
         finally:
-            self._stepped_at = None
+            self._stride.end()
             self._is_making = False
             if not has_crashed:
                 self._in_hand.end()
@@ -201,7 +157,7 @@ class Worker:
         """A file that is what the studio registered, and makes no sense, is the job's fault."""
         try:
             if isinstance(error, FileDamaged) and self._files.is_as_registered(
-                error.path, self._moved, self._cancel_download
+                error.path, self._stride.moved, self._cancel_download
             ):
                 return JobImpossible(str(error))
         except DownloadError as problem:  # stopped, or a disk that fails: nobody knows
@@ -223,7 +179,7 @@ class Worker:
     def _make(self, job: Job) -> tuple[Picture, dict[str, float]]:
         began = time.monotonic()
         with self._files.taken(
-            job.model, job.source.files, progress=self._moved, cancel=self._cancel_download
+            job.model, job.source.files, progress=self._stride.moved, cancel=self._cancel_download
         ) as files:
             inputs = Inputs(
                 init_image=self._fetched(job.task.init_image_url),
@@ -248,23 +204,19 @@ class Worker:
             return picture, timings_s
 
     def _fetched(self, url: str | None) -> bytes | None:
-        self._moved(0, None)  # each input has its own limit of time
+        self._stride.moved()  # each input has its own limit of time
         return None if url is None else self._fetch(url, self._cancel_download)
-
-    def _moved(self, done: int, total: int | None) -> None:  # noqa: ARG002  (the shape of a progress callback)
-        self._stepped_at = time.monotonic()
 
     def _stepped(self, done: int, total: int) -> None:
         """One step is done. A step that took too long is the job's last: the device is hardly usable for it.
 
         The first step is no step alone: it comes after the last of the model was loaded.
         """
-        took_s = time.monotonic() - (self._stepped_at or 0.0)
-        self._moved(done, total)
+        took_s, limit_s = self._stride.took_s(), self._stride.limit_s
+        self._stride.moved()
         if done == 0:
             return
         self._reports.job_stepped(done, total)
-        limit_s = self._step_timeout_s()
         if done > 1 and took_s > limit_s:
             self.cancel_job(
                 f"step {done} of {total} took {took_s:.0f} s, longer than step_timeout_s ({limit_s:g} s)"

@@ -241,7 +241,7 @@ def test_worker_that_loads_a_model_from_a_slow_disk_is_not_stuck(
     """Each component that is loaded counts as progress, and no long load is taken for a long step."""
     verdicts = []
     now_s = 0.0
-    monkeypatch.setattr("studio_worker.work.worker.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("studio_worker.work.stride.time", SimpleNamespace(monotonic=lambda: now_s))
 
     def load(request: Request, progress: StepProgress, cancel: Cancel) -> None:
         nonlocal now_s
