@@ -26,8 +26,8 @@ from studio_worker.store.checking import Checked, Checker, OnDamage
 from studio_worker.store.fetching import Fetcher
 from studio_worker.store.ledger import Ledger, Verified, content_key, file_name, is_verified
 from studio_worker.store.leftovers import find_staging, find_strangers, remove_abandoned, remove_staging
-from studio_worker.store.pool import FileWatch, Tally
 from studio_worker.store.space import SPARE_BYTES, Removal, Space
+from studio_worker.store.tally import FileWatch, Tally
 from studio_worker.store.terms import AskTerms, fixed
 from studio_worker.transfer.holding import staging_key
 
