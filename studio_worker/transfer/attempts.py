@@ -13,9 +13,9 @@ from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefus
 from studio_worker.transfer.answer import Answer
 from studio_worker.transfer.asking import Target
 from studio_worker.transfer.head import UnwantedStatus
+from studio_worker.transfer.parallel.range_reader import FileChanged
+from studio_worker.transfer.parallel.ranges import PARALLEL_BYTES, Ranges
 from studio_worker.transfer.policy import Policy
-from studio_worker.transfer.range_reader import FileChanged
-from studio_worker.transfer.ranges import PARALLEL_BYTES, Ranges
 from studio_worker.transfer.staging import Origin, Staged
 from studio_worker.transfer.verifying import verify
 from studio_worker.transfer.wanted import Caller, Wanted

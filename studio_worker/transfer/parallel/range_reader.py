@@ -13,7 +13,7 @@ from studio_worker.context import carried
 from studio_worker.errors import DownloadError
 from studio_worker.transfer.answer import CHUNK_BYTES, Body, Connection
 from studio_worker.transfer.asking import Target
-from studio_worker.transfer.pace import Work
+from studio_worker.transfer.parallel.pace import Work
 from studio_worker.transfer.policy import Policy
 from studio_worker.transfer.staging import Staged
 
@@ -33,19 +33,19 @@ class RangesIgnored(DownloadError):
 
 
 class Pieces(Protocol):
-    """Where a line gets its work."""
+    """Where a reader gets its work."""
 
     total: int
     validator: str | None
 
-    def take(self, line: RangeReader) -> bool:
-        """Give ``line`` another piece; whether there is one for it."""
+    def take(self, reader: RangeReader) -> bool:
+        """Give ``reader`` another piece; whether there is one for it."""
 
-    def extend(self, line: RangeReader) -> bool:
-        """Let ``line`` go on behind its piece; whether it may."""
+    def extend(self, reader: RangeReader) -> bool:
+        """Let ``reader`` go on behind its piece; whether it may."""
 
-    def ended(self, line: RangeReader, error: Exception | None) -> None:
-        """``line`` is done, or broken."""
+    def ended(self, reader: RangeReader, error: Exception | None) -> None:
+        """``reader`` is done, or broken."""
 
 
 class RangeReader:
@@ -203,8 +203,10 @@ class RangeReader:
             body.close()
 
 
-def total_work(work: Work, *lines: RangeReader) -> Work:
-    """``work``, and what ``lines`` took besides."""
-    for line in lines:
-        work = Work(work.busy_s + line.busy_s, work.reads + line.reads, work.late_reads + line.late_reads)
+def total_work(work: Work, *readers: RangeReader) -> Work:
+    """``work``, and what ``readers`` took besides."""
+    for reader in readers:
+        work = Work(
+            work.busy_s + reader.busy_s, work.reads + reader.reads, work.late_reads + reader.late_reads
+        )
     return work

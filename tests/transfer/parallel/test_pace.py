@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from studio_worker.transfer.pace import Pace, Work
+from studio_worker.transfer.parallel.pace import Pace, Work
 
 MB = 1_000_000
 

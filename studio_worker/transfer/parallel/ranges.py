@@ -1,9 +1,10 @@
 """The rest of one file over several connections at once, written in place, hashed in order behind them.
 
-Owns the pieces: who fetches what, who takes over what is slow. How many connections there are is pace.py's
-to say; what one of them does is range_reader.py's. A thread of its own hashes what has arrived, from memory
-where it is the next, from the page cache where it came before its turn; memory does not grow with the file.
-Knows nothing of tries and delays: raises when no connection brings anything, with everything that came kept.
+Owns who fetches what, and who takes over what is slow. How many connections there are is pace.py's to say,
+how large their pieces are pieces.py's; what one of them does is range_reader.py's. A thread of its own hashes
+what has arrived, from memory where it is the next, from the page cache where it came before its turn; memory
+does not grow with the file. Knows nothing of tries and delays: raises when no connection brings anything,
+with everything that came kept.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from studio_worker.errors import DownloadError
 from studio_worker.transfer.answer import Body
 from studio_worker.transfer.asking import Target
 from studio_worker.transfer.head import UnwantedStatus
-from studio_worker.transfer.pace import Pace, Work
+from studio_worker.transfer.parallel.pace import Pace, Work
+from studio_worker.transfer.parallel.pieces import next_piece, share_of_slowest
+from studio_worker.transfer.parallel.range_reader import FileChanged, RangeReader, RangesIgnored, total_work
 from studio_worker.transfer.policy import Policy
-from studio_worker.transfer.range_reader import FileChanged, RangeReader, RangesIgnored, total_work
 from studio_worker.transfer.spans import Spans
 from studio_worker.transfer.staging import Staged
 from studio_worker.transfer.wanted import Caller
@@ -31,12 +33,8 @@ PARALLEL_BYTES = 16 * 1024 * 1024
 
 _TICK_S = 0.02
 _HASH_TICK_S = 0.005
-_LARGEST_PIECE = 32 * 1024 * 1024
-_SMALLEST_PIECE = 4 * 1024 * 1024
 _AHEAD = 8 * 1024 * 1024
 """So much is reserved for an answer that goes on; the others fetch what is behind."""
-_SMALLEST_SHARE = 512 * 1024
-"""A piece is not divided into shares smaller than this."""
 _SLOW_SHARE = 0.1
 """A connection below this share of the others' rate is replaced."""
 
@@ -73,7 +71,7 @@ class Ranges:
         self._lock = threading.RLock()
         self._free = Spans()
         """What is missing and nobody fetches."""
-        self._lines: list[RangeReader] = []
+        self._readers: list[RangeReader] = []
         self._errors: list[Exception] = []
         self._moved = (time.monotonic(), -1)  # when there were more bytes than before, and how many
         self._changed = threading.Event()
@@ -117,93 +115,63 @@ class Ranges:
         finally:
             self._stop.set()
             with self._lock:
-                lines = list(self._lines)
-            for line in lines:
-                line.leave()
+                readers = list(self._readers)
+            for reader in readers:
+                reader.leave()
             hasher.join()
 
-    # --- what the lines ask for; from their threads ---
+    # --- what the readers ask for; from their threads ---
 
-    def take(self, line: RangeReader) -> bool:
-        """Give ``line`` the next free piece, or a share of the one that would be done last."""
+    def take(self, reader: RangeReader) -> bool:
+        """Give ``reader`` the next free piece, or a share of the one that would be done last."""
         with self._lock:
-            if self._stop.is_set() or line not in self._lines or len(self._lines) > self._pace.target:
+            if self._stop.is_set() or reader not in self._readers or len(self._readers) > self._pace.target:
                 return False
-            piece = self._next_piece() or self._share(line)
+            piece = next_piece(self._free, self._pace.target) or share_of_slowest(self._readers, reader)
             if piece is None:
                 return False
             start, end = piece
             self.requests += 1
             self._free.remove(start, end)
-            with line.lock:
-                line.at, line.end = start, end
+            with reader.lock:
+                reader.at, reader.end = start, end
                 # One connection alone goes on to the end: nothing is lost between two pieces.
-                line.is_open = self._pace.target == 1 and self._free.end_from(end) == self.total
+                reader.is_open = self._pace.target == 1 and self._free.end_from(end) == self.total
             return True
 
-    def extend(self, line: RangeReader) -> bool:
-        """Let ``line``, whose answer goes on, have what is free behind its piece."""
+    def extend(self, reader: RangeReader) -> bool:
+        """Let ``reader``, whose answer goes on, have what is free behind its piece."""
         with self._lock:
-            end = min(self._free.end_from(line.end), line.end + _AHEAD)
-            if self._stop.is_set() or line not in self._lines or end == line.end:
+            end = min(self._free.end_from(reader.end), reader.end + _AHEAD)
+            if self._stop.is_set() or reader not in self._readers or end == reader.end:
                 return False
-            self._free.remove(line.end, end)
-            with line.lock:
-                line.end = end
+            self._free.remove(reader.end, end)
+            with reader.lock:
+                reader.end = end
             return True
 
-    def ended(self, line: RangeReader, error: Exception | None) -> None:
-        """``line`` is done or broken; what it has not fetched is free again."""
+    def ended(self, reader: RangeReader, error: Exception | None) -> None:
+        """``reader`` is done or broken; what it has not fetched is free again."""
         with self._lock:
-            if line in self._lines:
-                self._lines.remove(line)
-                self._ended = total_work(self._ended, line)
-                self._free.add(line.at, line.end)
+            if reader in self._readers:
+                self._readers.remove(reader)
+                self._ended = total_work(self._ended, reader)
+                self._free.add(reader.at, reader.end)
                 if error is not None:
                     self._errors.append(error)
         self._changed.set()
 
-    def _next_piece(self) -> tuple[int, int] | None:
-        first = next(iter(self._free), None)
-        if first is None:
-            return None
-        share = self._free.total // (2 * self._pace.target)  # the last ones are small: all end at one time
-        size = min(_LARGEST_PIECE, max(_SMALLEST_PIECE, share))
-        start, end = first
-        # What would be left over is not worth a request of its own.
-        return (start, end) if end - start < size + _SMALLEST_SHARE else (start, start + size)
-
-    def _share(self, helper: RangeReader) -> tuple[int, int] | None:
-        """Half of what the slowest connection still has to fetch, where that is worth a request."""
-        now = time.monotonic()
-        slowest: RangeReader | None = None
-        longest_s = 0.1
-        for line in self._lines:
-            rate = line.rate(now)
-            left_s = (line.end - line.at) / rate if rate else float("inf")
-            if line is not helper and line.end - line.at >= 2 * _SMALLEST_SHARE and left_s > longest_s:
-                slowest, longest_s = line, left_s
-        if slowest is None or longest_s < 2 * max(slowest.first_byte_s, helper.first_byte_s):
-            return None
-        with slowest.lock:
-            middle = slowest.at + (slowest.end - slowest.at) // 2
-            if slowest.end - middle < _SMALLEST_SHARE:
-                return None
-            piece = (middle, slowest.end)
-            slowest.end = middle
-        return piece
-
     # --- the caller's thread ---
 
     def _begin(self, body: Body, start: int, end: int) -> None:
-        line = RangeReader(self._target, self._policy, self._staged, self)
+        reader = RangeReader(self._target, self._policy, self._staged, self)
         with self._lock:
-            line.at, line.end = start, min(end, start + _AHEAD)
-            line.is_open = line.end < end
-            self._free.remove(line.at, line.end)
-            self._lines.append(line)
+            reader.at, reader.end = start, min(end, start + _AHEAD)
+            reader.is_open = reader.end < end
+            self._free.remove(reader.at, reader.end)
+            self._readers.append(reader)
             self.largest = max(self.largest, 1)
-        line.start(body)
+        reader.start(body)
 
     def _tend(self, now: float) -> None:
         """See to the connections: those that ended, are slow, are too many, or are to be added."""
@@ -212,30 +180,30 @@ class Ranges:
         self._see_that_it_moves(now)
         share = self._policy.connections.share
         self._pace.allow(now, share)
-        self._drop(list(self._lines)[share:])
-        delivering = sum(line.is_delivering for line in list(self._lines))
-        work = total_work(self._ended, *list(self._lines))
+        self._drop(list(self._readers)[share:])
+        delivering = sum(reader.is_delivering for reader in list(self._readers))
+        work = total_work(self._ended, *list(self._readers))
         work = work._replace(busy_s=work.busy_s + self._hashing_s)
         self._pace.note(now, self._staged.kept, delivering, work)
-        while len(self._lines) < self._pace.target:
-            line = RangeReader(self._target, self._policy, self._staged, self)
+        while len(self._readers) < self._pace.target:
+            reader = RangeReader(self._target, self._policy, self._staged, self)
             with self._lock:
-                self._lines.append(line)
-                if not self.take(line):
-                    self._lines.remove(line)
+                self._readers.append(reader)
+                if not self.take(reader):
+                    self._readers.remove(reader)
                     return
-                self.largest = max(self.largest, len(self._lines))
+                self.largest = max(self.largest, len(self._readers))
             try:
-                line.start()
+                reader.start()
             except RuntimeError:  # no threads left: those that run bring it, too
-                self.ended(line, None)
+                self.ended(reader, None)
                 self._pace.refused(now, delivering)
                 return
 
     def _note_errors(self, now: float) -> None:
         with self._lock:
             errors, self._errors = self._errors, []
-            delivering = len(self._lines)
+            delivering = len(self._readers)
         for error in errors:
             if isinstance(error, FileChanged) or not isinstance(error, DownloadError):
                 raise error
@@ -250,20 +218,22 @@ class Ranges:
     def _replace_slow(self, now: float) -> None:
         """Take their pieces from connections that are silent, or much slower than the others."""
         with self._lock:
-            lines = list(self._lines)
+            readers = list(self._readers)
         rates = []
-        for line in lines:
-            since, before = line.mark
+        for reader in readers:
+            since, before = reader.mark
             if now - since >= self._policy.slow_s:
-                rates.append((line, (line.received - before) / (now - since)))
-                line.mark = (now, line.received)
+                rates.append((reader, (reader.received - before) / (now - since)))
+                reader.mark = (now, reader.received)
         usual = statistics.median(rate for _, rate in rates) if rates else 0.0
         is_limited = self._policy.limit is not None
-        slow = {line for line, rate in rates if rate < _SLOW_SHARE * usual and not is_limited}
-        silent = {line for line in lines if now - line.moved_at > line.patience_s and not is_limited}
+        slow = {reader for reader, rate in rates if rate < _SLOW_SHARE * usual and not is_limited}
+        silent = {
+            reader for reader in readers if now - reader.moved_at > reader.patience_s and not is_limited
+        }
         self._drop(slow | silent)
-        if lines and silent == set(lines):
-            raise self._no_byte(max(line.patience_s for line in silent))
+        if readers and silent == set(readers):
+            raise self._no_byte(max(reader.patience_s for reader in silent))
 
     def _see_that_it_moves(self, now: float) -> None:
         """Connections that are replaced for ever, each before its own limit, bring nothing either."""
@@ -276,12 +246,12 @@ class Ranges:
         what = f"streaming body: no byte for {seconds:g} s"
         return DownloadError("streaming body", f"GET {self._target.name}: {what}")
 
-    def _drop(self, lines: Iterable[RangeReader]) -> None:
-        for line in lines:
-            line.leave()
-            self.ended(line, None)
+    def _drop(self, readers: Iterable[RangeReader]) -> None:
+        for reader in readers:
+            reader.leave()
+            self.ended(reader, None)
 
-    # --- threads beside the lines ---
+    # --- threads beside the readers ---
 
     def _hash(self) -> None:
         try:
