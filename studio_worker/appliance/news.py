@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from studio_worker.report.activity import Activity
 from studio_worker.report.notify import Notifier, ReadyLine
-from studio_worker.studio.session.offers import AlreadyOurs, Impossible, Judgement, Refuse, Take
+from studio_worker.studio.session.offers import (
+    AlreadyOurs,
+    Ignore,
+    Impossible,
+    Judgement,
+    OnItsWay,
+    Refuse,
+    Take,
+)
 
 _WHY_CHARS = 300
 """Of a reason in the status line; some of it may come from the studio."""
@@ -72,3 +80,5 @@ class News:
                 self.activity.offer_answered("rejected", judgement.code)
                 if not judgement.is_routine:
                     self.line.note("offers", f"the last offer was refused: {judgement.reason}")
+            case OnItsWay() | Ignore():
+                pass  # the first is answered when its upload has ended

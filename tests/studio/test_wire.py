@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -103,6 +104,12 @@ HEARD = [
 ]
 
 
+def test_every_frame_stands_here_as_json() -> None:
+    """Each frame of the protocol, in both directions, is held to the very text that the other side writes."""
+    assert {type(frame) for frame, _ in SENT} == set(get_args(wire.WorkerFrame))
+    assert {type(frame) for _, frame in HEARD} == set(get_args(wire.StudioFrame))
+
+
 @pytest.mark.parametrize(("frame", "expected"), SENT, ids=lambda value: str(value)[:20])
 def test_worker_frame_is_written_as_the_studio_reads_it(frame: wire.WorkerFrame, expected: object) -> None:
     """Every frame the worker sends has exactly the protocol's names, and no null for what is absent."""
@@ -200,7 +207,7 @@ def test_any_message_is_a_frame_or_a_frame_error(message: str | bytes) -> None:
 
 
 FIELDS = st.sampled_from(["type", "workerId", "serverTime", "claim", "jobId", "code", "message", "x"])
-TYPES = st.sampled_from(["welcome", "offer", "heartbeatAck", "completeAck", "failAck", "error", "other", ""])
+TYPES = st.sampled_from([*(sent["type"] for sent, _ in HEARD), "other", ""])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | TYPES,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner, max_size=4),

@@ -74,6 +74,8 @@ class Registration:
                         f"the studio rejected this worker's registration ({identity.rejected}); "
                         "to ask again: studio-worker register --reset"
                     )
+                case Standing.PRISTINE | Standing.PENDING:
+                    pass
             wait_s = self._tick_s
             try:
                 if identity.standing is Standing.PRISTINE:

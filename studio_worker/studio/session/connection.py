@@ -215,4 +215,5 @@ def _unreachable(error: Exception) -> str:
             return "the studio does not speak this protocol"
         case InvalidHandshake():
             return f"the studio's answer is no session: {type(error).__name__}"
-    return f"the studio cannot be reached: {getattr(error, 'strerror', None) or type(error).__name__}"
+        case _:
+            return f"the studio cannot be reached: {getattr(error, 'strerror', None) or type(error).__name__}"

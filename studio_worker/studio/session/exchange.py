@@ -22,7 +22,14 @@ from studio_worker.studio.session.offers import (
     Refuse,
     Take,
 )
-from studio_worker.studio.session.protocol import BeatAcknowledged, Offered, SessionProtocol, State, Welcomed
+from studio_worker.studio.session.protocol import (
+    Acknowledged,
+    BeatAcknowledged,
+    Offered,
+    SessionProtocol,
+    State,
+    Welcomed,
+)
 from studio_worker.studio.session.shipping import Shipping
 from studio_worker.studio.wire import Body, Capabilities
 
@@ -123,6 +130,8 @@ class Exchange:
                 return self._answer(event)
             case BeatAcknowledged():
                 self._shipping.beat_acknowledged()
+            case Acknowledged() | None:
+                pass
         return []
 
     def judged(self, offer: Offered, judgement: Judgement) -> list[Act]:

@@ -175,4 +175,5 @@ def error_for_code(close_code: int, detail: str) -> ProtocolError:
                 f"this worker was deleted at the studio ({detail}); "
                 "to come back: studio-worker register --reset, then start the service"
             )
-    return ProtocolError(f"the studio ended the session ({detail})")
+        case _:
+            return ProtocolError(f"the studio ended the session ({detail})")
