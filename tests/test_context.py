@@ -87,6 +87,8 @@ def test_every_line_about_a_job_carries_its_name(site: Path, studio: LocalStudio
         assert expected <= {line["message"] for line in said if line.get("job_id") == job_id}
         shipped = [line.message for line in studio.logs() if line.job_id == job_id]
         assert any(message.startswith(ENGINES) for message in shipped), shipped
+    sessions = [line.get("worker_id") for line in said if line["message"] in {"session open", "job accepted"}]
+    assert sessions == [studio.workers()[0].worker_id] * 3
     assert {line.get("job_id") for line in said if line["message"].startswith("service ")} == {None}
     assert "nobody-has-this" not in (tmp_path / "log").read_text()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from studio_worker.appliance.provisioning import ProvisionProgress, provision
 from studio_worker.box.device import Device, probe, wait_for_device
+from studio_worker.context import called
 from studio_worker.errors import DeviceError
 from studio_worker.models import RequiredModel
 from studio_worker.report.notify import Notifier
@@ -42,11 +43,12 @@ def await_nodes(setting: str, notifier: Notifier, stop_comes_within: Callable[[f
 def recover(in_hand: JobInHand, health: Health) -> None:
     """Note what the last process left: a job in the middle of which it ended counts against this box."""
     if (job_id := in_hand.recover()) is not None:
-        log.warning(
-            "the last process ended with this job in hand",
-            extra={"op": "job", "job_id": job_id, "refused_from_now": in_hand.is_poisoned(job_id)},
-        )
-        health.crashed(in_hand.crashes_in_a_row)
+        with called(job_id=job_id):
+            log.warning(
+                "the last process ended with this job in hand",
+                extra={"op": "job", "refused_from_now": in_hand.is_poisoned(job_id)},
+            )
+            health.crashed(in_hand.crashes_in_a_row)
 
 
 def try_again(device: Device, rest: Callable[[], threading.Event], stop: threading.Event) -> str:

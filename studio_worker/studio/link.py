@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
 from typing import Protocol
 
+from studio_worker.context import called
 from studio_worker.errors import StudioWorkerError
 from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.http.identity import Credentials, given_credentials
@@ -67,17 +69,19 @@ class StudioLink:
             self._talking.join(_LAST_DELIVERY_S)
 
     def _talk(self) -> None:
-        try:
-            credentials = self._given or self._registration.run()
-            if credentials is not None:
-                self._reports.registered(credentials.worker_id)
-                self._delivering = _started("courier", lambda: self._deliver(credentials))
-                self._connector.run(credentials)
-        except StudioWorkerError as error:
-            self._on_end(error)
-        except Exception as error:
-            log.exception("session crashed", extra={"op": "session"})
-            self._on_end(StudioWorkerError(f"session crashed: {type(error).__name__}"))
+        with contextlib.ExitStack() as named:
+            try:
+                credentials = self._given or self._registration.run()
+                if credentials is not None:
+                    named.enter_context(called(worker_id=credentials.worker_id))
+                    self._reports.registered(credentials.worker_id)
+                    self._delivering = _started("courier", lambda: self._deliver(credentials))
+                    self._connector.run(credentials)
+            except StudioWorkerError as error:
+                self._on_end(error)
+            except Exception as error:
+                log.exception("session crashed", extra={"op": "session"})
+                self._on_end(StudioWorkerError(f"session crashed: {type(error).__name__}"))
 
     def _deliver(self, credentials: Credentials) -> None:
         try:
