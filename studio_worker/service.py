@@ -120,8 +120,7 @@ class Service:
         end.on_end(lambda _: parts.desk.close())
         end.on_end(self._preparation.give_up)
         end.on_hand_back(self._worker.hand_back)
-        shown = safe_url(settings.studio.api_base_url)
-        self._status = Status(early, parts, self._health, self._gpu, shown)
+        self._status = Status(early, parts, self._health, self._gpu, safe_url(settings.studio.api_base_url))
         pausing = Pausing(parts.desk, news, settings.state.dir, self._session.beat_now)
         pausing.begin()
         self.handlers = {"status": self._status.answer, **pausing.handlers()}
@@ -184,7 +183,7 @@ class Service:
             "the job in hand makes no progress": self._worker.is_stuck,
             "the session's loop does not turn": lambda: self._connector.is_silent(_LOOP_SILENCE_S),
         }
-        start_watchdog(self._news.notifier, troubles, self._ending.over)
+        start_watchdog(self._news.notifier, troubles, self._ending.over, self._parts.desk.about_job)
         self._studio.start()
         try:
             if self._current.settings.worker.preload:
@@ -217,5 +216,6 @@ class Service:
         return limit_s
 
     def _hand_back(self, reason: str) -> None:
-        log.warning("handing the job in hand back", extra={"op": "service", "reason": reason})
+        with self._parts.desk.about_job():
+            log.warning("handing the job in hand back", extra={"op": "service", "reason": reason})
         self._ending.hand_back("the worker is stopping")

@@ -245,7 +245,7 @@ def test_service_past_its_stop_limit_hands_the_job_back(
         assert running.stop(DONE_S) == 0
     assert studio.job(job_id).reason == "the worker is stopping"
     back = [line for line in running.log_lines() if line["message"] == "handing the job in hand back"]
-    assert [line["reason"] for line in back] == ["stop limit"]
+    assert [(line["reason"], line["job_id"]) for line in back] == [("stop limit", job_id)]
 
 
 def test_service_killed_in_a_job_says_so_at_the_next_start(

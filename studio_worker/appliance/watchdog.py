@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 from studio_worker.report.notify import Notifier, watchdog_interval_s
 
@@ -12,13 +13,17 @@ log = logging.getLogger(__name__)
 
 
 def start_watchdog(
-    notifier: Notifier, troubles: Mapping[str, Callable[[], bool]], ended: threading.Event
+    notifier: Notifier,
+    troubles: Mapping[str, Callable[[], bool]],
+    ended: threading.Event,
+    about_job: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """Feed systemd's watchdog, where there is one, from a thread of its own.
 
     Args:
         troubles: what must not be the case, as the log says it; WATCHDOG=1 is withheld meanwhile.
         ended: ends the thread.
+        about_job: what is logged meanwhile is about the job in hand.
     """
     if (interval_s := watchdog_interval_s()) is None:
         return
@@ -29,6 +34,7 @@ def start_watchdog(
             if message is None:
                 notifier.watchdog()
             else:
-                log.error(message, extra={"op": "watchdog"})
+                with about_job():
+                    log.error(message, extra={"op": "watchdog"})
 
     threading.Thread(target=feed, name="watchdog", daemon=True).start()

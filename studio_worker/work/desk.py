@@ -5,7 +5,9 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
+from studio_worker.context import called
 from studio_worker.jobs import Job
 
 
@@ -17,7 +19,7 @@ class Desk:
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Job | threading.Event | None] = queue.SimpleQueue()
-        self._current: str | None = None
+        self._current: Job | None = None
         self._paused = self._closed = False
         self._pause: threading.Event | None = None
 
@@ -29,14 +31,20 @@ class Desk:
     @property
     def current_job_id(self) -> str | None:
         """The job accepted and not yet finished."""
-        return self._current
+        job = self._current
+        return None if job is None else job.job_id
+
+    def about_job(self) -> AbstractContextManager[None]:
+        """While this lasts, what is logged is about the job that is in hand now, if there is one."""
+        job = self._current
+        return called() if job is None else called(job_id=job.job_id, model=job.model)
 
     def is_idle(self) -> bool:
         """Whether no job is in hand."""
         return self._current is None
 
     def put(self, job: Job) -> None:
-        self._current = job.job_id
+        self._current = job
         self._jobs.put(job)
 
     def take(self, rest: Callable[[], None]) -> Job | None:
