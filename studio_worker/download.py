@@ -76,9 +76,8 @@ from studio_worker.transfer.attempts import Attempts
 from studio_worker.transfer.disk import disk_errors
 from studio_worker.transfer.holding import hold
 from studio_worker.transfer.policy import Policy
-from studio_worker.transfer.staging import Progress as Progress
 from studio_worker.transfer.staging import Staged
-from studio_worker.transfer.wanted import Caller, Wanted
+from studio_worker.transfer.wanted import Caller, Progress, Wanted
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from studio_worker.config.current import Current
 from studio_worker.context import called
-from studio_worker.download import Progress
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.models import LocalFile, ModelFile, RequiredModel
 from studio_worker.store import Store
 from studio_worker.store.terms import Terms
+from studio_worker.transfer.wanted import Progress
 
 log = logging.getLogger(__name__)
 

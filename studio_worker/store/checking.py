@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from studio_worker.download import Progress, hash_file
+from studio_worker.download import hash_file
 from studio_worker.errors import DownloadError
 from studio_worker.store.ledger import Ledger, Verified
+from studio_worker.transfer.wanted import Progress
 
 _BAD_SECTOR = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
 """What disks and file systems say of content that they cannot give back."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from studio_worker.context import carried
-from studio_worker.download import Progress, ensure_file, hash_file
+from studio_worker.download import ensure_file, hash_file
 from studio_worker.errors import DownloadCancelled, DownloadError, StoreError
 from studio_worker.files import DISK_FULL, fsync_directory
 from studio_worker.models import ModelFile
@@ -28,6 +28,7 @@ from studio_worker.store.space import Space
 from studio_worker.store.tally import Tally
 from studio_worker.store.terms import AskTerms
 from studio_worker.transfer.holding import staging_key
+from studio_worker.transfer.wanted import Progress
 
 log = logging.getLogger(__name__)
 

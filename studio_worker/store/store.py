@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from studio_worker.download import Progress
 from studio_worker.errors import StoreError
 from studio_worker.files import fsync_directory
 from studio_worker.models import LocalFile, ModelFile
@@ -30,6 +29,7 @@ from studio_worker.store.space import SPARE_BYTES, Removal, Space
 from studio_worker.store.tally import FileWatch, Tally
 from studio_worker.store.terms import AskTerms, fixed
 from studio_worker.transfer.holding import staging_key
+from studio_worker.transfer.wanted import Progress
 
 log = logging.getLogger(__name__)
 

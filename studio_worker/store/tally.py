@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from studio_worker.models import ModelFile
-from studio_worker.transfer.staging import Progress
+from studio_worker.transfer.wanted import Progress
 
 
 class FileWatch(Protocol):

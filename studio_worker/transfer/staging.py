@@ -14,16 +14,13 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from studio_worker.files import copy_atomic, fsync_directory, read_plain
 from studio_worker.transfer.spans import BLOCK_BYTES, BlockMap, Spans
-
-Progress = Callable[[int, int | None], None]
-"""Called as bytes arrive or are checked: (bytes so far, bytes in all where known)."""
+from studio_worker.transfer.wanted import Progress
 
 _READ_BYTES = 1024 * 1024
 _FRESH_BYTES = 3 * 1024 * 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 from studio_worker.context import carried
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.network.urls import safe_url
-from studio_worker.transfer.staging import Progress
+
+Progress = Callable[[int, int | None], None]
+"""Called as bytes arrive or are checked: (bytes so far, bytes in all where known)."""
 
 
 @dataclass(frozen=True)
