@@ -7,13 +7,16 @@
 2. A module beside this one with a :class:`Part` for each component and a :class:`Family` of them. A part says
    by which tensor names and shapes it is told (one :class:`Layout` for each published naming) and how those
    names become the library's. Take the shapes from the configuration, so that tests can make the same family
-   tiny. Parts that several families use stand in ``common.py``; a file that two models share is loaded once.
-   What its layers are called in LoRA files, where that is not the class's word, is a table (layer_names.py).
+   tiny. Parts that several families use stand in ``parts/``; a file that two models share is loaded once.
+   What its layers are called in LoRA files, where that is not the class's word, is a table
+   (``parts/layer_names.py``).
 3. What its pipeline wants differently from the defaults, by overriding :class:`Family`'s methods.
-4. The family into ``FAMILIES`` (``families/__init__.py``), its row out of ``recognised.py``; what its
-   denoiser has in memory into ``needs.py``: the tests measure it.
-5. Tests: a tiny random model in the published file layout, pixel for pixel like the library's own pipeline;
-   the full size on the meta device against published names and shapes.
+4. The family into ``FAMILIES`` (``identification.py``), its row out of ``recognised.py``; what its denoiser
+   has in memory into ``engine/rendering/needs.py``: the tests measure it.
+5. A tiny random model of it, in the published file layout, into ``gpu_check/tiny/`` and its ``families.py``:
+   the suite's matrix and ``gpu-check`` make its pictures in every way.
+6. Tests beside those of the others: pixel for pixel like the library's own pipeline; the full size on the
+   meta device against published names and shapes.
 
 Nothing here imports torch: library classes are named as text, and what handles tensors uses their methods.
 """
