@@ -12,6 +12,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,9 @@ MIN_SIDE_PX = 8
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000
 """192 MB decoded: beyond any sensible input, and below what would hurt a worker (decompression bombs)."""
+
+_STRIP_ROWS = 64
+"""So many rows of a picture are numbers with fractions at once."""
 
 MASK_THRESHOLD = 128
 """Grey level from which a mask pixel counts as white, i.e. may change."""
@@ -123,21 +127,38 @@ def decode_mask(data: bytes, width: int, height: int, check: Callable[[], None] 
     grey = decode_upright(data, "mask", "black", check).convert("L")
     mask = grey.point([255 if level >= MASK_THRESHOLD else 0 for level in range(256)])
     if mask.size != (width, height):
-        box = _centre(mask.size, width, height)
-        white = any_white(np.asarray(mask) > 0, (width, height), box)
-        mask = Image.fromarray(np.where(white, 255, 0).astype(np.uint8))
+        share = _means(mask, np.arange(256) > 0, (width, height), _centre(mask.size, width, height))
+        mask = Image.fromarray(np.where(share > 0, 255, 0).astype(np.uint8))
     if mask.getbbox() is None:
         raise JobImpossible("the mask is black everywhere: white marks what may change")
     return mask
 
 
-def any_white(
-    white: NDArray[np.bool_], size: tuple[int, int], box: tuple[int, int, int, int] | None = None
-) -> NDArray[np.bool_]:
-    """A mask, or its part within ``box``, in another ``size`` (width, height): white where any of it is."""
-    # As numbers with fractions: rounded to grey levels a thin line in a large mask would vanish.
-    share = Image.fromarray(white.astype(np.float32)).resize(size, Image.Resampling.BOX, box=box)
-    return np.asarray(share) > 0
+def any_white(white: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """A mask in another ``size`` (width, height): white where any of it is."""
+    height, width = white.shape
+    mask = Image.fromarray(white.astype(np.uint8))
+    return _means(mask, np.arange(256) > 0, size, (0, 0, width, height)) > 0
+
+
+def _means(
+    grey: Image.Image, values: NDArray[Any], size: tuple[int, int], box: tuple[int, int, int, int]
+) -> NDArray[np.float32]:
+    """The part of ``grey`` within ``box`` in another ``size``: means of its levels' ``values``.
+
+    With fractions: rounded to grey levels a thin line in a large mask would vanish. In strips, since numbers
+    with fractions take four times the memory; a strip is made narrower by itself, as Pillow makes all rows
+    before it makes columns shorter.
+    """
+    left, top, right, bottom = box
+    values = values.astype(np.float32)
+    narrow = []
+    for begin in range(top, bottom, _STRIP_ROWS):
+        strip = values[np.asarray(grey.crop((left, begin, right, min(begin + _STRIP_ROWS, bottom))))]
+        height = len(strip)
+        narrow.append(np.asarray(Image.fromarray(strip).resize((size[0], height), Image.Resampling.BOX)))
+    means = Image.fromarray(np.concatenate(narrow)).resize(size, Image.Resampling.BOX)
+    return np.asarray(means)
 
 
 def cells(mask: Image.Image, width: int, height: int) -> np.ndarray:
@@ -173,11 +194,10 @@ def _box_filtered(picture: Image.Image, width: int, height: int) -> Image.Image:
     """
     box = _centre(picture.size, width, height)
     levels = np.arange(256) / 255
-    light = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4).astype(np.float32)
+    light = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
     bands = []
-    for band in picture.crop(box).split():
-        linear = Image.fromarray(light[np.asarray(band)])
-        mixed = np.asarray(linear.resize((width, height), Image.Resampling.BOX)).clip(0, 1)
+    for band in range(3):
+        mixed = _means(picture.getchannel(band), light, (width, height), box).clip(0, 1)
         grey = np.where(mixed <= 0.0031308, mixed * 12.92, 1.055 * mixed ** (1 / 2.4) - 0.055)
         bands.append(Image.fromarray((grey * 255).round().astype(np.uint8)))
     return Image.merge("RGB", bands)

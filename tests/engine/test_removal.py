@@ -174,6 +174,20 @@ def test_banner_is_filled_within_modest_memory(pull: LocalFile) -> None:
     assert np.abs(found - levels(clean))[150, 100:11_900].mean() < 80
 
 
+def test_largest_hole_is_filled_within_modest_memory(tmp_path: Path) -> None:
+    """Where all of a large picture is one hole, what is laid in takes no more than pictures do."""
+    picture, mask = Image.new("RGB", (4000, 3000), "red"), Image.new("L", (4000, 3000), 255)
+    graph = removal_graph(tmp_path / "same.onnx", same)
+    tracemalloc.start()
+    try:
+        found = remove(graph, picture, mask)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 16 * 4000 * 3000
+    assert (levels(decoded(found.data)) == levels(picture)).all()
+
+
 def test_each_hole_sees_its_own_surroundings(tmp_path: Path) -> None:
     """Two holes in one picture are each filled from what is around them, not from each other's place."""
     picture = Image.new("RGB", (1600, 600), (200, 0, 0))

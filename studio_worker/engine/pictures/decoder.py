@@ -75,7 +75,7 @@ class Decoder:
         """
         with self._lock:
             try:
-                answer, pixels = _asked(self._running(), data, what, background, check)
+                answer, picture = _asked(self._running(), data, what, background, check)
             except OSError as error:
                 self._end()
                 raise JobError(f"the {what} could not be decoded: {error.strerror or error}") from error
@@ -89,8 +89,7 @@ class Decoder:
             raise JobImpossible(f"bad input: the {what} takes more than {limit_gb:g} GB of memory to decode")
         if "error" in answer:
             raise (JobImpossible if answer["is_jobs_fault"] else JobError)(answer["error"])
-        width, height = answer["size"]
-        return Image.frombytes("RGB", (width, height), pixels)
+        return picture
 
     def close(self) -> None:
         """End the process, if there is one; the next picture starts another."""
@@ -140,8 +139,9 @@ class Decoder:
 
 def _asked(
     process: subprocess.Popen[bytes], data: bytes, what: str, background: str, check: Callable[[], None]
-) -> tuple[dict[str, Any], bytes]:
-    """
+) -> tuple[dict[str, Any], Image.Image]:
+    """What the process answers, and the picture where that is one.
+
     Raises:
         EOFError: the process has ended instead.
     """
@@ -170,9 +170,17 @@ def _asked(
     answer = json.loads(received[:end])
     del received[: end + 1]
     width, height = answer.get("size", (0, 0))
-    while len(received) < 3 * width * height:
-        receive()
-    return answer, bytes(received)
+    picture = Image.new("RGB", (width, height))
+    # In strips: a large picture is here once, and not also as what was received and as a copy of that.
+    rows = max(1, _CHUNK_BYTES // max(1, 3 * width))
+    for top in range(0, height, rows):
+        strip = (width, min(rows, height - top))
+        count = 3 * strip[0] * strip[1]
+        while len(received) < count:
+            receive()
+        picture.paste(Image.frombytes("RGB", strip, bytes(received[:count])), (0, top))
+        del received[:count]
+    return answer, picture
 
 
 def _is_readable(source: int, limit_s: float) -> bool:

@@ -35,6 +35,9 @@ _MARGIN_PX, _MARGIN_SHARE = 32, 0.25
 _CELL_PX = 32
 """Whites with no empty cell of this size between them are one hole: their margins are each other's."""
 
+_STRIP_ROWS = 64
+"""So many rows of a hole are numbers with fractions at once: they take many times a picture's memory."""
+
 _MAX_HOLES = 64
 """Each takes a run of the graph, of a second or more: a mask of specks is taken in larger pieces."""
 
@@ -106,10 +109,13 @@ def lay_in(picture: Levels, painted: Levels, hole: Hole) -> None:
     if hole.side != SIDE_PX:
         size = hole.white.shape[::-1]
         paint = np.asarray(Image.fromarray(paint).resize(size, Image.Resampling.LANCZOS))
-    window = picture[hole.window.part]
-    share = _feather(hole.white)[..., None]
-    mixed = window + (paint.astype(np.float32) - window) * share
-    window[:] = np.where(share > 0, np.rint(mixed), window).astype(np.uint8)
+    blurred = _blurred(hole.white)
+    for begin in range(0, len(paint), _STRIP_ROWS):
+        rows = slice(begin, begin + _STRIP_ROWS)
+        window = picture[hole.window.part][rows]
+        share = _feather(hole.white[rows], blurred[rows])[..., None]
+        mixed = window + (paint[rows].astype(np.float32) - window) * share
+        window[:] = np.where(share > 0, np.rint(mixed), window).astype(np.uint8)
 
 
 def _shown_size(hole: Hole) -> tuple[int, int]:
@@ -118,12 +124,15 @@ def _shown_size(hole: Hole) -> tuple[int, int]:
     return max(1, height * SIDE_PX // hole.side), max(1, width * SIDE_PX // hole.side)
 
 
-def _feather(white: White) -> NDArray[np.float32]:
-    """How much of the paint there is at each pixel: all within the hole, ever less around it."""
+def _blurred(white: White) -> NDArray[np.uint8]:
     grey = Image.fromarray(white.astype(np.uint8) * 255)
-    blurred = np.asarray(grey.filter(ImageFilter.GaussianBlur(FEATHER_SIGMA_PX)), dtype=np.float32) / 255
+    return np.asarray(grey.filter(ImageFilter.GaussianBlur(FEATHER_SIGMA_PX)))
+
+
+def _feather(white: White, blurred: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """How much of the paint there is at each pixel: all within the hole, ever less around it."""
     # At a straight edge the blurred mask is one half.
-    return np.where(white, np.float32(1), np.minimum(1, 2 * blurred))
+    return np.where(white, np.float32(1), np.minimum(1, 2 * (blurred.astype(np.float32) / 255)))
 
 
 def _around(begin: int, end: int, side: int, limit: int) -> tuple[int, int]:

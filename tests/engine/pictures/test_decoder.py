@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -86,6 +88,32 @@ def test_largest_pictures_are_decoded(mode: str) -> None:
     data = encoded(picture, compress_level=1)
     del picture
     assert images.decode_reference(data).size == (8000, 8000)
+
+
+@pytest.mark.parametrize("use", ["decode_picture", "decode_mask", "decode_reference"])
+def test_large_picture_is_here_once(use: str) -> None:
+    """Beside the process that decodes it, a picture of 25 million pixels takes what it is and little more."""
+    script = """
+import io, json, re, sys
+from pathlib import Path
+from PIL import Image
+from studio_worker.engine import images
+def highest_mb():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
+def taken(side):
+    data = io.BytesIO()
+    Image.new("1", (side, side), 1).save(data, "PNG")
+    use = getattr(images, sys.argv[1])
+    use(*{"decode_picture": (data.getvalue(), "picture", 64, 48), "decode_mask": (data.getvalue(), 64, 48),
+        "decode_reference": (data.getvalue(),)}[sys.argv[1]])
+    return highest_mb()
+taken(64)
+before, after = highest_mb(), taken(5000)
+images.close()
+print(after - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, use], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 6 * 25  # Pillow has four bytes for each pixel of RGB, and one of grey
 
 
 def test_decoding_ends_when_the_job_is_cancelled() -> None:
