@@ -16,7 +16,8 @@
 5. A tiny random model of it, in the published file layout, into ``gpu_check/tiny/`` and its ``families.py``:
    the suite's matrix and ``gpu-check`` make its pictures in every way.
 6. Tests beside those of the others: pixel for pixel like the library's own pipeline; the full size on the
-   meta device against published names and shapes.
+   meta device against published names and shapes; a place in ``STAND`` of ``memory/test_precision.py``, which
+   says in what numbers it is sound.
 
 Nothing here imports torch: library classes are named as text, and what handles tensors uses their methods.
 """

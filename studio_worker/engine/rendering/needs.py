@@ -190,6 +190,7 @@ def _denoising(family: Family, pixels: int, itemsize: int, *, guided: bool) -> i
     maps = _TRANSFORMERS.get(cls)
     latents = pixels / _Vae(family, 0, "float32").reduction ** 2
     if maps is None:
+        assert cls == "diffusers.UNet2DConditionModel", f"_TRANSFORMERS says nothing of {cls}"
         plain = _UNET_MAPS + _UNET_MAPS_A_LAYER * config["layers_per_block"]
         levels = enumerate(zip(config["block_out_channels"], config["down_block_types"], strict=True))
         widest = max(
