@@ -27,13 +27,13 @@ lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/mypy
 
 bench: $(STAMP) ## Measure, beside a peer in the same run; prints ratios
-	$(BIN)/python -m tests.bench
-	$(BIN)/python -W ignore -m tests.bench_engine
-	$(BIN)/python -W ignore -m tests.bench_second_job
-	$(BIN)/python -W ignore -m tests.bench_cpu
-	$(BIN)/python -m tests.bench_download
-	$(BIN)/python -m tests.bench_loop
-	$(BIN)/python -m tests.bench_heartbeats
+	$(BIN)/python -m tests.bench.service
+	$(BIN)/python -W ignore -m tests.bench.engine
+	$(BIN)/python -W ignore -m tests.bench.second_job
+	$(BIN)/python -W ignore -m tests.bench.cpu
+	$(BIN)/python -m tests.bench.download
+	$(BIN)/python -m tests.bench.loop
+	$(BIN)/python -m tests.bench.heartbeats
 
 # With the packages of the environment above where it was made, else with those of $(PYTHON), whose torch may
 # have CUDA.
@@ -41,13 +41,13 @@ gpu-check: ## Prove on this box's GPU what only a GPU can: 8 minutes at most, a 
 	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) -m studio_worker gpu-check
 
 soak: $(STAMP) ## 300 jobs in one process, models and LoRAs in turn: does its memory grow? (about 5 minutes)
-	$(BIN)/python -W ignore -m tests.soak_engine
+	$(BIN)/python -W ignore -m tests.bench.soak
 
 chaos: $(STAMP) ## Soak: 500 jobs while studio, network and worker fail 110 times (SEED=1; about 15 minutes)
-	$(BIN)/python -m tests.chaos --seed $(or $(SEED),1)
+	$(BIN)/python -m tests.chaos.soak --seed $(or $(SEED),1)
 
 fuzz: $(STAMP) ## Feed what reads from outside odd input (SECONDS=600 each of 6; TARGET=bundles alone)
-	$(BIN)/python -m tests.fuzz $(TARGET) --seconds $(or $(SECONDS),600) --seed $(or $(SEED),1)
+	$(BIN)/python -m tests.fuzz.run $(TARGET) --seconds $(or $(SECONDS),600) --seed $(or $(SEED),1)
 
 house: $(STAMP) ## Draw the package from its imports: rooms, floors, arrows, what is too large
 	$(BIN)/python -m tests.house

@@ -26,7 +26,7 @@ settings.load_profile("suite")
 def _pictures_are_made_offline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the engine's tests every attempt to reach the network fails."""
     if request.path.is_relative_to(Path(__file__).parent / "engine"):
-        from tests.engine_lab import refuse_network
+        from tests.lab.engine import refuse_network
 
         refuse_network(monkeypatch)
 

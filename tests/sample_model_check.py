@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from studio_worker import sample_model
-from tests.stock import sample_pipeline
+from tests.lab.stock import sample_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 SILHOUETTES = ROOT / "tests" / "data" / "sample_model" / "silhouettes.png"

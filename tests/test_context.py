@@ -23,9 +23,9 @@ from studio_worker.sample_model import prompt
 from studio_worker.store import Store
 from studio_worker.store.terms import fixed
 from studio_worker.transfer.policy import Policy
+from tests.fakes.servers import FileServer
 from tests.house import read_modules
 from tests.lab.service import await_log, await_status, override
-from tests.servers import FileServer
 
 ENGINES = "prompt names LoRAs that the source does not bring"
 """A line of the engine's own; no call of it knows the job."""

@@ -22,8 +22,8 @@ from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
 from studio_worker.report.journal import field_name
 from studio_worker.sample_model import WEIGHTS
+from tests.fakes.servers import FileServer
 from tests.lab.service import READY_S, await_status, queue_synthetic, reload, require
-from tests.servers import FileServer
 
 ROOT = Path(__file__).parents[1]
 PACKAGING = ROOT / "packaging"

@@ -16,6 +16,7 @@ from studio_worker.download import download_file, ensure_file, fetch_bytes
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.report.logs import facts
 from studio_worker.transfer.policy import Policy
+from tests.fakes.servers import FileServer, raw_server, refused_url
 from tests.lab.downloads import (
     BIG,
     BODY,
@@ -28,7 +29,6 @@ from tests.lab.downloads import (
     staged,
     warnings,
 )
-from tests.servers import FileServer, raw_server, refused_url
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from studio_worker.download import download_file
 from studio_worker.errors import DownloadError
 from studio_worker.formats import header_problem, impostor
 from studio_worker.transfer.policy import Policy
-from tests.servers import FileServer
+from tests.fakes.servers import FileServer
 
 HTML = b"\n<!DOCTYPE html><html><body>Not found, but 200 all the same</body></html>"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n"

@@ -20,8 +20,8 @@ from safetensors import safe_open
 
 from studio_worker import sample_model
 from tests import sample_model_check as check
-from tests.engine_lab import refuse_network
-from tests.stock import sample_pipeline
+from tests.lab.engine import refuse_network
+from tests.lab.stock import sample_pipeline
 
 SIZE_LIMIT_BYTES = 8_000_000
 TRAINING = check.ROOT / "packaging" / "sample-model"

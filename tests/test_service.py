@@ -23,7 +23,8 @@ from studio_worker.sample_model import prompt
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.identity import IdentityFile
 from studio_worker.studio.http.registration import Registration
-from tests.engine_lab import decoded, encoded, scene
+from tests.fakes.servers import FileServer
+from tests.lab.engine import decoded, encoded, scene
 from tests.lab.frames import CAPABILITIES
 from tests.lab.service import (
     DONE_S,
@@ -40,7 +41,6 @@ from tests.lab.service import (
     require,
     status,
 )
-from tests.servers import FileServer
 
 pytestmark = pytest.mark.welcoming_studio
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
-from tests.engine_lab import decoded, encoded
+from tests.fakes.servers import FileServer, ServedFile
+from tests.lab.engine import decoded, encoded
+from tests.lab.removal_graphs import IMAGE, MASK, pull_push, removal_graph, same
 from tests.lab.service import await_online, await_status
-from tests.removal_graphs import IMAGE, MASK, pull_push, removal_graph, same
-from tests.servers import FileServer, ServedFile
 
 pytestmark = pytest.mark.welcoming_studio
 

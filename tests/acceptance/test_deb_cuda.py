@@ -19,7 +19,7 @@ from studio_worker.local_studio import LocalStudio
 from studio_worker.sample_model import WEIGHTS
 from tests.acceptance.box import UNIT, Box
 from tests.acceptance.machine import Machine
-from tests.fake_driver import build_driver
+from tests.fakes.driver import build_driver
 
 ROOT = Path(__file__).parents[2]
 LAYER = Path(os.environ.get("CUDA_BUILD", ROOT / "build" / "cuda")) / "layer"

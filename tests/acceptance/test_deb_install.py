@@ -180,7 +180,13 @@ def test_suite_passes_against_the_installed_copy(base: Path, installed: Path, wo
     with Machine([installed, base], work / "suite") as machine:
         tests = ROOT / "tests"
         helpers = [path for path in tests.glob("*.py") if not path.name.startswith("test_")]
-        for path in (*(tests / name for name in SUITE), *helpers, tests / "data"):
+        for path in (
+            *(tests / name for name in SUITE),
+            *helpers,
+            tests / "data",
+            tests / "fakes",
+            tests / "lab",
+        ):
             machine.copy_in(path, f"/opt/suite/{path.parent.relative_to(ROOT)}")
         machine.copy_in(ROOT / "packaging", "/opt/suite")
         _copy_test_libraries(machine)

@@ -15,7 +15,7 @@ from PIL import Image
 from studio_worker.sample_model import prompt
 from tests.acceptance import figures
 from tests.acceptance.box import LONG, SOME, STATE, UNIT, Box
-from tests.servers import FileServer
+from tests.fakes.servers import FileServer
 
 CPU_OVER_S = 20.0
 

@@ -1,6 +1,6 @@
 """The GPU of a running service: its figures, and what becomes of a service whose GPU is lost while it idles.
 
-Faked is the driver alone, by libraries of our own that do what a test's file says: see fake_nvml.py.
+Faked is the driver alone, by libraries of our own that do what a test's file says: see fakes/nvml.py.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from studio_worker.errors import DeviceError
 from studio_worker.local_studio import LocalStudio
 from studio_worker.report.control import ask
 from studio_worker.report.snapshot import GpuFacts, Snapshot
-from tests.fake_driver import build_driver
-from tests.fake_nvml import build_nvml, tell
+from tests.fakes.driver import build_driver
+from tests.fakes.nvml import build_nvml, tell
+from tests.fakes.servers import FileServer, refused_url
 from tests.lab.service import READY_S, await_status, override, queue_synthetic, require, samples
-from tests.servers import FileServer, refused_url
 
 PLACE = "0000:41:00.0"
 CARD = Device("cuda:0", f"Fake GPU A at {PLACE}", 24.0, (8, 9), PLACE)

@@ -30,9 +30,9 @@ from studio_worker.models import ModelFile, RequiredModel
 from studio_worker.store import Store
 from studio_worker.store.terms import Terms, fixed
 from studio_worker.transfer.policy import Policy
-from tests.certificates import certificate
+from tests.fakes.certificates import certificate
+from tests.fakes.servers import FileServer
 from tests.lab.service import READY_S, await_status, override, queue_synthetic, reload, require
-from tests.servers import FileServer
 
 pytestmark = pytest.mark.welcoming_studio
 

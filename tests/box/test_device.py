@@ -17,7 +17,7 @@ import pytest
 from studio_worker.box.device import find_device, probe
 from studio_worker.box.nodes import has_nvidia_gpu
 from studio_worker.errors import DeviceError
-from tests.fake_driver import build_driver
+from tests.fakes.driver import build_driver
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,10 +19,10 @@ from studio_worker.box.driver import find_driver, surroundings
 from studio_worker.box.torch_build import TorchBuild, installed_torch
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.errors import DeviceError
-from tests.fake_driver import build_driver
+from tests.fakes.driver import build_driver
+from tests.fakes.servers import refused_url
 from tests.fakes.system_files import bus
 from tests.lab.service import READY_S
-from tests.servers import refused_url
 
 ROOT = Path(__file__).parents[2]
 

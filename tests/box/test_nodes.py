@@ -23,8 +23,8 @@ from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.report.control import ask
 from studio_worker.report.snapshot import Snapshot
 from tests.fakes.system_files import ALL, CLOSED, OPEN, bus, machine
+from tests.lab.nobody import open_above, told_to_nobody
 from tests.lab.service import READY_S
-from tests.nobody import open_above, told_to_nobody
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from studio_worker import sample_model
-from tests.servers import FileServer, refused_url
+from tests.fakes.servers import FileServer, refused_url
 
 ROOT = Path(__file__).parents[2]
 SERVICE = 65534

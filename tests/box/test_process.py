@@ -137,7 +137,7 @@ def test_memory_is_given_back_between_jobs() -> None:
 process.prepare()
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.jobs import Cancel
-from tests.engine_lab import request
+from tests.lab.engine import request
 engine = DiffusionEngine("cpu")
 found = []
 for side in (64, 512, 64):

@@ -15,9 +15,9 @@ from typer.testing import CliRunner, Result
 from studio_worker import sample_model
 from studio_worker.cli import app
 from studio_worker.errors import StudioWorkerError
-from tests.engine_lab import encoded, scene
-from tests.removal_graphs import pull_push, removal_graph
-from tests.servers import FileServer
+from tests.fakes.servers import FileServer
+from tests.lab.engine import encoded, scene
+from tests.lab.removal_graphs import pull_push, removal_graph
 
 torch.set_num_threads(1)
 

@@ -19,7 +19,7 @@ from studio_worker.download import download_file
 from studio_worker.errors import ConfigError, DownloadError, DownloadRefused
 from studio_worker.report.logs import facts
 from studio_worker.transfer.policy import Limit, Policy
-from tests.servers import FileServer, raw_server, refused_url
+from tests.fakes.servers import FileServer, raw_server, refused_url
 
 BODY = b"a tiny pretend model" * 1000
 TOKEN = "hunter2hunter2"

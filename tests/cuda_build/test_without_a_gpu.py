@@ -1,6 +1,6 @@
 """torch's CUDA build on a box without a GPU: all that runs before the first kernel, on what boxes install.
 
-Only the driver is faked, by the library that fake_driver.py builds: torch's own CUDA runtime loads it.
+Only the driver is faked, by the library that fakes/driver.py builds: torch's own CUDA runtime loads it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from studio_worker.demo import MODEL_ID, sample_source
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
 from studio_worker.sample_model import prompt
-from tests.fake_driver import build_driver
+from tests.fakes.driver import build_driver
 from tests.lab.service import READY_S, await_status, override
 
 ROOT = Path(__file__).parents[2]

@@ -51,11 +51,11 @@ from studio_worker.report.snapshot import (
 from studio_worker.report.starts import Starts
 from studio_worker.sample_model import WEIGHTS
 from studio_worker.studio.http.identity import Identity, IdentityFile
-from tests.fake_driver import build_driver
+from tests.fakes.driver import build_driver
+from tests.fakes.servers import raw_server, refused_url
 from tests.fakes.system_files import ALL, CLOSED, bus, machine
+from tests.lab.nobody import open_above, told_to_nobody
 from tests.lab.service import READY_S
-from tests.nobody import open_above, told_to_nobody
-from tests.servers import raw_server, refused_url
 
 ROOT = Path(__file__).parents[2]
 SECRET = "secret-0123456789"

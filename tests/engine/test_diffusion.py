@@ -34,7 +34,7 @@ from studio_worker.engine.sampling.samplers import SAMPLERS
 from studio_worker.errors import DeviceError, JobCancelled, JobError
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, LocalFile, ModelSource
-from tests.engine_lab import (
+from tests.lab.engine import (
     PROMPT,
     SAMPLE,
     changed_sample,
@@ -43,7 +43,7 @@ from tests.engine_lab import (
     request,
     scene,
 )
-from tests.stock import alike, run, sample_pipeline
+from tests.lab.stock import alike, run, sample_pipeline
 
 torch.set_num_threads(1)
 

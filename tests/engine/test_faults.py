@@ -19,7 +19,7 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.faults import OutOfMemory, is_device_lost, translated, usable_device
 from studio_worker.errors import DeviceError, JobCancelled, JobError, StudioWorkerError
 from studio_worker.jobs import Cancel
-from tests.engine_lab import request, write_header
+from tests.lab.engine import request, write_header
 
 CPU = torch.device("cpu")
 SECRET = "a dragon that nobody may know of"
@@ -44,7 +44,7 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.faults import translated
 from studio_worker.engine.files.checkpoint import read_checkpoint
 from studio_worker.models import LocalFile
-from tests.engine_lab import request, write_header
+from tests.lab.engine import request, write_header
 from tests.lab.memory import made
 
 def job(path):

@@ -24,8 +24,8 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.z_image import z_image
 from studio_worker.gpu_check.tiny.weights import config, safetensors
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import PROMPT, SAMPLE
-from tests.flow_models import make, pixels
+from tests.lab.engine import PROMPT, SAMPLE
+from tests.lab.flow_models import make, pixels
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from studio_worker.engine import images
 from studio_worker.engine.images import cells, decode_mask, decode_picture
 from studio_worker.errors import JobError
-from tests.engine_lab import encoded, scene
+from tests.lab.engine import encoded, scene
 
 WHOLE = encoded(scene())
 

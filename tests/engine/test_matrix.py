@@ -18,8 +18,8 @@ from studio_worker.engine.sampling.samplers import SAMPLERS
 from studio_worker.gpu_check.tiny.families import tiny
 from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import encoded, scene
-from tests.flow_models import make, pixels
+from tests.lab.engine import encoded, scene
+from tests.lab.flow_models import make, pixels
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

@@ -16,7 +16,7 @@ from studio_worker.gpu_check.tiny.families import tiny as tiny_model
 from studio_worker.gpu_check.tiny.model import FORMS, Form
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import request
+from tests.lab.engine import request
 from tests.lab.memory import GIB, Fake
 
 torch.set_num_threads(1)

@@ -29,8 +29,8 @@ from studio_worker.engine.rendering.estimate import Estimates
 from studio_worker.errors import FileDamaged, JobCancelled, JobError, JobImpossible, NotServed
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, LocalFile, ModelSource
-from tests.engine_lab import decoded, encoded, request
-from tests.removal_graphs import (
+from tests.lab.engine import decoded, encoded, request
+from tests.lab.removal_graphs import (
     IMAGE,
     MASK,
     constant,

@@ -15,7 +15,7 @@ from studio_worker.engine.synthetic import SyntheticEngine
 from studio_worker.errors import JobCancelled, JobError
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, ModelSource
-from tests.engine_lab import request
+from tests.lab.engine import request
 
 
 def ignore(_done: int, _total: int) -> None:

@@ -19,10 +19,10 @@ from studio_worker.gpu_check.tiny.families import tiny
 from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import encoded, request, scene
+from tests.fakes.played_gpu import PlayedGpu, played
+from tests.lab.engine import encoded, request, scene
 from tests.lab.memory import GIB, Fake
-from tests.played_gpu import PlayedGpu, played
-from tests.quantising import WRITERS, written
+from tests.lab.quantising import WRITERS, written
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

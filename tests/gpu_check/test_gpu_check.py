@@ -20,7 +20,7 @@ from studio_worker.gpu_check.programme import FORMS, PLACES, rows
 from studio_worker.gpu_check.report import Report
 from studio_worker.gpu_check.rows import Found, Row
 from studio_worker.gpu_check.runner import Runner
-from tests import scripted_rows
+from tests.gpu_check import scripted_rows
 
 SCRIPTED = [sys.executable, str(Path(scripted_rows.__file__))]
 COMMAND = [str(Path(sys.executable).with_name("studio-worker")), "gpu-check"]

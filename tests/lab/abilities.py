@@ -20,8 +20,8 @@ from studio_worker.studio.http.uploads import Uploads
 from studio_worker.studio.session.offers import Situation
 from studio_worker.transfer.policy import Policy
 from studio_worker.work.desk import Desk
+from tests.fakes.played import untouched_health
 from tests.lab.worker import KeepingEngine
-from tests.played import untouched_health
 
 
 class FullEngine(KeepingEngine):

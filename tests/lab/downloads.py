@@ -19,7 +19,7 @@ from studio_worker.download import download_file
 from studio_worker.errors import DownloadCancelled
 from studio_worker.models import ModelFile
 from studio_worker.transfer.policy import Policy
-from tests.servers import ServedFile
+from tests.fakes.servers import ServedFile
 
 BODY = b"a tiny pretend model"
 BODY_SHA256 = "7820645b979bcfe59530fcd3b377c10e20bffed93396b8b3ffbd506f06aaacfe"

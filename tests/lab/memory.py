@@ -15,7 +15,7 @@ from studio_worker.engine.memory.residency import Key
 from studio_worker.engine.rendering.needs import footprint
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile
-from tests.engine_lab import SAMPLE, SMALL, request
+from tests.lab.engine import SAMPLE, SMALL, request
 
 CPU = torch.device("cpu")
 GIB = 2**30

@@ -18,7 +18,7 @@ from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
 from studio_worker.studio.session import connection, session
 from studio_worker.work import breaker
-from tests.servers import ServedFile
+from tests.fakes.servers import ServedFile
 
 READY_S = 60.0
 DONE_S = 120.0

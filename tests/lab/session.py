@@ -26,8 +26,8 @@ from studio_worker.studio.session.offers import (
 from studio_worker.studio.session.session import StudioSession
 from studio_worker.studio.wire import Capabilities
 from studio_worker.work.desk import Desk
+from tests.fakes.scripted import LIMIT_S, ScriptedStudio
 from tests.lab.frames import CAPABILITIES
-from tests.scripted import LIMIT_S, ScriptedStudio
 
 IDLE = Situation(
     now=12.5,

@@ -19,7 +19,7 @@ from studio_worker.spool.outbox import Outbox
 from studio_worker.work.health import Health
 from studio_worker.work.ports import Ports
 from studio_worker.work.worker import Worker
-from tests.played import NoFiles, untouched_health
+from tests.fakes.played import NoFiles, untouched_health
 
 
 def job(job_id: str, **task: Any) -> Job:

@@ -20,7 +20,7 @@ from studio_worker.download import download_file
 from studio_worker.errors import DownloadError
 from studio_worker.network.connecting import Reached
 from studio_worker.transfer.policy import Policy
-from tests.servers import FileServer, black_hole, raw_server, resolve_to
+from tests.fakes.servers import FileServer, black_hole, raw_server, resolve_to
 
 BODY = b"a tiny pretend model"
 LARGE = bytes(range(256)) * 70_000

@@ -36,8 +36,8 @@ from studio_worker.report.snapshot import (
     Snapshot,
     UploadFacts,
 )
+from tests.fakes.servers import FileServer, refused_url
 from tests.lab.service import READY_S, await_status, override, queue_synthetic, require, samples
-from tests.servers import FileServer, refused_url
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "packaging" / "examples"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from studio_worker.spool.in_hand import JobInHand
-from tests.spooled import HOSTILE_IDS, job, names
+from tests.lab.spooled import HOSTILE_IDS, job, names
 
 
 @pytest.fixture

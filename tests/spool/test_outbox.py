@@ -21,7 +21,7 @@ import pytest
 
 from studio_worker.jobs import Picture
 from studio_worker.spool.outbox import Outbox
-from tests.spooled import HOSTILE_IDS, job, names
+from tests.lab.spooled import HOSTILE_IDS, job, names
 
 ADDER = """
 import sys

@@ -22,7 +22,7 @@ from studio_worker.store import Store
 from studio_worker.store.bundles import export_bundle, import_bundle
 from studio_worker.store.terms import fixed
 from studio_worker.transfer.policy import Policy
-from tests.servers import FileServer, ServedFile, refused_url
+from tests.fakes.servers import FileServer, ServedFile, refused_url
 
 QUICK = Policy(connect_s=5, stall_s=5, delays_s=(0.0,))
 SUFFIXES = pytest.mark.parametrize("suffix", ["", ".tar"])

@@ -19,7 +19,7 @@ from studio_worker.models import ModelFile
 from studio_worker.store import Store
 from studio_worker.store.terms import fixed
 from studio_worker.transfer.policy import Policy
-from tests.servers import FileServer, ServedFile
+from tests.fakes.servers import FileServer, ServedFile
 
 QUICK = Policy(connect_s=5, stall_s=5, delays_s=(0.0,))
 SIZE = 1000

@@ -25,8 +25,8 @@ from studio_worker.models import ModelFile
 from studio_worker.store import Store
 from studio_worker.store.terms import fixed
 from studio_worker.transfer.policy import Policy
-from tests.bench_store import large_models
-from tests.servers import FileServer, ServedFile, refused_url
+from tests.bench.store import large_models
+from tests.fakes.servers import FileServer, ServedFile, refused_url
 
 BODY = b"a tiny pretend model"
 WRONG = b"a tiny pretend modem"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.servers import FileServer
+from tests.fakes.servers import FileServer
 
 
 @pytest.fixture

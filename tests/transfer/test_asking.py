@@ -12,6 +12,7 @@ from studio_worker.download import download_file, fetch_bytes
 from studio_worker.errors import DownloadError
 from studio_worker.report.logs import facts
 from studio_worker.transfer.policy import Policy
+from tests.fakes.servers import FileServer, refused_url
 from tests.lab.downloads import (
     BIG,
     BODY,
@@ -19,7 +20,6 @@ from tests.lab.downloads import (
     Waits,
     warnings,
 )
-from tests.servers import FileServer, refused_url
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from studio_worker.download import download_file
 from studio_worker.errors import DownloadError
 from studio_worker.report.logs import facts
 from studio_worker.transfer.policy import Policy
+from tests.fakes.servers import FileServer, raw_server
 from tests.lab.downloads import (
     BIG,
     BODY,
@@ -27,7 +28,6 @@ from tests.lab.downloads import (
     start_child,
     warnings,
 )
-from tests.servers import FileServer, raw_server
 
 # --- sizes and lengths ---
 

@@ -10,6 +10,7 @@ import pytest
 from studio_worker.download import download_file
 from studio_worker.errors import DownloadCancelled, DownloadError
 from studio_worker.transfer.policy import Policy
+from tests.fakes.servers import FileServer
 from tests.lab.downloads import (
     BIG,
     await_bytes,
@@ -19,7 +20,6 @@ from tests.lab.downloads import (
     staged,
     start_child,
 )
-from tests.servers import FileServer
 
 
 def test_two_processes_share_one_download(server: FileServer, tmp_path: Path) -> None:

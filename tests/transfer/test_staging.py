@@ -10,6 +10,7 @@ import pytest
 
 from studio_worker.download import download_file
 from studio_worker.errors import DownloadError
+from tests.fakes.servers import FileServer
 from tests.lab.downloads import (
     BIG,
     BODY,
@@ -18,7 +19,6 @@ from tests.lab.downloads import (
     staged,
     warnings,
 )
-from tests.servers import FileServer
 
 FULL_DISK = """
 import os, resource, signal, sys

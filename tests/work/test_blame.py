@@ -50,11 +50,11 @@ from studio_worker.work.desk import Desk
 from studio_worker.work.inputs import input_fetcher
 from studio_worker.work.ports import Ports
 from studio_worker.work.worker import Worker
-from tests.certificates import certificate
-from tests.engine_lab import changed_sample, write_header
-from tests.played import untouched_health
-from tests.scripted import LIMIT_S, ScriptedStudio
-from tests.servers import FileServer, raw_server, refused_url
+from tests.fakes.certificates import certificate
+from tests.fakes.played import untouched_health
+from tests.fakes.scripted import LIMIT_S, ScriptedStudio
+from tests.fakes.servers import FileServer, raw_server, refused_url
+from tests.lab.engine import changed_sample, write_header
 
 PAGE = b"<!DOCTYPE html><html><title>Welcome to the hotel's network</title></html>"
 PICTURE = io.BytesIO()

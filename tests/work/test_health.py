@@ -21,9 +21,9 @@ from studio_worker.local_studio import LocalStudio
 from studio_worker.models import ModelFile, ModelSource
 from studio_worker.work import breaker
 from studio_worker.work.health import Health
+from tests.fakes.scripted import LIMIT_S
+from tests.fakes.servers import FileServer
 from tests.lab.service import LONG, READY_S, SYNTHETIC, await_file, await_status, hurried, status
-from tests.scripted import LIMIT_S
-from tests.servers import FileServer
 
 PAGE = b"<!DOCTYPE html><html><title>Welcome to the hotel's network</title></html>"
 MODEL = b"a model" * 1000

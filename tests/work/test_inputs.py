@@ -26,7 +26,7 @@ from studio_worker.store import Store
 from studio_worker.store.terms import fixed
 from studio_worker.transfer.policy import Policy
 from studio_worker.work.inputs import input_fetcher
-from tests.servers import FileServer, resolve_to
+from tests.fakes.servers import FileServer, resolve_to
 
 BODY = b"a tiny pretend picture\xfb\xef\xbe\xff"
 STUDIO = "https://studio.example/graphics/api"

@@ -35,9 +35,9 @@ from studio_worker.studio.session.session import StudioSession
 from studio_worker.work.desk import Desk
 from studio_worker.work.ports import Ports
 from studio_worker.work.worker import Worker
+from tests.fakes.played import GatedEngine, NoFiles, PlayedBox, untouched_health
+from tests.fakes.scripted import LIMIT_S
 from tests.lab.frames import CAPABILITIES
-from tests.played import GatedEngine, NoFiles, PlayedBox, untouched_health
-from tests.scripted import LIMIT_S
 
 SOURCE = {"engine": "sd-cpp", "files": [], "cliDefaults": {}}
 FAST = Timings(heartbeat_s=0.05, log_batch_s=0.05, backoff_base_s=0.05, backoff_cap_s=0.2)

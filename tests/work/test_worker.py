@@ -24,8 +24,8 @@ from studio_worker.errors import (
 from studio_worker.jobs import Cancel, Job, Picture
 from studio_worker.models import RequiredModel
 from studio_worker.spool.in_hand import JobInHand
+from tests.fakes.played import NoFiles
 from tests.lab.worker import KeepingEngine, Source, job, make, raises
-from tests.played import NoFiles
 
 
 def test_worker_puts_finished_pictures_into_the_outbox(tmp_path: Path) -> None:

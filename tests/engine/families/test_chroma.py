@@ -17,9 +17,9 @@ from studio_worker.gpu_check.tiny.flux import tiny_chroma
 from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.gpu_check.tiny.quantised import Kind, write_gguf
 from studio_worker.models import LocalFile
-from tests import published
-from tests.engine_lab import encoded, scene
-from tests.flow_models import (
+from tests.lab import published
+from tests.lab.engine import encoded, scene
+from tests.lab.flow_models import (
     GUIDANCE,
     HEIGHT,
     WIDTH,
@@ -31,7 +31,7 @@ from tests.flow_models import (
     same,
     stock,
 )
-from tests.quantising import DECODING, Q8, dequantised
+from tests.lab.quantising import DECODING, Q8, dequantised
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

@@ -27,8 +27,8 @@ from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.gpu_check.tiny.quantised import Kind, write_gguf
 from studio_worker.gpu_check.tiny.weights import Tensors, in_shards, safetensors, state
 from studio_worker.models import LocalFile
-from tests.engine_lab import encoded, scene
-from tests.flow_models import (
+from tests.lab.engine import encoded, scene
+from tests.lab.flow_models import (
     DEFAULTS,
     GUIDANCE,
     HEIGHT,
@@ -43,10 +43,10 @@ from tests.flow_models import (
     same,
     stock,
 )
-from tests.published import flux1
-from tests.quantising import DECODING, Q4, Q8, dequantised, widened
-from tests.stock import encoded as stock_encoded
-from tests.stock import packed
+from tests.lab.published import flux1
+from tests.lab.quantising import DECODING, Q4, Q8, dequantised, widened
+from tests.lab.stock import encoded as stock_encoded
+from tests.lab.stock import packed
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

@@ -30,7 +30,7 @@ from studio_worker.engine.files.checkpoint import read_checkpoint
 from studio_worker.errors import FileDamaged, JobError, NotServed
 from studio_worker.gpu_check.tiny import compvis
 from studio_worker.models import FileRole, LocalFile
-from tests.engine_lab import write_header
+from tests.lab.engine import write_header
 from tests.lab.weightless import SD1, sd1_parts
 
 

@@ -27,7 +27,7 @@ from studio_worker.gpu_check.tiny.layouts import black_forest, stability
 from studio_worker.gpu_check.tiny.quantised import write_gguf
 from studio_worker.gpu_check.tiny.sd3 import sd3_config
 from studio_worker.gpu_check.tiny.weights import Tensors, config, drawn, state
-from tests.quantising import dequantised, mixed
+from tests.lab.quantising import dequantised, mixed
 
 torch.set_num_threads(1)
 

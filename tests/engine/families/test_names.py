@@ -23,7 +23,7 @@ from studio_worker.gpu_check.tiny.stable_diffusion import UNET, VAE, unet_and_va
 from studio_worker.gpu_check.tiny.weights import Tensors, prefixed, safetensors
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import decoded, encoded, request, scene
+from tests.lab.engine import decoded, encoded, request, scene
 
 torch.set_num_threads(1)
 

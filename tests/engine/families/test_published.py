@@ -20,8 +20,8 @@ from studio_worker.engine.files.sections import read_sections
 from studio_worker.engine.loading import empty_model, load_tokenizer
 from studio_worker.errors import JobError
 from studio_worker.models import FileRole, LocalFile
-from tests.engine_lab import write_header
-from tests.published import Shapes, chroma, flux1, qwen25_vl, qwen_image, sd3, t5_xxl
+from tests.lab.engine import write_header
+from tests.lab.published import Shapes, chroma, flux1, qwen25_vl, qwen_image, sd3, t5_xxl
 
 
 @pytest.fixture(autouse=True)

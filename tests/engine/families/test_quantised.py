@@ -23,11 +23,11 @@ from studio_worker.gpu_check.tiny.encoders import t5_config
 from studio_worker.gpu_check.tiny.quantised import Kind, llama_cpp, write_eight_bit, write_gguf
 from studio_worker.gpu_check.tiny.weights import config, drawn, prefixed
 from studio_worker.models import LocalFile
-from tests.engine_lab import SAMPLE, decoded
+from tests.fakes.played_gpu import played
+from tests.lab.engine import SAMPLE, decoded
 from tests.lab.memory import GIB, Fake, made
-from tests.played_gpu import played
-from tests.quantising import DECODING, dequantised, widened
-from tests.tiny_z_image import Tiny, gguf_files, tiny_z_image, vae_file
+from tests.lab.quantising import DECODING, dequantised, widened
+from tests.lab.tiny_z_image import Tiny, gguf_files, tiny_z_image, vae_file
 
 torch.set_num_threads(1)
 

@@ -34,8 +34,8 @@ from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.gpu_check.tiny.quantised import Kind, write_gguf
 from studio_worker.gpu_check.tiny.qwen_image import tiny_qwen_image, transformer_config
 from studio_worker.models import LocalFile
-from tests.engine_lab import decoded, encoded, scene
-from tests.flow_models import (
+from tests.lab.engine import decoded, encoded, scene
+from tests.lab.flow_models import (
     DEFAULTS,
     GUIDANCE,
     HEIGHT,
@@ -48,7 +48,7 @@ from tests.flow_models import (
     same,
     stock,
 )
-from tests.quantising import DECODING, Q4, Q8, dequantised
+from tests.lab.quantising import DECODING, Q4, Q8, dequantised
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

@@ -23,9 +23,9 @@ from studio_worker.gpu_check.tiny.quantised import Kind, write_gguf
 from studio_worker.gpu_check.tiny.sd3 import tiny_sd3
 from studio_worker.gpu_check.tiny.weights import safetensors, state
 from studio_worker.models import LocalFile
-from tests.engine_lab import encoded, scene
-from tests.flow_models import GUIDANCE, HEIGHT, WIDTH, difference, make, pipeline, right_half, same, stock
-from tests.quantising import DECODING, Q8, dequantised
+from tests.lab.engine import encoded, scene
+from tests.lab.flow_models import GUIDANCE, HEIGHT, WIDTH, difference, make, pipeline, right_half, same, stock
+from tests.lab.quantising import DECODING, Q8, dequantised
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

@@ -32,10 +32,10 @@ from studio_worker.gpu_check.tiny.stable_diffusion import UNET, VAE, sd2_checkpo
 from studio_worker.gpu_check.tiny.weights import prefixed, renamed, safetensors
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import decoded, encoded, request, scene, write_header
-from tests.quantising import DECODING, Q8, dequantised
-from tests.stock import alike, run
-from tests.stock import encoded as stock_encoded
+from tests.lab.engine import decoded, encoded, request, scene, write_header
+from tests.lab.quantising import DECODING, Q8, dequantised
+from tests.lab.stock import alike, run
+from tests.lab.stock import encoded as stock_encoded
 
 torch.set_num_threads(1)
 

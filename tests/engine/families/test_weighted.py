@@ -8,7 +8,7 @@ import torch
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.families.parts.weighted import pieces, scaled
 from studio_worker.jobs import Cancel
-from tests.engine_lab import PROMPT, decoded, request
+from tests.lab.engine import PROMPT, decoded, request
 
 torch.set_num_threads(1)
 

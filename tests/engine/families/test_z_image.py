@@ -31,10 +31,10 @@ from studio_worker.gpu_check.tiny.weights import in_shards, prefixed, safetensor
 from studio_worker.gpu_check.tiny.z_image import language_model
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import FileRole, LocalFile
-from tests.engine_lab import decoded, encoded, request, scene, write_header
-from tests.quantising import DECODING, Q4, Q8, dequantised, numbers_of
-from tests.stock import alike
-from tests.tiny_z_image import (
+from tests.lab.engine import decoded, encoded, request, scene, write_header
+from tests.lab.quantising import DECODING, Q4, Q8, dequantised, numbers_of
+from tests.lab.stock import alike
+from tests.lab.tiny_z_image import (
     PREFIX,
     SIZE,
     Tiny,

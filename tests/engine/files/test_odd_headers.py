@@ -23,7 +23,7 @@ from studio_worker.formats import header_problem
 from studio_worker.gpu_check.tiny.z_image import language_model
 from studio_worker.models import LocalFile
 from tests.lab.headers import with_metadata
-from tests.tiny_z_image import Tiny, text_encoder_file, tiny_z_image, transformer_file, vae_file
+from tests.lab.tiny_z_image import Tiny, text_encoder_file, tiny_z_image, transformer_file, vae_file
 
 torch.set_num_threads(1)
 

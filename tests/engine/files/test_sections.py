@@ -18,7 +18,7 @@ from studio_worker.engine.files.sections import read_sections
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
 from studio_worker.models import FileRole, LocalFile
-from tests.engine_lab import SAMPLE, changed_sample, request
+from tests.lab.engine import SAMPLE, changed_sample, request
 
 torch.set_num_threads(1)
 

@@ -28,10 +28,10 @@ from studio_worker.gpu_check.tiny.families import tiny
 from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import decoded, encoded, request, scene
-from tests.flow_models import PROMPT, SEED, make
+from tests.lab.engine import decoded, encoded, request, scene
+from tests.lab.flow_models import PROMPT, SEED, make
 from tests.lab.memory import GIB, Fake
-from tests.quantising import (
+from tests.lab.quantising import (
     WRITERS,
     written,
 )

@@ -22,7 +22,7 @@ from studio_worker.gpu_check.tiny.families import tiny as tiny_model
 from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import SAMPLE, decoded, encoded, request, scene
+from tests.lab.engine import SAMPLE, decoded, encoded, request, scene
 from tests.lab.headers import with_metadata
 
 torch.set_num_threads(1)

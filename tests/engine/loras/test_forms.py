@@ -25,10 +25,10 @@ from studio_worker.gpu_check.tiny.model import Form, Tiny
 from studio_worker.gpu_check.tiny.weights import state
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, FileRole, LocalFile
-from tests.engine_lab import decoded, request
+from tests.fakes.played_gpu import played
+from tests.lab.engine import decoded, request
+from tests.lab.lora_kinds import BIASES, FILTERS, MATRICES, NORMS, Made
 from tests.lab.memory import GIB, Fake
-from tests.lora_kinds import BIASES, FILTERS, MATRICES, NORMS, Made
-from tests.played_gpu import played
 
 torch.set_num_threads(1)
 

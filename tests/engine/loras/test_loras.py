@@ -19,9 +19,9 @@ from studio_worker.engine.rendering.needs import footprint
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile
-from tests.engine_lab import PROMPT, SAMPLE, decoded, request, write_header
-from tests.stock import run, sample_pipeline
-from tests.tiny_z_image import Tiny, text_encoder_file, tiny_z_image, transformer_file, vae_file
+from tests.lab.engine import PROMPT, SAMPLE, decoded, request, write_header
+from tests.lab.stock import run, sample_pipeline
+from tests.lab.tiny_z_image import Tiny, text_encoder_file, tiny_z_image, transformer_file, vae_file
 
 torch.set_num_threads(1)
 

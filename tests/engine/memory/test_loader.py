@@ -17,9 +17,9 @@ from studio_worker.engine.rendering.canvas import Starting
 from studio_worker.engine.rendering.loader import Loader
 from studio_worker.engine.rendering.pipeline import LoadedModel
 from studio_worker.jobs import Cancel
-from tests.engine_lab import SAMPLE, request
+from tests.fakes.played_gpu import played
+from tests.lab.engine import SAMPLE, request
 from tests.lab.memory import GIB, Fake
-from tests.played_gpu import played
 
 torch.set_num_threads(1)
 

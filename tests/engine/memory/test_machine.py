@@ -12,7 +12,7 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.memory.machine import MachineMemory
 from studio_worker.jobs import Cancel
 from studio_worker.models import ModelSource
-from tests.engine_lab import request
+from tests.lab.engine import request
 from tests.lab.memory import (
     GIB,
     Fake,

@@ -29,7 +29,8 @@ from studio_worker.engine.rendering.pipeline import LoadedModel
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults
-from tests.engine_lab import SAMPLE, SMALL, changed_sample, encoded, request, scene
+from tests.fakes.played_gpu import played
+from tests.lab.engine import SAMPLE, SMALL, changed_sample, encoded, request, scene
 from tests.lab.memory import (
     CPU,
     GIB,
@@ -41,7 +42,6 @@ from tests.lab.memory import (
     preloaded,
     sample_footprint,
 )
-from tests.played_gpu import played
 
 torch.set_num_threads(1)
 
@@ -269,7 +269,7 @@ import hashlib, json, resource, sys
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
-from tests.engine_lab import request
+from tests.lab.engine import request
 
 def rss_mib():
     return int(open("/proc/self/status").read().partition("VmRSS:")[2].split()[0]) / 1024

@@ -23,9 +23,9 @@ from studio_worker.errors import JobCancelled, JobError
 from studio_worker.gpu_check.tiny.families import tiny as tiny_model
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import PROMPT, encoded, request, scene
+from tests.fakes.played_gpu import PlayedGpu, played
+from tests.lab.engine import PROMPT, encoded, request, scene
 from tests.lab.memory import RAM, Fake
-from tests.played_gpu import PlayedGpu, played
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

@@ -17,8 +17,8 @@ from studio_worker.engine.rendering.estimate import Estimates
 from studio_worker.gpu_check.subjects.random_weights import shapes
 from studio_worker.jobs import ImageTask
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import write_header
-from tests.played_gpu import played
+from tests.fakes.played_gpu import played
+from tests.lab.engine import write_header
 
 NARROW, WIDE = "float16", "bfloat16"  # by mantissa and by exponent
 FULL = "float32"

@@ -12,7 +12,7 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.memory.placement import Mode
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
-from tests.engine_lab import SAMPLE, changed_sample, request
+from tests.lab.engine import SAMPLE, changed_sample, request
 from tests.lab.memory import (
     GIB,
     Fake,

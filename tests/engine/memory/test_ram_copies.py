@@ -22,9 +22,9 @@ from studio_worker.gpu_check.tiny.families import tiny
 from studio_worker.gpu_check.tiny.model import Form
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import SAMPLE, SMALL, changed_sample, encoded, request, scene
+from tests.fakes.played_gpu import PlayedGpu, played
+from tests.lab.engine import SAMPLE, SMALL, changed_sample, encoded, request, scene
 from tests.lab.memory import GIB, Fake, component, key
-from tests.played_gpu import PlayedGpu, played
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

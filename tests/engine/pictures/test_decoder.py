@@ -20,7 +20,7 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.pictures.decoder import Decoder
 from studio_worker.errors import JobCancelled, JobError, JobImpossible
 from studio_worker.jobs import Cancel
-from tests.engine_lab import encoded, request, scene
+from tests.lab.engine import encoded, request, scene
 
 WHOLE = encoded(scene())
 

@@ -14,7 +14,7 @@ from studio_worker import __version__
 from studio_worker.engine.parameters import Parameters, printable
 from studio_worker.engine.pictures.encoding import check_ext, encode, generation_meta, parameters_text
 from studio_worker.errors import JobError
-from tests.engine_lab import scene
+from tests.lab.engine import scene
 
 PARAMETERS = Parameters(
     prompt="a red potion, “glühend”",

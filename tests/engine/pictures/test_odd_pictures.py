@@ -17,7 +17,7 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.images import decode_mask, decode_picture
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
-from tests.engine_lab import decoded, encoded, request, scene
+from tests.lab.engine import decoded, encoded, request, scene
 
 WIDTH, HEIGHT = 64, 48
 

@@ -18,7 +18,7 @@ from studio_worker.engine.rendering.prompts import PromptCache
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile
-from tests.engine_lab import SAMPLE, changed_sample, request
+from tests.lab.engine import SAMPLE, changed_sample, request
 
 torch.set_num_threads(1)
 

@@ -15,9 +15,9 @@ from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.rendering import compiling
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile
-from tests.engine_lab import SAMPLE, SMALL, decoded, request
+from tests.bench.soak import write_loras
+from tests.lab.engine import SAMPLE, SMALL, decoded, request
 from tests.lab.memory import GIB, Fake
-from tests.soak_engine import write_loras
 
 torch.set_num_threads(1)
 

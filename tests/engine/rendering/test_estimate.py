@@ -21,7 +21,7 @@ from studio_worker.engine.rendering.needs import footprint
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
 from studio_worker.models import LocalFile
-from tests.engine_lab import SAMPLE, SMALL, encoded, request, scene
+from tests.lab.engine import SAMPLE, SMALL, encoded, request, scene
 from tests.lab.memory import (
     GIB,
     MIB,

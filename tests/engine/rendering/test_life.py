@@ -23,9 +23,9 @@ from studio_worker.gpu_check.tiny.families import tiny
 from studio_worker.jobs import Cancel, ImageTask, Job
 from studio_worker.models import CliDefaults, LocalFile, ModelSource
 from studio_worker.work.worker import Worker
-from tests.engine_lab import encoded, request, scene
+from tests.fakes.played import NoFiles
+from tests.lab.engine import encoded, request, scene
 from tests.lab.worker import Source, make
-from tests.played import NoFiles
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

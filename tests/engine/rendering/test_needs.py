@@ -38,8 +38,8 @@ from studio_worker.engine.rendering.pipeline import LoadedModel
 from studio_worker.gpu_check.tiny.families import tiny
 from studio_worker.jobs import Cancel, ImageTask
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import scene
-from tests.live_memory import META, LiveBytes
+from tests.lab.engine import scene
+from tests.lab.live_memory import META, LiveBytes
 
 torch.set_num_threads(1)
 

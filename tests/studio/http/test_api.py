@@ -13,9 +13,9 @@ import pytest
 
 from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable, UnknownRegistration
 from studio_worker.studio.http.api import StudioApi, api_root
+from tests.fakes.scripted import ScriptedHttp
+from tests.fakes.servers import black_hole, resolve_to
 from tests.lab.worker import delivery
-from tests.scripted import ScriptedHttp
-from tests.servers import black_hole, resolve_to
 
 
 @pytest.mark.parametrize(

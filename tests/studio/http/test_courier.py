@@ -22,7 +22,7 @@ from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.http.identity import Credentials
 from studio_worker.studio.http.uploads import Patience, Uploads
-from tests.scripted import LIMIT_S, ScriptedHttp
+from tests.fakes.scripted import LIMIT_S, ScriptedHttp
 
 OK = (200, {}, {})
 FAST = Patience(base_s=0.01, cap_s=0.05)

@@ -26,8 +26,8 @@ from studio_worker.studio.http.identity import (
     given_credentials,
 )
 from studio_worker.studio.http.registration import Registration
+from tests.fakes.scripted import ScriptedHttp
 from tests.lab.frames import CAPABILITIES, CAPABILITIES_JSON
-from tests.scripted import ScriptedHttp
 
 REQUESTED = (200, {}, {"requestId": "r1", "status": "pending"})
 PENDING = (200, {}, {"status": "pending"})

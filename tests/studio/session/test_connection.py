@@ -28,12 +28,12 @@ from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.route import route_to
 from studio_worker.studio.session.connection import MAX_FRAME_BYTES, explain, now_s, opened, watch
 from studio_worker.studio.session.protocol import SessionProtocol
-from tests import certificates
+from tests.fakes import certificates
+from tests.fakes.scripted import LIMIT_S, ScriptedHttp, ScriptedStudio
+from tests.fakes.servers import black_hole, resolve_to
 from tests.lab.frames import CAPABILITIES_JSON, CLAIM
 from tests.lab.session import FAST, Running
 from tests.lab.worker import delivery
-from tests.scripted import LIMIT_S, ScriptedHttp, ScriptedStudio
-from tests.servers import black_hole, resolve_to
 
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")

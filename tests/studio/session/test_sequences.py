@@ -47,9 +47,9 @@ from studio_worker.studio.wire import Body
 from studio_worker.work.desk import Desk
 from studio_worker.work.ports import Ports
 from studio_worker.work.worker import Worker
+from tests.fakes.played import GatedEngine, NoFiles, PlayedBox, untouched_health
+from tests.fakes.scripted import LIMIT_S
 from tests.lab.frames import CLAIM
-from tests.played import GatedEngine, NoFiles, PlayedBox, untouched_health
-from tests.scripted import LIMIT_S
 
 CREDENTIALS = Credentials("w1", "token-of-w1")
 JOBS = st.sampled_from(["j1", "j2", "j3", "j4"])

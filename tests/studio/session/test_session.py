@@ -14,9 +14,9 @@ from studio_worker.errors import DuplicateWorker, ReconnectExhausted, RefusedByS
 from studio_worker.jobs import ImageTask
 from studio_worker.models import ModelSource
 from studio_worker.studio.http.api import StudioApi
+from tests.fakes.scripted import LIMIT_S, ScriptedStudio
 from tests.lab.frames import CLAIM
 from tests.lab.session import FAST, Running
-from tests.scripted import LIMIT_S, ScriptedStudio
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from studio_worker.download import download_file
 from studio_worker.errors import DownloadError
 from studio_worker.transfer.policy import Connections, Policy
-from tests.servers import FileServer, ServedFile
+from tests.fakes.servers import FileServer, ServedFile
 
 LARGE = random.Random(2).randbytes(24 * 1024 * 1024)
 SHA256 = hashlib.sha256(LARGE).hexdigest()
@@ -67,7 +67,7 @@ def test_download_stays_with_one_connection_where_it_may_use_no_more(
 def test_download_is_right_whatever_becomes_of_its_ranges(
     server: FileServer, tmp_path: Path, fault: dict[str, Any]
 ) -> None:
-    """A server that says little of its ranges still gives the file; tests.fault_matrix has the worse ones."""
+    """A server that says little of its ranges still gives the file; fault_matrix.py has the worse ones."""
     file = slow(server, **fault)
 
     download_file(file.url, tmp_path / "m", sha256=SHA256, policy=QUICK)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_matrix import FAULTS, Fault, measure
+from tests.transfer.fault_matrix import FAULTS, Fault, measure
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

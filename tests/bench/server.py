@@ -1,6 +1,6 @@
 """A server for measurements: one file, one thread a connection, with a cap, a delay, breaks, or TLS.
 
-``python -m tests.bench_server FILE --cap-mb-s 20 --delay-ms 80`` prints its port. ``GET /sent`` tells
+``python -m tests.bench.server FILE --cap-mb-s 20 --delay-ms 80`` prints its port. ``GET /sent`` tells
 how many bytes of the file it has sent since the last time.
 """
 

@@ -39,7 +39,7 @@ from studio_worker.engine.families.stable_diffusion import SAMPLE, stable_diffus
 from studio_worker.gpu_check.tiny.weights import config, config_of, drawn, prefixed, safetensors
 from studio_worker.jobs import Cancel, ImageTask, Picture
 from studio_worker.models import CliDefaults, FileRole, LocalFile
-from tests.stock import sample_pipeline
+from tests.lab.stock import sample_pipeline
 
 JOBS = 24
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")

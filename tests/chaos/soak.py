@@ -42,8 +42,8 @@ from studio_worker.local_studio.rules import JobStatus
 from studio_worker.local_studio.server import DATABASE_NAME
 from studio_worker.report.control import ask
 from studio_worker.spool.in_hand import poisoned_jobs
-from tests.chaos_disk import StateDisk
-from tests.chaos_proxy import ChaosProxy, UploadFault
+from tests.chaos.disk import StateDisk
+from tests.chaos.proxy import ChaosProxy, UploadFault
 
 STALLED_S = 90.0
 """So long without an accepted offer, and something hangs."""

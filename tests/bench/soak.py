@@ -24,7 +24,7 @@ from studio_worker.engine import Inputs, Request
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.jobs import Cancel, ImageTask
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import encoded, scene
+from tests.lab.engine import encoded, scene
 
 JOBS = 300
 WARM_UP = 60

@@ -1,8 +1,9 @@
-"""Every fault a download may meet, what became of it, and what it cost: ``python -m tests.fault_matrix``.
+"""Every fault a download may meet, what became of it, and what it cost.
 
-A real client, a real server on loopback, real processes and a real full disk. Bytes are counted at the
-server. While a fault runs the final name is looked at again and again: what is seen there must be whole.
-``tests/test_fault_matrix.py`` runs the same list; ``--kills 50`` kills more often than the suite does.
+``python -m tests.transfer.fault_matrix`` prints it. A real client, a real server on loopback, real
+processes and a real full disk. Bytes are counted at the server. While a fault runs the final name is looked
+at again and again: what is seen there must be whole. ``test_fault_matrix.py`` runs the same list;
+``--kills 50`` kills more often than the suite does.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rich.table import Table
 from studio_worker.download import download_file
 from studio_worker.errors import DownloadError
 from studio_worker.transfer.policy import Policy
-from tests.servers import FileServer, ServedFile
+from tests.fakes.servers import FileServer, ServedFile
 
 SMALL = random.Random(1).randbytes(1_000_000)
 LARGE = random.Random(2).randbytes(24 * 1024 * 1024)

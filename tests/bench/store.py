@@ -1,4 +1,4 @@
-"""How long the check of verified models takes at the start; a part of ``tests.bench_download``.
+"""How long the check of verified models takes at the start; a part of ``tests.bench.download``.
 
 The files are sparse: their content is never read, which tests/store/test_store.py proves.
 """

@@ -1,7 +1,7 @@
 """Fuzzing: what comes from outside, changed at random, leads to nothing but what its reader is to raise.
 
 ``make fuzz`` tries each target for ten minutes, ``make fuzz TARGET=bundles SECONDS=60`` one of them for one;
-``tests/test_fuzz.py`` a few hundred inputs of each. Inputs are good ones with some of their bytes or fields
+``test_fuzz.py`` a few hundred inputs of each. Inputs are good ones with some of their bytes or fields
 changed; checksums are put right again, so that what lies behind them is reached. A fault is any other
 exception, a process that ends, memory or time beyond the limits below, a wrong file that counts as right.
 Hypothesis makes the inputs from ``--seed``, and the smallest one with the same fault.
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.fuzz_inputs import (
+from tests.fuzz.inputs import (
     CLAIMS,
     FRAMES,
     bundles,
@@ -35,7 +35,7 @@ from tests.fuzz_inputs import (
     responses,
     weights,
 )
-from tests.fuzz_targets import Attempt, frames, headers, http, offers, pictures, tars
+from tests.fuzz.targets import Attempt, frames, headers, http, offers, pictures, tars
 
 CPU_S, WALL_S = 5.0, 60.0
 """For one input: the processor's time, since the machine may be busy; by the clock, for what waits."""
@@ -129,7 +129,7 @@ def tried(name: str, *, seconds: float, inputs: int, number: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.run")
     parser.add_argument("target", nargs="*", choices=[*TARGETS, []], help="default: all of them")
     parser.add_argument("--seconds", type=float, default=600.0, help="for each target")
     parser.add_argument("--inputs", type=int, default=sys.maxsize, help="for each target, at most")

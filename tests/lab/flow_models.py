@@ -22,9 +22,9 @@ from studio_worker.gpu_check.tiny.model import Tiny
 from studio_worker.gpu_check.tiny.weights import Tensors
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import decoded, request
-from tests.published import Shapes
-from tests.stock import alike, run
+from tests.lab.engine import decoded, request
+from tests.lab.published import Shapes
+from tests.lab.stock import alike, run
 
 PROMPT = "a red potion on grass"
 WIDTH, HEIGHT, STEPS, GUIDANCE, SEED = 64, 48, 3, 3.0, 7
@@ -77,7 +77,7 @@ def pixels(picture: Picture | Image.Image) -> np.ndarray:
 
 
 def same(one: Picture | Image.Image, other: Picture | Image.Image) -> bool:
-    """Whether two pictures are alike (:func:`tests.stock.alike`), and show anything at all."""
+    """Whether two pictures are alike (:func:`tests.lab.stock.alike`), and show anything at all."""
     return alike(pixels(one), pixels(other)) and float(pixels(one).std()) > 5
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from tests.servers import black_hole
+from tests.fakes.servers import black_hole
 
 _MAX_HEAD = 64 * 1024
 _PAGE = b"<!DOCTYPE html><html><title>Welcome</title>Sign in to use this network.</html>"

@@ -26,7 +26,7 @@ import torch
 
 from studio_worker.box import process
 from studio_worker.engine.diffusion import DiffusionEngine
-from tests.bench_engine import SAMPLE_MODEL, Model, device, made, random_model, show, written
+from tests.bench.engine import SAMPLE_MODEL, Model, device, made, random_model, show, written
 
 GOAL = 1.01
 PROCESSES = 80

@@ -28,7 +28,7 @@ from PIL import Image
 from studio_worker.models import ModelFile
 from studio_worker.store import Store
 from studio_worker.store.ledger import file_name
-from tests import published
+from tests.lab import published
 from tests.lab.frames import CLAIM
 
 Draw = Any

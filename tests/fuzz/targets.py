@@ -25,8 +25,8 @@ def frames(folder: Path) -> Iterator[Attempt]:
 
     from studio_worker.errors import FrameError, ProtocolError
     from studio_worker.studio.wire import read_studio_frame
+    from tests.fakes.scripted import Conversation, ScriptedStudio
     from tests.lab.session import Running
-    from tests.scripted import Conversation, ScriptedStudio
 
     with ScriptedStudio() as studio, _no_tracebacks():
         running, conversation, number = Running(studio), None, 0
@@ -77,7 +77,7 @@ def offers(folder: Path) -> Iterator[Attempt]:
     from studio_worker.models import ModelSource
     from studio_worker.store import Store
     from studio_worker.studio.session.offers import judge
-    from tests.fuzz_inputs import SOURCES, adopted
+    from tests.fuzz.inputs import SOURCES, adopted
     from tests.lab.abilities import abilities_of
 
     store = Store(folder / "models")
@@ -164,7 +164,7 @@ def http(folder: Path) -> Iterator[Attempt]:
     from studio_worker.studio.http.api import StudioApi
     from studio_worker.studio.wire import RegisterRequest
     from studio_worker.transfer.policy import Policy
-    from tests.fuzz_inputs import CONTENT, SHA256, Answering
+    from tests.fuzz.inputs import CONTENT, SHA256, Answering
     from tests.lab.frames import CAPABILITIES
 
     picture = folder / "picture"

@@ -18,8 +18,8 @@ from studio_worker.gpu_check.tiny.quantised import Kind, without_outer_ones, wri
 from studio_worker.gpu_check.tiny.weights import prefixed, safetensors
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
-from tests.engine_lab import decoded, request
-from tests.stock import run
+from tests.lab.engine import decoded, request
+from tests.lab.stock import run
 
 PREFIX = "model.diffusion_model."
 SIZE = CliDefaults(width=64, height=64, steps=3, cfg_scale=1.0)

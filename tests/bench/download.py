@@ -1,6 +1,6 @@
 """The downloader beside curl, aria2c, huggingface_hub and hf_transfer, from one server on loopback.
 
-``python -m tests.bench_download`` prints medians, the sha256 of the result included, with the ratio to every
+``python -m tests.bench.download`` prints medians, the sha256 of the result included, with the ratio to every
 peer of the same run. ``--rounds 1``, ``--case NAME`` and ``--size-mib`` make it shorter. A peer that is not
 installed is left out with a note; hf_transfer works with an old huggingface_hub only, so both get a virtual
 environment of their own in the user's cache. Files lie in memory where there is room, because the peers do
@@ -29,7 +29,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests import bench_store
+from tests.bench import store as bench_store
 
 OLD_HUB = ("huggingface_hub==0.36.2", "hf_transfer==0.1.9", "requests")
 """The last of huggingface_hub that works with hf_transfer."""
@@ -230,7 +230,7 @@ def _sent(url: str, pem: Path | None) -> int:
 
 @contextlib.contextmanager
 def _server(path: Path, options: list[str]) -> Iterator[str]:
-    command = [sys.executable, "-m", "tests.bench_server", str(path), *options]
+    command = [sys.executable, "-m", "tests.bench.server", str(path), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

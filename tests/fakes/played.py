@@ -21,8 +21,8 @@ from studio_worker.studio.session.offers import Judgement, Situation
 from studio_worker.studio.wire import Capabilities
 from studio_worker.work.desk import Desk
 from studio_worker.work.health import Health
+from tests.fakes.scripted import LIMIT_S
 from tests.lab.frames import CAPABILITIES
-from tests.scripted import LIMIT_S
 
 
 class GatedEngine:

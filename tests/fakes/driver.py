@@ -1,6 +1,6 @@
 """A libcuda.so.1 of our own that the dynamic linker finds first: the one thing about a GPU that is faked.
 
-``python tests/fake_driver.py FOLDER [VERSION]`` builds it, too. The environment says what it answers, so one
+``python tests/fakes/driver.py FOLDER [VERSION]`` builds it, too. The environment says what it answers, so one
 library plays every box:
 
 * ``FAKE_INIT``: CUresult of cuInit, e.g. 100 no device, 802 no fabric manager

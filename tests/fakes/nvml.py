@@ -1,4 +1,4 @@
-"""A libnvidia-ml.so.1 of our own: the other half of the driver that is faked, see fake_driver.py.
+"""A libnvidia-ml.so.1 of our own: the other half of the driver that is faked, see driver.py.
 
 It reads the file that ``FAKE_NVML`` names at every call, so that a test changes what a running service sees.
 A line ``NAME NUMBER`` each:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.chaos import WEIGHTS, script, soak
+from tests.chaos.soak import WEIGHTS, script, soak
 
 FAULTS = 17
 

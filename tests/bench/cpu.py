@@ -9,7 +9,7 @@ lose most. Page faults and CPU time are printed too: they tell memory that comes
 stable-diffusion.cpp is run once a job, as the upstream worker runs it, so that its time has the loading in
 it; that of the others has not.
 
-``python -m tests.bench_cpu --small`` runs it with the sample model, to see that it works.
+``python -m tests.bench.cpu --small`` runs it with the sample model, to see that it works.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def checkpoint(folder: Path) -> tuple[str, str]:
 
 def alone(*command: str) -> Any:
     """What a process of this module prints last, as JSON."""
-    words = [sys.executable, "-W", "ignore", "-m", "tests.bench_cpu", *command]
+    words = [sys.executable, "-W", "ignore", "-m", "tests.bench.cpu", *command]
     offline = {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, env={**os.environ, **offline}, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
