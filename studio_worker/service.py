@@ -139,7 +139,8 @@ class Service:
 
     def _employed(self, studio_root: str) -> Worker:
         ports = Ports(
-            source=self._session,
+            source=self._parts.desk,
+            claims=self._session,
             files=SeenFiles(self._parts.store, self._news.notifier.status, self._news.line.say),
             engines=self._parts.engines,
             in_hand=self._parts.in_hand,

@@ -75,8 +75,8 @@ class Desk:
         """Offers are taken again, unless the desk is closed."""
         self._paused = False
 
-    def clear(self) -> None:
-        """The job in hand has ended."""
+    def finished(self, job: Job) -> None:  # noqa: ARG002  (there is room for one)
+        """The job in hand has ended, whatever became of it; a next one may come."""
         self._current = None
 
     def close(self) -> None:

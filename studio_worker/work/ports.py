@@ -15,7 +15,7 @@ from studio_worker.models import LocalFile, ModelFile, ModelSource
 
 
 class JobSource(Protocol):
-    """Where jobs come from."""
+    """Where jobs are taken from, one at a time."""
 
     def take(self, rest: Callable[[], None]) -> Job | None:
         """The next job; waits for one. ``None`` ends the loop.
@@ -26,12 +26,16 @@ class JobSource(Protocol):
         """
         ...
 
-    def failed(self, job: Job, error: str, *, retryable: bool) -> None:
-        """The job cannot be done here."""
-        ...
-
     def finished(self, job: Job) -> None:
         """The job is no longer in hand, whatever became of it; a next one may come."""
+        ...
+
+
+class Claims(Protocol):
+    """Who answers to the studio for the job in hand."""
+
+    def report_failure(self, job_id: str, error: str, *, retryable: bool) -> None:
+        """The job cannot be done here."""
         ...
 
 
@@ -107,6 +111,7 @@ class Ports:
     """
 
     source: JobSource
+    claims: Claims
     files: Files
     engines: Engines
     in_hand: InHand

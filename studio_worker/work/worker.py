@@ -44,6 +44,7 @@ class Worker:
 
     def __init__(self, ports: Ports, step_timeout_s: Callable[[], float]) -> None:
         self._source = ports.source
+        self._claims = ports.claims
         self._files = ports.files
         self._engines = ports.engines
         self._in_hand = ports.in_hand
@@ -233,7 +234,7 @@ class Worker:
                 "elapsed_ms": round((time.monotonic() - job.taken_at) * 1000),
             },
         )
-        self._source.failed(job, error, retryable=retryable)
+        self._claims.report_failure(job.job_id, error, retryable=retryable)
         self._reports.job_failed(job.job_id, job.model, error, retryable=retryable, handed_back=handed_back)
 
 

@@ -107,7 +107,7 @@ class Running:
 
     def taken(self) -> Job | None:
         """The next job; whoever waits here is never paused."""
-        return self.session.take(lambda: pytest.fail("told to rest"))
+        return self.desk.take(lambda: pytest.fail("told to rest"))
 
     def stop(self) -> None:
         self._connector.stop()

@@ -42,8 +42,8 @@ class Source:
             rest()
         return found
 
-    def failed(self, job: Job, error: str, *, retryable: bool) -> None:
-        self.failures.append((job.job_id, error, retryable))
+    def report_failure(self, job_id: str, error: str, *, retryable: bool) -> None:
+        self.failures.append((job_id, error, retryable))
 
     def finished(self, job: Job) -> None:
         self.finished_jobs.append(job.job_id)
@@ -80,6 +80,7 @@ def make(
 
     ports = Ports(
         source=source,
+        claims=source,
         files=files or NoFiles(),
         engines=Router({"scripted": scripted}),
         in_hand=in_hand,

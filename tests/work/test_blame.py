@@ -390,7 +390,8 @@ class Box:
         self._connector = Connector(api, abilities, self._session, ShippingBuffer(), Timings(heartbeat_s=0.1))
         fetch = input_fetcher(policy, api.root)
         ports = Ports(
-            source=self._session,
+            source=desk,
+            claims=self._session,
             files=SeenFiles(store, on_status=lambda text: None, on_end=lambda: None),
             engines=engines,
             in_hand=in_hand,

@@ -85,7 +85,8 @@ class Box:
             return engine
 
         ports = Ports(
-            source=session,
+            source=self.desk,
+            claims=session,
             files=NoFiles(),
             engines=Router({"sd-cpp": make}),
             in_hand=in_hand,

@@ -17,7 +17,6 @@ from functools import partial
 
 from studio_worker.context import called, carried
 from studio_worker.errors import StudioWorkerError
-from studio_worker.jobs import Job
 from studio_worker.models import NAME_CHARS
 from studio_worker.spool.failures import Failures
 from studio_worker.studio.http.uploads import Uploads
@@ -58,22 +57,10 @@ class StudioSession:
 
     # --- called from other threads ---
 
-    def take(self, rest: Callable[[], None]) -> Job | None:
-        """The next accepted job; waits for one. ``None`` = there will be no more."""
-        return self._desk.take(rest)
-
-    def failed(self, job: Job, error: str, *, retryable: bool) -> None:
-        """Report a failed job, if the studio still holds it for this connection."""
-        self.report_failure(job.job_id, error, retryable=retryable)
-
     def report_failure(self, job_id: str, error: str, *, retryable: bool) -> None:
-        """The same for a job known by its id only."""
+        """A job cannot be done here: say so, if the studio still holds it for this connection."""
         if not self._call(self._fail, job_id, error, retryable):
             self._failures.add(job_id, error, retryable=retryable)
-
-    def finished(self, job: Job) -> None:  # noqa: ARG002  (there is room for one job only)
-        """The job in hand has ended."""
-        self._desk.clear()
 
     def delivered(self, job_id: str) -> None:
         """The job's result has been uploaded."""

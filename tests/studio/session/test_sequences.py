@@ -26,6 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from studio_worker.engine import Engine, Router
 from studio_worker.errors import DeliveryRefused, ProtocolError, RefusedByStudio, StudioUnavailable
+from studio_worker.jobs import Job
 from studio_worker.report.activity import Activity
 from studio_worker.report.logs import ShippingBuffer
 from studio_worker.spool import picture_files
@@ -99,6 +100,18 @@ class AtOnce(Aside):
         then(work())
 
 
+class TellingDesk(Desk):
+    """Tells the test which job has ended."""
+
+    def __init__(self, finished: queue.SimpleQueue[str]) -> None:
+        super().__init__()
+        self._finished = finished
+
+    def finished(self, job: Job) -> None:
+        super().finished(job)
+        self._finished.put(job.job_id)
+
+
 class NotingBox(PlayedBox):
     """Notes how offers were answered."""
 
@@ -136,34 +149,24 @@ class Box:
         self.in_hand = JobInHand(folder / "spool")
         self.failures = Failures(folder / "spool")
         self.outbox = Outbox(folder / "outbox", reserve_bytes=0)
-        self.desk = Desk()
+        self.finished: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.desk = TellingDesk(self.finished)
         self.engine = GatedEngine()
         self.frames: list[dict[str, Any]] = []
         self.exchange: Exchange | None = None
-        self.finished: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.recovered = self.in_hand.recover()
         self.uploads = Uploads(self.outbox, Patience(0.0, 0.0, 0.0))
         box = NotingBox(self.desk, self.uploads, self.outbox, self.in_hand, self.failures)
         box.answers = log
         self.session = InlineSession(box, self.desk, self.uploads, self.failures, box)
         self.courier = Courier(api, self.outbox, self.uploads, self.session, Activity())
-        finished = self.finished
-        session = self.session
-
-        class Source:
-            take = staticmethod(session.take)
-            failed = staticmethod(session.failed)
-
-            @staticmethod
-            def finished(job: Any) -> None:
-                session.finished(job)
-                finished.put(job.job_id)
 
         def engine() -> Engine:
             return self.engine
 
         ports = Ports(
-            source=Source(),
+            source=self.desk,
+            claims=self.session,
             files=NoFiles(),
             engines=Router({"sd-cpp": engine}),
             in_hand=self.in_hand,

@@ -60,7 +60,7 @@ def test_session_accepts_an_offer_and_hands_the_job_over(scripted: ScriptedStudi
     assert conversation.receive_type("heartbeat")["currentJobId"] == "j1"
     conversation.send(type="offer", claim={**CLAIM, "jobId": "j2"})
     assert conversation.receive_type("reject")["code"] == "busy"
-    running.session.finished(job)
+    running.desk.finished(job)
     conversation.send(type="offer", claim={**CLAIM, "jobId": "j2"})
     assert conversation.receive_type("accept")["jobId"] == "j2"
 
@@ -72,7 +72,7 @@ def test_session_reports_a_failure_of_a_job_it_holds(scripted: ScriptedStudio, r
     conversation.send(type="offer", claim=CLAIM)
     job = running.taken()
     assert job is not None
-    running.session.failed(job, "out of memory", retryable=True)
+    running.session.report_failure(job.job_id, "out of memory", retryable=True)
     assert conversation.receive_type("fail") == {
         "type": "fail", "jobId": "j1", "error": "out of memory", "retryable": True,
     }  # fmt: skip
@@ -174,7 +174,7 @@ def test_session_dropped_in_a_job_reconnects_and_takes_the_job_back(
     assert not running.uploads.is_offered_again("j1")  # there is no picture yet
     job = running.taken()
     assert job is not None
-    running.session.finished(job)
+    running.desk.finished(job)
     running.desk.close()
     assert running.taken() is None  # there was one job, not two
 
@@ -192,8 +192,8 @@ def test_session_does_not_report_failures_of_an_earlier_connection(
     second = scripted.accept()
     second.welcome()
     second.receive_type("heartbeat")
-    running.session.failed(job, "late", retryable=True)
-    running.session.finished(job)
+    running.session.report_failure(job.job_id, "late", retryable=True)
+    running.desk.finished(job)
     second.send(type="offer", claim={**CLAIM, "jobId": "j2"})
     frame = second.receive()
     while frame["type"] != "accept":
@@ -299,7 +299,7 @@ def test_session_heartbeats_and_answers_while_a_job_is_made(
         job = running.taken()
         assert job is not None
         assert heard.wait(LIMIT_S)
-        running.session.finished(job)
+        running.desk.finished(job)
 
     worker = threading.Thread(target=make)
     worker.start()
@@ -348,7 +348,7 @@ def test_session_stopped_sends_what_is_queued_and_closes(scripted: ScriptedStudi
     job = running.taken()
     assert job is not None
     running.desk.close()
-    running.session.failed(job, "the worker is stopping", retryable=True)
+    running.session.report_failure(job.job_id, "the worker is stopping", retryable=True)
     running.stop()
     assert conversation.receive_type("fail")["error"] == "the worker is stopping"
     assert running.end() is None
