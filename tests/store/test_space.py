@@ -506,3 +506,63 @@ def test_one_failed_file_ends_the_others(box: Box) -> None:
         box.store().ensure(files)
 
     assert box.held(box.store()) == set()
+
+
+def test_room_is_made_of_what_another_process_has_fetched_since(box: Box) -> None:
+    """A process knows of models that others of this box have brought since it started."""
+    store, other = box.store(budget=SIZE), box.store(budget=SIZE)
+    box.use(other, box.file("a"))
+    assert store.shortfall_bytes([box.file("b")]) == 0
+    box.use(store, box.file("b"))
+    assert box.held(store) == {"b"}
+
+
+def test_model_whose_files_are_wanted_is_not_its_own_room(box: Box) -> None:
+    """What a model has here already stays while room is made for the rest of it, however old it is."""
+    store = box.store(budget=2 * SIZE)
+    box.use(store, box.file("a"), model="one")
+    box.use(store, box.file("c"))
+    box.use(store, box.file("a"), box.file("b"), model="two")
+    assert box.held(store) == {"a", "b"}
+    assert len(box.served["a"].requests) == 1
+
+
+def test_model_is_as_old_as_its_last_use(box: Box) -> None:
+    """A model counts as used when any of its files was, and goes after those that were not since."""
+    store = box.store(budget=4 * SIZE)
+    shared = box.file("shared")
+    box.use(store, shared, box.file("a"), model="one")
+    box.use(store, box.file("b"), model="two")
+    box.use(store, shared, model="one")
+    box.use(store, box.file("c"), box.file("d"), model="three")
+    assert box.held(store) == {"shared", "a", "c", "d"}
+
+
+def test_removal_gives_what_the_file_takes_of_the_disk(box: Box) -> None:
+    """A file with holes gives back no more room than it has taken."""
+    store = box.store()
+    box.use(store, box.file("a"))
+    path = store.path(box.file("a"))
+    path.write_bytes(b"")
+    os.truncate(path, 50_000_000)
+    tight = box.store(spare_bytes=shutil.disk_usage(box.root).free - 20_000_000)
+    assert tight.shortfall_bytes([box.file("b", approx_bytes=60_000_000)]) > 20_000_000
+
+
+def test_budget_refuses_a_model_that_is_required_in_part(box: Box) -> None:
+    """One required file does not exempt a model's others from the budget."""
+    a, big = box.file("a"), box.file("big", 3 * SIZE)
+    store = box.store(budget=2 * SIZE, required=(a,))
+    with pytest.raises(StoreError, match="raise budget_gb"):
+        box.use(store, a, big)
+
+
+def test_two_processes_may_use_one_model(box: Box) -> None:
+    """Holding a model keeps it from being removed, and nobody from using it."""
+    store, file = box.store(), box.file("a")
+    with store.taken("one", [file]):
+        arguments = [sys.executable, "-c", HOLDER, file.url, str(box.root), str(file.sha256)]
+        with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            other.communicate()

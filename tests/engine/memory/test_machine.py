@@ -73,3 +73,15 @@ def test_loaded_models_count_as_room_for_the_next_job() -> None:
     assert router.available_bytes() is None
     router.for_source(ModelSource(engine="sd-cpp")).generate(request(), lambda *_: None, Cancel())
     assert router.available_bytes() == 2 * GIB + router.resident()["sample-model"].size_bytes
+
+
+def test_ram_where_components_wait_is_what_the_machine_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits in RAM already counts as room, and a twentieth of it is kept free; on a CPU it is no second
+    place.
+    """
+    monkeypatch.setattr("studio_worker.engine.memory.machine.total_ram_bytes", lambda: 20 * GIB)
+    monkeypatch.setattr("studio_worker.engine.memory.machine.available_ram_bytes", lambda: 8 * GIB)
+    memory = MachineMemory(torch.device("cuda:0"))
+    assert (memory.on_host(0), memory.on_host(3 * GIB)) == (7 * GIB, 10 * GIB)
+    assert (memory.has_host, MachineMemory(torch.device("cpu")).has_host) == (True, False)
+    assert MachineMemory(torch.device("cpu")).on_device(3 * GIB) == 10 * GIB

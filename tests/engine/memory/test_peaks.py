@@ -95,3 +95,21 @@ def test_what_is_learnt_is_bounded() -> None:
     for pixels in range(1000):
         peaks.took(of("c", pixels), whole(of()), (20 * 1000 + pixels) * GIB // 1000)
     assert peak(peaks, replace(of("c"), pixels=1000)) == pytest.approx(20.999)
+
+
+def test_what_a_larger_picture_took_outlasts_a_smaller_one() -> None:
+    """A small picture that took little says nothing of large ones; one that ran out early forgets nothing."""
+    peaks = Peaks()
+    large = of(pixels=4 * PIXELS)
+    peaks.took(large, whole(large), 30 * GIB)
+    peaks.took(of(), whole(of()), 20 * GIB)
+    assert (peak(peaks, large), peak(peaks, of())) == (30, 20)
+    peaks.ran_out(large, whole(large), 20 * GIB)
+    assert peak(peaks, large) == 30
+
+
+def test_way_that_had_less_than_its_estimate_says_nothing_of_others() -> None:
+    """What ran out with less than it should need leaves the other ways as they were."""
+    peaks = Peaks()
+    peaks.ran_out(of(), whole(of()), 10 * GIB)
+    assert [plan.peak_bytes for plan in peaks.corrected(of()).plans()] == [p.peak_bytes for p in of().plans()]

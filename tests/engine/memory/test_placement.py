@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from studio_worker.engine.memory.placement import Mode, Space, choose
+from studio_worker.engine.memory.placement import Footprint, Mode, Space, choose, leanest
 from studio_worker.errors import JobError
 from tests.lab.memory import (
     GIB,
@@ -98,3 +100,49 @@ def test_unpacked_weights_are_given_up_before_anything_else() -> None:
         (Mode.COMPONENT, False, 0),
     ]
     assert all(not plan.unpacked for plan in plans[2:])
+
+
+def test_bound_that_a_model_sets_itself_is_kept_where_it_can_be() -> None:
+    """maxVramGib bounds what is planned, unpacked weights too, but not what there is; where no way is as
+    lean, the leanest is taken as long as the device has that.
+    """
+
+    def mode(available: float, allowed: float, needed: Footprint) -> tuple[Mode, int]:
+        space = Space("d", int(available * GIB), host=RAM, spare=int(available * GIB))
+        plan = choose(needed, space, offload=False, allowed=int(allowed * GIB))
+        return plan.mode, len(plan.unpacked)
+
+    assert mode(100, 17, needs()) == (Mode.WHOLE, 0)
+    assert mode(100, 12, needs()) == (Mode.COMPONENT, 0)
+    assert mode(12, 100, needs()) == (Mode.COMPONENT, 0)
+    assert mode(2, 1, needs()) == (Mode.LAYERS, 0)
+    assert mode(100, 32, needs(unpacked=QUANTISED)) == (Mode.WHOLE, 2)
+    assert mode(100, 20, needs(unpacked=QUANTISED)) == (Mode.WHOLE, 0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "whole_gib", "component_gib"),
+    [
+        ({}, 18, 11),
+        ({"loras": 2 * GIB}, 20, 13),
+        ({"reading": {"text_encoder": 8 * GIB}}, 23, 12),
+        ({"reading": {"text_encoder": 8 * GIB}, "unpacking": {"text_encoder": GIB}}, 24, 13),
+        ({"unpacking": {"transformer": 4 * GIB}}, 20, 15),
+        ({"unpacking": {"transformer": 4 * GIB}, "unpacked": {"transformer": 10 * GIB}}, 18, 15),
+    ],
+)
+def test_every_phase_of_a_picture_counts(changed: dict[str, Any], whole_gib: int, component_gib: int) -> None:
+    """The prompt's reading, the steps and the decoding each have to fit, with the LoRAs beside them, and with
+    the matrix that is unpacked at the moment, but where it was before.
+    """
+    plans = needs(**changed).plans()
+    found = [
+        next(p.peak_bytes / GIB for p in plans if p.mode is mode) for mode in (Mode.WHOLE, Mode.COMPONENT)
+    ]
+    assert found == [whole_gib, component_gib]
+
+
+def test_leanest_way_is_one_that_ram_allows() -> None:
+    """An offer is estimated by layers only where the weights can wait in RAM."""
+    assert leanest(needs(), host=RAM).mode is Mode.LAYERS
+    assert (leanest(needs(), host=14 * GIB).mode, leanest(needs(), host=14 * GIB).tiled) == (Mode.WHOLE, True)

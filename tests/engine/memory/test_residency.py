@@ -149,3 +149,46 @@ def test_models_that_ram_cannot_take_after_all_are_let_go(monkeypatch: pytest.Mo
         engine.release()
     assert engine.resident() == {}
     assert made(engine).data == first.data
+
+
+def test_released_component_that_was_used_last_is_the_one_that_stays() -> None:
+    """Where RAM has not room for all that leave the device at once, those used longest ago go altogether."""
+    residency = Residency(CPU, Fake(device=8192, host=2048))
+    for name in "abc":
+        residency.add(key(name), component(1))
+    residency.get(key("a"))
+    residency.release()
+    assert [residency.place(key(name)) for name in "abc"] == [Place.RAM, None, Place.RAM]
+
+
+def test_model_is_there_as_long_as_all_of_it_is() -> None:
+    """A model that has lost a component is no longer said to be loaded; another that shares the rest is."""
+    residency = Residency(CPU, Fake(device=8192))
+    for name in "abc":
+        residency.add(key(name), component(1))
+    residency.name("first", [key("a"), key("b")])
+    residency.name("second", [key("b"), key("c")])
+    memory = Fake(device=2048)
+    memory.has_host = False
+    residency._memory = memory
+    residency._budget_bytes = 2048
+    residency.make_room(0)
+    assert residency.models.keys() == {"second"}
+
+
+def test_weights_stay_within_their_budget_however_much_there_is() -> None:
+    """The budget bounds what stays and what is spare; on a CPU, without one, half of what is free does."""
+    residency = Residency(CPU, Fake(device=2**20), budget_bytes=2048)
+    residency.add(key("a"), component(1))
+    assert residency.spare_bytes([]) == 1024
+    residency.make_room(2048)
+    assert residency.place(key("a")) is not Place.DEVICE
+    memory = Fake(device=8192)
+    memory.has_host = False
+    alone = Residency(CPU, memory)
+    alone.add(key("a"), component(2))
+    assert alone.spare_bytes([]) == 2048
+    alone.make_room(2048)
+    assert alone.place(key("a")) is Place.DEVICE
+    alone.make_room(2049)
+    assert alone.place(key("a")) is None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from studio_worker.appliance.news import News
+from studio_worker.errors import NotServed
+from studio_worker.jobs import ImageTask
+from studio_worker.models import ModelSource
 from studio_worker.studio.session.offers import (
     AlreadyOurs,
     Ignore,
@@ -111,6 +115,55 @@ def test_offer_that_another_worker_could_do_is_refused_without_code(
     assert isinstance(judgement, Refuse)
     assert judgement.code is None
     assert reason in judgement.reason
+
+
+def _not_served(source: ModelSource, task: ImageTask) -> float:
+    raise NotServed("flux.gguf is of a family that is not served")
+
+
+def _broken(*_: object) -> NoReturn:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_offer_of_what_is_not_served_is_left_to_another_worker() -> None:
+    """Where the files are here and are of no family that is served, the refusal says so."""
+    refused = judge(CLAIM, replace(IDLE, needed_gb=_not_served))
+    assert refused == Refuse("j1", "flux.gguf is of a family that is not served")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["is_in_outbox", "is_poisoned", "failed_for_good", "state_problem", "needed_gb", "is_on_box",
+     "shortfall_bytes"],
+)  # fmt: skip
+def test_offer_is_not_taken_by_guess(asked: str) -> None:
+    """Where the disk cannot be asked, nothing is judged: neither taken nor failed."""
+    situation = replace(IDLE, on_demand=False, **{asked: _broken})
+    with pytest.raises(OSError, match="Input/output"):
+        judge(CLAIM, situation)
+
+
+@pytest.mark.parametrize(
+    ("situation", "expected"),
+    [
+        ({"is_paused": True, "current_job_id": "other"}, "paused"),
+        ({"is_just_delivered": lambda job_id: True, "is_in_outbox": lambda job_id: True}, "delivered"),
+        ({"is_poisoned": lambda job_id: True, "failed_for_good": lambda job_id: "no"}, "crashed"),
+    ],
+)
+def test_offer_is_refused_for_what_comes_first(situation: dict[str, Any], expected: str) -> None:
+    """Of two reasons the one is told that another worker, or a later hour, is the cure for."""
+    judgement = judge(CLAIM, replace(IDLE, **situation))
+    assert isinstance(judgement, Refuse)
+    assert expected in f"{judgement.reason} {judgement.code}"
+
+
+def test_offer_at_the_very_limits_is_taken() -> None:
+    """What needs just what there is, has as long a name as may be, or asks for what is allowed, is taken."""
+    roomy = replace(IDLE, memory_gb=8.0, needed_gb=lambda source, task: 8.0, allow_insecure_urls=True)
+    plain = {**SOURCE, "files": [{**SOURCE["files"][0], "url": "http://models.example/m"}]}  # type: ignore[dict-item]
+    offered = claim(jobId="j" * 200, vramGbEstimate=8.0, modelSource=plain)
+    assert isinstance(judge(offered, roomy), Take)
 
 
 @pytest.mark.parametrize(("is_for_now", "code"), [(True, "busy"), (False, None)])
