@@ -65,6 +65,7 @@ def run(directory: Path = config.DEFAULT_DIR) -> int:
 
 
 def _run(directory: Path) -> None:
+    """What comes before the device, and goes after all else: log, user, state folder, control socket."""
     news = News()
     loaded = config.load(directory)
     logs.configure(loaded.settings.log.level, loaded.settings.log.format)
@@ -157,10 +158,8 @@ class Service:
         Raises:
             StudioWorkerError: what ended the service; its class holds the exit status.
         """
-        steering = partial(
-            signals.watch, reload=self._reloader.request, stop=self._stop, hand_back=self._hand_back
-        )
-        threading.Thread(target=steering, name="signals", daemon=True).start()
+        doings = {"reload": self._reloader.request, "stop": self._stop, "hand_back": self._hand_back}
+        threading.Thread(target=signals.watch, kwargs=doings, name="signals", daemon=True).start()
         exporter = open_exporter(
             self._current.settings, self._status, self._news.activity, lambda: self._reloader.succeeded
         )
