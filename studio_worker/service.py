@@ -201,8 +201,7 @@ class Service:
 
     def _has_leisure(self) -> bool:
         """Whether models may be loaded before their first job."""
-        desk = self._parts.desk
-        return not self._ending.is_near and not desk.is_paused and desk.is_idle()
+        return not (self._ending.is_near or self._parts.desk.is_paused) and self._parts.desk.is_idle()
 
     # --- signals, on their thread ---
 
