@@ -69,7 +69,7 @@ class Running:
         self.odd: dict[str, Any] = {}
         """What the situation has in the place of what it should."""
         self.uploads = Uploads(Outbox(folder / "outbox"))
-        self._attempts = attempts
+        self.attempts = attempts
         self.session = StudioSession(self, self.desk, self.uploads, Failures(folder / "spool"), self)
         self._connector = Connector(StudioApi(studio.url), self, self.session, self.shipping, timings)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -88,7 +88,7 @@ class Running:
         )
 
     def reconnect_attempts(self) -> int:
-        return self._attempts
+        return self.attempts
 
     def connected(self) -> None:
         self.states.append("connected")

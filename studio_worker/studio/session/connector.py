@@ -111,7 +111,7 @@ class Connector:
                 failed_in_a_row = 0
             else:
                 failed_in_a_row += 1
-                if failed_in_a_row == self._box.reconnect_attempts():
+                if 0 < self._box.reconnect_attempts() <= failed_in_a_row:  # a reload may have lowered it
                     raise ReconnectExhausted(
                         f"{failed_in_a_row} connections in a row failed, the last one: {error}"
                     ) from error

@@ -244,6 +244,17 @@ def test_session_gives_up_after_the_configured_attempts() -> None:
     assert "503" in str(error)
 
 
+def test_session_gives_up_after_a_limit_that_was_lowered() -> None:
+    """A limit that a reload makes lower than what has failed already is met by the next failure."""
+    with ScriptedStudio() as scripted:
+        running = Running(scripted, attempts=50)
+        for _ in range(3):
+            scripted.accept().close(1000)  # without a welcome
+        running.attempts = 2
+        scripted.accept().close(1000)
+        assert isinstance(running.end(), ReconnectExhausted)
+
+
 @pytest.mark.parametrize("code", [1000, 4002, 1011])
 def test_session_reconnects_after_any_other_close(
     scripted: ScriptedStudio, running: Running, code: int
