@@ -566,3 +566,15 @@ def test_two_processes_may_use_one_model(box: Box) -> None:
             assert other.stdout is not None
             assert other.stdout.readline() == "held\n"
             other.communicate()
+
+
+def test_model_that_was_taken_meanwhile_is_not_removed(box: Box) -> None:
+    """Whoever takes a model between the look for room and its removal keeps it."""
+    store, file = box.store(), box.file("a")
+    box.use(store, file)
+    (removal,) = store._space.removals()
+    with store.taken("other", [file]):
+        assert not store._space.remove(removal, "room for another model")
+        assert box.held(store) == {"a"}
+    assert store._space.remove(removal, "room for another model")
+    assert box.held(store) == set()
