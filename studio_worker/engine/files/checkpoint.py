@@ -79,10 +79,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         JobError: the disk does not give it.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(_MAGIC_BYTES)
+        return _read(path)
     except OSError as error:
-        raise JobError(f"{path.name} cannot be read: {error.strerror}") from error
+        raise JobError(f"{path.name} cannot be read: {error.strerror or error}") from error
+
+
+def _read(path: Path) -> Checkpoint:
+    with path.open("rb") as file:
+        start = file.read(_MAGIC_BYTES)
     if _is_safetensors(start):
         return _safetensors(path, start)
     if kind := _pickle_kind(path, start):
@@ -153,8 +157,8 @@ def _safetensors(path: Path, start: bytes) -> Checkpoint:
             shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
             types = {name: each.get_dtype() for name, each in slices.items()}
             said = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        odd = odd_header(path) if isinstance(error, SafetensorError) else None
+    except SafetensorError as error:
+        odd = odd_header(path)
         if odd is None:
             # The library names its checks (InvalidHeaderLength, MetadataIncompleteBuffer, …), never the
             # content.

@@ -46,8 +46,8 @@ class BeyondLimits(ValueError):
     """The header is larger than any model's."""
 
 
-DAMAGE = (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, struct.error)
-"""What a damaged file leads to. Memory that runs out says nothing of a file."""
+DAMAGE = (ValueError, KeyError, IndexError, OverflowError, TypeError, struct.error)
+"""What a damaged file leads to. Memory that runs out, or a disk that fails, says nothing of a file."""
 
 _SHAPE_KEY = "comfy.gguf.orig_shape."
 """ComfyUI-GGUF's ``tools/convert.py`` lays matrices out in rows of 256 where their own rows are not multiples

@@ -4,6 +4,7 @@ by name, for good.
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from studio_worker.engine.files.checkpoint import read_checkpoint
 from studio_worker.engine.files.sections import read_sections
 from studio_worker.engine.files.weights import read_tensors
 from studio_worker.engine.loading import load_part
-from studio_worker.errors import FileDamaged, JobImpossible, NotServed
+from studio_worker.errors import FileDamaged, JobError, JobImpossible, NotServed
 from studio_worker.formats import header_problem
 from studio_worker.gpu_check.tiny.z_image import language_model
 from studio_worker.models import LocalFile
@@ -270,3 +271,24 @@ def test_numbers_of_a_large_file_are_where_they_belong(tmp_path: Path) -> None:
     (section,) = read_sections([file])
     found = read_tensors(section, CPU, torch.float32)
     assert all(np.array_equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_disk_that_does_not_give_a_header_is_no_damage(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails while a header is read does not blame the file, which would be fetched once more."""
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    path = tmp_path / f"m.{form}"
+    path.write_bytes(
+        b"GGUF" + bytes(60) if form == "gguf" else struct.pack("<Q", 16) + b"{" + b" " * 14 + b"}"
+    )
+    name = "open_gguf" if form == "gguf" else "safe_open"
+    monkeypatch.setattr(f"studio_worker.engine.files.checkpoint.{name}", failing)
+    with pytest.raises(JobError, match=rf"m\.{form} cannot be read: Input/output error") as caught:
+        read_checkpoint(path)
+    assert not isinstance(caught.value, FileDamaged)
+    assert not caught.value.is_jobs_fault
