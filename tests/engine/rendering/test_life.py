@@ -68,7 +68,9 @@ class SlowMachine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> SlowMachine:
     made = SlowMachine()
-    monkeypatch.setattr("studio_worker.work.worker.time", SimpleNamespace(monotonic=lambda: made.now))
+    for module in ("worker", "stride"):
+        clock = SimpleNamespace(monotonic=lambda: made.now)
+        monkeypatch.setattr(f"studio_worker.work.{module}.time", clock)
     is_mapped, load_part, open_file = reading.dequantised, loading.load_part, reading.open_safetensors
 
     class SlowFile:

@@ -248,10 +248,11 @@ def test_session_gives_up_after_a_limit_that_was_lowered() -> None:
     """A limit that a reload makes lower than what has failed already is met by the next failure."""
     with ScriptedStudio() as scripted:
         running = Running(scripted, attempts=50)
-        for _ in range(3):
+        for _ in range(2):
             scripted.accept().close(1000)  # without a welcome
-        running.attempts = 2
-        scripted.accept().close(1000)
+        third = scripted.accept()  # so that two have failed by now
+        running.attempts = 1
+        third.close(1000)
         assert isinstance(running.end(), ReconnectExhausted)
 
 
