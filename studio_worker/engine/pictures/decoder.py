@@ -24,6 +24,7 @@ from typing import Any
 
 from PIL import Image
 
+import studio_worker
 from studio_worker.errors import JobError, JobImpossible
 
 _MEMORY_BYTES = 1_500_000_000
@@ -41,7 +42,9 @@ _CANCEL_S = 0.1
 
 _COMMAND = (sys.executable, "-P", "-s", "-m", "studio_worker.engine.pictures.decoder_child")
 _ENVIRONMENT = {
-    "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))),
+    "PYTHONPATH": os.pathsep.join(
+        (str(Path(studio_worker.__file__).parents[1]), os.environ.get("PYTHONPATH", ""))
+    ),
     # Its threads would wait for work that never comes, and their stacks count as memory.
     "OPENBLAS_NUM_THREADS": "1",
 }

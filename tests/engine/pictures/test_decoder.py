@@ -168,3 +168,22 @@ def test_job_with_such_a_picture_fails_for_good(monkeypatch: pytest.MonkeyPatch)
         DiffusionEngine("cpu").generate(asked, lambda done, total: None, Cancel())
     assert not caught.value.retryable
     images.close()
+
+
+def test_pictures_are_decoded_where_the_package_is_no_installed_one(tmp_path: Path) -> None:
+    """The process finds the package of the one that starts it, from a source tree that nothing else names."""
+    (tmp_path / "studio_worker").symlink_to(Path(images.__file__).parents[1])
+    (tmp_path / "picture").write_bytes(WHOLE)
+    # Python imports it at its start from wherever it looks for packages.
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'looked')!r}, 'w').close()")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from studio_worker.engine import images; "
+        "print(images.decode_reference(open('picture', 'rb').read()).size, images.__file__)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-P", "-c", script, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout == f"{scene().size} {tmp_path}/studio_worker/engine/images.py\n"
+    assert (tmp_path / "looked").exists()
