@@ -7,8 +7,6 @@ group and every one around it.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,22 +22,6 @@ def available_ram_bytes(root: Path = ROOT) -> int:
     """What Linux could give this process without swapping, or ending it."""
     left = (limit - _held(group) for group, limit in _limits(root))
     return max(0, min([_meminfo(root, "MemAvailable"), *left]))
-
-
-@contextlib.contextmanager
-def ram_for_mapping() -> Iterator[None]:
-    """Where a file cannot be mapped for want of room, memory ran out: that says nothing of the file or its
-    disk.
-
-    Raises:
-        MemoryError: there is none.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOMEM:
-            raise MemoryError(error.strerror) from error
-        raise
 
 
 def _meminfo(root: Path, name: str) -> int:

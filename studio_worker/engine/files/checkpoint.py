@@ -26,8 +26,9 @@ from studio_worker.engine.files.gguf_files import (
     shape_of,
     stated,
 )
+from studio_worker.engine.files.reading import reading
 from studio_worker.engine.files.safetensors_files import odd_header
-from studio_worker.errors import FileDamaged, JobError, NotServed
+from studio_worker.errors import FileDamaged, NotServed
 from studio_worker.formats import MAX_HEADER_BYTES
 
 _MAGIC_BYTES = 512
@@ -61,10 +62,8 @@ def version_of(path: Path) -> tuple[int, int, int]:
     Raises:
         JobError: the disk does not give it.
     """
-    try:
+    with reading(path):
         found = path.stat()
-    except OSError as error:
-        raise JobError(f"{path.name} cannot be read: {error.strerror}") from error
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -78,10 +77,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         JobImpossible: of a kind that nobody reads: a big-endian GGUF, or one of version 1.
         JobError: the disk does not give it.
     """
-    try:
+    with reading(path):
         return _read(path)
-    except OSError as error:
-        raise JobError(f"{path.name} cannot be read: {error.strerror or error}") from error
 
 
 def _read(path: Path) -> Checkpoint:

@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import gguf
 import numpy as np
 
-from studio_worker.box.ram import ram_for_mapping
 from studio_worker.errors import JobImpossible, NotServed
 from studio_worker.formats import (
     GGUF_ARRAY,
@@ -95,11 +94,9 @@ def open_gguf(path: Path, mode: Literal["r", "c"] = "r") -> GgufFile:
         JobImpossible, NotServed: it is of a version, or has numbers of a kind, that nobody or not this worker
             reads.
         DAMAGE: the file is damaged, or its header larger than any model's.
-        MemoryError: there is no room to map it.
+        OSError: the disk does not give it, or there is no room to map it.
     """
-    with ram_for_mapping():
-        data = np.memmap(path, mode=mode)
-    cursor = _Cursor(data, path.name)
+    cursor = _Cursor(np.memmap(path, mode=mode), path.name)
     count, pairs = cursor.counts()
     facts: dict[str, Stated | tuple[Stated, ...]] = {}
     for _ in range(pairs):

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from studio_worker.box.ram import ram_for_mapping
 from studio_worker.formats import MAX_HEADER_BYTES
 
 _LENGTH = struct.Struct("<Q")
@@ -124,7 +123,7 @@ class _OddFile:
     """A file with odd metadata, mapped; reads like the library's."""
 
     def __init__(self, path: Path, header: OddHeader, device: str) -> None:
-        with path.open("rb") as file, ram_for_mapping():
+        with path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._entries = header.entries
         self._device = device

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from studio_worker.engine.files.checkpoint import Checkpoint
 from studio_worker.engine.files.eight_bit import EightBitMatrix
 from studio_worker.engine.files.gguf_files import DAMAGE, PLAIN_TYPES, open_gguf
+from studio_worker.engine.files.reading import reading
 from studio_worker.engine.files.safetensors_files import open_safetensors
 from studio_worker.engine.files.sections import Section, Tensors
-from studio_worker.errors import FileDamaged, JobError, NotServed
+from studio_worker.errors import FileDamaged, NotServed
 
 _FP8_NOTE = re.compile(r"(^|\.)(scale_weight|scale_input|weight_scale|input_scale|comfy_quant|scaled_fp8)$")
 """What ComfyUI's 8-bit files carry beside each weight (``comfy/ops.py``, ``comfy/quant_ops.py``)."""
@@ -59,13 +60,12 @@ def read_tensors(
     path = section.checkpoint.path
     _check_types(section)
     try:
-        if section.checkpoint.format == "gguf":
-            return dict(_gguf(section, device, alive))
-        # Mapped: on the CPU these tensors are pages of the file until they are copied.
-        with open_safetensors(path, str(device)) as file:
-            return _safetensors(section, file, dtype, alive)
-    except OSError as error:
-        raise JobError(f"{path.name} cannot be read: {error.strerror}") from error
+        with reading(path):
+            if section.checkpoint.format == "gguf":
+                return dict(_gguf(section, device, alive))
+            # Mapped: on the CPU these tensors are pages of the file until they are copied.
+            with open_safetensors(path, str(device)) as file:
+                return _safetensors(section, file, dtype, alive)
     except (SafetensorError, *DAMAGE) as error:
         raise FileDamaged(path, f"{path.name} cannot be read: {type(error).__name__}") from error
 

@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from studio_worker.engine.files.packed import PackedLinear
+from studio_worker.engine.files.reading import reading
 from studio_worker.engine.files.safetensors_files import open_safetensors
 from studio_worker.engine.loras.branches import Branch
 from studio_worker.engine.loras.changes import Change, changes
 from studio_worker.engine.loras.places import PlacedLora
 from studio_worker.engine.loras.wanted import Lora
-from studio_worker.errors import FileDamaged, JobError, JobImpossible
+from studio_worker.errors import FileDamaged, JobImpossible
 
 _LOG = logging.getLogger(__name__)
 
@@ -179,13 +180,11 @@ def _read(placed: PlacedLora) -> list[dict[str, torch.Tensor]]:
     """
     path = placed.lora.file.path
     try:
-        with open_safetensors(path, "cpu") as file:
+        with reading(path), open_safetensors(path, "cpu") as file:
             read = [
                 {role: file.get_tensor(name).clone() for role, name in adapter.names.items()}
                 for adapter, _ in placed.adapters
             ]
-    except OSError as error:
-        raise JobError(f"{path.name} cannot be read: {error.strerror}") from error
     except SafetensorError as error:
         raise FileDamaged(path, f"{path.name} cannot be read: {type(error).__name__}") from error
     for (adapter, _), tensors in zip(placed.adapters, read, strict=True):

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from studio_worker.engine.files.checkpoint import read_checkpoint, version_of
+from studio_worker.engine.files.reading import reading
 from studio_worker.engine.files.safetensors_files import metadata
 from studio_worker.engine.loras.adapter import Adapter
 from studio_worker.errors import JobImpossible, NotServed
@@ -170,7 +171,8 @@ def _within(layer: str, settings: Mapping[str, Scaling]) -> tuple[str, str]:
 
 def _settings(file: LocalFile) -> dict[str, Scaling]:
     """What the header says of the strength, by component."""
-    text = metadata(file.path).get(_SETTINGS, "")
+    with reading(file.path):
+        text = metadata(file.path).get(_SETTINGS, "")
     try:
         said = json.loads(text) if text else {}
         by_component: dict[str, dict[str, Any]] = {}
