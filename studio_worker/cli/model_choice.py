@@ -15,6 +15,7 @@ from studio_worker.box.owner import Owner, become, owner_of
 from studio_worker.config.documents import read_document
 from studio_worker.errors import ConfigError
 from studio_worker.models import CliDefaults, LocalFile, ModelSource
+from studio_worker.wording import fault
 
 SAMPLE_ID = "sample-model"
 
@@ -98,7 +99,7 @@ def _read_source(path: Path) -> ModelSource:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(
-            str(first["msg"]),
+            fault(first),
             source=str(path),
             key=".".join(str(part) for part in first["loc"]),
             cure="write engine, files and cliDefaults as in models.d",

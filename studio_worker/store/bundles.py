@@ -28,6 +28,7 @@ from studio_worker.store.copying import HashingReader, bring, copy, is_ours, tem
 from studio_worker.store.ledger import file_name, is_file_name
 from studio_worker.store.store import Store, store_errors
 from studio_worker.store.tars import open_tar
+from studio_worker.wording import fault
 
 Told = Callable[["BundledFile", int], None]
 """Called as bytes of a file are read: (file, bytes so far)."""
@@ -270,8 +271,7 @@ def _read_manifest(source: Path, bundle: tarfile.TarFile | None) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        problem = str(first["msg"]).removeprefix("Value error, ")
-        raise StoreError(f"{source}: {_MANIFEST}: {where}: {problem}") from error
+        raise StoreError(f"{source}: {_MANIFEST}: {where}: {fault(first)}") from error
 
 
 def _header_of(source: Path, bundle: tarfile.TarFile, name: str) -> tarfile.TarInfo:

@@ -180,6 +180,14 @@ def test_mistake_is_one_clear_sentence(
     assert {path.name for path in tmp_path.iterdir()} == {"mask.png"}
 
 
+def test_fault_of_a_models_file_is_said_in_an_operators_words(tmp_path: Path) -> None:
+    """What is wrong in a file given by --model is said as of one in models.d, not as the library says it."""
+    configured(tmp_path, {"id": "m", "engine": "synthetic", "files": []})
+    (tmp_path / "own.json").write_text('{"engine": "sd-cpp", "files": 3, "cliDefaults": {}}')
+    told = failure(generate(tmp_path, "-m", f"{tmp_path}/own.json"))
+    assert "own.json: files: must be a list, [ ... ]; write engine, files" in told
+
+
 def test_unknown_model_is_told_with_those_that_are_there(tmp_path: Path) -> None:
     """An id that is in no file of models.d is refused with the ids that are."""
     file = {"role": "model", "url": "https://x/m", "filename": "m", "sha256": "0" * 64}

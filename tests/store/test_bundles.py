@@ -209,6 +209,14 @@ def test_import_refuses_a_cut_tar(full: Store, required: RequiredModel, tmp_path
         import_bundle(Store(tmp_path / "empty"), bundle)
 
 
+def test_fault_of_a_manifest_is_said_in_an_operators_words(tmp_path: Path) -> None:
+    """What is wrong in a manifest is said without the library's words."""
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong" / "manifest.json").write_text('{"format": 1, "files": 3}')
+    with pytest.raises(StoreError, match=r"manifest\.json: files: must be a list"):
+        import_bundle(Store(tmp_path / "models"), tmp_path / "wrong")
+
+
 @pytest.mark.parametrize("kind", ["nothing", "text", "folder", "manifest"])
 def test_import_refuses_what_is_no_bundle(tmp_path: Path, kind: str) -> None:
     """A wrong path is one sentence that names it."""
