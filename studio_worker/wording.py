@@ -1,8 +1,12 @@
-"""Words for an operator: what is wrong with a value (libraries speak of dictionaries), who runs this."""
+"""Words for an operator: what is wrong with a value, who runs this, where an error of ours was raised.
+
+Of values the libraries speak of dictionaries and instances.
+"""
 
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,3 +46,8 @@ def fault(error: Mapping[str, Any]) -> str:
 def user() -> str:
     """Who runs this, as a cure names them."""
     return os.environ.get("USER") or f"with id {os.getuid()}"
+
+
+def frames(error: BaseException) -> str:
+    """Where ``error`` was raised, for the log: without its text, which may quote the prompt."""
+    return "".join(traceback.format_tb(error.__traceback__))

@@ -29,28 +29,21 @@ class Abilities:
     """
 
     def __init__(self, parts: Parts, current: Current, health: Health) -> None:
-        self._device = parts.device
-        self._engines = parts.engines
+        self._parts = parts
         self._estimates = Estimates(parts.device, parts.engines.peaks)
-        self._store = parts.store
-        self._desk = parts.desk
-        self._in_hand = parts.in_hand
-        self._failures = parts.failures
-        self._outbox = parts.outbox
-        self._uploads = parts.uploads
         self._current = current
         self._health = health
 
     def capabilities(self) -> Capabilities:
         """What registration and heartbeats say of this box."""
-        models = tuple(f"{engine}:*" for engine in sorted(self._engines.names()))
+        models = tuple(f"{engine}:*" for engine in sorted(self._parts.engines.names()))
         return Capabilities(
             machine_name=socket.gethostname(),
             username=_username(),
             agent_version=__version__,
-            vram_total_gb=self._device_gib() if self._device.is_gpu else 0,
+            vram_total_gb=self._device_gib() if self._parts.device.is_gpu else 0,
             vram_threshold_gb=self._threshold_gib(),
-            auto_enabled=not self._desk.is_paused,
+            auto_enabled=not self._parts.desk.is_paused,
             supported_models=models,
             supported_models_per_kind={"image": models},
         )
@@ -60,20 +53,20 @@ class Abilities:
         models = self._current.settings.models
         return Situation(
             now=time.monotonic(),
-            current_job_id=self._desk.current_job_id,
-            is_paused=self._desk.is_paused,
+            current_job_id=self._parts.desk.current_job_id,
+            is_paused=self._parts.desk.is_paused,
             threshold_gib=self._threshold_gib(),
-            engines=self._engines.names(),
+            engines=self._parts.engines.names(),
             on_demand=models.on_demand,
             allow_insecure_urls=models.allow_insecure_urls,
-            is_uploading=self._uploads.is_under_way,
-            is_just_delivered=self._uploads.has_just_delivered,
-            is_in_outbox=self._outbox.holds,
-            state_problem=lambda: self._outbox.fullness() or self._in_hand.problem(),
-            is_poisoned=self._in_hand.is_poisoned,
-            failed_for_good=self._failures.final,
+            is_uploading=self._parts.uploads.is_under_way,
+            is_just_delivered=self._parts.uploads.has_just_delivered,
+            is_in_outbox=self._parts.outbox.holds,
+            state_problem=lambda: self._parts.outbox.fullness() or self._parts.in_hand.problem(),
+            is_poisoned=self._parts.in_hand.is_poisoned,
+            failed_for_good=self._parts.failures.final,
             is_on_box=self._is_on_box,
-            shortfall_bytes=self._store.shortfall_bytes,
+            shortfall_bytes=self._parts.store.shortfall_bytes,
             memory_gb=self._memory_gb(),
             needed_gb=self._needed_gb,
             held_back=self._held_back,
@@ -88,20 +81,21 @@ class Abilities:
 
     def _device_gib(self) -> float:
         """As the studio is told: what it then offers is not refused for a difference in rounding."""
-        return round(self._device.memory_gb * 1e9 / 2**30, 2)
+        return round(self._parts.device.memory_gb * 1e9 / 2**30, 2)
 
     def _memory_gb(self) -> float:
         """What the device has for a job when our own models have left it, as far as it says.
 
         A GPU says so from the first job on: asking costs a context on it, and some hundred MB.
         """
-        found = self._engines.available_bytes()
-        if found is None and not self._device.is_gpu:
+        device = self._parts.device
+        found = self._parts.engines.available_bytes()
+        if found is None and not device.is_gpu:
             found = available_ram_bytes()
-        return self._device.memory_gb if found is None else min(self._device.memory_gb, found / 1e9)
+        return device.memory_gb if found is None else min(device.memory_gb, found / 1e9)
 
     def _is_on_box(self, files: Sequence[ModelFile]) -> bool:
-        return all(self._store.is_verified(file) for file in files)
+        return all(self._parts.store.is_verified(file) for file in files)
 
     def _held_back(self, model: str, source: ModelSource, task: ImageTask) -> Refusal | None:
         fetches = not all(map(is_data_url, task.input_urls)) or not self._is_on_box(source.files)
@@ -112,7 +106,8 @@ class Abilities:
         if not source.files or not self._is_on_box(source.files):
             return None
         files = [
-            LocalFile(file.role, self._store.path(file), file.sha256 or file.url) for file in source.files
+            LocalFile(file.role, self._parts.store.path(file), file.sha256 or file.url)
+            for file in source.files
         ]
         needed_bytes = self._estimates.needed_bytes(files, task, source.cli_defaults, source.engine)
         return None if needed_bytes is None else needed_bytes / 1e9

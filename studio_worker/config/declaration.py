@@ -1,7 +1,7 @@
 """How a setting is declared, and what a declaration says to those who tell of settings.
 
 A declaration is the one place where a key stands: config.toml, the man page, ``check-config`` and a reload
-take from it what they say and do. The declarations themselves are in settings.py.
+take from it what they say and do. The declarations themselves are in sections.py.
 """
 
 from __future__ import annotations

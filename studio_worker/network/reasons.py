@@ -17,6 +17,10 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def reason(error: BaseException) -> str:
-    """What the innermost error says of itself: the system's words, or else its name."""
-    error = innermost(error)
+    """What the innermost error says of itself."""
+    return said(innermost(error))
+
+
+def said(error: BaseException) -> str:
+    """What one error says of itself: the system's words, or else its name."""
     return getattr(error, "strerror", None) or type(error).__name__

@@ -21,7 +21,7 @@ _LAST_DELIVERY_S = 30.0
 """How long a stop waits for the last upload; what is not delivered by then stays in the outbox."""
 
 
-class Reports(Protocol):
+class RegistrationReports(Protocol):
     """Who is told that the studio has approved this worker."""
 
     def registered(self, worker_id: str) -> None: ...
@@ -42,7 +42,7 @@ class StudioLink:
         registration: Registration,
         connector: Connector,
         courier: Courier,
-        reports: Reports,
+        reports: RegistrationReports,
         on_end: Callable[[StudioWorkerError], None],
     ) -> None:
         self._registration = registration

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 
 from studio_worker.context import called
@@ -26,6 +25,7 @@ from studio_worker.errors import (
 )
 from studio_worker.jobs import Cancel, Job, Picture
 from studio_worker.models import RequiredModel
+from studio_worker.wording import frames
 from studio_worker.work.keeping import Preloader, release_all
 from studio_worker.work.ports import Ports
 from studio_worker.work.stride import Stride
@@ -139,7 +139,7 @@ class Worker:
                 extra={
                     "op": "job",
                     "error": type(error).__name__,
-                    "traceback": "".join(traceback.format_tb(error.__traceback__)),
+                    "traceback": frames(error),
                 },
             )
             self._report(job, f"internal error: {type(error).__name__}", retryable=True)

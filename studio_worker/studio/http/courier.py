@@ -10,22 +10,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import traceback
 from collections.abc import Mapping
 from typing import Protocol
 
 from studio_worker.context import called
 from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable
+from studio_worker.network.reasons import said
 from studio_worker.spool.delivery import Delivery
 from studio_worker.spool.outbox import Outbox
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.identity import Credentials
 from studio_worker.studio.http.uploads import Uploads
+from studio_worker.wording import frames
 
 log = logging.getLogger(__name__)
 
 
-class Reports(Protocol):
+class DeliveryReports(Protocol):
     """Who is told what becomes of deliveries. Stages are seconds."""
 
     def upload_delivered(
@@ -65,7 +66,7 @@ class Courier:
     """Delivers what is in the outbox, oldest first."""
 
     def __init__(
-        self, api: StudioApi, outbox: Outbox, uploads: Uploads, claims: ClaimHolder, reports: Reports
+        self, api: StudioApi, outbox: Outbox, uploads: Uploads, claims: ClaimHolder, reports: DeliveryReports
     ) -> None:
         self._api = api
         self._outbox = outbox
@@ -137,9 +138,9 @@ class Courier:
                 "delivery failed",
                 extra={
                     "op": "delivery",
-                    "error": getattr(error, "strerror", None) or type(error).__name__,
+                    "error": said(error),
                     "retry_in_s": round(wait_s, 1),
-                    "traceback": "".join(traceback.format_tb(error.__traceback__)),
+                    "traceback": frames(error),
                 },
             )
         else:

@@ -27,6 +27,7 @@ from websockets.typing import Subprotocol
 
 from studio_worker.errors import ProtocolError
 from studio_worker.network.connecting import ATTEMPT_DELAY_S
+from studio_worker.network.reasons import said
 from studio_worker.studio.http.api import hint
 from studio_worker.studio.http.route import Route
 from studio_worker.studio.http.transport import USER_AGENT, untrusted
@@ -216,4 +217,4 @@ def _unreachable(error: Exception) -> str:
         case InvalidHandshake():
             return f"the studio's answer is no session: {type(error).__name__}"
         case _:
-            return f"the studio cannot be reached: {getattr(error, 'strerror', None) or type(error).__name__}"
+            return f"the studio cannot be reached: {said(error)}"

@@ -24,7 +24,7 @@ class Box(Protocol):
         ...
 
 
-class Reports(Protocol):
+class SessionReports(Protocol):
     """Who is told how the session goes."""
 
     def connected(self) -> None: ...

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -33,9 +32,10 @@ from studio_worker.studio.session.exchange import (
     Send,
 )
 from studio_worker.studio.session.offers import Judgement, Refuse, judge
-from studio_worker.studio.session.ports import Box, Reports
+from studio_worker.studio.session.ports import Box, SessionReports
 from studio_worker.studio.session.protocol import Offered
 from studio_worker.studio.wire import Body
+from studio_worker.wording import frames
 from studio_worker.work.desk import Desk
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,9 @@ log = logging.getLogger(__name__)
 class StudioSession:
     """The session with one studio: tells it what there is to tell, and does what its answers ask for."""
 
-    def __init__(self, box: Box, desk: Desk, uploads: Uploads, failures: Failures, reports: Reports) -> None:
+    def __init__(
+        self, box: Box, desk: Desk, uploads: Uploads, failures: Failures, reports: SessionReports
+    ) -> None:
         self._box = box
         self._desk = desk
         self._uploads = uploads
@@ -184,7 +186,7 @@ class StudioSession:
                 extra={
                     "op": "job",
                     "error": type(error).__name__,
-                    "traceback": "".join(traceback.format_tb(error.__traceback__)),
+                    "traceback": frames(error),
                 },
             )
             return Refuse(job_id, f"the worker cannot tell: {type(error).__name__}")
