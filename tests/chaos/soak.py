@@ -336,7 +336,10 @@ class Soak:
     def _stop_worker(self) -> None:
         self._service.signal(signal.SIGTERM)
         status = self._service.wait(STALLED_S)
-        if status != 0:
+        # Before Python has come to the service's first line, the signal itself ends the process; systemd calls
+        # that a clean end, too.
+        is_begun = self._service.log_path.stat().st_size > 0
+        if status != 0 and (is_begun or status != -signal.SIGTERM):
             self._account.wrong.append(f"a stop ended with exit status {status}; {self._service.last_line()}")
         self._end_worker()
 
@@ -361,7 +364,8 @@ class Soak:
                         )
                 case "job done":
                     self._held.discard(job_id)
-                case "result refused for good and dropped":
+                # The second: refused after a try whose answer was lost, so that the studio may have it.
+                case "result refused for good and dropped" | "result was probably delivered":
                     self._held.discard(job_id)
                     self._refused.add(job_id)
                 case "job crashed" | "session crashed" | "delivery failed":
