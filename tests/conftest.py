@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from collections.abc import Iterator
@@ -35,6 +36,17 @@ def _pictures_are_made_offline(request: pytest.FixtureRequest, monkeypatch: pyte
 def _caught_lines_carry_names(caplog: pytest.LogCaptureFixture) -> None:
     """What tests catch of the log is what the service's own handlers get."""
     caplog.handler.addFilter(context.add_names)
+
+
+@pytest.fixture(autouse=True)
+def _log_ends_with_its_test() -> Iterator[None]:
+    """A command that a test ran in this process set up a log on a stream that is closed by now."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    for handler in [handler for handler in root.handlers if handler not in before]:
+        root.removeHandler(handler)
+    root.setLevel(level)
 
 
 @pytest.fixture
