@@ -10,7 +10,8 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := packaging/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: docs house help demo test test-deb cuda-build lint bench gpu-check soak chaos fuzz check venv clean deb lock
+.PHONY: docs house help demo test test-deb cuda-build lint bench gpu-check soak chaos fuzz check venv clean deb lock \
+  apt-repo apt-promote apt-withdraw release
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,6 +62,24 @@ deb: ## Build the Debian packages into build/packages (torch's CPU build; see de
 	cd build/packages/studio-worker && dpkg-buildpackage -us -uc -b
 	rm -rf build/packages/studio-worker
 	@ls -l build/packages/*.deb
+
+# docs/releasing.md says how they are used. The key is one of GNUPGHOME's; two of them while they change.
+PACKAGES = build/packages
+SUITE = candidate
+APT = $(PYTHON) packaging/apt/repository.py $(call given,REPO) $(foreach key,$(call given,KEY),--key $(key))
+given = $(or $($(1)),$(error say $(1)=...: see docs/releasing.md))
+
+apt-repo: ## Put the packages into a signed apt repository (REPO=FOLDER URL=ADDRESS KEY=FINGERPRINT SUITE=candidate)
+	rm -rf build/keyring
+	$(PYTHON) packaging/apt/keyring.py build/keyring --address $(call given,URL) \
+	  $(foreach key,$(call given,KEY),--key $(key)) $(if $(KEYRING_VERSION),--version $(KEYRING_VERSION))
+	$(APT) add $(SUITE) $(PACKAGES)/*.deb build/keyring/*.deb
+
+apt-promote: ## What the repository's candidate suite has becomes stable (REPO=FOLDER KEY=FINGERPRINT)
+	$(APT) promote
+
+apt-withdraw: ## Take a version out of a suite (REPO KEY SUITE, PACKAGE=studio-worker VERSION=...)
+	$(APT) withdraw $(SUITE) $(call given,PACKAGE) $(call given,VERSION)
 
 test-deb: $(STAMP) ## Build the packages and check them in a booted Debian 12 (as root; minutes)
 	packaging/test-deb

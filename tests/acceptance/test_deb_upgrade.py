@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from tests.acceptance import figures
 from tests.acceptance.box import SOME, STATE, UNIT, Box
 from tests.acceptance.conftest import Debs
+from tests.acceptance.packages import repack
 
 NEXT = "0.6.0"
 
@@ -18,21 +18,7 @@ NEXT = "0.6.0"
 @pytest.fixture(scope="module")
 def next_deb(debs: Debs, work: Path) -> Iterator[Path]:
     """The next version of the worker, made of this one."""
-    tree = work / "next"
-    subprocess.run(["dpkg-deb", "--raw-extract", str(debs.worker), str(tree)], check=True)
-    control = tree / "DEBIAN" / "control"
-    text = control.read_text()
-    version = next(line for line in text.splitlines() if line.startswith("Version: "))
-    control.write_text(text.replace(version, f"Version: {NEXT}"))
-    (site,) = tree.glob("usr/lib/studio-worker/lib/python3*/site-packages")
-    init = site / "studio_worker" / "__init__.py"
-    init.write_text(init.read_text().replace(version.removeprefix("Version: "), NEXT))
-    for byte_code in (site / "studio_worker").rglob("*.pyc"):
-        byte_code.unlink()
-    deb = work / f"studio-worker_{NEXT}_amd64.deb"
-    subprocess.run(
-        ["dpkg-deb", "--root-owner-group", "-Zzstd", "-z1", "--build", str(tree), str(deb)], check=True
-    )
+    deb = repack(debs.worker, NEXT, work)
     yield deb
     deb.unlink()
 

@@ -1,0 +1,181 @@
+"""The apt repository, as a box uses it: install, upgrade, hold, roll back; what is not signed is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from studio_worker.local_studio import LocalStudio
+from studio_worker.sample_model import WEIGHTS
+from tests.acceptance import figures
+from tests.acceptance.archive import KEYRING, Archive, KeyRing
+from tests.acceptance.box import UNIT, Box
+from tests.acceptance.conftest import Debs
+from tests.acceptance.machine import Machine, MachineError
+from tests.acceptance.packages import repack, stand_in
+
+NEXT = "0.6.0"
+EXAMPLES = f"/usr/share/doc/{KEYRING}/examples"
+SOURCES = "/etc/apt/sources.list.d/studio-worker.sources"
+PREFERENCES = "/etc/apt/preferences.d/studio-worker.pref"
+
+
+@pytest.fixture
+def archive(work: Path, tmp_path: Path) -> Iterator[Archive]:
+    """An empty repository; on the machines' disk, so that large packages are copied quickly."""
+    folder = work / f"archive-{tmp_path.name}"
+    folder.mkdir()
+    with KeyRing() as keys, Archive(folder, keys) as archive:
+        yield archive
+
+
+@pytest.fixture
+def machine(base: Path, work: Path, tmp_path: Path) -> Iterator[Machine]:
+    """A machine that has nothing of ours."""
+    with Machine([base], work / tmp_path.name) as machine:
+        yield machine
+
+
+def apt(machine: Machine, *arguments: str) -> str:
+    done = machine.run("apt-get", "-y", "-q", "-o", "Dpkg::Use-Pty=0", *arguments)
+    return done.stdout + done.stderr
+
+
+def planned(machine: Machine, *arguments: str) -> list[str]:
+    """The packages that apt would install."""
+    lines = apt(machine, "--simulate", *arguments).splitlines()
+    return [line.split()[1] for line in lines if line.startswith("Inst ")]
+
+
+def version(machine: Machine, package: str = "studio-worker") -> str:
+    """What is installed."""
+    return machine.run("dpkg-query", "--show", "-f", "${Version}", package).stdout
+
+
+def test_box_lives_on_the_repository(
+    archive: Archive, machine: Machine, debs: Debs, work: Path, tmp_path: Path
+) -> None:
+    """Two commands and apt install; what is promoted arrives by apt upgrade, and one command goes back."""
+    cuda = stand_in(debs.torch, work, Package="studio-worker-torch-cuda")
+    archive.publish(debs.worker, debs.torch, cuda, suite="stable")
+    archive.subscribe(machine)
+    assert "studio-worker-torch-cuda" in planned(machine, "install", "studio-worker")  # without being named
+    apt(machine, "install", "studio-worker", "studio-worker-torch-cpu")
+    old = version(machine)
+    with LocalStudio(tmp_path / "studio.sqlite3", models_dir=WEIGHTS.parent, auto_approve=True) as studio:
+        box = Box(machine, studio)
+        box.configure()
+        box.start()
+        worker_id = box.await_online()
+
+        archive.publish(repack(debs.worker, NEXT, work))
+        apt(machine, "update")
+        assert planned(machine, "upgrade") == []
+        machine.shell(f"sed -i 's/^Suites: stable/& candidate/' {SOURCES}")
+        apt(machine, "update")
+        assert planned(machine, "upgrade") == ["studio-worker"]
+        machine.shell(f"sed -i 's/ candidate$//' {SOURCES}")
+        archive.make("apt-promote")
+        apt(machine, "update")
+        machine.run("apt-mark", "hold", "studio-worker")
+        assert planned(machine, "upgrade") == []
+        machine.run("apt-mark", "unhold", "studio-worker")
+        apt(machine, "upgrade")
+        assert version(machine) == NEXT
+        machine.await_that("the service is back", lambda: box.show("ActiveState") == "active")
+
+        example = machine.path(f"{EXAMPLES}/studio-worker.pref").read_text()
+        machine.write(PREFERENCES, re.sub(r"(?<=Pin: version ).*", old, example))
+        apt(machine, "upgrade", "--allow-downgrades")
+        assert version(machine) == old
+        assert planned(machine, "upgrade") == []
+        machine.await_that("the service is back", lambda: box.show("ActiveState") == "active")
+        assert box.await_online() == worker_id
+        box.await_job(box.queue_picture(), "done")
+    assert machine.show(UNIT, "NRestarts") == "0"
+    figures.note("installed, upgraded, rolled back from the repository", "yes")
+
+
+def test_nothing_is_installed_that_is_not_signed(
+    archive: Archive, machine: Machine, debs: Debs, work: Path
+) -> None:
+    """A package with another byte, an index without signature or with a stranger's: apt takes none."""
+    worker = stand_in(debs.worker, work, Version="0.1", Depends="libc6")
+    archive.publish(worker, suite="stable")
+    archive.subscribe(machine)
+    (deb,) = archive.folder.glob("pool/studio-worker_*.deb")
+    whole = deb.read_bytes()
+    deb.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(MachineError, match="Hash Sum mismatch"):
+        apt(machine, "install", "studio-worker")
+    deb.write_bytes(whole)
+    apt(machine, "install", "studio-worker")
+
+    archive.publish(stand_in(debs.worker, work, Version="0.2", Depends="libc6"), suite="stable")
+    suite = archive.folder / "dists" / "stable"
+    signed = {name: (suite / name).read_text() for name in ("InRelease", "Release.gpg")}
+    for name in signed:
+        (suite / name).unlink()
+    with pytest.raises(MachineError, match="no longer signed"):
+        apt(machine, "update")
+    assert planned(machine, "upgrade") == []
+    altered = signed["InRelease"].replace("Suite: stable", "Suite: stable ")
+    (suite / "InRelease").write_text(altered.replace("Label: studio-worker", "Label: another"))
+    assert re.search("signature|BADSIG", apt(machine, "update"))
+    assert planned(machine, "upgrade") == []
+    with KeyRing() as stranger:
+        (suite / "InRelease").unlink()
+        stranger.gpg("--output", str(suite / "InRelease"), "--clear-sign", str(suite / "Release"))
+    assert re.search("signature|NO_PUBKEY", apt(machine, "update"))
+    assert planned(machine, "upgrade") == []
+    (suite / "InRelease").write_text(signed["InRelease"])
+    apt(machine, "update")
+    assert planned(machine, "upgrade") == ["studio-worker"]
+
+
+def test_unattended_upgrades_take_the_worker_where_they_are_told_to(
+    archive: Archive, machine: Machine, debs: Debs, work: Path
+) -> None:
+    """The example for unattended-upgrades makes it take a new version, and nothing else does."""
+    apt(machine, "update")
+    apt(machine, "install", "--no-install-recommends", "unattended-upgrades")
+    archive.publish(stand_in(debs.worker, work, Version="0.1", Depends="libc6"), suite="stable")
+    archive.subscribe(machine)
+    apt(machine, "install", "studio-worker")
+    archive.publish(stand_in(debs.worker, work, Version="0.2", Depends="libc6"), suite="stable")
+    apt(machine, "update")
+    machine.run("unattended-upgrade")
+    assert version(machine) == "0.1"
+    machine.shell(f"cp {EXAMPLES}/52studio-worker-upgrades /etc/apt/apt.conf.d/")
+    machine.run("unattended-upgrade")
+    assert version(machine) == "0.2"
+
+
+def test_what_is_published_stays_what_it_is(archive: Archive, debs: Debs, work: Path) -> None:
+    """A published version never changes; the same packages, key and date give the same bytes."""
+    first = stand_in(debs.worker, work, Version="0.1")
+    archive.keys.environment["SOURCE_DATE_EPOCH"] = str(4_000_000_000)
+    archive.publish(first)
+    before = {path: path.read_bytes() for path in archive.folder.rglob("*") if path.is_file()}
+    archive.publish(first)
+    assert {path: path.read_bytes() for path in archive.folder.rglob("*") if path.is_file()} == before
+    other = stand_in(debs.worker, work, Version="0.1", Section="misc")
+    assert "a change needs a new version" in archive.publish(other, check=False)
+    assert {path: path.read_bytes() for path in archive.folder.rglob("*") if path.is_file()} == before
+
+
+def test_version_that_is_withdrawn_is_gone(archive: Archive, debs: Debs, work: Path) -> None:
+    """A bad release is taken out of a suite by one command, and its file leaves with the last suite."""
+    bad = stand_in(debs.worker, work, Version="0.1")
+    archive.publish(bad)
+    archive.make("apt-promote")
+    for suite in ("candidate", "stable"):
+        assert (archive.folder / "pool" / bad.name).exists()
+        archive.make("apt-withdraw", SUITE=suite, PACKAGE="studio-worker", VERSION="0.1")
+    assert not (archive.folder / "pool" / bad.name).exists()
+    assert "stable has no studio-worker 0.1" in archive.make(
+        "apt-withdraw", SUITE="stable", PACKAGE="studio-worker", VERSION="0.1", check=False
+    )
