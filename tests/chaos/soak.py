@@ -336,8 +336,8 @@ class Soak:
     def _stop_worker(self) -> None:
         self._service.signal(signal.SIGTERM)
         status = self._service.wait(STALLED_S)
-        # Before Python has come to the service's first line, the signal itself ends the process; systemd calls
-        # that a clean end, too.
+        # Before Python has come to the service's first line, the signal itself ends the process; systemd
+        # calls that a clean end, too.
         is_begun = self._service.log_path.stat().st_size > 0
         if status != 0 and (is_begun or status != -signal.SIGTERM):
             self._account.wrong.append(f"a stop ended with exit status {status}; {self._service.last_line()}")
