@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -51,6 +52,45 @@ def test_lock_has_a_hash_for_everything(lock: str) -> None:
     lines = [line for line in (LOCK / f"{lock}.txt").read_text().splitlines() if not line.startswith("#")]
     assert lines
     assert [line for line in lines if not re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", line)] == []
+
+
+POLICY = """{package}:
+  Installed: {installed}
+  Candidate: {candidate}
+  Version table:
+"""
+SECURITY = "     release v=12,o=Debian,a=oldstable-security,n=bookworm-security,l=Debian-Security,c=main\n"
+
+
+@pytest.mark.parametrize(
+    ("installed", "candidate", "lists", "profiles", "said"),
+    [
+        ("3.11.2-6+deb12u9", "3.11.2-6+deb12u9", SECURITY, "", None),
+        ("3.11.2-6+deb12u6", "3.11.2-6+deb12u9", SECURITY, "", "Debian has 3.11.2-6+deb12u9"),
+        ("3.11.2-6+deb12u6", "3.11.2-6+deb12u6", "", "", "no lists of Debian's security archive"),
+        ("3.11.2-6+deb12u6", "3.11.2-6+deb12u9", "", "nodoc pkg.studio-worker.anyinterpreter", None),
+    ],
+    ids=["newest", "older", "unknown", "wanted all the same"],
+)
+def test_build_refuses_an_interpreter_without_its_fixes(
+    tmp_path: Path, installed: str, candidate: str, lists: str, profiles: str, said: str | None
+) -> None:
+    """A package never carries a Python that Debian has mended since; who builds it is told the cure."""
+    policy = POLICY.format(package="$2", installed=installed, candidate=candidate)
+    apt_cache = tmp_path / "apt-cache"
+    apt_cache.write_text(f"#!/bin/sh\n[ $# = 1 ] && printf '%s' '{lists}' || cat <<END\n{policy}END\n")
+    apt_cache.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, ROOT / "packaging/system/interpreter.py", "check"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "DEB_BUILD_PROFILES": profiles},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == (0 if said is None else 1), done.stderr
+    if said is None:
+        assert done.stderr == ""
+    else:
+        assert said in done.stderr
+        assert "apt-get update && apt-get install python3.11 " in done.stderr
 
 
 def test_package_has_the_version_of_the_project() -> None:

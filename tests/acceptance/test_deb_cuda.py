@@ -40,7 +40,8 @@ def stand_in(folder: Path) -> Path:
     (folder / "DEBIAN").mkdir(parents=True)
     (folder / "DEBIAN" / "control").write_text(
         f"Package: studio-worker-torch-cuda\nVersion: {version[1]}\nArchitecture: amd64\n"
-        f"Provides: studio-worker-torch (= {version[1].partition('-')[0]})\n"
+        f"Provides: studio-worker-torch (= {version[1].partition('-')[0]}), "
+        f"studio-worker-torch-cp311 (= {version[1].partition('-')[0]})\n"
         "Maintainer: nobody <nobody@localhost>\nDescription: stands in for torch's CUDA build\n"
     )
     deb = folder.with_suffix(".deb")
