@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from studio_worker import __version__, config
-from studio_worker.appliance import ending, signals
+from studio_worker.appliance import another_machine, ending, signals
 from studio_worker.appliance.abilities import Abilities
 from studio_worker.appliance.answers import EarlyStatus, Status, open_exporter
 from studio_worker.appliance.ending import Ending
@@ -27,6 +28,7 @@ from studio_worker.appliance.preparation import Preparation, await_nodes, recove
 from studio_worker.appliance.provisioning import LaterProvision, SeenFiles
 from studio_worker.appliance.reload import Reloader
 from studio_worker.appliance.watchdog import start_watchdog
+from studio_worker.box.machine_id import machine_mark
 from studio_worker.box.owner import become, give_folder, owner_of
 from studio_worker.box.state_lock import state_lock
 from studio_worker.config import Config
@@ -38,7 +40,7 @@ from studio_worker.report.control import ControlServer, runtime_dir
 from studio_worker.report.starts import Starts
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.courier import Courier
-from studio_worker.studio.http.identity import IdentityFile
+from studio_worker.studio.http.identity import IdentityFile, given_credentials
 from studio_worker.studio.http.registration import Registration
 from studio_worker.studio.link import StudioLink
 from studio_worker.studio.session.connector import Connector
@@ -74,7 +76,7 @@ def _run(directory: Path) -> None:
     give_folder(runtime_dir(state.runtime_dir), owner)
     become(owner)
     config.check_folders(loaded.settings)
-    with state_lock(state.dir), Starts(state.dir) as starts:
+    with _own(state.dir), Starts(state.dir) as starts:
         early = EarlyStatus(news.activity, starts)
         control = ControlServer(runtime_dir(state.runtime_dir), {"status": early.answer})
         with contextlib.closing(control):
@@ -82,6 +84,15 @@ def _run(directory: Path) -> None:
                 service = Service(directory, loaded, news, early)
                 control.handlers = service.handlers
                 service.run()
+
+
+@contextlib.contextmanager
+def _own(state: Path) -> Iterator[None]:
+    """The state folder, for this process alone, and nothing of another machine's in force there."""
+    with state_lock(state):
+        if given_credentials() is None:
+            another_machine.settle(state, machine_mark())
+        yield
 
 
 class Service:
@@ -130,7 +141,7 @@ class Service:
     def _linked(self, api: StudioApi, abilities: Abilities) -> StudioLink:
         registration = Registration(
             api,
-            IdentityFile(self._current.settings.state.dir / "identity.json"),
+            IdentityFile(self._current.settings.state.dir / "identity.json", machine_mark()),
             abilities.capabilities,
             on_waiting=self._news.registration_waits,
             stop=self._ending.stop,
@@ -176,6 +187,8 @@ class Service:
     def _work(self) -> None:
         """From READY to the last job."""
         self._news.activity.entered("ready")
+        if (kept := another_machine.kept_aside(self._current.settings.state.dir)) is not None:
+            self._news.line.note("identity", f"{kept}; if this is the same worker: {another_machine.ADOPT}")
         self._news.notifier.ready(str(self._news.line))
         log.info("service ready", extra={"op": "service"})
         self._reloader.allow()

@@ -54,6 +54,7 @@ class News:
     def registered(self, worker_id: str) -> None:
         """The studio has approved this worker."""
         self.activity.registration("approved", worker_id=worker_id)
+        self.line.note("identity", "")  # somebody has decided who this worker is
 
     def connected(self) -> None:
         """The session is open."""

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from studio_worker.appliance import another_machine
 from studio_worker.appliance.provisioning import show_bytes, show_duration
+from studio_worker.box.machine_id import machine_mark
 from studio_worker.doctor.results import Box, Result, failure, ok, warning
 from studio_worker.errors import ControlDenied, ServiceNotRunning
 from studio_worker.report.control import ask, runtime_dir
@@ -50,16 +52,25 @@ def check_registration(box: Box) -> Result:
         if not path.exists():
             return warning("this worker has not asked for registration yet", "start the service: it asks")
         identity = IdentityFile(path).load()
+        kept = another_machine.kept_aside(path.parent)
     except PermissionError:
         return warning(f"{path} cannot be read by this user", _AS_ROOT)
+    if another_machine.is_foreign(identity, machine_mark(box.root)):
+        return warning(
+            f"{identity.describe()}, on another machine",
+            f"the next start registers this machine anew; if it is the same worker, {another_machine.ADOPT}",
+        )
+    besides = "" if kept is None else f"; {kept}"
     if identity.worker_id and identity.auth_token:
-        return ok(identity.describe())
+        return ok(identity.describe() + besides)
     if identity.rejected is not None:
         return failure(
             identity.describe(), "talk to whoever runs the studio, then: studio-worker register --reset"
         )
     if identity.standing is Standing.PENDING:
-        return warning(identity.describe(), "approve this worker on the studio's page")
+        cure = "approve this worker on the studio's page"
+        cure += f"; or, if it is the same worker, {another_machine.ADOPT}" if kept is not None else ""
+        return warning(identity.describe() + besides, cure)
     return warning(identity.describe(), "start the service: it asks")
 
 

@@ -379,6 +379,20 @@ def test_registration_is_told(tmp_path: Path, identity: Identity | None, level: 
     assert path.exists() == (identity is not None)
 
 
+def test_registration_of_another_machine_is_told(tmp_path: Path) -> None:
+    """A disk from another machine is told before its first start here, with what follows and the other way."""
+    root = tmp_path / "root"
+    (root / "run/systemd/system").mkdir(parents=True)
+    (root / "etc").mkdir()
+    (root / "etc/machine-id").write_text("a" * 32)
+    box = box_with(tmp_path, root=root)
+    file = IdentityFile(tmp_path / "state" / "identity.json")
+    file.save(Identity("i", worker_id="w1", auth_token="t" * 20, machine="b" * 32))
+    result = check_registration(box)
+    told(result, "warning", "approved as worker w1, on another machine")
+    assert "studio-worker register --adopt" in result.cure
+
+
 @pytest.mark.parametrize(
     ("snapshot", "level", "cure"),
     [

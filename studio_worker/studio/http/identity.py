@@ -58,6 +58,7 @@ class Identity:
     worker_id: str | None = None
     auth_token: str | None = None
     rejected: str | None = None
+    machine: str | None = None
 
     @property
     def standing(self) -> Standing:
@@ -91,22 +92,35 @@ _IDENTITY = TypeAdapter(Identity)
 
 
 class IdentityFile:
-    """The identity on disk; made at first use."""
+    """The identity on disk; made at first use.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        machine: the mark of this machine, which a new identity gets; ``None`` where it has none.
+    """
+
+    def __init__(self, path: Path, machine: str | None = None) -> None:
         self._path = path
+        self._machine = machine
 
     def load(self) -> Identity:
-        """What the file holds; fields of later versions are ignored.
+        """What the file holds; a new identity where there is none.
 
         Raises:
             ConfigError: it cannot be read as what it should be, or a new one cannot be written.
+        """
+        return self.found() or self.save(Identity(str(uuid.uuid4()), machine=self._machine))
+
+    def found(self) -> Identity | None:
+        """What the file holds, fields of later versions ignored; ``None`` where there is none.
+
+        Raises:
+            ConfigError: it cannot be read as what it should be.
         """
         try:
             identity = _IDENTITY.validate_json(self._path.read_text())
             self._hide()
         except FileNotFoundError:
-            return self.save(Identity(install_id=str(uuid.uuid4())))
+            return None
         except OSError as error:
             raise self._problem(
                 f"cannot be read: {error.strerror}", "give the service's user access to it"
