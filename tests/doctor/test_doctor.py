@@ -380,7 +380,7 @@ def test_registration_is_told(tmp_path: Path, identity: Identity | None, level: 
 
 
 def test_registration_of_another_machine_is_told(tmp_path: Path) -> None:
-    """A disk from another machine is told before its first start here, with what follows and the other way."""
+    """A disk from another machine is told before its first start here, with its cure."""
     root = tmp_path / "root"
     (root / "run/systemd/system").mkdir(parents=True)
     (root / "etc").mkdir()
