@@ -65,7 +65,7 @@ deb: ## Build the Debian packages into build/packages (torch's CPU build; see de
 
 # docs/releasing.md says how they are used. The key is one of GNUPGHOME's; two of them while they change.
 PACKAGES = build/packages
-SUITE = candidate
+apt-repo apt-withdraw: SUITE = candidate
 APT = $(PYTHON) packaging/apt/repository.py $(call given,REPO) $(foreach key,$(call given,KEY),--key $(key))
 given = $(or $($(1)),$(error say $(1)=...: see docs/releasing.md))
 
@@ -81,7 +81,7 @@ apt-promote: ## What the repository's candidate suite has becomes stable (REPO=F
 apt-withdraw: ## Take a version out of a suite (REPO KEY SUITE, PACKAGE=studio-worker VERSION=...)
 	$(APT) withdraw $(SUITE) $(call given,PACKAGE) $(call given,VERSION)
 
-test-deb: $(STAMP) ## Build the packages and check them in a booted Debian 12 (as root; minutes)
+test-deb: $(STAMP) ## Build the packages and check them in a booted Debian (as root; SUITE="bookworm trixie:short")
 	packaging/test-deb
 
 cuda-build: $(STAMP) ## Install torch's CUDA build (5 GB, once) and check all that needs no GPU (minutes)

@@ -16,8 +16,9 @@ import pytest
 from studio_worker.local_studio import LocalStudio
 from studio_worker.sample_model import WEIGHTS
 from tests.acceptance import figures
+from tests.acceptance.bases import CACHE, SUITE, base_system
 from tests.acceptance.box import Box
-from tests.acceptance.machine import CACHE, Machine, base_system
+from tests.acceptance.machine import Machine
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ROOT / "build" / "packages"
@@ -51,10 +52,10 @@ def work() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def base() -> Path:
-    """Debian 12 without anything of ours."""
+    """The suite's bare system, without anything of ours."""
     began = time.monotonic()
     folder = base_system()
-    figures.note("base system made or found", f"{time.monotonic() - began:.0f} s")
+    figures.note(f"base system of {SUITE} made or found", f"{time.monotonic() - began:.0f} s")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""A throw-away Debian 12 with its own systemd as process 1, in systemd-nspawn; needs root, Debian and amd64.
+"""A throw-away machine with its own systemd as process 1, in systemd-nspawn; needs root, Debian and amd64.
 
 The machine's disk is layers: the cached base system, what a test wants on top of it, and what changes while
 it runs, which is dropped at the end or kept as a layer for others. It shares the network of its host, so that
@@ -7,8 +7,6 @@ servers of the tests on 127.0.0.1 are its own.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import itertools
 import json
 import os
@@ -24,22 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-CACHE = Path(os.environ.get("STUDIO_WORKER_TEST_CACHE", "/var/cache/studio-worker-test"))
-SUITE = "bookworm"
-PACKAGES = (
-    "autopkgtest", "ca-certificates", "dbus", "dpkg-dev", "libnss-systemd", "libpam-systemd", "procps",
-    "python3", "systemd", "systemd-sysv",
-)  # fmt: skip
-"""Init, and what a check in the machine calls. Of what the package needs it holds only python3."""
-_QUIET_UNITS = (
-    "apt-daily.timer",
-    "apt-daily-upgrade.timer",
-    "dpkg-db-backup.timer",
-    "e2scrub_all.timer",
-    "fstrim.timer",
-)
-"""Nothing wakes up by itself while something is measured."""
-
 DIES_WITH_PARENT = ("setpriv", "--pdeathsig=KILL")
 BOOT_S = 90.0
 STOP_S = 60.0
@@ -48,35 +30,6 @@ _numbers = itertools.count()
 
 class MachineError(Exception):
     """The machine did not do what was asked; the text has what it printed."""
-
-
-def base_system() -> Path:
-    """The folder with the base system; made once (half a minute to three), then taken from the cache."""
-    key = hashlib.sha256(repr((2, SUITE, PACKAGES, _QUIET_UNITS)).encode()).hexdigest()[:12]
-    base = CACHE / f"base-{key}"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not base.is_dir():
-            for old in CACHE.glob("base-*"):
-                shutil.rmtree(old)
-            _make_base(base)
-    return base
-
-
-def _make_base(base: Path) -> None:
-    part = base.with_suffix(".part")
-    command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}"]
-    command += ["--dpkgopt=force-unsafe-io", SUITE, str(part)]
-    subprocess.run(command, check=True)
-    (part / "etc/machine-id").write_text("")  # made at each boot
-    (part / "etc/hostname").write_text("box\n")
-    (part / "var/log/journal").mkdir(exist_ok=True)  # the journal survives a reboot
-    for unit in _QUIET_UNITS:
-        (part / "etc/systemd/system" / unit).symlink_to("/dev/null")
-    shutil.rmtree(part / "dev")
-    (part / "dev").mkdir()
-    part.rename(base)
 
 
 def _cgroup_root() -> Path:

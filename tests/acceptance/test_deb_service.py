@@ -173,6 +173,7 @@ def test_jobs_run_end_to_end_with_the_packaged_studio(box: Box) -> None:
             figures.note("first picture, torch imported in the sandbox", f"{time.monotonic() - began:.1f} s")
 
 
+@pytest.mark.short
 def test_picture_is_made_by_torch_inside_the_sandbox(box: Box) -> None:
     """The picture that arrives at the studio is the sample model's, made under the unit's limits."""
     box.start()

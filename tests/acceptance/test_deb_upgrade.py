@@ -33,6 +33,7 @@ def install(box: Box, deb: Path, *options: str) -> str:
     return apt(box, "install", *options, f"/root/debs/{deb.name}")
 
 
+@pytest.mark.short
 def test_upgrade_in_a_job_loses_nothing(box: Box, next_deb: Path) -> None:
     """apt waits for the job in hand, replaces the files while nothing runs, and starts what ran before."""
     box.configure(require_sample=True)
@@ -123,6 +124,7 @@ def test_configuration_edits_survive_an_upgrade_and_a_downgrade(box: Box, debs: 
     box.await_job(job_id, "done")
 
 
+@pytest.mark.short
 def test_remove_keeps_models_and_identity_and_purge_leaves_nothing(box: Box, debs: Debs) -> None:
     """After remove and install the box is the worker it was; purge asks nothing and leaves nothing."""
     box.configure(require_sample=True)
