@@ -19,10 +19,10 @@ SUITE = os.environ.get("STUDIO_WORKER_TEST_SUITE", BUILT_ON)
 """The suite that is booted."""
 
 _PACKAGES = (
-    "ca-certificates", "dbus", "libexpat1", "libffi8", "libnss-systemd", "libpam-systemd", "libsqlite3-0", "procps",
-    "systemd", "systemd-sysv",
+    "ca-certificates", "dbus", "libexpat1", "libffi8", "libnss-systemd", "libpam-systemd", "libsqlite3-0",
+    "procps", "systemd", "systemd-sysv",
 )  # fmt: skip
-"""Init, what a check in the machine calls, and those of the package's libraries that not every Debian holds."""
+"""Init, what a check calls, and those of the package's libraries that not every Debian holds."""
 _QUIET_UNITS = (
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
@@ -32,14 +32,15 @@ _QUIET_UNITS = (
 )
 """Nothing wakes up by itself while something is measured."""
 _OPTIONS = {
-    "bookworm": ["--include=python3"],  # the packages still need it
     # Debian dates the index of what is not released yet, and mirrors may be weeks behind.
     "forky": ['--aptopt=Acquire::Check-Valid-Until "false"'],
 }
 
 
 def base_system(suite: str = SUITE) -> Path:
-    """The folder with the suite's base system; made once (half a minute to three), then taken from the cache."""
+    """The folder with the suite's base system; made once, in half a minute to three, then taken from
+    the cache.
+    """
     what = (3, suite, _PACKAGES, _QUIET_UNITS, _OPTIONS.get(suite))
     base = CACHE / f"base-{suite}-{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}"
     CACHE.mkdir(parents=True, exist_ok=True)

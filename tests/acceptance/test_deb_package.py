@@ -17,7 +17,6 @@ from tests.acceptance.box import Box
 from tests.acceptance.conftest import ROOT, Debs, sizes
 from tests.acceptance.machine import Machine
 
-
 said_once = pytest.mark.skipif(SUITE != BUILT_ON, reason=f"of the packages alone: checked with {BUILT_ON}")
 
 
