@@ -161,7 +161,7 @@ class Service:
             health=self._health,
             fetch=lambda url, cancel: input_fetcher(self._current.policy, studio_root)(url, cancel),
         )
-        return Worker(ports, lambda: self._current.settings.worker.step_timeout_s)
+        return Worker([ports], lambda: self._current.settings.worker.step_timeout_s)
 
     def run(self) -> None:
         """From provisioning to the clean end.

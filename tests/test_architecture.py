@@ -46,7 +46,7 @@ INSIDE = {
 
 STRANGERS = (
     (
-        "work.worker",
+        "work.lane",
         {"studio", "store", "spool", "download", "config", "report"},
         "it declares what it needs of them",
     ),

@@ -5,13 +5,14 @@ folder. Importing it loads no torch; an engine's own module does that when its f
 configuration error, ``status`` and the way to READY never pay for it.
 """
 
-from studio_worker.engine.contract import Engine, Inputs, KeepsModels, Request, Resident, StepProgress
+from studio_worker.engine.contract import Engine, Inputs, KeepsModels, Made, Request, Resident, StepProgress
 from studio_worker.engine.router import Router, default_router
 
 __all__ = [
     "Engine",
     "Inputs",
     "KeepsModels",
+    "Made",
     "Request",
     "Resident",
     "Router",

@@ -36,11 +36,23 @@ class Request:
     inputs: Inputs = Inputs()
 
 
-class Engine(Protocol):
-    """Makes pictures. Called from one thread only."""
+class Made(Protocol):
+    """A picture as it leaves the device: its pixels in RAM."""
 
-    def generate(self, request: Request, progress: StepProgress, cancel: Cancel) -> Picture:
-        """Make one picture.
+    def encoded(self) -> Picture:
+        """The picture in its file format, with what made it. Uses no device; from any thread, once.
+
+        Raises:
+            JobError: it cannot be written so; says whether another try may help.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """Makes pictures. Called from one thread only, and one call after the other."""
+
+    def make(self, request: Request, progress: StepProgress, cancel: Cancel) -> Made:
+        """Make one picture's pixels: all of it that needs the device.
 
         Raises:
             JobError: the request cannot be met; says whether another try may help.
@@ -48,6 +60,10 @@ class Engine(Protocol):
             DeviceError: the device is lost; the process should end.
         """
         ...
+
+    def generate(self, request: Request, progress: StepProgress, cancel: Cancel) -> Picture:
+        """Make one picture and encode it here. Raises as :meth:`make` and :meth:`Made.encoded`."""
+        return self.make(request, progress, cancel).encoded()
 
 
 class Resident(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from studio_worker.box.process import giving_memory_back
-from studio_worker.engine.contract import Request, Resident, StepProgress
+from studio_worker.engine.contract import Engine, Request, Resident, StepProgress
 from studio_worker.engine.families import FAMILIES
 from studio_worker.engine.families.family import Family
 from studio_worker.engine.families.sources import Sources
@@ -30,13 +30,13 @@ from studio_worker.engine.memory.peaks import Peaks
 from studio_worker.engine.memory.placement import Footprint, Plan
 from studio_worker.engine.memory.residency import Residency
 from studio_worker.engine.parameters import Parameters, printable
-from studio_worker.engine.pictures.encoding import encode, generation_meta
+from studio_worker.engine.pictures.encoding import Unencoded
 from studio_worker.engine.rendering.canvas import Starting
 from studio_worker.engine.rendering.loader import Loader
 from studio_worker.engine.rendering.pipeline import LoadedModel, Rendered
 from studio_worker.engine.understood import Understood, understand
 from studio_worker.errors import JobError
-from studio_worker.jobs import Cancel, Picture
+from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
 
 _LOG = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ _TRIES = 3
 """At one picture, as long as memory runs out: each takes as long as the picture does."""
 
 
-class DiffusionEngine:
+class DiffusionEngine(Engine):
     """Makes pictures on one device. Called from one thread only.
 
     Args:
@@ -83,8 +83,8 @@ class DiffusionEngine:
         self._loader = Loader(self._device, self._memory, self._residency, compiles=compiles)
 
     @giving_memory_back()  # between jobs, whatever else runs here may want it
-    def generate(self, request: Request, progress: StepProgress, cancel: Cancel) -> Picture:
-        """See :meth:`studio_worker.engine.contract.Engine.generate`."""
+    def make(self, request: Request, progress: StepProgress, cancel: Cancel) -> Unencoded:
+        """See :meth:`studio_worker.engine.contract.Engine.make`."""
         prompts = (printable(request.task.prompt), printable(request.task.negative_prompt or ""))
         cancel.check()
         with translated(self._device, prompts):
@@ -198,7 +198,7 @@ class DiffusionEngine:
         plan: Plan,
         progress: StepProgress,
         cancel: Cancel,
-    ) -> Picture:
+    ) -> Unencoded:
         family, parameters, loras = job.blueprint.family, job.parameters, job.loras
 
         def goes_on() -> bool:
@@ -223,25 +223,21 @@ class DiffusionEngine:
             self._peaks.took(needed, plan, peak - self._loader.others_bytes(job.blueprint))
         generated = time.perf_counter()
         cancel.check()
-        data = encode(rendered.picture, parameters, request.model)
-        timings_s = {
-            "load": load_s,
-            "generate": generated - started,
-            "encode": time.perf_counter() - generated,
-        }
-        meta = generation_meta(
+        return Unencoded(
+            rendered.picture,
             parameters,
             model=request.model,
             engine="sd-cpp",
             family=family.name,
-            timings_s=timings_s,
-            device=str(self._device),
-            dtype=computed_in(family, self._device),
-            **_told(job.placed),
-            **({"unknownLoras": list(job.unknown)} if job.unknown else {}),
-            **rendered.facts,
+            timings_s={"load": load_s, "generate": generated - started},
+            facts={
+                "device": str(self._device),
+                "dtype": computed_in(family, self._device),
+                **_told(job.placed),
+                **({"unknownLoras": list(job.unknown)} if job.unknown else {}),
+                **rendered.facts,
+            },
         )
-        return Picture(data, parameters.ext, meta, timings_s)
 
 
 def _told(placed: Sequence[PlacedLora]) -> dict[str, Any]:

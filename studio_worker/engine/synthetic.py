@@ -14,32 +14,27 @@ import time
 
 from PIL import Image, ImageDraw, ImageFont
 
-from studio_worker.engine.contract import Request, StepProgress
+from studio_worker.engine.contract import Engine, Request, StepProgress
 from studio_worker.engine.parameters import EngineDefaults, Parameters, resolve
-from studio_worker.engine.pictures.encoding import check_ext, encode, generation_meta
-from studio_worker.jobs import Cancel, Picture
+from studio_worker.engine.pictures.encoding import Unencoded, check_ext
+from studio_worker.jobs import Cancel
 
 _DEFAULTS = EngineDefaults(sampler="none", size_multiple=1)
 
 Colour = tuple[int, int, int]
 
 
-class SyntheticEngine:
+class SyntheticEngine(Engine):
     """Draws placeholders."""
 
-    def generate(self, request: Request, progress: StepProgress, cancel: Cancel) -> Picture:
-        """See :meth:`studio_worker.engine.contract.Engine.generate`."""
+    def make(self, request: Request, progress: StepProgress, cancel: Cancel) -> Unencoded:
+        """See :meth:`studio_worker.engine.contract.Engine.make`."""
         check_ext(request.task.ext)
         parameters = resolve(request.task, request.defaults, _DEFAULTS, from_image=False)
         started = time.perf_counter()
         picture = _draw(parameters, progress, cancel)
-        drawn = time.perf_counter()
-        data = encode(picture, parameters, request.model)
-        timings_s = {"load": 0.0, "generate": drawn - started, "encode": time.perf_counter() - drawn}
-        meta = generation_meta(
-            parameters, model=request.model, engine="synthetic", family="synthetic", timings_s=timings_s
-        )
-        return Picture(data, parameters.ext, meta, timings_s)
+        timings_s = {"load": 0.0, "generate": time.perf_counter() - started}
+        return Unencoded(picture, parameters, request.model, "synthetic", "synthetic", timings_s)
 
 
 def _draw(parameters: Parameters, progress: StepProgress, cancel: Cancel) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What the worker needs of others: of whoever has jobs, files, engines, and takes results and reports."""
+"""What a lane needs of others: of whoever has jobs, files, engines, and takes results and reports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from studio_worker.models import LocalFile, ModelFile, ModelSource
 
 
 class JobSource(Protocol):
-    """Where jobs are taken from, one at a time."""
+    """Where a lane takes its jobs from, one at a time."""
 
     def take(self, rest: Callable[[], None]) -> Job | None:
         """The next job; waits for one. ``None`` ends the loop.
@@ -28,6 +28,10 @@ class JobSource(Protocol):
 
     def finished(self, job: Job) -> None:
         """The job is no longer in hand, whatever became of it; a next one may come."""
+        ...
+
+    def close(self) -> None:
+        """No more jobs: :meth:`take` returns ``None``. From any thread."""
         ...
 
 
@@ -104,7 +108,7 @@ class WorkReports(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Ports:
-    """All that a worker works with.
+    """All that a lane works with.
 
     Args:
         fetch: gets an input picture's bytes, given up when the event is set; raises DownloadError.

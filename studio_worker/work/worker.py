@@ -1,242 +1,99 @@
-"""Take a job, make the picture, hand it over: the loop of the main thread.
+"""All lanes, and the one device between them: who works here, from the first job to the last.
 
-Asks the source for a job, the store for files, the engine for a picture, and gives the picture to the
-outbox. It knows none of them: what it needs of each is declared in ports.py. One bad job never ends the
-loop; a lost device does.
+The thread that runs it, the main one, has the device: it loads models and gives turns, and the lanes, each on
+a thread of its own, do all else. A lost device, and a lane that crashes, end the work of all.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 
-from studio_worker.context import called
-from studio_worker.engine import Inputs, Request
-from studio_worker.errors import (
-    DeviceError,
-    DownloadCancelled,
-    DownloadError,
-    FileDamaged,
-    JobCancelled,
-    JobError,
-    JobImpossible,
-)
-from studio_worker.jobs import Cancel, Job, Picture
 from studio_worker.models import RequiredModel
-from studio_worker.wording import frames
-from studio_worker.work.keeping import Preloader, release_all
+from studio_worker.work.keeping import Preloader
+from studio_worker.work.lane import Lane
 from studio_worker.work.ports import Ports
 from studio_worker.work.stride import Stride
+from studio_worker.work.turns import Turns
 
-log = logging.getLogger(__name__)
+_LEAVE_S = 30.0
+"""How long lanes have to keep the picture that they are encoding, when the device is lost for all."""
 
 
 class Worker:
-    """The loop.
+    """The lanes of one device.
 
     Args:
-        ports: all that it works with.
-        step_timeout_s: how long one step, or one gap between two signs of progress, may take; asked each
-            time.
+        lanes: what each of them works with; engines and files are the same for all.
+        step_timeout_s: as of :class:`Lane`.
     """
 
-    def __init__(self, ports: Ports, step_timeout_s: Callable[[], float]) -> None:
-        self._source = ports.source
-        self._claims = ports.claims
-        self._files = ports.files
-        self._engines = ports.engines
-        self._in_hand = ports.in_hand
-        self._results = ports.results
-        self._reports = ports.reports
-        self._health = ports.health
-        self._fetch = ports.fetch
+    def __init__(self, lanes: Sequence[Ports], step_timeout_s: Callable[[], float]) -> None:
+        self._turns = Turns()
+        self._lanes = [Lane(ports, self._turns, step_timeout_s) for ports in lanes]
         self._stride = Stride(step_timeout_s)
+        self._cancel_preloading = threading.Event()
+        self._preloader = Preloader(lanes[0].engines, lanes[0].files, self._stride, self._cancel_preloading)
         self._guard = threading.Lock()
-        self._cancel = Cancel()
-        self._cancel_download = threading.Event()
-        self._ending: str | None = None
-        self._is_making = False
+        self._at_work = len(lanes)
+        self._crash: BaseException | None = None
 
     def preload(
         self, models: Iterable[RequiredModel], go_on: Callable[[], bool], say: Callable[[str], None]
     ) -> None:
         """As :meth:`Preloader.preload`."""
-        preloader = Preloader(self._engines, self._files, self._stride, self._cancel_download)
-        preloader.preload(models, go_on, say)
+        self._preloader.preload(models, go_on, say)
 
     def run(self) -> None:
-        """Work until the source has no more jobs.
+        """Work until no lane has more jobs.
 
         Raises:
-            DeviceError: the device is lost; its job was reported and stays noted, the process should end.
+            DeviceError: the device is lost; its job was reported and stays noted, those of other lanes were
+                handed back. The process should end.
         """
-        while (job := self._source.take(self._rest)) is not None:
-            with called(job_id=job.job_id, model=job.model):
-                self._do(job)
-
-    def _rest(self) -> None:
-        release_all(self._engines)
+        threads = [
+            threading.Thread(target=self._carry, args=(lane,), name="lane", daemon=True)
+            for lane in self._lanes
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            self._turns.serve()
+            if self._crash is not None:
+                raise self._crash
+        except BaseException as error:
+            for lane in self._lanes:
+                lane.leave(str(error))
+            self._turns.close()
+            raise
+        finally:
+            for thread in threads:
+                thread.join(_LEAVE_S)
 
     def hand_back(self, reason: str) -> None:
-        """Stop the job in hand at its next step, and any later one: the process is ending.
+        """Stop every job in hand at its next step, and any later one: the process is ending.
 
         Safe from any thread.
         """
-        with self._guard:
-            self._ending = self._ending or reason
-        self.cancel_job(reason)
-
-    def cancel_job(self, reason: str) -> None:
-        """Stop the job in hand, if there is one, at its next step; it is reported as retryable.
-
-        Safe from any thread.
-        """
-        with self._guard:
-            self._cancel.set(reason)
-            self._cancel_download.set()
+        self._cancel_preloading.set()
+        for lane in self._lanes:
+            lane.hand_back(reason)
 
     def is_stuck(self) -> bool:
-        """Whether the job in hand has shown no progress for longer than its limit."""
-        return self._stride.is_too_long()
+        """Whether a job in hand has shown no progress for longer than its limit."""
+        return self._stride.is_too_long() or any(lane.is_stuck() for lane in self._lanes)
 
-    def _do(self, job: Job) -> None:
-        has_crashed = False
-        self._stride.moved()
-        self._reports.job_began(job.job_id, job.model)
-        with self._guard:
-            self._cancel, self._cancel_download = Cancel(), threading.Event()
-        if self._ending is not None:  # also where it came between the last line and this one
-            self.cancel_job(self._ending)
-        try:
-            self._note(job)
-            picture, timings_s = self._make(job)
-            self._keep(job, picture, timings_s)
-            log.debug("picture made", extra={"op": "job"})
-            self._reports.job_made()
-            self._health.made(job)
-        except JobCancelled as error:
-            self._report(job, str(error), retryable=True, handed_back=True)
-            if self._ending is None:  # a step that took too long
-                self._health.failed(job, error)
-        except DownloadCancelled:
-            self._report(job, self._cancel.reason, retryable=True, handed_back=True)
-        except (JobError, DownloadError) as error:
-            judged = self._judged(error)
-            self._report(job, str(error), retryable=not judged.is_jobs_fault)
-            self._health.failed(job, judged)
-        except DeviceError as error:
-            # What the engine was at work on may have killed it: the note stays, for the next start to count.
-            has_crashed = self._is_making
-            self._report(job, str(error), retryable=True)
-            raise
-        except Exception as error:
-            # The one broad catch: whatever one job did to a library must not end the others.
-            # Logged by its frames, without its text: a library's error may quote the prompt.
-            log.error(
-                "job crashed",
-                extra={
-                    "op": "job",
-                    "error": type(error).__name__,
-                    "traceback": frames(error),
-                },
-            )
-            self._report(job, f"internal error: {type(error).__name__}", retryable=True)
-            self._health.failed(job, error)
-        finally:
-            self._stride.end()
-            self._is_making = False
-            if not has_crashed:
-                self._in_hand.end()
-            self._source.finished(job)
-            # Delivery starts only now: the studio answers it with the next offer, and a desk that is not
-            # clear yet would have to refuse that one as busy.
-            self._results.wake()
-
-    def _judged(self, error: JobError | DownloadError) -> JobError | DownloadError:
-        """A file that is what the studio registered, and makes no sense, is the job's fault."""
-        try:
-            if isinstance(error, FileDamaged) and self._files.is_as_registered(
-                error.path, self._stride.moved, self._cancel_download
-            ):
-                return JobImpossible(str(error))
-        except DownloadError as problem:  # stopped, or a disk that fails: nobody knows
-            log.warning("file could not be read anew", extra={"op": "job", "error": str(problem)})
-        return error
-
-    def _note(self, job: Job) -> None:
-        try:
-            self._in_hand.begin(job)
-        except OSError as error:
-            raise _disk_error("the job cannot be noted", error) from error
-
-    def _keep(self, job: Job, picture: Picture, timings_s: Mapping[str, float]) -> None:
-        try:
-            self._results.add(job, picture, timings_s)
-        except OSError as error:
-            raise _disk_error("the finished picture cannot be kept", error) from error
-
-    def _make(self, job: Job) -> tuple[Picture, dict[str, float]]:
-        began = time.monotonic()
-        with self._files.taken(
-            job.model, job.source.files, progress=self._stride.moved, cancel=self._cancel_download
-        ) as files:
-            inputs = Inputs(
-                init_image=self._fetched(job.task.init_image_url),
-                mask=self._fetched(job.task.mask_url),
-                ref_image=self._fetched(job.task.ref_image_url),
-            )
-            ready = time.monotonic()
-            request = Request(
-                job_id=job.job_id,
-                model=job.model,
-                task=job.task,
-                defaults=job.source.cli_defaults,
-                files=files,
-                inputs=inputs,
-            )
-            self._cancel.check()
-            self._reports.job_loads()
-            engine = self._engines.for_source(job.source)
-            self._is_making = True
-            picture = engine.generate(request, self._stepped, self._cancel)
-            timings_s = {"wait": began - job.taken_at, "files": ready - began, **picture.timings_s}
-            return picture, timings_s
-
-    def _fetched(self, url: str | None) -> bytes | None:
-        self._stride.moved()  # each input has its own limit of time
-        return None if url is None else self._fetch(url, self._cancel_download)
-
-    def _stepped(self, done: int, total: int) -> None:
-        """One step is done. A step that took too long is the job's last: the device is hardly usable for it.
-
-        The first step is no step alone: it comes after the last of the model was loaded.
+    def _carry(self, lane: Lane) -> None:
+        """A lane's thread. What it does not expect ends all of them: a lane without a thread would take jobs
+        and make none.
         """
-        took_s, limit_s = self._stride.took_s(), self._stride.limit_s
-        self._stride.moved()
-        if done == 0:
-            return
-        self._reports.job_stepped(done, total)
-        if done > 1 and took_s > limit_s:
-            self.cancel_job(
-                f"step {done} of {total} took {took_s:.0f} s, longer than step_timeout_s ({limit_s:g} s)"
-            )
-
-    def _report(self, job: Job, error: str, *, retryable: bool, handed_back: bool = False) -> None:
-        log.error(
-            "job failed",
-            extra={
-                "op": "job",
-                "outcome": "failed",
-                "error": error,
-                "retryable": retryable,
-                "elapsed_ms": round((time.monotonic() - job.taken_at) * 1000),
-            },
-        )
-        self._claims.report_failure(job.job_id, error, retryable=retryable)
-        self._reports.job_failed(job.job_id, job.model, error, retryable=retryable, handed_back=handed_back)
-
-
-def _disk_error(what: str, error: OSError) -> JobError:
-    return JobError(f"{what}: {error.strerror}")
+        try:
+            lane.run()
+        except BaseException as error:  # also the lost device's, which is raised where it was lost
+            with self._guard:
+                self._crash = self._crash or error
+        with self._guard:
+            self._at_work -= 1
+            is_over = not self._at_work or self._crash is not None
+        if is_over:
+            self._turns.close()

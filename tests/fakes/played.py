@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine import Request, StepProgress
+from studio_worker.engine import Engine, Made, Request, StepProgress
 from studio_worker.errors import JobError, JobImpossible
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile, ModelFile
@@ -25,7 +25,19 @@ from tests.fakes.scripted import LIMIT_S
 from tests.lab.frames import CAPABILITIES
 
 
-class GatedEngine:
+class Encoding:
+    """A picture whose encoding does what the test says, and gives ``picture``."""
+
+    def __init__(self, picture: Picture, act: Callable[[], object] = lambda: None) -> None:
+        self._picture = picture
+        self._act = act
+
+    def encoded(self) -> Picture:
+        self._act()
+        return self._picture
+
+
+class GatedEngine(Engine):
     """Begins a picture, and ends it when and how the test says."""
 
     def __init__(self) -> None:
@@ -34,7 +46,7 @@ class GatedEngine:
         self.at_work = 0
         self.most_at_work = 0
 
-    def generate(self, request: Request, progress: StepProgress, cancel: Cancel) -> Picture:
+    def make(self, request: Request, progress: StepProgress, cancel: Cancel) -> Made:
         self.at_work += 1
         self.most_at_work = max(self.most_at_work, self.at_work)
         self.entered.put(request.job_id)
@@ -42,7 +54,7 @@ class GatedEngine:
             end = self.ends.get(timeout=LIMIT_S)
             cancel.check()
             if end == "picture":
-                return Picture(b"picture", "png", {"seed": 1})
+                return Encoding(Picture(b"picture", "png", {"seed": 1}))
             if end == "bug":
                 raise RuntimeError("a bug")
             raise (JobError if end == "may pass" else JobImpossible)("it failed")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from studio_worker.engine import Engine, Request, Router, StepProgress
+from studio_worker.engine import Engine, Made, Request, Router, StepProgress
 from studio_worker.jobs import Cancel, ImageTask, Job, Picture
 from studio_worker.models import LocalFile, ModelSource
 from studio_worker.report.activity import Activity
@@ -19,7 +19,7 @@ from studio_worker.spool.outbox import Outbox
 from studio_worker.work.health import Health
 from studio_worker.work.ports import Ports
 from studio_worker.work.worker import Worker
-from tests.fakes.played import NoFiles, untouched_health
+from tests.fakes.played import Encoding, NoFiles, untouched_health
 
 
 def job(job_id: str, **task: Any) -> Job:
@@ -48,18 +48,21 @@ class Source:
     def finished(self, job: Job) -> None:
         self.finished_jobs.append(job.job_id)
 
+    def close(self) -> None:
+        self._jobs.put(None)
 
-class ScriptedEngine:
+
+class ScriptedEngine(Engine):
     """Does for each job id what the script says; makes a picture where it says nothing."""
 
     def __init__(self, script: Mapping[str, Callable[[Request, StepProgress, Cancel], None]]) -> None:
         self._script = script
 
-    def generate(self, request: Request, progress: StepProgress, cancel: Cancel) -> Picture:
+    def make(self, request: Request, progress: StepProgress, cancel: Cancel) -> Made:
         act = self._script.get(request.job_id)
         if act is not None:
             act(request, progress, cancel)
-        return Picture(b"picture", "png", {"seed": 1}, {"load": 0.0, "generate": 0.5})
+        return Encoding(Picture(b"picture", "png", {"seed": 1}, {"load": 0.0, "generate": 0.5}))
 
 
 def make(
@@ -67,30 +70,39 @@ def make(
     source: Source,
     script: Mapping[str, Callable[[Request, StepProgress, Cancel], None]] | None = None,
     *,
+    make_engine: Callable[[], Engine] | None = None,
+    step_timeout_s: Callable[[], float] = lambda: 60.0,
+    **neighbours: Any,
+) -> tuple[Worker, Outbox, JobInHand]:
+    """A worker of one lane, with a real spool and a scripted engine."""
+    engines = Router({"scripted": make_engine or (lambda: ScriptedEngine(script or {}))})
+    lane = lane_ports(tmp_path, source, engines, **neighbours)
+    assert isinstance(lane.results, Outbox)
+    assert isinstance(lane.in_hand, JobInHand)
+    return Worker([lane], step_timeout_s), lane.results, lane.in_hand
+
+
+def lane_ports(
+    folder: Path,
+    source: Source,
+    engines: Router,
+    *,
     files: NoFiles | None = None,
     fetch: Callable[[str, threading.Event], bytes] = lambda url, cancel: b"input",
-    step_timeout_s: Callable[[], float] = lambda: 60.0,
     health: Health | None = None,
-) -> tuple[Worker, Outbox, JobInHand]:
-    """A worker with a real spool and a scripted engine."""
-    in_hand, outbox = JobInHand(tmp_path / "spool"), Outbox(tmp_path / "outbox")
-
-    def scripted() -> Engine:
-        return ScriptedEngine(script or {})
-
-    ports = Ports(
+) -> Ports:
+    """What a lane works with, with a real spool in ``folder``."""
+    return Ports(
         source=source,
         claims=source,
         files=files or NoFiles(),
-        engines=Router({"scripted": scripted}),
-        in_hand=in_hand,
-        results=outbox,
+        engines=engines,
+        in_hand=JobInHand(folder / "spool"),
+        results=Outbox(folder / "outbox"),
         reports=Activity(),
         health=health or untouched_health(),
         fetch=fetch,
     )
-    worker = Worker(ports, step_timeout_s)
-    return worker, outbox, in_hand
 
 
 def raises(error: BaseException) -> Callable[[Request, StepProgress, Cancel], None]:

@@ -400,7 +400,7 @@ class Box:
             health=health,
             fetch=fetch,
         )
-        self._worker = Worker(ports, lambda: 300.0)
+        self._worker = Worker([ports], lambda: 300.0)
         self._desk = desk
         self._threads = [
             threading.Thread(target=self._connector.run, args=(Credentials("w1", "token"),), daemon=True),

@@ -95,7 +95,7 @@ class Box:
             health=untouched_health(),
             fetch=lambda url, cancel: b"",
         )
-        self.worker = Worker(ports, lambda: 60.0)
+        self.worker = Worker([ports], lambda: 60.0)
         self._working = threading.Thread(target=self.worker.run, daemon=True)
         self._working.start()
         self.link.start()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from studio_worker.engine import Engine, Request, Router, StepProgress
+from studio_worker.engine import Engine, Request, StepProgress
 from studio_worker.errors import (
     DeviceError,
     DownloadError,
@@ -56,7 +56,7 @@ def test_worker_tells_how_jobs_end_to_whoever_judges_the_box(tmp_path: Path) -> 
             told.append(f"{job.job_id} {type(error).__name__}")
 
     def slow(request: Request, progress: StepProgress, cancel: Cancel) -> None:
-        worker.cancel_job("step 2 of 4 took 61 s")
+        cancel.set("step 2 of 4 took 61 s")
         cancel.check()
 
     def ending(request: Request, progress: StepProgress, cancel: Cancel) -> None:
@@ -71,8 +71,7 @@ def test_worker_tells_how_jobs_end_to_whoever_judges_the_box(tmp_path: Path) -> 
         "f": ending,
     }
     source = Source(*(job(job_id) for job_id in "abcdef"))
-    worker, _, _ = make(tmp_path, source, script)
-    worker._health = Judge()
+    worker, _, _ = make(tmp_path, source, script, health=Judge())
     worker.run()
     assert told == ["a JobError", "b JobImpossible", "c ValueError", "d JobCancelled", "e made"]
 
@@ -165,12 +164,11 @@ def test_worker_ends_when_the_device_is_lost(tmp_path: Path) -> None:
 def test_device_that_was_lost_before_the_job_is_no_crash_of_it(tmp_path: Path) -> None:
     """A device that is gone when the engine is made for a job was not killed by that job."""
     source = Source(job("a"))
-    worker, _, in_hand = make(tmp_path, source, {})
 
     def gone() -> Engine:
         raise DeviceError("there is no cuda:0")
 
-    worker._engines = Router({"scripted": gone})
+    worker, _, in_hand = make(tmp_path, source, make_engine=gone)
     with pytest.raises(DeviceError):
         worker.run()
     assert source.failures == [("a", "there is no cuda:0", True)]
@@ -281,7 +279,7 @@ def test_worker_stopped_in_one_job_makes_the_next(tmp_path: Path) -> None:
     source = Source(job("a"), job("b"))
 
     def endless(request: Request, progress: StepProgress, cancel: Cancel) -> None:
-        worker.cancel_job("enough")
+        cancel.set("enough")
         cancel.check()
 
     worker, outbox, _ = make(tmp_path, source, {"a": endless})
@@ -290,22 +288,12 @@ def test_worker_stopped_in_one_job_makes_the_next(tmp_path: Path) -> None:
     assert [d.job_id for d in outbox.oldest()] == ["b"]
 
 
-def test_worker_cancelled_without_a_job_in_hand_cancels_none(tmp_path: Path) -> None:
-    """A cancellation that comes too late is not the next job's."""
-    source = Source(job("a"))
-    worker, outbox, _ = make(tmp_path, source)
-    worker.cancel_job("too late")
-    worker.run()
-    assert source.failures == []
-    assert [d.job_id for d in outbox.oldest()] == ["a"]
-
-
 def test_worker_stops_a_job_after_a_step_that_took_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step beyond step_timeout_s is the job's last, with its reason; the next job is made."""
     now = 1000.0
-    monkeypatch.setattr("studio_worker.work.worker.time.monotonic", lambda: now)
+    monkeypatch.setattr("studio_worker.work.lane.time.monotonic", lambda: now)
     source = Source(job("slow"), job("loading"), job("well"))
 
     def steps(*seconds: float) -> Callable[[Request, StepProgress, Cancel], None]:
@@ -338,7 +326,7 @@ def test_job_in_hand_is_held_to_the_limit_that_holds_now(
 ) -> None:
     """A step_timeout_s that a reload raises spares the job in hand, and one that it lowers ends it."""
     now, limit_s = 1000.0, 60.0
-    monkeypatch.setattr("studio_worker.work.worker.time.monotonic", lambda: now)
+    monkeypatch.setattr("studio_worker.work.lane.time.monotonic", lambda: now)
 
     def act(request: Request, progress: StepProgress, cancel: Cancel) -> None:
         nonlocal now, limit_s
@@ -369,7 +357,7 @@ def test_worker_in_a_step_that_never_returns_stays_stuck(tmp_path: Path) -> None
     thread.start()
     assert entered.wait(10)
     release.wait(0.1)  # longer than the limit
-    worker.cancel_job("a step took too long")
+    worker.hand_back("the worker is stopping")
     verdicts = [worker.is_stuck() for _ in range(3)]
     in_hand = (tmp_path / "spool" / "job-in-hand.json").exists()
     release.set()
@@ -413,8 +401,7 @@ def preloading(
     tmp_path: Path, engine: KeepingEngine, go_on: Callable[[], bool] = lambda: True, **options: Any
 ) -> list[str]:
     """Preload models a and b; what was said meanwhile."""
-    worker, _, _ = make(tmp_path, Source(), **options)
-    worker._engines = Router({"scripted": lambda: engine})
+    worker, _, _ = make(tmp_path, Source(), make_engine=lambda: engine, **options)
     said: list[str] = []
     worker.preload([RequiredModel(id=name, engine="scripted") for name in "ab"], go_on, said.append)
     assert not worker.is_stuck()
@@ -455,8 +442,7 @@ def test_paused_worker_lets_its_models_go(tmp_path: Path) -> None:
     """At a pause every engine is told to give the device's memory back, and the next job is done as any."""
     source = Source("paused", job("a"), "paused", job("b"))
     engine = KeepingEngine()
-    worker, _, _ = make(tmp_path, source)
-    worker._engines = Router({"scripted": lambda: engine})
+    worker, _, _ = make(tmp_path, source, make_engine=lambda: engine)
     worker.run()
     assert engine.asked == ["release"]  # at the first pause there was no engine yet
     assert source.finished_jobs == ["a", "b"]
@@ -478,8 +464,7 @@ def test_pause_that_frees_nothing_ends_nothing(
         raise error
 
     engine.release = full  # type: ignore[method-assign]
-    worker, _, _ = make(tmp_path, source)
-    worker._engines = Router({"scripted": lambda: engine})
+    worker, _, _ = make(tmp_path, source, make_engine=lambda: engine)
     worker.run()
     assert source.finished_jobs == ["a", "b"]
     assert "models stay on the device" in caplog.messages
@@ -489,7 +474,6 @@ def test_preloading_that_hangs_is_noticed(tmp_path: Path) -> None:
     """A device that hangs while a model is loaded is stuck as it is in a job."""
     verdicts: list[bool] = []
     held = threading.Event()
-    worker, _, _ = make(tmp_path, Source(), step_timeout_s=lambda: 0.1)
 
     def hang(go_on: Callable[[], bool]) -> bool:
         go_on()
@@ -497,6 +481,7 @@ def test_preloading_that_hangs_is_noticed(tmp_path: Path) -> None:
         verdicts.append(worker.is_stuck())
         return True
 
-    worker._engines = Router({"scripted": lambda: KeepingEngine({"a": hang})})
+    engine = KeepingEngine({"a": hang})
+    worker, _, _ = make(tmp_path, Source(), make_engine=lambda: engine, step_timeout_s=lambda: 0.1)
     worker.preload([RequiredModel(id="a", engine="scripted")], lambda: True, lambda text: None)
     assert verdicts == [True]

@@ -17,16 +17,16 @@ from PIL import Image
 
 from studio_worker.box.process import giving_memory_back
 from studio_worker.box.ram import available_ram_bytes
-from studio_worker.engine.contract import Request, Resident, StepProgress
+from studio_worker.engine.contract import Engine, Request, Resident, StepProgress
 from studio_worker.engine.faults import translated
 from studio_worker.engine.images import MAX_PIXELS, any_white, decode_upright
 from studio_worker.engine.parameters import Parameters, printable
-from studio_worker.engine.pictures.encoding import check_ext, encode, generation_meta
+from studio_worker.engine.pictures.encoding import Unencoded, check_ext
 from studio_worker.engine.removal.graph import CUDA, RemovalGraph
 from studio_worker.engine.removal.holes import Levels, White, holes, lay_in, shown
 from studio_worker.engine.rendering.estimate import removal_bytes
 from studio_worker.errors import JobError, JobImpossible
-from studio_worker.jobs import Cancel, ImageTask, Picture
+from studio_worker.jobs import Cancel, ImageTask
 from studio_worker.models import CliDefaults, LocalFile
 
 _LOG = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ WHITE_ABOVE = 128
 _CPU = torch.device("cpu")
 
 
-class RemovalEngine:
+class RemovalEngine(Engine):
     """Removes objects. Called from one thread only.
 
     Args:
@@ -55,8 +55,8 @@ class RemovalEngine:
         self._resident: dict[str, Resident] = {}
 
     @giving_memory_back()
-    def generate(self, request: Request, progress: StepProgress, cancel: Cancel) -> Picture:
-        """See :meth:`studio_worker.engine.contract.Engine.generate`."""
+    def make(self, request: Request, progress: StepProgress, cancel: Cancel) -> Unencoded:
+        """See :meth:`studio_worker.engine.contract.Engine.make`."""
         task = request.task
         private = (printable(task.prompt), printable(task.negative_prompt or ""))
         cancel.check()
@@ -75,25 +75,20 @@ class RemovalEngine:
                 progress(index + 1, len(found))
             made = time.perf_counter()
             cancel.check()
-            parameters = _parameters(task, levels)
-            # What is kept is kept to the bit, as far as the format can.
-            data = encode(Image.fromarray(painted), parameters, request.model, lossless=True)
-            timings_s = {
-                "load": loaded - started,
-                "generate": made - loaded,
-                "encode": time.perf_counter() - made,
-            }
-            meta = generation_meta(
-                parameters,
+            return Unencoded(
+                Image.fromarray(painted),
+                _parameters(task, levels),
                 model=request.model,
                 engine="onnx",
                 family="object-removal",
-                timings_s=timings_s,
-                device=str(self._torch_device),
-                provider=graph.provider,
-                holes=len(found),
+                timings_s={"load": loaded - started, "generate": made - loaded},
+                facts={
+                    "device": str(self._torch_device),
+                    "provider": graph.provider,
+                    "holes": len(found),
+                },
+                lossless=True,  # what is kept is kept to the bit, as far as the format can
             )
-            return Picture(data, parameters.ext, meta, timings_s)
 
     def preload(
         self,

@@ -12,7 +12,13 @@ from PIL import ExifTags, Image
 
 from studio_worker import __version__
 from studio_worker.engine.parameters import Parameters, printable
-from studio_worker.engine.pictures.encoding import check_ext, encode, generation_meta, parameters_text
+from studio_worker.engine.pictures.encoding import (
+    Unencoded,
+    check_ext,
+    encode,
+    generation_meta,
+    parameters_text,
+)
 from studio_worker.errors import JobError
 from tests.lab.engine import scene
 
@@ -132,3 +138,38 @@ def test_generation_meta_tells_a_rounded_size() -> None:
     rounded = replace(PARAMETERS, asked_size=(60, 64))
     meta = generation_meta(rounded, model="m", engine="sd-cpp", family="z", timings_s={})
     assert (meta["width"], meta["askedWidth"], meta["askedHeight"]) == (64, 60, 64)
+
+
+def unencoded(picture: Image.Image, ext: str) -> Unencoded:
+    return Unencoded(picture, replace(PARAMETERS, ext=ext), "m", "sd-cpp", "sd1", {"load": 1.0})
+
+
+def test_picture_that_its_format_cannot_hold_is_told_without_the_prompt() -> None:
+    """WebP ends at 16,383 pixels a side: the job fails with a reason, another worker may try it, and no
+    prompt is in what is told.
+    """
+    with pytest.raises(JobError, match="could not be made: ValueError") as caught:
+        unencoded(Image.new("RGB", (17_000, 1)), "webp").encoded()
+    assert not caught.value.is_jobs_fault
+    assert caught.value.__cause__ is None
+
+
+def test_memory_that_runs_out_while_a_picture_is_encoded_may_be_there_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A picture that RAM had no room to encode fails with that reason, and the job goes back."""
+
+    def full(*given: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(JobError, match="out of memory") as caught:
+        unencoded(scene(), "png").encoded()
+    assert not caught.value.is_jobs_fault
+
+
+def test_encoded_picture_says_how_long_that_took() -> None:
+    """The time to encode stands beside the other stages, in the metadata too."""
+    made = unencoded(scene(), "png").encoded()
+    assert set(made.timings_s) == set(made.meta["times"]) == {"load", "encode"}
+    assert made.data == encode(scene(), PARAMETERS, "m")

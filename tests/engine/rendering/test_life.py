@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from studio_worker.engine import Inputs, Router
+from studio_worker.engine import Inputs
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.files import weights as reading
 from studio_worker.engine.rendering import loader as loading
@@ -68,7 +68,7 @@ class SlowMachine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> SlowMachine:
     made = SlowMachine()
-    for module in ("worker", "stride"):
+    for module in ("lane", "stride"):
         clock = SimpleNamespace(monotonic=lambda: made.now)
         monkeypatch.setattr(f"studio_worker.work.{module}.time", clock)
     is_mapped, load_part, open_file = reading.dequantised, loading.load_part, reading.open_safetensors
@@ -114,15 +114,15 @@ def box(folder: Path, machine: SlowMachine, name: str, inputs: Inputs = Inputs()
     url = None if inputs.init_image is None else "https://studio/picture"
     task = ImageTask(prompt="a castle", seed=1, ext="png", init_image_url=url, denoise=0.9)
     defaults = CliDefaults(width=64, height=64, steps=2, cfg_scale=1.0)
-    source = Source(Job("j", "m", task, ModelSource(engine="sd-cpp", cli_defaults=defaults)))
+    source = Source(Job("j", "m", task, ModelSource(engine="scripted", cli_defaults=defaults)))
     worker, _, _ = make(
         folder,
         source,
         files=Present(files),
         fetch=lambda url, cancel: inputs.init_image or b"",
         step_timeout_s=lambda: STEP_TIMEOUT_S,
+        make_engine=lambda: DiffusionEngine("cpu", families=(model.family,)),
     )
-    worker._engines = Router({"sd-cpp": lambda: DiffusionEngine("cpu", families=(model.family,))})
     machine.is_stuck = worker.is_stuck
     return worker, source
 

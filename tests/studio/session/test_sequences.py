@@ -175,7 +175,7 @@ class Box:
             health=untouched_health(),
             fetch=lambda url, cancel: b"",
         )
-        self.worker = Worker(ports, lambda: 60.0)
+        self.worker = Worker([ports], lambda: 60.0)
         self.thread = threading.Thread(target=self.worker.run, daemon=True)
         self.thread.start()
 
