@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 _KINDS = {
@@ -46,6 +47,27 @@ def fault(error: Mapping[str, Any]) -> str:
 def user() -> str:
     """Who runs this, as a cure names them."""
     return os.environ.get("USER") or f"with id {os.getuid()}"
+
+
+def in_container() -> bool:
+    """Whether an image of ours says so, in systemd's way: by ``$container``. No systemd runs there then."""
+    return bool(os.environ.get("container"))  # noqa: SIM112  (as systemd spells it)
+
+
+def to_service(verb: str, unit: str = "studio-worker") -> str:
+    """How an operator has the service start, stop, restart or reload."""
+    if not in_container():
+        return f"systemctl {verb} {unit}"
+    return {"reload": "send SIGHUP to the container's process 1"}.get(verb, f"{verb} the container")
+
+
+def volume_cure(folder: Path) -> str:
+    """How a container comes to a folder that it can write to."""
+    user_id, group_id = os.geteuid(), os.getegid()
+    return (
+        f"mount a volume at {folder} that user {user_id} may write to (chown -R {user_id}:{group_id} it; in "
+        f"Kubernetes securityContext.fsGroup: {group_id})"
+    )
 
 
 def frames(error: BaseException) -> str:

@@ -23,7 +23,7 @@ class News:
 
     def __init__(self) -> None:
         self.activity = Activity()
-        self.notifier = Notifier(self.activity.said)
+        self.notifier = Notifier(self.activity.said, self.activity.hangs)
         self.line = ReadyLine(self.notifier)
 
     def download_waits(self, why: str, seconds: float) -> None:

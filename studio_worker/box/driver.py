@@ -15,6 +15,7 @@ from studio_worker.box.compatibility import Surroundings, driver_to_install, mis
 from studio_worker.box.nodes import driver_problem, has_nvidia_gpu, library_version, no_gpu, other_gpus
 from studio_worker.box.torch_build import Version, installed_torch
 from studio_worker.errors import DeviceError
+from studio_worker.wording import in_container
 
 _NAME = "libcuda.so.1"
 _CONTAINER_FOLDER = "usr/local/nvidia/lib64"
@@ -213,8 +214,12 @@ def gpu_index(name: str) -> int:
 
 def surroundings(root: Path = Path("/")) -> Surroundings:
     """Where a driver would have to be installed."""
-    is_container = "KUBERNETES_SERVICE_HOST" in os.environ or any(
-        (root / trace).exists() for trace in (".dockerenv", "run/.containerenv", "run/systemd/container")
+    is_container = (
+        in_container()
+        or "KUBERNETES_SERVICE_HOST" in os.environ
+        or any(
+            (root / trace).exists() for trace in (".dockerenv", "run/.containerenv", "run/systemd/container")
+        )
     )
     for place in ("etc/os-release", "usr/lib/os-release"):  # os-release(5)
         try:

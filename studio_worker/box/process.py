@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 _FIRM = {
     # No hub access at run time, ever. Loading from local folders alone needs none of them; they are the
@@ -55,7 +56,18 @@ def prepare() -> None:
     os.environ.update(_FIRM)
     for name, value in _UNLESS_SET.items():
         os.environ.setdefault(name, value)
+    _do_without_closed_cache()
     keep_freed_memory()
+
+
+def _do_without_closed_cache() -> None:
+    """torch makes the folder for what it compiles when it is imported; where it cannot, no job succeeds.
+    Without the variable it takes one in the folder for temporary files.
+    """
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "/"))
+    there = next(each for each in (folder, *folder.absolute().parents) if os.access(each, os.F_OK))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
 
 
 @cache

@@ -19,9 +19,20 @@ def status(
     directory: ConfigDir = config.DEFAULT_DIR,
     instance: Instance = None,  # noqa: ARG001  (it has had its effect)
     as_json: Json = False,
+    is_alive: Annotated[
+        bool,
+        typer.Option("--alive", help="For probes: exit status 1 where it hangs until it is restarted."),
+    ] = False,
+    is_ready: Annotated[
+        bool,
+        typer.Option("--ready", help="For probes: exit status 1 before it is ready and when it stops."),
+    ] = False,
 ) -> None:
     """Show what the running service is doing and has done; exit status 3 where it does not run."""
     snapshot = Snapshot.model_validate(_ask(directory, "status"))
+    if is_alive or is_ready:
+        typer.echo(f"{snapshot.phase}: {snapshot.hangs or snapshot.status}")
+        raise typer.Exit(bool(snapshot.hangs) or (is_ready and snapshot.phase != "ready"))
     if as_json:
         typer.echo(snapshot.model_dump_json(indent=2))
         return

@@ -24,7 +24,7 @@ from studio_worker.config.required import read_required
 from studio_worker.config.settings import DECLARED, ENV_PREFIX, ENV_SEPARATOR, Settings, SettingsError
 from studio_worker.errors import ConfigError, StateUnavailable
 from studio_worker.models import RequiredModel
-from studio_worker.wording import fault, user
+from studio_worker.wording import fault, in_container, user, volume_cure
 
 DEFAULT_DIR = Path("/etc/studio-worker")
 
@@ -89,7 +89,7 @@ def check_folders(settings: Settings, *, make: bool = True) -> None:
         ("state.dir", settings.state.dir, 0o700),
         ("models.root", settings.models.root, 0o755),
     ):
-        kind = StateUnavailable if key == "state.dir" and os.path.isdir(folder) else ConfigError  # noqa: PTH112
+        may_pass = key == "state.dir" and os.path.isdir(folder)  # noqa: PTH112
         try:
             if (link := _dangling(folder)) is not None:
                 raise StateUnavailable(
@@ -113,7 +113,9 @@ def check_folders(settings: Settings, *, make: bool = True) -> None:
         if not usable:
             if is_read_only:
                 problem = "lies where everything is read-only"
-            raise kind(
+            elif in_container():
+                may_pass = False  # what is mounted there was mounted before this process began
+            raise (StateUnavailable if may_pass else ConfigError)(
                 f"folder {folder} {problem}",
                 key=key,
                 cure=_unit_cure(folder) if is_read_only else _access_cure(folder),
@@ -154,6 +156,8 @@ def _dangling(folder: Path) -> Path | None:
 
 
 def _unit_cure(folder: Path) -> str:
+    if in_container():
+        return volume_cure(folder)
     made = "" if folder.is_dir() else "make it and "
     return (
         f"{made}let the unit write there (systemctl edit studio-worker, [Service], ReadWritePaths={folder}) "
@@ -163,6 +167,8 @@ def _unit_cure(folder: Path) -> str:
 
 def _access_cure(folder: Path) -> str:
     """Most likely a person asks, with a user of their own, about the folders of the service's user."""
+    if in_container():
+        return volume_cure(folder)
     access = f"give user {user()} access to it or name another folder"
     with contextlib.suppress(OSError, KeyError):  # not there, or of a user without a name
         if folder.stat().st_uid not in {0, os.geteuid()}:

@@ -17,6 +17,7 @@ from studio_worker.network.urls import safe_url
 from studio_worker.studio.http.api import api_root
 from studio_worker.studio.http.route import route_to
 from studio_worker.studio.http.transport import USER_AGENT
+from studio_worker.wording import in_container
 
 _CONNECT_S = 10.0
 _CLOCK_WARNING_S = 30.0
@@ -62,7 +63,9 @@ def check_proxy(box: Box) -> Result:
     if not proxies:
         return ok("none is used")
     text = f"{', '.join(map(_shown, sorted(proxies)))} can be reached"
-    if any(os.environ.get(name) for name in _PROXY_VARIABLES) and "INVOCATION_ID" not in os.environ:
+    if any(os.environ.get(name) for name in _PROXY_VARIABLES) and not (
+        "INVOCATION_ID" in os.environ or in_container()
+    ):
         return warning(
             f"{text}; it is set in this shell, which the service does not see",
             "set it for the service too: systemctl edit studio-worker, [Service], Environment=HTTPS_PROXY=…",

@@ -17,6 +17,7 @@ from studio_worker.report.starts import Starts
 from studio_worker.spool.in_hand import poisoned_jobs
 from studio_worker.store.ledger import Ledger, is_verified
 from studio_worker.studio.http.identity import IdentityFile, Standing
+from studio_worker.wording import to_service
 from studio_worker.work.breaker import FAILURES
 
 _AS_ROOT = "run this as root or as the service's user"
@@ -84,16 +85,18 @@ def check_service(box: Box) -> Result:
             return warning("not running", error.cure)
         except ControlDenied:
             return warning("this user may not ask it", _AS_ROOT)
-        return failure("running, and does not answer in a readable way", "systemctl restart studio-worker")
+        return failure("running, and does not answer in a readable way", to_service("restart"))
     text = f"{snapshot.status or snapshot.phase}; up {show_duration(snapshot.process.uptime_s)}"
+    if snapshot.hangs:
+        return failure(f"{text}; {snapshot.hangs}", to_service("restart"))
     if snapshot.paused:
         return warning(text, "studio-worker resume")
     if snapshot.session.state == "reconnecting":
         return warning(text, "it tries again by itself; see studio")
     if "restart to apply" in snapshot.status:
-        return warning(text, "systemctl restart studio-worker")
+        return warning(text, to_service("restart"))
     if "not reloaded" in snapshot.status:
-        return warning(text, "mend the configuration, then: systemctl reload studio-worker")
+        return warning(text, f"mend the configuration, then: {to_service('reload')}")
     if "offer was refused" in snapshot.status:
         return warning(
             text, "the reason tells what to change; the studio may have other workers for such jobs"

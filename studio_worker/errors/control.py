@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from studio_worker.errors.base import StudioWorkerError
+from studio_worker.wording import in_container, to_service
 
 
 class ControlError(StudioWorkerError):
@@ -26,8 +27,8 @@ class ServiceNotRunning(ControlError):
         self.path = path
         # studio-worker@N.service has its socket in /run/studio-worker-N.
         unit = path.parent.name.replace("studio-worker-", "studio-worker@", 1)
-        start = start or f"systemctl start {unit if '@' in unit else 'studio-worker'}"
-        self.cure = f"start it: {start}"
+        start = start or to_service("start", unit if "@" in unit else "studio-worker")
+        self.cure = "start the container, or see its log" if in_container() else f"start it: {start}"
         if instances:
             self.cure = f"its instances do: give --instance N, of {', '.join(instances)}"
         super().__init__(f"the service is not running (nobody listens on {path}); {self.cure}")
@@ -39,4 +40,5 @@ class ControlDenied(ControlError):
     exit_status: ClassVar[int] = 4  # LSB: insufficient privilege
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"this user may not use {path}; run the command as root: sudo studio-worker …")
+        who = "the container's own user" if in_container() else "root: sudo studio-worker …"
+        super().__init__(f"this user may not use {path}; run the command as {who}")

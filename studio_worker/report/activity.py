@@ -53,6 +53,7 @@ class Activity:
         self._observers: list[Callable[[EndedJob], None]] = []
         self._phase: Phase = "starting"
         self._status = ""
+        self._hangs = ""
         self._paused = False
         self._registration = RegistrationFacts()
         self._session = SessionFacts()
@@ -94,6 +95,7 @@ class Activity:
                 process=ProcessFacts(started_at=self._began_at, uptime_s=self._monotonic() - self._began),
                 phase=self._phase,
                 status=self._status,
+                hangs=self._hangs,
                 paused=self._paused,
                 registration=self._registration,
                 session=self._session,
@@ -119,6 +121,11 @@ class Activity:
         """The status line is ``status`` now."""
         with self._guard:
             self._status = status
+
+    def hangs(self, what: str) -> None:
+        """What makes no progress any more; empty = nothing."""
+        with self._guard:
+            self._hangs = what
 
     def was_paused(self, paused: bool) -> None:
         with self._guard:

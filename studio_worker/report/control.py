@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from studio_worker.errors import ConfigError, ControlDenied, ControlError, ServiceNotRunning
-from studio_worker.wording import user
+from studio_worker.wording import in_container, user, volume_cure
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,9 @@ class ControlServer:
             raise ConfigError(
                 f"no control socket can be made in {folder}: {error.strerror}",
                 key="state.runtime_dir",
-                cure=f"give user {user()} access to the folder or name another one",
+                cure=volume_cure(folder)
+                if in_container()
+                else f"give user {user()} access to the folder or name another one",
             ) from error
         self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
         self._thread.start()

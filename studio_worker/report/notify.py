@@ -23,10 +23,16 @@ class Notifier:
 
     Args:
         on_status: gets every status line too, whether or not anybody else listens.
+        on_hang: gets what hangs, or "", each time that the watchdog looks.
     """
 
-    def __init__(self, on_status: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        on_status: Callable[[str], None] = lambda _: None,
+        on_hang: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._on_status = on_status
+        self._on_hang = on_hang
         self._systemd = sdnotify.SystemdNotifier()
         self._guard = threading.Lock()
         self._is_stopping = False
@@ -50,8 +56,11 @@ class Notifier:
         """The configuration is being read again; :meth:`ready` ends it. Only after the first READY."""
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
-    def watchdog(self) -> None:
-        self._send("WATCHDOG=1")
+    def watchdog(self, hangs: str = "") -> None:
+        """The sign of life, unless something ``hangs``."""
+        self._on_hang(hangs)
+        if not hangs:
+            self._send("WATCHDOG=1")
 
     def stopping(self, status: str = "stopping", *, within_s: float = 0.0) -> None:
         """The service is on its way out.

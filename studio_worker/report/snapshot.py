@@ -194,6 +194,8 @@ class Snapshot(_Facts):
     phase: Phase = "starting"
     status: str = ""
     """The line that ``systemctl status`` shows."""
+    hangs: str = ""
+    """What makes no progress any more, so that only a restart helps; empty = nothing."""
     paused: bool = False
     ready_after_s: float | None = None
     """From the service's start to READY."""

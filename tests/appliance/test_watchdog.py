@@ -10,6 +10,8 @@ from logging.handlers import QueueHandler
 
 import pytest
 
+from studio_worker.appliance import watchdog
+from studio_worker.appliance.news import News
 from studio_worker.appliance.watchdog import start_watchdog
 from studio_worker.context import add_names
 from studio_worker.report.notify import Notifier
@@ -28,6 +30,23 @@ def told() -> Iterator[queue.Queue[logging.LogRecord]]:
     logging.getLogger().addHandler(handler)
     yield records
     logging.getLogger().removeHandler(handler)
+
+
+def test_hang_is_told_also_where_no_systemd_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container, where nobody feeds on WATCHDOG=1, status says what hangs, and that it goes on again."""
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    monkeypatch.setattr(watchdog, "UNWATCHED_S", 0.001)
+    news, ended, seen = News(), threading.Event(), queue.Queue[str]()
+    hangs = iter([True, False])
+
+    def is_stuck() -> bool:
+        seen.put(news.activity.snapshot().hangs)
+        if (now := next(hangs, None)) is None:
+            ended.set()
+        return bool(now)
+
+    start_watchdog(news.notifier, {"it makes no progress": is_stuck}, ended, Desk().about_job)
+    assert [seen.get(timeout=LIMIT_S) for _ in range(3)] == ["", "it makes no progress", ""]
 
 
 @pytest.mark.parametrize("job_id", ["a", None])

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +83,19 @@ def test_operators_choice_holds_but_for_the_offline_lock() -> None:
     )
     assert {name: found[name] for name in own} == own
     assert found["HF_HUB_OFFLINE"] == "1"
+
+
+def test_torch_does_without_a_cache_that_cannot_be_made(tmp_path: Path) -> None:
+    """In a container that may write nowhere but to /tmp and its volume, torch keeps what it compiles in /tmp;
+    else each job would fail, for torch makes that folder when it is imported.
+    """
+    (tmp_path / "file").touch()
+    found = environment_after(
+        "from studio_worker.box.process import prepare; prepare(); import torch._dynamo",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file" / "compiled"),
+        TMPDIR=str(tmp_path),
+    )
+    assert Path(found["TORCHINDUCTOR_CACHE_DIR"]).parent == tmp_path
 
 
 def test_importing_changes_nothing() -> None:

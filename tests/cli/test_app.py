@@ -487,6 +487,43 @@ def test_status_tells_how_models_are_loaded(folder: Path, tmp_path: Path) -> Non
     assert first["unpacked"] is True
 
 
+@pytest.mark.parametrize(
+    ("asked", "facts", "status"),
+    [
+        ("--alive", {"phase": "starting"}, 0),
+        ("--alive", {"phase": "provisioning"}, 0),
+        ("--alive", {"phase": "ready"}, 0),
+        ("--alive", {"phase": "draining"}, 0),
+        ("--alive", {"phase": "ready", "hangs": "the job in hand makes no progress"}, 1),
+        ("--ready", {"phase": "provisioning"}, 1),
+        ("--ready", {"phase": "ready"}, 0),
+        ("--ready", {"phase": "ready", "hangs": "the job in hand makes no progress"}, 1),
+        ("--ready", {"phase": "draining"}, 1),
+    ],
+)
+def test_status_answers_a_probe_by_its_exit_status(
+    folder: Path, tmp_path: Path, asked: str, facts: dict[str, str], status: int
+) -> None:
+    """A probe learns whether the service is ready, or whether only a restart can help: never because it still
+    fetches its models or finishes its last job. One line says why.
+    """
+    with (folder / "config.toml").open("a") as file:
+        file.write(f'runtime_dir = "{tmp_path}/run"\n')
+    snapshot = Snapshot.model_validate({"status": "what it does", **facts})
+    with contextlib.closing(
+        ControlServer(tmp_path / "run", {"status": lambda: snapshot.model_dump(mode="json")})
+    ):
+        done = command("status", asked, "--config", folder)
+    assert (done.returncode, done.stderr) == (status, "")
+    assert done.stdout == f"{facts['phase']}: {facts.get('hangs', 'what it does')}\n"
+
+
+@pytest.mark.parametrize("asked", ["--alive", "--ready"])
+def test_status_of_no_service_answers_a_probe_with_no(folder: Path, asked: str) -> None:
+    """A service that does not run is neither alive nor ready."""
+    assert command("status", asked, "--config", folder).returncode == 3
+
+
 def test_models_list_is_a_table_for_people(
     folder: Path, required: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

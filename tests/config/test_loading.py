@@ -265,6 +265,38 @@ def test_check_config_by_a_person_names_whose_folder_it_is(open_folder: Path) ->
     assert "it belongs to user daemon: run the command with sudo, or give user" in done.stderr
 
 
+def test_volume_of_another_owner_is_told_in_a_containers_words(
+    open_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container there is no sudo and nothing passes by waiting: 78, and how a volume is given away."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    state = open_folder / "the-state"
+    state.mkdir(mode=0o700)
+    site(open_folder, f'[state]\ndir = "{state}"\n')
+    monkeypatch.setenv("container", "oci")
+    try:
+        done = command(open_folder, user=NOBODY, group=NOBODY, extra_groups=[])
+    except PermissionError:
+        pytest.skip("this Python cannot be started by another user")
+    assert done.returncode == 78, done.stderr
+    assert f"mount a volume at {state} that user 65534 may write to (" in done.stderr
+    assert "fsGroup: 65534" in done.stderr
+    assert "sudo" not in done.stderr
+
+
+def test_read_only_volume_is_told_in_a_containers_words(
+    folder: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container no unit is to be edited: what is read-only there wants a volume."""
+    monkeypatch.setenv("container", "oci")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    site(folder, f'[models]\nroot = "{small_disk}/models"\n')
+    with pytest.raises(ConfigError, match=rf"read-only; mount a volume at {small_disk}/models ") as caught:
+        config.check_folders(config.load(folder).settings)
+    assert "systemctl" not in str(caught.value)
+
+
 def test_folder_that_the_unit_does_not_let_in_names_the_unit(folder: Path, small_disk: Path) -> None:
     """Models on another disk: a unit that sees it read-only is what is named, not the folder's owner."""
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)

@@ -398,6 +398,7 @@ def test_registration_of_another_machine_is_told(tmp_path: Path) -> None:
     [
         (None, "warning", "systemctl start studio-worker"),
         (Snapshot(phase="ready", paused=True), "warning", "resume"),
+        (Snapshot(phase="ready", hangs="no step ends"), "failure", "systemctl restart"),
         (Snapshot(session=SessionFacts(state="reconnecting")), "warning", "studio"),
         (Snapshot(status="ready; restart to apply: worker.device"), "warning", "systemctl restart"),
         (Snapshot(status="ready; configuration not reloaded: x"), "warning", "systemctl reload"),

@@ -148,6 +148,17 @@ def test_ask_says_that_no_service_runs(tmp_path: Path) -> None:
     assert ControlDenied.exit_status == 4
 
 
+def test_cures_in_a_container_name_no_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no systemd runs, nobody is sent to systemctl or sudo."""
+    monkeypatch.setenv("container", "oci")
+    with pytest.raises(ServiceNotRunning, match=r"start the container, or see its log$"):
+        ask(tmp_path / "none", "status")
+    assert str(ControlDenied(tmp_path)).endswith("run the command as the container's own user")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=rf"mount a volume at {tmp_path}/file that user \d+ may write to "):
+        ControlServer(tmp_path / "file", HANDLERS)
+
+
 def test_ask_names_the_instances_that_run(tmp_path: Path) -> None:
     """On a box with a service for each GPU, whoever forgets to say which is told what there is to say."""
     for number in (1, 0):
