@@ -65,21 +65,26 @@ deb: ## Build the Debian packages into build/packages (torch's CPU build; see de
 
 # docs/releasing.md says how they are used. The key is one of GNUPGHOME's; two of them while they change.
 PACKAGES = build/packages
-apt-repo apt-withdraw: SUITE = candidate
+APT_SUITE = candidate
 APT = $(PYTHON) packaging/apt/repository.py $(call given,REPO) $(foreach key,$(call given,KEY),--key $(key))
 given = $(or $($(1)),$(error say $(1)=...: see docs/releasing.md))
 
-apt-repo: ## Put the packages into a signed apt repository (REPO=FOLDER URL=ADDRESS KEY=FINGERPRINT SUITE=candidate)
+apt-repo: ## Put the packages into a signed apt repository (REPO=FOLDER URL=ADDRESS KEY=FINGERPRINT APT_SUITE=candidate)
 	rm -rf build/keyring
 	$(PYTHON) packaging/apt/keyring.py build/keyring --address $(call given,URL) \
 	  $(foreach key,$(call given,KEY),--key $(key)) $(if $(KEYRING_VERSION),--version $(KEYRING_VERSION))
-	$(APT) add $(SUITE) $(PACKAGES)/*.deb build/keyring/*.deb
+	$(APT) add $(APT_SUITE) $(PACKAGES)/*.deb build/keyring/*.deb
 
 apt-promote: ## What the repository's candidate suite has becomes stable (REPO=FOLDER KEY=FINGERPRINT)
 	$(APT) promote
 
-apt-withdraw: ## Take a version out of a suite (REPO KEY SUITE, PACKAGE=studio-worker VERSION=...)
-	$(APT) withdraw $(SUITE) $(call given,PACKAGE) $(call given,VERSION)
+apt-withdraw: ## Take a version out of a suite (REPO KEY APT_SUITE, PACKAGE=studio-worker VERSION=...)
+	$(APT) withdraw $(APT_SUITE) $(call given,PACKAGE) $(call given,VERSION)
+
+# It builds everything twice; DEB_BUILD_PROFILES says what everything is.
+release: ## Make a release: check, build twice, describe, sign (VERSION=... KEY=FINGERPRINT, or UNSIGNED=1)
+	/usr/bin/python3.11 packaging/release/release.py $(call given,VERSION) $(if $(KEY),--key $(firstword $(KEY))) \
+	  $(if $(UNSIGNED),--unsigned)
 
 test-deb: $(STAMP) ## Build the packages and check them in a booted Debian (as root; SUITE="bookworm trixie:short")
 	packaging/test-deb

@@ -46,7 +46,7 @@ def test_lock_of_torch_is_the_version_that_was_tested(build: str) -> None:
     assert changelog.startswith(f"studio-worker ({tested['torch']}-")
 
 
-@pytest.mark.parametrize("lock", ["build", "libraries", "torch-cpu", "torch-cuda"])
+@pytest.mark.parametrize("lock", ["build", "libraries", "release", "torch-cpu", "torch-cuda"])
 def test_lock_has_a_hash_for_everything(lock: str) -> None:
     """No byte comes into a package that is not known beforehand."""
     lines = [line for line in (LOCK / f"{lock}.txt").read_text().splitlines() if not line.startswith("#")]

@@ -26,6 +26,8 @@ CONSTRAINTS = ROOT / "packaging" / "constraints.txt"
 TORCH = "torch"
 BUILD = ("pip", "setuptools")
 """What builds the wheels of this project and of libraries that publish none."""
+RELEASE = ("cyclonedx-python-lib[json-validation]", "pip-audit")
+"""What `make release` asks and describes with."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def write(name: str, chosen: Iterable[Chosen], says: str) -> None:
 
 
 def main() -> None:
-    """Write the four lock files."""
+    """Write the lock files."""
     pins = [line for line in CONSTRAINTS.read_text().splitlines() if line and not line.startswith("#")]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"]
@@ -112,6 +114,11 @@ def main() -> None:
         "torch-cuda.txt", (with_cuda[name] for name in only_torch), "torch with CUDA, and what only it needs."
     )
 
+    write(
+        "release.txt",
+        resolve(*RELEASE, constraints=pins).values(),
+        "What make release uses; no package contains it.",
+    )
     write("build.txt", resolve(*BUILD).values(), "What builds the wheels; no package contains it.")
 
 

@@ -67,7 +67,7 @@ class Archive:
         self._incoming.mkdir()
         for deb in debs:
             (self._incoming / deb.name).symlink_to(deb)
-        variables = {"URL": self.address, "SUITE": suite, "PACKAGES": self._incoming}
+        variables = {"URL": self.address, "APT_SUITE": suite, "PACKAGES": self._incoming}
         return self.make("apt-repo", check=check, **variables)
 
     def make(self, target: str, *, check: bool = True, **variables: Any) -> str:

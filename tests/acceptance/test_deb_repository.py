@@ -174,8 +174,8 @@ def test_version_that_is_withdrawn_is_gone(archive: Archive, debs: Debs, work: P
     archive.make("apt-promote")
     for suite in ("candidate", "stable"):
         assert (archive.folder / "pool" / bad.name).exists()
-        archive.make("apt-withdraw", SUITE=suite, PACKAGE="studio-worker", VERSION="0.1")
+        archive.make("apt-withdraw", APT_SUITE=suite, PACKAGE="studio-worker", VERSION="0.1")
     assert not (archive.folder / "pool" / bad.name).exists()
     assert "stable has no studio-worker 0.1" in archive.make(
-        "apt-withdraw", SUITE="stable", PACKAGE="studio-worker", VERSION="0.1", check=False
+        "apt-withdraw", APT_SUITE="stable", PACKAGE="studio-worker", VERSION="0.1", check=False
     )
