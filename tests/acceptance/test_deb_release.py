@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.archive import KeyRing
+from tests.acceptance.bases import BUILT_ON, SUITE
 from tests.acceptance.conftest import ROOT, Debs
 from tests.acceptance.packages import stand_in
 from tests.fakes.vulnerability_database import Database
+
+pytestmark = pytest.mark.skipif(SUITE != BUILT_ON, reason=f"of the build alone: checked with {BUILT_ON}")
 
 VERSION = "9.8.7"
 TAKEN = ("packaging/constraints.txt", "packaging/lock", "packaging/release")
