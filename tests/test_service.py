@@ -290,7 +290,7 @@ def test_service_refuses_a_job_that_was_in_hand_at_two_crashes(
         assert running.stop() == 0
     job = studio.job(job_id)
     assert job.status == "queued"
-    assert [reason for reason in job.rejections.values() if "crashed twice" in reason]
+    assert [said for said in job.rejections.values() if "crashed twice" in said.reason]
 
 
 # --- preload ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The one SQLite file: connection, schema, transactions. What the tables mean is known by their owners.
+"""The one SQLite file: connection and transactions. What the tables mean is known by their owners.
 
 One connection serves all threads behind one lock; write-ahead logging keeps readers of the file (a backup,
 ``sqlite3``) out of the way. Whoever writes gets :attr:`Database.on_change` called after the commit, outside
@@ -18,41 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from studio_worker.errors import ConfigError, ProtocolError
-
-SCHEMA_VERSION = 1
-
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE registrations (
-    request_id TEXT PRIMARY KEY, install_id TEXT NOT NULL, secret_hash TEXT NOT NULL,
-    capabilities TEXT NOT NULL, user_agent TEXT NOT NULL, status TEXT NOT NULL, reason TEXT,
-    worker_id TEXT, created_at REAL NOT NULL, decided_at REAL);
-CREATE INDEX registrations_by_install ON registrations (install_id, created_at);
-CREATE TABLE workers (
-    worker_id TEXT PRIMARY KEY, install_id TEXT NOT NULL, request_id TEXT NOT NULL, token_hash TEXT,
-    capabilities TEXT NOT NULL, created_at REAL NOT NULL, last_seen_at REAL, deleted_at REAL);
-CREATE TABLE jobs (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT UNIQUE NOT NULL, model TEXT NOT NULL,
-    task TEXT NOT NULL, model_source TEXT NOT NULL, created_at REAL NOT NULL, game_id TEXT NOT NULL,
-    asset_name TEXT NOT NULL, vram_gb_estimate REAL NOT NULL, max_attempts INTEGER NOT NULL,
-    status TEXT NOT NULL, attempts INTEGER NOT NULL, reason TEXT, worker_id TEXT,
-    dropped_by TEXT, rejections TEXT NOT NULL, offered_at REAL, started_at REAL,
-    finished_at REAL, completions INTEGER NOT NULL CHECK (completions <= 1),
-    refused_uploads INTEGER NOT NULL);
-CREATE INDEX jobs_by_status ON jobs (status, seq);
-CREATE TABLE results (
-    job_id TEXT PRIMARY KEY REFERENCES jobs (job_id), ext TEXT NOT NULL, prompt TEXT NOT NULL,
-    generation_meta TEXT, worker_id TEXT NOT NULL, seconds REAL NOT NULL, created_at REAL NOT NULL,
-    size_bytes INTEGER NOT NULL, bytes BLOB NOT NULL);
-CREATE TABLE logs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, worker_id TEXT NOT NULL, ts TEXT NOT NULL, level TEXT NOT NULL,
-    category TEXT NOT NULL, message TEXT NOT NULL, job_id TEXT);
-CREATE TABLE models (
-    model_id TEXT PRIMARY KEY, label TEXT NOT NULL, model_source TEXT NOT NULL,
-    vram_gb_estimate REAL NOT NULL);
-CREATE TABLE files (
-    file_id TEXT PRIMARY KEY, media_type TEXT NOT NULL, created_at REAL NOT NULL, bytes BLOB NOT NULL);
-"""
+from studio_worker.local_studio.schema import STEPS
 
 Row = sqlite3.Row
 
@@ -114,6 +80,11 @@ class Database:
             row: Row | None = self._connection.execute(sql, parameters).fetchone()
             return row
 
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
+        """A change that is part of the transaction under way: only within :meth:`writing`."""
+        with self._lock:
+            self._connection.execute(sql, parameters)
+
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction, all or nothing; listeners hear of it after the commit. Raises StorageFull."""
@@ -173,14 +144,14 @@ def _open(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        elif version != SCHEMA_VERSION:
+        if version > len(STEPS):
             raise ConfigError(
-                f"was written by another version of this program (schema {version})",
+                f"was written by a later version of this program (schema {version})",
                 cure="use that version, or choose another data folder",
                 source=str(path),
             )
+        for number, step in enumerate(STEPS[version:], start=version + 1):
+            connection.executescript(f"BEGIN IMMEDIATE; {step} PRAGMA user_version = {number}; COMMIT;")
     except BaseException:
         connection.close()
         raise

@@ -1,17 +1,19 @@
-"""Jobs and their results on disk: every step of :mod:`rules` as one transaction."""
+"""Jobs and their results on disk: each step of :mod:`rules`, each turn of :mod:`turns` is one transaction."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from studio_worker.local_studio import rules
 from studio_worker.local_studio.database import Database, Row
-from studio_worker.local_studio.rules import JobStatus, QueuedJob
+from studio_worker.local_studio.line import Line, rejections_of
+from studio_worker.local_studio.rules import JobStatus, QueuedJob, Rejection
+from studio_worker.local_studio.turns import PATIENCE, Patience
 
 _JSON = ("task", "model_source", "rejections")
 _COLUMNS = tuple(field.name for field in fields(QueuedJob))
@@ -33,11 +35,17 @@ class Result:
 
 
 class JobQueue:
-    """The queue, oldest first, and what came out of it."""
+    """The queue, and what came out of it."""
 
-    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        database: Database,
+        clock: Callable[[], float] = time.time,
+        patience: Patience = PATIENCE,
+    ) -> None:
         self._database = database
         self._clock = clock
+        self._line = Line(database, patience)
 
     def add(self, job: QueuedJob) -> None:
         """Put a new job at the end of the queue."""
@@ -59,9 +67,9 @@ class JobQueue:
                 "SELECT * FROM jobs ORDER BY seq DESC LIMIT ? OFFSET ?", (limit, offset)
             )
         elif status is JobStatus.QUEUED:
-            rows = self._database.rows(
-                "SELECT * FROM jobs WHERE status = ? ORDER BY seq LIMIT ? OFFSET ?", (status, limit, offset)
-            )
+            numbers = self._line.in_turn(limit, offset)
+            found = [self._database.row("SELECT * FROM jobs WHERE seq = ?", (number,)) for number in numbers]
+            rows = [row for row in found if row is not None]
         else:
             rows = self._database.rows(
                 "SELECT * FROM jobs WHERE status = ? ORDER BY finished_at DESC, seq DESC LIMIT ? OFFSET ?",
@@ -79,26 +87,44 @@ class JobQueue:
         row = self._database.row(f"SELECT * FROM jobs WHERE worker_id = ? AND {_HELD_SQL}", (worker_id,))
         return None if row is None else _job(row)
 
-    def take_next(self, worker_id: str) -> QueuedJob | None:
-        """Offer the next job to this worker, if there is one and it holds none."""
+    def take_next(self, worker_id: str, ready: Collection[str] = ()) -> QueuedJob | None:
+        """Offer this worker the job whose turn it is, if there is one and it holds none.
+
+        Args:
+            ready: who else could take a job now.
+        """
         if self._database.row("SELECT 1 FROM jobs WHERE status = 'queued' LIMIT 1") is None:
             return None  # the usual case at every idle heartbeat: write nothing, wake nobody
         with self._database.writing() as connection:
             if self.held_by(worker_id) is not None:
                 return None
-            rows = connection.execute("SELECT * FROM jobs WHERE status = 'queued' ORDER BY seq")
-            job = rules.next_for(worker_id, (_job(row) for row in rows))
-            if job is None:
+            now = self._clock()
+            job_id = self._line.choose(worker_id, ready, now)
+            if job_id is None:
                 return None
-            return _save(connection, rules.offered(job, worker_id, self._clock()))
+            job = _save(connection, rules.offered(self._require(job_id), worker_id, now))
+            self._line.take_turn(job)
+            return job
 
     def accept(self, job_id: str, worker_id: str) -> QueuedJob:
         """Raises RuleBroken where the worker does not hold the job."""
         return self._change(job_id, lambda job: rules.accepted(job, worker_id, self._clock()))
 
-    def reject(self, job_id: str, worker_id: str, reason: str, *, for_now: bool) -> QueuedJob:
-        """Raises RuleBroken where the worker does not hold the job."""
-        return self._change(job_id, lambda job: rules.rejected(job, worker_id, reason, for_now=for_now))
+    def decline(self, job_id: str, worker_id: str) -> QueuedJob:
+        """It is busy or paused. Raises RuleBroken where the worker does not hold the job."""
+        return self._change(job_id, lambda job: rules.declined(job, worker_id))
+
+    def reject(
+        self, job_id: str, worker_id: str, reason: str, *, name: str = "", connected: Collection[str] = ()
+    ) -> QueuedJob:
+        """It will not do the job. Raises RuleBroken where the worker does not hold it.
+
+        Args:
+            name: what people call this worker.
+            connected: the workers that could be asked besides.
+        """
+        rejection = Rejection(reason, name or worker_id[:8], self._clock())
+        return self._change(job_id, lambda job: rules.rejected(job, worker_id, rejection, connected))
 
     def fail(self, job_id: str, worker_id: str, error: str, *, retryable: bool) -> QueuedJob:
         """Raises RuleBroken where the worker does not hold the job."""
@@ -162,6 +188,7 @@ class JobQueue:
                     content,
                 ),
             )
+            self._line.made(worker_id, job.model)
         return result
 
     def count_refused_upload(self, job_id: str) -> None:
@@ -218,12 +245,13 @@ def _save(connection: sqlite3.Connection, job: QueuedJob) -> QueuedJob:
 
 
 def _values(job: QueuedJob) -> tuple[Any, ...]:
-    return tuple(
-        json.dumps(getattr(job, column)) if column in _JSON else getattr(job, column) for column in _COLUMNS
-    )
+    facts = {column: getattr(job, column) for column in _COLUMNS}
+    facts["rejections"] = {who: asdict(rejection) for who, rejection in job.rejections.items()}
+    return tuple(json.dumps(value) if column in _JSON else value for column, value in facts.items())
 
 
 def _job(row: Row) -> QueuedJob:
     facts: dict[str, Any] = {column: row[column] for column in _COLUMNS}
     facts.update({column: json.loads(row[column]) for column in _JSON})
+    facts["rejections"] = rejections_of(row)
     return QueuedJob(**facts | {"status": JobStatus(row["status"])})

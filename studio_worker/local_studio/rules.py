@@ -3,13 +3,15 @@
 No clock, no database, no socket: times come in as Unix seconds. A step that the protocol forbids raises
 :exc:`RuleBroken`; the caller decides whether that is a close code or an HTTP status.
 
+Whose turn it is says :mod:`turns`.
+
 How attempts are counted: an offer counts one, a ``reject`` gives it back (the worker never tried), and so
 does a restart of the studio itself (no worker is to blame). A lost connection and a retryable failure do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, TypedDict
@@ -18,6 +20,12 @@ from studio_worker.errors import ProtocolError
 
 LOST_CONNECTION = "the connection to the worker was lost"
 RESTARTED = "the studio was restarted"
+
+ASKED = 2
+"""How often a worker must have rejected a job before it counts as one that cannot do it."""
+
+_MAX_REASON_CHARS = 2000
+_MAX_NAMES = 3
 
 
 class RuleBroken(ProtocolError):
@@ -44,6 +52,18 @@ class JobExtras(TypedDict, total=False):
     asset_name: str | None
     vram_gb_estimate: float | None
     max_attempts: int | None
+    priority: int | None
+    submitter: str | None
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Why a worker will not take a job, what the worker is called, how often and when it last said so."""
+
+    reason: str
+    name: str
+    at: float
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,8 +72,9 @@ class QueuedJob:
 
     ``worker_id`` is the worker that holds the job, made it, or failed it last. ``dropped_by`` is a worker
     that lost its connection while holding the job, until somebody else has it: its late upload counts.
-    ``rejections`` maps the workers that will not take the job to their reasons. ``completions`` is 0 or 1,
-    ever; ``refused_uploads`` counts deliveries answered with 409.
+    ``rejections`` has the workers that will not take the job. ``completions`` is 0 or 1, ever;
+    ``refused_uploads`` counts deliveries answered with 409. ``priority``, ``submitter`` and ``passed_at`` are
+    for :mod:`turns`.
     """
 
     job_id: str
@@ -70,12 +91,15 @@ class QueuedJob:
     reason: str | None = None
     worker_id: str | None = None
     dropped_by: str | None = None
-    rejections: Mapping[str, str] = field(default_factory=dict)
+    rejections: Mapping[str, Rejection] = field(default_factory=dict)
     offered_at: float | None = None
     started_at: float | None = None
     finished_at: float | None = None
     completions: int = 0
     refused_uploads: int = 0
+    priority: int = 0
+    submitter: str = ""
+    passed_at: float | None = None
 
     @property
     def kind(self) -> str:
@@ -97,11 +121,6 @@ class QueuedJob:
         return self.status in (JobStatus.QUEUED, JobStatus.FAILED) and self.dropped_by == worker_id
 
 
-def next_for(worker_id: str, queued: Iterable[QueuedJob]) -> QueuedJob | None:
-    """The first queued job, oldest first, that this worker has not rejected for good."""
-    return next((job for job in queued if worker_id not in job.rejections), None)
-
-
 def offered(job: QueuedJob, worker_id: str, now: float) -> QueuedJob:
     """The job goes out to a worker."""
     if job.status is not JobStatus.QUEUED:
@@ -115,6 +134,7 @@ def offered(job: QueuedJob, worker_id: str, now: float) -> QueuedJob:
         offered_at=now,
         started_at=None,
         finished_at=None,
+        passed_at=None,
     )
 
 
@@ -126,18 +146,30 @@ def accepted(job: QueuedJob, worker_id: str, now: float) -> QueuedJob:
     return replace(job, status=JobStatus.RUNNING, started_at=now)
 
 
-def rejected(job: QueuedJob, worker_id: str, reason: str, *, for_now: bool) -> QueuedJob:
-    """The worker did not take the offer: only for now (busy, paused), or not at all (no code)."""
+def declined(job: QueuedJob, worker_id: str) -> QueuedJob:
+    """The worker does not take the offer now: it is busy or paused."""
     _require_held(job, worker_id)
-    rejections = job.rejections if for_now else {**job.rejections, worker_id: reason}
-    return replace(
-        job,
-        status=JobStatus.QUEUED,
-        attempts=job.attempts - 1,
-        worker_id=None,
-        rejections=rejections,
-        started_at=None,
-    )
+    return _given_back(job)
+
+
+def rejected(
+    job: QueuedJob, worker_id: str, rejection: Rejection, connected: Collection[str] = ()
+) -> QueuedJob:
+    """The worker will not take the job. It fails where all that are connected have said so, and again.
+
+    Args:
+        rejection: how often is counted here.
+        connected: who could be asked besides.
+    """
+    _require_held(job, worker_id)
+    before = job.rejections.get(worker_id)
+    again = replace(rejection, times=1 if before is None else before.times + 1)
+    rejections = {**job.rejections, worker_id: again}
+    back = replace(_given_back(job), rejections=rejections)
+    if all(who in rejections and rejections[who].times >= ASKED for who in {worker_id, *connected}):
+        reason = _nobody_can(rejections.values())
+        return replace(back, status=JobStatus.FAILED, reason=reason, finished_at=rejection.at)
+    return back
 
 
 def failed(job: QueuedJob, worker_id: str, error: str, now: float, *, retryable: bool) -> QueuedJob:
@@ -188,6 +220,7 @@ def retried(job: QueuedJob) -> QueuedJob:
             rejections={},
             started_at=None,
             finished_at=None,
+            passed_at=None,
         )
     raise RuleBroken(f"job {job.job_id} is {job.status}; only failed or rejected jobs can be retried")
 
@@ -195,3 +228,19 @@ def retried(job: QueuedJob) -> QueuedJob:
 def _require_held(job: QueuedJob, worker_id: str) -> None:
     if not job.is_held_by(worker_id):
         raise RuleBroken(f"job {job.job_id} is not held by this worker")
+
+
+def _given_back(job: QueuedJob) -> QueuedJob:
+    return replace(job, status=JobStatus.QUEUED, attempts=job.attempts - 1, worker_id=None, started_at=None)
+
+
+def _nobody_can(rejections: Iterable[Rejection]) -> str:
+    """All reasons, each once, with whose they are."""
+    names: dict[str, list[str]] = {}
+    for rejection in rejections:
+        names.setdefault(rejection.reason, []).append(rejection.name)
+    said = []
+    for reason, who in names.items():
+        more = f" and {len(who) - _MAX_NAMES} more" if len(who) > _MAX_NAMES else ""
+        said.append(f"{', '.join(who[:_MAX_NAMES])}{more}: {reason}")
+    return f"no worker can do it ({'; '.join(said)})"[:_MAX_REASON_CHARS]

@@ -25,9 +25,10 @@ from studio_worker.errors import FrameError
 from studio_worker.local_studio.changes import Changes
 from studio_worker.local_studio.database import StorageFull
 from studio_worker.local_studio.job_queue import JobQueue
-from studio_worker.local_studio.rules import LOST_CONNECTION, RESTARTED, QueuedJob, RuleBroken
+from studio_worker.local_studio.rules import LOST_CONNECTION, RESTARTED, JobStatus, QueuedJob, RuleBroken
 from studio_worker.local_studio.session import EndSession, WorkerGone, WorkerSession
 from studio_worker.local_studio.shelf import Shelf
+from studio_worker.local_studio.turns import PATIENCE, Patience
 from studio_worker.local_studio.web.access import bearer, error_response, http_base
 from studio_worker.local_studio.workers import Standing, Workers
 from studio_worker.studio import wire
@@ -41,15 +42,14 @@ class Limits:
     """How often a studio has a job tried that does not say so itself, and how long it waits.
 
     A session whose last heartbeat is older than ``heartbeat_timeout_s`` is closed; a new connection may wait
-    with its ``hello`` for ``hello_timeout_s``.
+    with its ``hello`` for ``hello_timeout_s``. ``patience`` is for better workers.
     """
 
     max_attempts: int = 3
     heartbeat_timeout_s: float = wire.STUDIO_HEARTBEAT_TIMEOUT_S
     hello_timeout_s: float = 15.0
+    patience: Patience = PATIENCE
 
-
-"""Of a worker's reason for a failure or a rejection; it is shown whole on the page."""
 
 UPLOADED_KINDS = ("image", "audio_tts", "video")
 """Tasks whose result comes as a multipart upload; the others come as ``completeJson``."""
@@ -200,9 +200,22 @@ class Sessions:
             # Not on the protocol's list of violations: the job may have been deleted or released meanwhile.
             logger.warning("stray reject dropped", extra=extra)
             return
-        for_now = frame.code is not None
-        self._queue.reject(frame.job_id, session.worker_id, frame.reason, for_now=for_now)
+        if frame.code is not None:
+            self._queue.decline(frame.job_id, session.worker_id)
+        else:
+            name = session.capabilities.machine_name if session.capabilities else ""
+            after = self._queue.reject(
+                frame.job_id, session.worker_id, frame.reason, name=name, connected=self.live.keys()
+            )
+            if after.status is JobStatus.QUEUED:
+                self._ask_others(session)
         logger.info("job rejected", extra=extra)
+
+    def _ask_others(self, session: WorkerSession) -> None:
+        """Somebody else may want it; this worker is not asked before its next heartbeat."""
+        for other in self.live.values():
+            if other is not session and other.current_job_id is None:
+                other.commands.put_nowait("offer")
 
     def _complete(self, session: WorkerSession, frame: wire.CompleteJson) -> None:
         job = self._queue.get(frame.job_id)
@@ -221,7 +234,8 @@ class Sessions:
         # A paused worker is not asked: it would only say so again, at every heartbeat.
         if session.is_paused:
             return
-        job = self._queue.take_next(session.worker_id)
+        ready = [worker_id for worker_id, each in self.live.items() if not each.is_paused]
+        job = self._queue.take_next(session.worker_id, ready)
         if job is not None:
             logger.info("job offered", extra={"worker_id": session.worker_id, "job_id": job.job_id})
             await session.send(wire.Offer(claim=claim_of(job, session.base_url)))

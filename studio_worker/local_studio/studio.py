@@ -48,7 +48,7 @@ class Studio:
         self.changes = Changes()
         self.database = Database(database, self.changes.bump)
         self.registry = Registry(self.database)
-        self.queue = JobQueue(self.database)
+        self.queue = JobQueue(self.database, patience=self.limits.patience)
         self.shelf = Shelf(self.database)
         self.sessions = Sessions(
             self.registry.workers,
@@ -138,6 +138,8 @@ class Studio:
             asset_name=extras.get("asset_name") or "picture",
             vram_gb_estimate=estimate_gb,
             max_attempts=extras.get("max_attempts") or self.limits.max_attempts,
+            priority=extras.get("priority") or 0,
+            submitter=extras.get("submitter") or "",
         )
         self.queue.add(job)
         logger.info("job queued", extra={"job_id": job.job_id, "model": model})

@@ -390,7 +390,7 @@ class Soak:
             if variant == "impossible":
                 is_known = job.status is JobStatus.FAILED and "not an http(s) URL" in reason
             else:
-                reason = " ".join(job.rejections.values())
+                reason = " ".join(said.reason for said in job.rejections.values())
                 is_known = job.status is JobStatus.QUEUED and "crashed twice" in reason
             account.failed[re.sub(r"'[^']*'", "…", reason)] += 1
             if not is_known:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from studio_worker.local_studio import Door, LocalStudio
+from studio_worker.local_studio import Door, Limits, LocalStudio
+from studio_worker.local_studio.rules import JobStatus
+from studio_worker.local_studio.turns import Patience
 from tests.fakes.machine import PICTURE, SOURCE, Machine, queue
 
 # --- offers -----------------------------------------------------------------------------------------
@@ -80,7 +82,7 @@ def test_reject_for_now_counts_no_attempt(studio: LocalStudio, machine: Machine,
 
 
 def test_reject_for_good_sends_the_job_to_somebody_else(studio: LocalStudio, machine: Machine) -> None:
-    """A job rejected without a code goes to another worker and never back to this one; the page says why."""
+    """A job rejected without a code goes to another worker, and not back to this one; the page says why."""
     job_id, next_id = queue(studio), queue(studio)
     machine.offered()
     machine.say("reject", jobId=job_id, reason="needs 40 GB")
@@ -94,6 +96,39 @@ def test_reject_for_good_sends_the_job_to_somebody_else(studio: LocalStudio, mac
     other = Machine(studio, name="bigger").connect()
     assert other.take()["jobId"] == job_id
     other.hang_up()
+
+
+def test_reject_asks_another_worker_at_once(studio: LocalStudio, machine: Machine) -> None:
+    """A job rejected without a code is offered to an idle worker before its next heartbeat."""
+    other = Machine(studio, name="other").connect()
+    job_id = queue(studio)
+    machine.offered()
+    machine.say("reject", jobId=job_id, reason="needs 40 GB")
+    assert other.hear()["claim"]["jobId"] == job_id
+    other.hang_up()
+
+
+def test_reject_by_everybody_fails_with_all_reasons(tmp_path: Path) -> None:
+    """A job that nobody can do comes back to each worker once, then fails; the page tells every reason."""
+    limits = Limits(patience=Patience(ask_again_s=0.0))
+    with LocalStudio(tmp_path / "studio.sqlite3", limits=limits) as studio:
+        small, old = Machine(studio, name="small").connect(), Machine(studio, name="old").connect()
+        job_id = queue(studio)
+        assert small.offered()["jobId"] == job_id
+        for machine, reason in ((small, "needs 40 GB"), (old, "no such engine")):
+            machine.say("reject", jobId=job_id, reason=reason)
+            if machine is small:
+                assert old.hear()["claim"]["jobId"] == job_id
+        assert small.hear()["claim"]["jobId"] == job_id, "nobody else is left, so it comes back"
+        small.say("reject", jobId=job_id, reason="needs 40 GB")
+        assert old.hear()["claim"]["jobId"] == job_id
+        old.say("reject", jobId=job_id, reason="no such engine")
+        old.beat()
+        job = studio.job(job_id)
+        assert (job.status, job.attempts) == ("failed", 0)
+        assert job.reason == "no worker can do it (small: needs 40 GB; old: no such engine)"
+        small.hang_up()
+        old.hang_up()
 
 
 def test_reject_can_be_asked_again_by_a_person(studio: LocalStudio, machine: Machine) -> None:
@@ -136,6 +171,75 @@ def test_frames_for_another_workers_job_are_violations(studio: LocalStudio, mach
     assert other.closing()[1] == 4002
     machine.beat(job_id=job_id)
     assert studio.job(job_id).status == "running"
+
+
+# --- whose turn -------------------------------------------------------------------------------------
+
+
+def test_turn_goes_by_priority_and_round_robin(studio: LocalStudio, machine: Machine) -> None:
+    """The urgent job is first; then people take turns, each with the oldest of its own jobs."""
+    pia = [queue(studio, submitter="pia") for _ in range(3)]
+    quin = [queue(studio, submitter="quin") for _ in range(2)]
+    low, urgent = queue(studio, priority=-1), queue(studio, priority=5)
+    turns = [urgent, pia[0], quin[0], pia[1], quin[1], pia[2], low]
+    assert [job.job_id for job in studio.jobs(JobStatus.QUEUED)] == turns
+    job_id = machine.take()["jobId"]
+    made = [job_id]
+    while studio.queue.counts()["queued"]:
+        assert machine.upload(job_id).status_code == 200
+        job_id = machine.hear()["claim"]["jobId"]
+        made.append(job_id)
+    assert made == turns
+
+
+def test_turn_is_remembered_over_a_restart(tmp_path: Path) -> None:
+    """Whoever was served before the studio was restarted is not first again after it."""
+    database = tmp_path / "studio.sqlite3"
+    with LocalStudio(database) as studio:
+        queue(studio, submitter="pia")
+        again, other = queue(studio, submitter="pia"), queue(studio, submitter="quin")
+        machine = Machine(studio).connect()
+        machine.take()
+        machine.hang_up()
+    with LocalStudio(database) as studio:
+        assert [job.submitter for job in studio.jobs(JobStatus.QUEUED)] == ["quin", "pia", "pia"]
+        assert studio.job(other).status == studio.job(again).status == "queued"
+
+
+def warm_and_cold(studio: LocalStudio) -> tuple[Machine, Machine]:
+    """A worker that has made a picture, and one that has not."""
+    warm, cold = Machine(studio, name="warm").connect(), Machine(studio, name="cold").connect()
+    queue(studio)
+    assert warm.upload(warm.take()["jobId"]).status_code == 200
+    assert warm.hears_nothing()
+    return warm, cold
+
+
+def test_turn_waits_for_the_worker_with_the_model(tmp_path: Path) -> None:
+    """A job is left to the worker that made its model last, for a limited time; then anybody takes it."""
+    limits = Limits(patience=Patience(affinity_s=3600.0))
+    with LocalStudio(tmp_path / "studio.sqlite3", limits=limits) as studio:
+        warm, cold = warm_and_cold(studio)
+        job_id = queue(studio)
+        cold.beat()
+        assert cold.hears_nothing()
+        assert warm.offered()["jobId"] == job_id
+        warm.hang_up()
+        assert cold.offered()["jobId"] == job_id, "a worker that is gone is not waited for"
+        cold.hang_up()
+
+
+def test_turn_does_not_wait_beyond_the_limit(tmp_path: Path) -> None:
+    """Once a job's turn has come, another worker loads its model when the limit is over."""
+    limits = Limits(patience=Patience(affinity_s=0.0))
+    with LocalStudio(tmp_path / "studio.sqlite3", limits=limits) as studio:
+        warm, cold = warm_and_cold(studio)
+        job_id = queue(studio)
+        cold.beat()
+        assert cold.hears_nothing()
+        assert cold.offered()["jobId"] == job_id
+        warm.hang_up()
+        cold.hang_up()
 
 
 # --- restart ----------------------------------------------------------------------------------------

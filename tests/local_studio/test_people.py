@@ -191,6 +191,15 @@ def test_jobs_go_from_the_form_to_the_gallery(studio: LocalStudio) -> None:
     machine.hang_up()
 
 
+def test_jobs_say_for_whom_and_how_urgent(studio: LocalStudio) -> None:
+    """Who queued a job, and its priority, are taken by the API and shown; the queue is shown in its order."""
+    body = {"model": "m", "task": {"prompt": "a fox"}, "modelSource": SOURCE}
+    for more in ({}, {"submitter": "pia"}, {"submitter": "quin", "priority": 7}):
+        assert ask(studio, "POST", "/api/jobs", json=body | more).status_code == 201
+    jobs = ask(studio, "GET", "/api/state").json()["active"]
+    assert [(job["submitter"], job["priority"]) for job in jobs] == [("quin", 7), ("", 0), ("pia", 0)]
+
+
 def test_jobs_strange_extensions_are_only_bytes(studio: LocalStudio) -> None:
     """A result that a browser could run as a page is served as bytes."""
     machine = Machine(studio).connect()
@@ -267,6 +276,8 @@ def test_jobs_say_that_nobody_is_there(anywhere: LocalStudio) -> None:
         ),
         ({"maxAttempts": 0}, "maxAttempts"),
         ({"vramGbEstimate": -1}, "vramGbEstimate"),
+        ({"priority": 101}, "priority"),
+        ({"submitter": "x" * 101}, "submitter"),
     ],
 )
 def test_jobs_bad_field_is_named(anywhere: LocalStudio, change: dict[str, Any], named: str) -> None:

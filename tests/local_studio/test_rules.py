@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from studio_worker.local_studio import rules
-from studio_worker.local_studio.rules import HELD, JobStatus, QueuedJob, RuleBroken
+from studio_worker.local_studio.rules import HELD, JobStatus, QueuedJob, Rejection, RuleBroken
 
 WORKERS = ("anna", "bert")
+TOO_LARGE = Rejection("too large", "box", 2.0)
 
 STEPS: dict[str, Callable[[QueuedJob, str], QueuedJob]] = {
     "offer": lambda job, who: rules.offered(job, who, 1.0),
     "accept": lambda job, who: rules.accepted(job, who, 2.0),
-    "busy": lambda job, who: rules.rejected(job, who, "busy", for_now=True),
-    "reject": lambda job, who: rules.rejected(job, who, "too large", for_now=False),
+    "busy": lambda job, who: rules.declined(job, who),
+    "reject": lambda job, who: rules.rejected(job, who, TOO_LARGE, WORKERS),
     "fail": lambda job, who: rules.failed(job, who, "out of memory", 3.0, retryable=True),
     "fail for good": lambda job, who: rules.failed(job, who, "unknown engine", 3.0, retryable=False),
     "drop": lambda job, _: rules.released(job, "connection lost", 4.0),
@@ -57,12 +58,13 @@ def test_rules_complete_once_and_for_ever(steps: list[tuple[str, str]]) -> None:
 
 @given(sequences, st.integers(min_value=1, max_value=4))
 def test_rules_never_try_more_often_than_allowed(steps: list[tuple[str, str]], max_attempts: int) -> None:
-    """A job is never tried more often than its attempts allow, and an untried one never fails."""
+    """A job is tried as often as its attempts allow; an untried one fails only where nobody will take it."""
     for _, _, _, after in walk(steps, new_job(max_attempts=max_attempts)):
         if after is not None:
             assert 0 <= after.attempts <= max_attempts
             assert after.status is not JobStatus.QUEUED or after.attempts < max_attempts
-            assert after.status is not JobStatus.FAILED or after.attempts > 0
+            if after.status is JobStatus.FAILED and after.attempts == 0:
+                assert after.rejections.keys() == set(WORKERS)
 
 
 @given(sequences)
@@ -96,13 +98,36 @@ def test_rules_take_a_late_delivery_from_the_last_holder_only(steps: list[tuple[
             )
 
 
-def test_rules_rejections_do_not_come_back() -> None:
-    """A worker that rejected a job for good is passed over, and gets the next one instead."""
-    first = rules.rejected(rules.offered(new_job(), "anna", 1.0), "anna", "too large", for_now=False)
-    second = new_job()
-    assert rules.next_for("anna", [first, second]) is second
-    assert rules.next_for("bert", [first, second]) is first
-    assert rules.next_for("anna", [first]) is None
+def reject(job: QueuedJob, who: str, reason: str, connected: tuple[str, ...] = WORKERS) -> QueuedJob:
+    return rules.rejected(rules.offered(job, who, 1.0), who, Rejection(reason, who, 2.0), connected)
+
+
+def test_rules_a_job_that_nobody_can_do_fails_with_all_reasons() -> None:
+    """A job fails once all connected workers have rejected it, and once more; every reason is told."""
+    job = reject(reject(new_job(), "anna", "needs 40 GB"), "bert", "no such engine")
+    job = reject(job, "anna", "needs 40 GB")
+    assert (job.status, job.reason, job.attempts) == (JobStatus.QUEUED, None, 0)
+    job = reject(job, "bert", "disk too small")
+    assert job.status is JobStatus.FAILED
+    assert job.reason == "no worker can do it (anna: needs 40 GB; bert: disk too small)"
+
+
+def test_rules_a_job_does_not_fail_while_somebody_was_not_asked() -> None:
+    """A connected worker that is paused may still do what all others have rejected."""
+    job = new_job()
+    for _ in range(5):
+        job = reject(job, "anna", "needs 40 GB")
+    assert job.status is JobStatus.QUEUED
+    assert reject(job, "anna", "needs 40 GB", connected=("anna",)).status is JobStatus.FAILED
+
+
+def test_rules_reasons_of_many_workers_are_short() -> None:
+    """What fifty workers say alike is told once."""
+    many = tuple(f"box {n:02}" for n in range(50))
+    job = new_job()
+    for who in many * 2:
+        job = reject(job, who, "needs 40 GB", many)
+    assert job.reason == "no worker can do it (box 00, box 01, box 02 and 47 more: needs 40 GB)"
 
 
 def test_rules_accepting_twice_changes_nothing() -> None:

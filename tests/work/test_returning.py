@@ -260,4 +260,5 @@ def test_job_that_crashed_twice_is_refused_and_the_studio_reads_why(
         assert running.engine.entered.empty()
     job = studio.job(job_id)
     assert job.status == "queued"
-    assert list(job.rejections.values()) == ["the worker crashed twice while it worked on this job"]
+    reasons = [said.reason for said in job.rejections.values()]
+    assert reasons == ["the worker crashed twice while it worked on this job"]

@@ -39,10 +39,11 @@ function workerRow(worker) {
 function activeRow(job) {
   const isQueued = job.status === "queued";
   const tries = job.attempts ? ` · try ${job.attempts}${isQueued ? " over" : ""} of ${job.maxAttempts}` : "";
+  const urgent = job.priority ? ` · priority ${job.priority}` : "";
   const last = isQueued && job.reason ? ` · last: ${job.reason}` : "";
   return el("li", { class: "item" }, el("span", { class: `dot ${isQueued ? "" : "working"}` }),
     el("div", { class: "what" }, el("div", { class: "title" }, job.task.prompt ?? job.task.kind),
-      el("div", { class: "facts" }, `${job.model}${tries}${last}`),
+      el("div", { class: "facts" }, `${[job.submitter, job.model].filter(Boolean).join(" · ")}${urgent}${tries}${last}`),
       job.waitingFor ? el("div", { class: "facts" }, `waiting: ${job.waitingFor}`) : null),
     el("span", { class: "tag" }, isQueued ? el("span", {}, "queued ", ago(job.createdAt))
       : el("span", {}, `${job.worker} · `, ago(job.startedAt ?? job.offeredAt, { running: true }))),

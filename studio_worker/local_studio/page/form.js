@@ -6,6 +6,7 @@ const form = byId("new-job");
 const field = form.elements;
 const says = byId("form-says");
 let models = [];
+field.submitter.value = localStorage.getItem("submitter") ?? "";
 const inputs = { init: null, mask: null }; // paths of input pictures that are already in the studio
 
 export async function refreshModels() {
@@ -103,13 +104,15 @@ form.addEventListener("submit", async (event) => {
   try {
     const task = await taskFromForm();
     const count = Number(field.count.value);
+    const turn = { submitter: field.submitter.value.trim(), priority: Number(field.priority.value || 0) };
     // Chosen here where none is given, so that every picture can be made again.
     const first = field.seed.value === "" ? null : Number(field.seed.value);
     for (let n = 0; n < count; n += 1) {
       const seed = first === null ? randomSeed() : (first + n) % 2 ** 32;
-      await call("POST", "/api/jobs", { model: field.model.value, task: { ...task, seed } });
+      await call("POST", "/api/jobs", { model: field.model.value, task: { ...task, seed }, ...turn });
     }
     localStorage.setItem("model", field.model.value);
+    localStorage.setItem("submitter", turn.submitter);
     tell(count === 1 ? "Queued." : `${count} pictures queued.`);
   } catch (error) {
     tell(error.message, true);

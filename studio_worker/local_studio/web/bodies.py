@@ -46,6 +46,8 @@ class NewJob(wire.Body):
     asset_name: str | None = Field(default=None, max_length=200)
     vram_gb_estimate: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     max_attempts: int | None = Field(default=None, ge=1, le=100)
+    priority: int | None = Field(default=None, ge=-100, le=100)
+    submitter: str | None = Field(default=None, max_length=100)
 
 
 class NewModel(wire.Body):

@@ -159,6 +159,8 @@ class PeopleRoutes:
                 asset_name=body.asset_name,
                 vram_gb_estimate=body.vram_gb_estimate,
                 max_attempts=body.max_attempts,
+                priority=body.priority,
+                submitter=body.submitter,
             )
         except ValueError as error:
             raise HTTPException(400, str(error)) from None

@@ -81,11 +81,13 @@ class Views:
             "vramGbEstimate": job.vram_gb_estimate,
             "attempts": job.attempts,
             "maxAttempts": job.max_attempts,
+            "priority": job.priority,
+            "submitter": job.submitter,
             "reason": job.reason,
             "waitingFor": self._waiting_for(job, names),
             "rejections": [
-                {"workerId": worker_id, "worker": names.get(worker_id, worker_id), "reason": reason}
-                for worker_id, reason in job.rejections.items()
+                {"workerId": who, "worker": names.get(who, said.name), "reason": said.reason}
+                for who, said in job.rejections.items()
             ],
             "workerId": job.worker_id,
             "worker": None if job.worker_id is None else names.get(job.worker_id, job.worker_id),
@@ -125,7 +127,7 @@ class Views:
             return None
         ready = [worker_id for worker_id, session in self._live.items() if not session.is_paused]
         if job.rejections and all(worker_id in job.rejections for worker_id in ready):
-            said = (f"{names.get(who, who)}: {reason}" for who, reason in job.rejections.items())
+            said = (f"{names.get(who, own.name)}: {own.reason}" for who, own in job.rejections.items())
             return f"rejected by {'; '.join(said)}"
         if not self._live:
             return "no worker is connected"

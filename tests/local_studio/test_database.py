@@ -1,0 +1,51 @@
+"""Files that an earlier version of the local studio has written."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from studio_worker.errors import ConfigError
+from studio_worker.local_studio import LocalStudio
+from studio_worker.local_studio.rules import JobStatus
+from tests.fakes.machine import PICTURE, Machine
+
+FIRST = Path(__file__).parent.parent / "data" / "local-studio-1.sql"
+"""A studio of the first schema: a worker, a model, jobs that wait, were rejected, are done, have failed."""
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    path = tmp_path / "studio.sqlite3"
+    connection = sqlite3.connect(path)
+    connection.executescript(FIRST.read_text(encoding="utf-8"))
+    connection.close()
+    return path
+
+
+def test_older_file_is_taken_over(older: Path) -> None:
+    """A file of the first schema is brought up to date at the start, and everything in it is still there."""
+    with LocalStudio(older) as studio:
+        assert studio.queue.counts() == {"queued": 2, "offered": 0, "running": 0, "done": 1, "failed": 1}
+        assert studio.result("done") == PICTURE
+        assert [worker.name for worker in studio.workers()] == ["attic"]
+        assert [model.model_id for model in studio.models()] == ["placeholder"]
+        (waiting, rejected) = studio.jobs(JobStatus.QUEUED)
+        assert (waiting.job_id, waiting.priority, waiting.submitter) == ("waiting", 0, "")
+        assert [said.reason for said in rejected.rejections.values()] == ['needs 40 GB, "they" say']
+        machine = Machine(studio).connect()
+        assert machine.take()["jobId"] == "waiting"
+        machine.hang_up()
+    with LocalStudio(older) as studio:
+        assert studio.queue.counts()["done"] == 1
+
+
+def test_file_of_a_later_version_is_a_clear_mistake(older: Path) -> None:
+    """A file that a later version has written is left as it is."""
+    LocalStudio(older).stop()
+    with sqlite3.connect(older) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    with pytest.raises(ConfigError, match="later version"):
+        LocalStudio(older)
