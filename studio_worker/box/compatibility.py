@@ -11,19 +11,30 @@ from studio_worker.box.torch_build import TorchBuild, Version
 
 
 class Package(NamedTuple):
-    """A package of ours with torch: the CUDA version it needs, the GPUs it has code for (first and last)."""
+    """A package of ours with torch: PyTorch's name of the build, the CUDA version it needs, the GPUs it has
+    code for.
+    """
 
     name: str
+    build: str
     cuda_major: int
-    oldest: Version
-    newest: Version
+    architectures: tuple[str, ...]
 
 
 PACKAGES = (
-    Package("studio-worker-torch-cuda", 13, (7, 5), (99, 0)),
-    Package("studio-worker-torch-cuda12", 12, (5, 0), (9, 9)),
+    Package(
+        "studio-worker-torch-cuda", "cu130", 13, ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+    ),
+    Package(
+        "studio-worker-torch-cuda12",
+        "cu126",
+        12,
+        ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"),
+    ),
 )
-"""Best first. What PyTorch's builds for CUDA 13.0 and 12.6 hold (``torch.cuda.get_arch_list``)."""
+"""Best first. What they hold by PyTorch's own word (``torch.cuda.get_arch_list``; pytorch/pytorch,
+.ci/manywheel/build_cuda.sh, ``TORCH_CUDA_ARCH_LIST``).
+"""
 
 DRIVER_BRANCHES = {12: 525, 13: 580}
 """The first driver that runs programs of a CUDA version, whatever its minor number (NVIDIA, CUDA Toolkit
@@ -80,14 +91,32 @@ def misfit(
     ways = []
     if any(package.cuda_major == build.cuda[0] for package in _with_code_for(capability)):
         ways.append(f"install {driver_to_install(build.cuda[0], capability, here)}")
-    if fitting := [each for each in _with_code_for(capability) if each.cuda_major <= cuda[0]]:
-        ways.append(f"{'' if ways else 'install '}the package {fitting[0].name}")
+    if fitting := fitting_package(capability, cuda):
+        ways.append(_install(fitting, here))
     if not ways:
-        ways = [_other_torch(capability, cuda, here)]
+        ways = [package_to_install(capability, cuda, here)]
     return (
         f"the NVIDIA driver{f' {driver}' if driver else ''} knows CUDA {show(cuda)}, and torch "
         f"{build.version} here needs CUDA {show(build.cuda)}; {', or '.join(ways)}"
     )
+
+
+def no_cuda(
+    build: TorchBuild, capability: Version | None, cuda: Version | None, here: Surroundings
+) -> str | None:
+    """Why torch ``build`` can use no NVIDIA GPU at all, with the cure; ``None`` where it has CUDA.
+
+    Args:
+        capability: the GPU's, where known.
+        cuda: the newest version that the driver knows, where it says.
+    """
+    if build.hip:  # it calls its devices cuda, too
+        what = f"is a build for AMD's GPUs (ROCm {build.hip}), which are not supported"
+    elif build.cuda is None:
+        what = "is a build for the CPU: a GPU needs one with CUDA, and it has none"
+    else:
+        return None
+    return f"torch {build.version} here {what}; {package_to_install(capability, cuda, here)}"
 
 
 def no_code(
@@ -107,13 +136,35 @@ def no_code(
         cuda: the newest version that the driver knows, where it says.
     """
     known = list(architectures)
-    if not known or any(_runs(architecture, capability) for architecture in known):
+    if not known or _has_code(known, capability):
         return None
-    generation = next((word for first, word in reversed(GENERATIONS) if capability >= first), "older")
     return (
-        f"{name} ({generation}, compute capability {show(capability)}): torch {torch} here has code for "
-        f"{', '.join(known)} and none for it; {_other_torch(capability, cuda, here)}"
+        f"{called(name, capability)}: torch {torch} here has code for "
+        f"{', '.join(known)} and none for it; {package_to_install(capability, cuda, here)}"
     )
+
+
+def fitting_package(capability: Version | None, cuda: Version | None) -> Package | None:
+    """The best package of ours for a GPU, and a driver that knows ``cuda``, as far as they are known."""
+    able = (each for each in _with_code_for(capability) if cuda is None or each.cuda_major <= cuda[0])
+    return next(able, None)
+
+
+def package_to_install(capability: Version | None, cuda: Version | None, here: Surroundings) -> str:
+    """Which package of ours a box with such a GPU and driver needs, and which driver, where not its own."""
+    if fitting := fitting_package(capability, cuda):
+        return _install(fitting, here)
+    # The oldest driver that will do: a newer one may know the GPU no longer.
+    for package in reversed(_with_code_for(capability)):
+        driver = driver_to_install(package.cuda_major, capability, here)
+        return f"install {driver}, then {_install(package, here)}"
+    return "no torch of today has code for it: use another GPU"
+
+
+def called(name: str, capability: Version) -> str:
+    """A GPU by its name, its generation, and the number that decides."""
+    generation = next((word for first, word in reversed(GENERATIONS) if capability >= first), "older")
+    return f"{name} ({generation}, compute capability {show(capability)})"
 
 
 def driver_to_install(cuda_major: int, capability: Version | None, here: Surroundings) -> str:
@@ -127,17 +178,19 @@ def show(version: Version) -> str:
     return f"{version[0]}.{version[1]}"
 
 
+def _install(package: Package, here: Surroundings) -> str:
+    # In a container, or without apt, it comes another way.
+    family = {here.os_release.get("ID", ""), *here.os_release.get("ID_LIKE", "").split()}
+    how = "apt install" if "debian" in family and not here.is_container else "install the package"
+    return f"{how} {package.name}"
+
+
 def _with_code_for(capability: Version | None) -> list[Package]:
-    return [each for each in PACKAGES if capability is None or each.oldest <= capability <= each.newest]
+    return [each for each in PACKAGES if capability is None or _has_code(each.architectures, capability)]
 
 
-def _other_torch(capability: Version | None, cuda: Version | None, here: Surroundings) -> str:
-    for package in _with_code_for(capability):
-        if cuda is None or package.cuda_major <= cuda[0]:
-            return f"install {package.name}"
-    for package in reversed(_with_code_for(capability)):
-        return f"install {package.name} and {driver_to_install(package.cuda_major, capability, here)}"
-    return "no torch of today has code for it: use a newer GPU"
+def _has_code(architectures: Iterable[str], capability: Version) -> bool:
+    return any(_runs(architecture, capability) for architecture in architectures)
 
 
 def _runs(architecture: str, capability: Version) -> bool:

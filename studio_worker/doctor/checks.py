@@ -13,6 +13,7 @@ from studio_worker.doctor.box import (
     check_nodes,
     check_permissions,
 )
+from studio_worker.doctor.fit import check_torch
 from studio_worker.doctor.network import check_clock, check_dns, check_proxy, check_studio, check_tls
 from studio_worker.doctor.results import Check
 from studio_worker.doctor.worker import (
@@ -27,6 +28,7 @@ CHECKS = (
     Check("permissions", check_permissions),
     Check("device nodes", check_nodes),
     Check("driver", check_driver),
+    Check("torch", check_torch),
     Check("compute", check_compute, limit_s=PROBE_LIMIT_S),
     Check("memory", check_memory, needs_config=False),
     Check("disk space", check_disk_space),

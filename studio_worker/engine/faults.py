@@ -13,8 +13,9 @@ from contextlib import contextmanager
 
 import torch
 
-from studio_worker.box.compatibility import no_code
-from studio_worker.box.driver import find_driver, gpu_index, surroundings
+from studio_worker.box.compatibility import no_code, no_cuda
+from studio_worker.box.driver import Driver, find_driver, gpu_index, surroundings
+from studio_worker.box.torch_build import TorchBuild, version
 from studio_worker.engine.memory.machine import free_bytes, release_cached, total_bytes
 from studio_worker.errors import DeviceError, JobCancelled, JobError, StudioWorkerError
 
@@ -157,23 +158,13 @@ def usable_device(name: str) -> torch.device:
     if (driver := find_driver()) is not None:  # it says more clearly than torch what is in the way
         driver.start()
         driver.hold(gpu_index(name))
-    if torch.version.hip is not None:
-        raise DeviceError(
-            f"torch {torch.__version__} here is a build for AMD's GPUs (ROCm {torch.version.hip}), which are "
-            "not supported; install studio-worker-torch-cuda in its place"
-        )
-    if torch.version.cuda is None:
-        raise DeviceError(
-            f"device {name!r} needs a torch with CUDA, and torch {torch.__version__} here has none; "
-            "install studio-worker-torch-cuda in place of studio-worker-torch-cpu"
-        )
+    _check_build(driver, gpu_index(name))
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         count = torch.cuda.device_count()
         index = torch.cuda.current_device() if device.index is None else device.index
         if index >= count:
             raise DeviceError(f"there is no {name}: this machine has {count} CUDA device(s), cuda:0 and up")
-        _check_code(index)
         torch.cuda.set_device(index)  # else what names no device touches GPU 0: a context there, streams
         torch.ones(1, device=f"cuda:{index}").add_(1).cpu()
     except RuntimeError as error:
@@ -184,15 +175,16 @@ def usable_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _check_code(index: int) -> None:
-    driver = find_driver()
-    problem = no_code(
-        torch.cuda.get_device_name(index),
-        torch.cuda.get_device_capability(index),
-        torch.cuda.get_arch_list(),
-        torch=torch.__version__,
-        cuda=None if driver is None else driver.cuda(),
-        here=surroundings(),
-    )
+def _check_build(driver: Driver | None, index: int) -> None:
+    """Whether this torch is one for GPU ``index``, by torch's own word, and before it touches the GPU."""
+    build = TorchBuild(torch.__version__, version(torch.version.cuda), torch.version.hip or "")
+    gpu = None if driver is None else driver.gpu(index)
+    cuda = None if driver is None else driver.cuda()
+    problem = no_cuda(build, None if gpu is None else gpu.capability, cuda, surroundings())
+    if problem is None and gpu is not None:
+        known = torch.cuda.get_arch_list()
+        problem = no_code(
+            gpu.name, gpu.capability, known, torch=build.version, cuda=cuda, here=surroundings()
+        )
     if problem is not None:
         raise DeviceError(problem)

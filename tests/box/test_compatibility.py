@@ -6,7 +6,13 @@ import re
 
 import pytest
 
-from studio_worker.box.compatibility import Surroundings, driver_to_install, misfit, no_code
+from studio_worker.box.compatibility import (
+    Surroundings,
+    driver_to_install,
+    misfit,
+    no_code,
+    package_to_install,
+)
 from studio_worker.box.torch_build import TorchBuild, Version, read_build
 
 CUDA_13 = TorchBuild("2.13.0+cu130", (13, 0))
@@ -49,20 +55,30 @@ def test_driver_that_knows_enough_is_not_complained_of(driver_knows: Version, to
 @pytest.mark.parametrize(
     ("driver_knows", "capability", "torch", "told"),
     [
-        ((12, 2), ADA, CUDA_13, "install driver 580 or newer (…), or the package studio-worker-torch-cuda12"),
+        (
+            (12, 2),
+            ADA,
+            CUDA_13,
+            "install driver 580 or newer (…), or install the package studio-worker-torch-cuda12",
+        ),
         (
             (12, 2),
             None,
             CUDA_13,
-            "install driver 580 or newer (…), or the package studio-worker-torch-cuda12",
+            "install driver 580 or newer (…), or install the package studio-worker-torch-cuda12",
         ),
         ((12, 2), PASCAL, CUDA_13, "install the package studio-worker-torch-cuda12"),
         ((12, 8), BLACKWELL, CUDA_13, "install driver 580 or newer (…)"),
         ((11, 4), ADA, CUDA_13, "install driver 580 or newer (…)"),
         ((11, 4), ADA, CUDA_12, "install driver 525 or newer (…)"),
-        ((11, 4), VOLTA, CUDA_13, "install studio-worker-torch-cuda12 and driver 525 or newer (…)"),
+        (
+            (11, 4),
+            VOLTA,
+            CUDA_13,
+            "install driver 525 or newer (…), then install the package studio-worker-torch-cuda12",
+        ),
         ((13, 0), ADA, TorchBuild("3.0", (14, 0)), "install the package studio-worker-torch-cuda"),
-        ((11, 4), (3, 5), CUDA_13, "no torch of today has code for it: use a newer GPU"),
+        ((11, 4), (3, 5), CUDA_13, "no torch of today has code for it: use another GPU"),
     ],
 )
 def test_driver_that_is_too_old_is_told_with_what_helps(
@@ -141,10 +157,6 @@ def test_gpu_that_the_torch_has_code_for_is_not_complained_of(
         ("Tesla V100-SXM2-16GB", VOLTA, CUDA_13_ARCHITECTURES, (13, 0), "Volta", "torch-cuda12"),
         ("NVIDIA GeForce GTX 980", (5, 2), CUDA_13_ARCHITECTURES, (12, 2), "Maxwell", "torch-cuda12"),
         ("NVIDIA GeForce RTX 5090", BLACKWELL, CUDA_12_ARCHITECTURES, (13, 0), "Blackwell", "torch-cuda"),
-        (
-            *("NVIDIA GeForce RTX 5090", BLACKWELL, CUDA_12_ARCHITECTURES, (12, 8), "Blackwell"),
-            "torch-cuda and driver 580 or newer (nvidia-open from NVIDIA's own repository)",
-        ),
         ("NVIDIA H100", (9, 0), ["sm_100a"], (13, 0), "Hopper", "torch-cuda"),
         ("NVIDIA A100", (8, 0), ["sm_86", "compute_86"], (13, 0), "Ampere", "torch-cuda"),
         ("NVIDIA B300", (10, 3), ["sm_100a"], (13, 0), "Blackwell", "torch-cuda"),
@@ -167,7 +179,7 @@ def test_gpu_that_the_torch_has_no_code_for_is_told_by_name(
         f"{name} ({generation}, compute capability {major}.{minor}): torch 2.13.0+cu130 here"
     )
     assert ", ".join(architectures) in told
-    assert done == f"install studio-worker-{cure}"
+    assert done == f"install the package studio-worker-{cure}"
 
 
 def test_gpu_that_no_torch_has_code_for_is_told_so() -> None:
@@ -175,7 +187,7 @@ def test_gpu_that_no_torch_has_code_for_is_told_so() -> None:
     said = no_code("Tesla K80", (3, 7), CUDA_12_ARCHITECTURES, torch="2.13.0", cuda=(11, 4), here=ROCKY)
     assert said is not None
     assert said.startswith("Tesla K80 (Kepler, compute capability 3.7)")
-    assert said.endswith("; no torch of today has code for it: use a newer GPU")
+    assert said.endswith("; no torch of today has code for it: use another GPU")
 
 
 # --- which torch is installed ---
@@ -197,3 +209,40 @@ def test_gpu_that_no_torch_has_code_for_is_told_so() -> None:
 def test_torch_build_is_read_from_its_version_file(text: str, build: TorchBuild) -> None:
     """CUDA, CPU and ROCm builds are told apart by what torch writes of itself."""
     assert read_build(text) == build
+
+
+# --- which package of ours ---
+
+NEW_DRIVER = "driver 580 or newer (nvidia-open from NVIDIA's own repository, since Debian's has 550 at most)"
+OLD_DRIVER = "driver 525 or newer (apt install nvidia-driver)"
+CUDA, CUDA12 = "apt install studio-worker-torch-cuda", "apt install studio-worker-torch-cuda12"
+
+DRIVERS = {"520": (11, 8), "535": (12, 2), "550": (12, 4), "580": (13, 0)}
+"""Driver branches and the CUDA version that each knows (NVIDIA, CUDA Toolkit release notes)."""
+
+PACKAGE_FOR = {
+    "GTX 1080": ((6, 1), (f"install {OLD_DRIVER}, then {CUDA12}", CUDA12, CUDA12, CUDA12)),
+    "V100": ((7, 0), (f"install {OLD_DRIVER}, then {CUDA12}", CUDA12, CUDA12, CUDA12)),
+    "RTX 2080": ((7, 5), (f"install {OLD_DRIVER}, then {CUDA12}", CUDA12, CUDA12, CUDA)),
+    "A100": ((8, 0), (f"install {OLD_DRIVER}, then {CUDA12}", CUDA12, CUDA12, CUDA)),
+    "RTX 3090": ((8, 6), (f"install {OLD_DRIVER}, then {CUDA12}", CUDA12, CUDA12, CUDA)),
+    "RTX 4090": ((8, 9), (f"install {OLD_DRIVER}, then {CUDA12}", CUDA12, CUDA12, CUDA)),
+    "H100": ((9, 0), (f"install {OLD_DRIVER}, then {CUDA12}", CUDA12, CUDA12, CUDA)),
+    "B200": ((10, 0), (*[f"install {NEW_DRIVER}, then {CUDA}"] * 3, CUDA)),
+    "RTX 5090": ((12, 0), (*[f"install {NEW_DRIVER}, then {CUDA}"] * 3, CUDA)),
+}
+"""What an operator on Debian 12 is told, by card (NVIDIA, CUDA GPU compute capability) and driver."""
+
+
+@pytest.mark.parametrize("card", PACKAGE_FOR)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_every_card_and_driver_has_its_package(card: str, driver: str) -> None:
+    """The README's table: one answer for each card and driver, and a command that can be typed."""
+    capability, told = PACKAGE_FOR[card]
+    assert package_to_install(capability, DRIVERS[driver], BOOKWORM) == told[list(DRIVERS).index(driver)]
+
+
+def test_package_is_not_installed_by_apt_inside_a_container() -> None:
+    """What apt puts into a running container is gone with it: there the package alone is named."""
+    assert package_to_install(PASCAL, (13, 0), CONTAINER) == "install the package studio-worker-torch-cuda12"
+    assert package_to_install(PASCAL, (13, 0), JAMMY) == CUDA12

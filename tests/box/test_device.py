@@ -177,7 +177,7 @@ def test_probe_tells_why_a_gpu_cannot_be_used(tmp_path: Path, monkeypatch: pytes
     facts = probe("cuda:99")
     assert not facts["ok"]
     # By torch's build and the machine: the CPU's, a GPU, CUDA without a driver.
-    cures = "install studio-worker-torch-cuda", "there is no cuda:99", "check that nvidia-smi runs"
+    cures = "studio-worker-torch-cuda", "there is no cuda:99", "check that nvidia-smi runs"
     assert any(cure in facts["error"] for cure in cures), facts["error"]
 
 

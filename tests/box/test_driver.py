@@ -26,7 +26,12 @@ from tests.lab.service import READY_S
 
 ROOT = Path(__file__).parents[2]
 
-CUDA_13 = "__version__ = '2.13.0+cu130'\ncuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n"
+CUDA_13 = """
+from typing import Optional
+__version__ = '2.13.0+cu130'
+cuda: Optional[str] = '13.0'
+hip: Optional[str] = None
+"""
 
 
 def box(folder: Path) -> Path:
@@ -39,10 +44,23 @@ def box(folder: Path) -> Path:
     return folder
 
 
-def torch_for(folder: Path, version: str) -> str:
-    """A torch of which only the version file can be read, for PYTHONPATH."""
+ASKED = """
+from torch import cuda, version
+__version__ = version.__version__
+class device:
+    def __init__(self, name): self.type = name.partition(":")[0]
+"""
+"""All of torch that is used before a GPU is."""
+
+
+def torch_for(folder: Path, version: str, architectures: str = "") -> str:
+    """A torch of which the version file can be read, and with ``architectures`` what it has code for; for
+    PYTHONPATH.
+    """
     (folder / "torch").mkdir(parents=True)
-    (folder / "torch" / "__init__.py").write_text("raise AssertionError('torch was touched')\n")
+    answers = ASKED if architectures else "raise AssertionError('torch was touched')\n"
+    (folder / "torch" / "__init__.py").write_text(answers)
+    (folder / "torch" / "cuda.py").write_text(f"def get_arch_list(): return {architectures.split()}\n")
     (folder / "torch" / "version.py").write_text(version)
     return f"{folder}{os.pathsep}{ROOT}"
 
@@ -75,9 +93,12 @@ HAS_CUDA_TORCH = (installed_torch() or TorchBuild("")).cuda is not None
 OLD = (
     "the NVIDIA driver 535.309.01 knows CUDA 12.2, and torch 2.13.0+cu130 here needs CUDA 13.0",
     "install driver 580 or newer (",
-    ", or the package studio-worker-torch-cuda12",
+    "studio-worker-torch-cuda12",
 )
 """What an Ada card with Debian 12's driver is told."""
+
+LACKS_CODE = ("has code for sm_75, sm_80, sm_120 and none for it", "studio-worker-torch-cuda12")
+"""What an old card with a new driver is told."""
 
 
 @pytest.mark.parametrize(
@@ -88,6 +109,14 @@ OLD = (
         (
             {"FAKE_CUDA": "12080", "FAKE_CAPABILITY": "120", "torch": CUDA_13},
             *("driver", ("knows CUDA 12.8", "install driver 580 or newer (")),
+        ),
+        (
+            {"FAKE_CAPABILITY": "61", "torch": CUDA_13, "has_code_for": "sm_75 sm_80 sm_120"},
+            *("compute", ("Fake GPU A (Pascal, compute capability 6.1)", *LACKS_CODE)),
+        ),
+        (
+            {"FAKE_CAPABILITY": "70", "torch": CUDA_13, "has_code_for": "sm_75 sm_80 sm_120"},
+            *("torch", ("Fake GPU A (Volta, compute capability 7.0)", "studio-worker-torch-cuda12")),
         ),
         ({"FAKE_INIT": "100"}, "driver", ("start the NVIDIA driver", "CUDA_VISIBLE_DEVICES")),
         ({"FAKE_COUNT": "0"}, "driver", ("cuda:0 does not exist; this machine has 0 CUDA device(s)",)),
@@ -102,12 +131,15 @@ OLD = (
             *(
                 {"FAKE_CUDA": "13000"},
                 "compute",
-                ("has none", "install studio-worker-torch-cuda in place of"),
+                ("it has none", "studio-worker-torch-cuda"),
             ),
             marks=pytest.mark.skipif(HAS_CUDA_TORCH, reason="this torch has CUDA"),
         ),
     ],
-    ids=["none", "old", "old-blackwell", "no-device", "no-gpu", "prohibited", "busy", "full", "cpu-torch"],
+    ids=[
+        *("none", "old", "old-blackwell", "pascal", "volta", "no-device"),
+        *("no-gpu", "prohibited", "busy", "full", "cpu-torch"),
+    ],
 )
 def test_box_that_cannot_compute_is_told_why(
     tmp_path: Path, plays: dict[str, str], check: str, says: tuple[str, ...]
@@ -121,7 +153,8 @@ def test_box_that_cannot_compute_is_told_why(
     (build_driver(driver, "535.309.01") if plays else driver.mkdir())
     environment = {"LD_LIBRARY_PATH": str(driver), "PYTHONPATH": str(ROOT), "FAKE_COUNT": "1", **plays}
     if "torch" in plays:
-        environment["PYTHONPATH"] = torch_for(tmp_path / "site", environment.pop("torch"))
+        build, known = environment.pop("torch"), environment.pop("has_code_for", "")
+        environment["PYTHONPATH"] = torch_for(tmp_path / "site", build, known)
     config = box(tmp_path / "etc")
     status, error = end_of(config, tmp_path / "log", environment)
     assert status == 69

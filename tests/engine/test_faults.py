@@ -212,35 +212,8 @@ def test_cuda_without_cuda_is_an_error_with_a_cure(name: str) -> None:
     """A GPU that this torch cannot use is an error that names the package to install, never the CPU
     instead.
     """
-    with pytest.raises(DeviceError, match="install studio-worker-torch-cuda"):
+    with pytest.raises(DeviceError, match=r"it has none; .*install .*studio-worker-torch-cuda"):
         usable_device(name)
-
-
-class FakeCuda:
-    """torch.cuda as far as it is asked before anything is computed."""
-
-    def __init__(self, name: str, capability: tuple[int, int], *architectures: str) -> None:
-        self.name, self.capability, self.architectures = name, capability, list(architectures)
-
-    def put(self, monkeypatch: pytest.MonkeyPatch, cuda: str) -> None:
-        monkeypatch.setattr("torch.version.cuda", cuda)
-        for asked, answer in {
-            "init": None,
-            "device_count": 1,
-            "current_device": 0,
-            "get_device_name": self.name,
-            "get_device_capability": self.capability,
-            "get_arch_list": self.architectures,
-        }.items():
-            monkeypatch.setattr(f"torch.cuda.{asked}", lambda *_, answer=answer: answer)
-
-
-def test_gpu_too_old_for_this_torch_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Pascal card under torch for CUDA 13 is told what it is and which package has code for it."""
-    card = FakeCuda("NVIDIA GeForce GTX 1080", (6, 1), "sm_75", "sm_80", "sm_90", "sm_120")
-    card.put(monkeypatch, "13.0")
-    with pytest.raises(DeviceError, match=r"GTX 1080 \(Pascal, compute capability 6\.1\).*torch-cuda12$"):
-        usable_device("cuda:0")
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
@@ -248,7 +221,7 @@ def test_torch_for_amd_is_told_as_what_it_is(monkeypatch: pytest.MonkeyPatch, na
     """ROCm's torch calls its devices cuda; it is told by name, with what to install."""
     monkeypatch.setattr("torch.version.hip", "7.1.25424")
     with pytest.raises(
-        DeviceError, match=r"for AMD's GPUs \(ROCm 7\.1\.25424\).*install studio-worker-torch"
+        DeviceError, match=r"for AMD's GPUs \(ROCm 7\.1\.25424\).*install .*studio-worker-torch"
     ):
         usable_device(name)
 
