@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import studio_worker.engine
-from studio_worker.box.compatibility import PACKAGES, Surroundings, no_code
+from studio_worker.box.compatibility import PACKAGES
 from studio_worker.box.torch_build import installed_torch, version
 from studio_worker.demo import MODEL_ID, sample_source
 from studio_worker.demo.service_process import ServiceProcess
@@ -37,7 +37,12 @@ BOXES = {
     "driver too old": (
         {"FAKE_COUNT": "1", "FAKE_CUDA": "12020"},
         rf"the NVIDIA driver 535\.309\.01 knows CUDA 12\.2, and {TORCH} here needs CUDA 13\.\d; "
-        r"install driver 580 or newer \(.+\), or the package studio-worker-torch-cuda12",
+        r"install driver 580 or newer \(.+\), or .*install .*studio-worker-torch-cuda12",
+    ),
+    "old card": (
+        {"FAKE_COUNT": "1", "FAKE_CAPABILITY": "61"},
+        rf"\(Pascal, compute capability 6\.1\): {TORCH} here has code for sm_75, .* and none for it; "
+        r".*install .*studio-worker-torch-cuda12",
     ),
     "no device": ({"FAKE_INIT": "100"}, r"no CUDA device is visible; .*nvidia-smi"),
     "taken": ({"FAKE_COUNT": "1", "FAKE_CONTEXT": "46"}, "another process has it for itself: nvidia-smi"),
@@ -82,11 +87,9 @@ def test_every_module_of_the_engine_can_be_imported() -> None:
 
 def test_gpus_that_the_package_is_told_to_fit_are_those_it_has_code_for() -> None:
     """No operator is sent for a package that cannot run their GPU, or away from one that can."""
-    package = next(each for each in PACKAGES if each.cuda_major == (version(torch.version.cuda) or (0, 0))[0])
-    known = torch.cuda.get_arch_list()
-    for capability in [(5, 0), (6, 1), (7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]:
-        lacks = no_code("GPU", capability, known, torch="", cuda=None, here=Surroundings({}))
-        assert (lacks is None) == (package.oldest <= capability <= package.newest), capability
+    (package,) = [each for each in PACKAGES if torch.__version__.endswith(f"+{each.build}")]
+    assert tuple(torch.cuda.get_arch_list()) == package.architectures
+    assert (version(torch.version.cuda) or (0, 0))[0] == package.cuda_major
 
 
 def test_memory_setting_of_the_units_is_one_that_this_torch_reads() -> None:
