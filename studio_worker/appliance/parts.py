@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from studio_worker.appliance.provisioning import open_store
+from studio_worker.box import system_libraries
 from studio_worker.box.device import Device, find_device
 from studio_worker.config.current import Current
 from studio_worker.engine import Router, default_router
@@ -55,6 +56,7 @@ class Parts:
     @classmethod
     def opened(cls, current: Current, device: Device) -> Self:
         """What the configuration describes, on disk and in memory; no model is loaded yet."""
+        system_libraries.hold()
         state, worker = current.settings.state, current.settings.worker
         return cls(
             device=device,
