@@ -25,11 +25,14 @@ class KeyRing:
         # Not below the tests' folders: a socket's path has at most 107 characters.
         self.home = tempfile.mkdtemp(prefix="gnupg-")
         self.environment = {**os.environ, "GNUPGHOME": self.home}
-        wanted = ["--quick-generate-key", "throw-away", "ed25519", "sign", "never"]
-        self.gpg("--passphrase", "", *wanted)
-        listed = self.gpg("--with-colons", "--list-keys").splitlines()
-        self.key = next(line.split(":")[9] for line in listed if line.startswith("fpr:"))
+        self.key = self.generate("throw-away")
         return self
+
+    def generate(self, name: str) -> str:
+        """Another secret key; returns its fingerprint."""
+        self.gpg("--passphrase", "", "--quick-generate-key", name, "ed25519", "sign", "never")
+        listed = self.gpg("--with-colons", "--list-keys", name).splitlines()
+        return next(line.split(":")[9] for line in listed if line.startswith("fpr:"))
 
     def __exit__(self, *_: object) -> None:
         subprocess.run(["gpgconf", "--kill", "all"], env=self.environment, check=False)
@@ -61,13 +64,13 @@ class Archive:
         self._server.shutdown()
         self._server.server_close()
 
-    def publish(self, *debs: Path, suite: str = "candidate", check: bool = True) -> str:
+    def publish(self, *debs: Path, suite: str = "candidate", check: bool = True, **more: str) -> str:
         """``make apt-repo`` of these packages; returns what it printed, of which stderr is a part."""
         shutil.rmtree(self._incoming, ignore_errors=True)
         self._incoming.mkdir()
         for deb in debs:
             (self._incoming / deb.name).symlink_to(deb)
-        variables = {"URL": self.address, "APT_SUITE": suite, "PACKAGES": self._incoming}
+        variables = {"URL": self.address, "APT_SUITE": suite, "PACKAGES": self._incoming, **more}
         return self.make("apt-repo", check=check, **variables)
 
     def make(self, target: str, *, check: bool = True, **variables: Any) -> str:

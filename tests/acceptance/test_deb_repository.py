@@ -139,6 +139,41 @@ def test_nothing_is_installed_that_is_not_signed(
     assert planned(machine, "upgrade") == ["studio-worker"]
 
 
+def test_way_back_to_another_torch_names_both_packages(
+    archive: Archive, machine: Machine, debs: Debs, work: Path
+) -> None:
+    """Where the newer worker came with a newer torch, one command that names both versions goes back."""
+    for number, minor in ((1, 13), (2, 14)):
+        torch = f"studio-worker-torch (>= 2.{minor}~), studio-worker-torch (<< 2.{minor + 1}~)"
+        archive.publish(
+            stand_in(debs.worker, work, Version=f"0.{number}", Depends=torch),
+            stand_in(debs.torch, work, Version=f"2.{minor}-1", Provides=f"studio-worker-torch (= 2.{minor})"),
+            suite="stable",
+        )
+    archive.subscribe(machine)
+    apt(machine, "install", "studio-worker", "studio-worker-torch-cpu")
+    assert (version(machine), version(machine, "studio-worker-torch-cpu")) == ("0.2", "2.14-1")
+    apt(machine, "install", "--allow-downgrades", "studio-worker=0.1", "studio-worker-torch-cpu=2.13-1")
+    assert (version(machine), version(machine, "studio-worker-torch-cpu")) == ("0.1", "2.13-1")
+
+
+def test_key_is_replaced_by_upgrades_alone(
+    archive: Archive, machine: Machine, debs: Debs, work: Path
+) -> None:
+    """One release signed by the old key and the new brings the new one to every box; then the old may go."""
+    old, new = archive.keys.key, archive.keys.generate("its successor")
+    archive.publish(stand_in(debs.worker, work, Version="0.1", Depends="libc6"), suite="stable")
+    archive.subscribe(machine)
+    apt(machine, "install", "studio-worker")
+    for number, keys in ((2, f"{old} {new}"), (3, new)):
+        deb = stand_in(debs.worker, work, Version=f"0.{number}", Depends="libc6")
+        archive.publish(deb, suite="stable", KEY=keys, KEYRING_VERSION=f"99.{number}")
+        assert "W:" not in apt(machine, "update")
+        assert set(planned(machine, "upgrade")) == {"studio-worker", KEYRING}
+        apt(machine, "upgrade")
+    assert version(machine) == "0.3"
+
+
 def test_unattended_upgrades_take_the_worker_where_they_are_told_to(
     archive: Archive, machine: Machine, debs: Debs, work: Path
 ) -> None:
