@@ -80,7 +80,7 @@ def build(folder: Path, environment: dict[str, str]) -> dict[str, str]:
         SystemExit: it failed.
     """
     folder.mkdir(parents=True)
-    log = folder.with_suffix(".log")
+    log = folder.with_name(f"{folder.name}.log")
     with log.open("w") as file:
         done = subprocess.run(
             ["make", "deb"], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
