@@ -25,7 +25,7 @@ EXIT_STATUSES = (
     ),
     (
         errors.ReconnectExhausted.exit_status,
-        "for now: reconnect attempts used up, the state folder in use or its disk full",
+        "for now: reconnect attempts used up, the state folder in use or its disk full, no answer (submit)",
     ),
     (errors.DuplicateWorker.exit_status, "another worker with this identity"),
     (

@@ -19,9 +19,10 @@ from studio_worker.cli.doctor import check_config, doctor
 from studio_worker.cli.generate import generate
 from studio_worker.cli.gpu_check import gpu_check
 from studio_worker.cli.models import models_app
-from studio_worker.cli.options import ConfigDir, Instance, say
+from studio_worker.cli.options import ConfigDir, Instance, read_token, say
+from studio_worker.cli.submit import submit
 from studio_worker.errors import ConfigError, StudioWorkerError
-from studio_worker.files import DISK_TROUBLES, others_can_read
+from studio_worker.files import DISK_TROUBLES
 from studio_worker.plain import plain
 from studio_worker.report import logs
 
@@ -51,7 +52,7 @@ def _options(
     pass
 
 
-for command in (generate, status, pause, resume, doctor):
+for command in (generate, submit, status, pause, resume, doctor):
     app.command()(command)
 app.command("check-config")(check_config)
 app.command("gpu-check")(gpu_check)
@@ -157,7 +158,7 @@ def local_studio(
 ) -> None:
     """Run a small studio of your own: queue, approval, gallery."""
     logs.configure(fmt="text")  # it is a person who runs it
-    token = _read_token(token_file) if token_file is not None else None
+    token = read_token(token_file) if token_file is not None else None
 
     from studio_worker.local_studio import MODELS_FOLDER, Door, run_local_studio
 
@@ -176,21 +177,6 @@ def _say_where(address: str, models: Path) -> None:
     typer.echo(
         f"models: add them on that page, under Models; workers fetch the files that lie in {models} from here"
     )
-
-
-def _read_token(path: Path) -> str:
-    try:
-        if others_can_read(path):
-            raise ConfigError("others can read it", source=str(path), cure=f"chmod 600 {path}")
-        return path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot be read: {error.strerror}", source=str(path), cure="name another --token-file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            "is not UTF-8 text", source=str(path), cure="make one with: openssl rand -hex 32"
-        ) from error
 
 
 @app.command()

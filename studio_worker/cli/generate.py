@@ -17,7 +17,7 @@ from studio_worker.box import process
 from studio_worker.box.owner import written_by_caller
 from studio_worker.cli.bars import PictureBar
 from studio_worker.cli.model_choice import SAMPLE_ID, ChosenModel, find_model, weights_file
-from studio_worker.cli.options import ConfigDir, Json
+from studio_worker.cli.options import ConfigDir, Json, pixels
 from studio_worker.errors import ConfigError, DeviceError
 from studio_worker.files import output_problem, write_atomic
 from studio_worker.jobs import ImageTask, Picture
@@ -106,7 +106,7 @@ def generate(
         raise ConfigError(problem, cure="name another -o FILE")
     chosen = find_model(model, directory)
     loras = _loras(lora or [])
-    width, height = _size(size)
+    width, height = pixels(size)
     pictures = _Pictures.read(init, mask, ref)
     task = ImageTask(
         prompt=prompt + "".join(f" <lora:{file.path.stem}:{weight:g}>" for file, weight in loras),
@@ -209,16 +209,3 @@ def _loras(given: list[str]) -> list[tuple[LocalFile, float]]:
             raise typer.BadParameter(f"two LoRAs are called {name}; rename one of them", param_hint="--lora")
         found.append((lora, weight))
     return found
-
-
-def _size(size: str | None) -> tuple[int | None, int | None]:
-    if size is None:
-        return None, None
-    width, by, height = size.lower().partition("x")
-    try:
-        sides = int(width), int(height if by else width)
-    except ValueError:
-        sides = -1, -1
-    if min(sides) < 0:
-        raise typer.BadParameter(f"{size}: write e.g. 1024x768", param_hint="--size")
-    return sides

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from studio_worker.errors import ConfigError
+from studio_worker.files import others_can_read
 from studio_worker.plain import plain
 
 # No path is looked at by typer (readable=False), here or elsewhere: whoever opens it says what is wrong.
@@ -55,6 +57,36 @@ def as_instance(number: int | None) -> int | None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
         os.environ.setdefault("STUDIO_WORKER_WORKER__DEVICE", "cuda")
     return number
+
+
+def pixels(size: str | None) -> tuple[int | None, int | None]:
+    """Width and height of a ``--size``."""
+    if size is None:
+        return None, None
+    width, by, height = size.lower().partition("x")
+    try:
+        sides = int(width), int(height if by else width)
+    except ValueError:
+        sides = -1, -1
+    if min(sides) < 0:
+        raise typer.BadParameter(f"{size}: write e.g. 1024x768", param_hint="--size")
+    return sides
+
+
+def read_token(path: Path) -> str:
+    """What a ``--token-file`` holds. Raises ConfigError where it cannot be read, or others can read it."""
+    try:
+        if others_can_read(path):
+            raise ConfigError("others can read it", source=str(path), cure=f"chmod 600 {path}")
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read: {error.strerror}", source=str(path), cure="name another --token-file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            "is not UTF-8 text", source=str(path), cure="make one with: openssl rand -hex 32"
+        ) from error
 
 
 Instance = Annotated[

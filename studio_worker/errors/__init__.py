@@ -17,7 +17,9 @@
   * :exc:`ProtocolError` — the studio and this worker do not understand each other
 
     * :exc:`FrameError` — one frame is unreadable; it is dropped
-    * :exc:`StudioUnavailable` — the studio could not be reached or answered with a passing error
+    * :exc:`StudioUnavailable` — the studio could not be reached or answered with a passing error; exit
+      status 75
+    * :exc:`OrderRefused` — a studio of one's own will not take a person's job; exit status 1
     * :exc:`UnknownRegistration` — the studio does not know our registration request; start over
     * :exc:`DeliveryRefused` — the studio will never take this result
     * :exc:`ReconnectExhausted` — the allowed number of attempts in a row failed; exit status 75
@@ -58,6 +60,7 @@ from studio_worker.errors.protocol import (
     DeliveryRefused,
     DuplicateWorker,
     FrameError,
+    OrderRefused,
     ProtocolError,
     ReconnectExhausted,
     RefusedByStudio,
@@ -82,6 +85,7 @@ __all__ = [
     "JobError",
     "JobImpossible",
     "NotServed",
+    "OrderRefused",
     "PageInPlace",
     "ProtocolError",
     "ReconnectExhausted",

@@ -25,6 +25,8 @@ class StudioUnavailable(ProtocolError):
         is_answer_lost: whether the studio may have had the whole request; what it made of it is not known.
     """
 
+    exit_status: ClassVar[int] = 75  # EX_TEMPFAIL
+
     def __init__(
         self,
         message: str,
@@ -37,6 +39,10 @@ class StudioUnavailable(ProtocolError):
         self.status = status
         self.retry_after_s = retry_after_s
         self.is_answer_lost = is_answer_lost
+
+
+class OrderRefused(ProtocolError):
+    """A studio of one's own will not take a person's job, or does not know it any more."""
 
 
 class UnknownRegistration(ProtocolError):

@@ -391,7 +391,7 @@ class Soak:
                 is_known = job.status is JobStatus.FAILED and "not an http(s) URL" in reason
             else:
                 reason = " ".join(said.reason for said in job.rejections.values())
-                is_known = job.status is JobStatus.QUEUED and "crashed twice" in reason
+                is_known = job.status in {JobStatus.QUEUED, JobStatus.FAILED} and "crashed twice" in reason
             account.failed[re.sub(r"'[^']*'", "…", reason)] += 1
             if not is_known:
                 account.wrong.append(f"job {job_id} ({variant}) is {job.status} for reason {reason!r}")

@@ -47,13 +47,17 @@ class Answer(NamedTuple):
 class Transport:
     """Calls to what lies under ``root``. Safe from several threads; each has a warm connection of its own.
 
+    Args:
+        answer_limit_bytes: no answer may be larger.
+
     Raises:
         ConfigError: the environment names a proxy or certificates that cannot be used.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, answer_limit_bytes: int = _ANSWER_LIMIT_BYTES) -> None:
         self.route = route_to(root)
         self._root = root
+        self._answer_limit_bytes = answer_limit_bytes
         self._reached = Reached()
         self._warm = threading.local()
 
@@ -134,7 +138,9 @@ class Transport:
                 proxies={"http": route.proxy, "https": route.proxy} if route.proxy else {},
                 verify=route.trusted,
             ) as response:
-                answer = Answer(response.status_code, response.headers, _content(response))
+                answer = Answer(
+                    response.status_code, response.headers, _content(response, self._answer_limit_bytes)
+                )
         except BaseException:
             session.close()
             raise
@@ -147,13 +153,13 @@ def _is_sent(body: io.BytesIO | None) -> bool:
     return body is not None and body.tell() == len(body.getbuffer())
 
 
-def _content(response: requests.Response) -> bytes:
+def _content(response: requests.Response, limit_bytes: int) -> bytes:
     """The answer's body. Raises OSError where it is endless or trickles."""
     deadline = time.monotonic() + _ANSWER_LIMIT_S
     content = bytearray()
     for piece in response.iter_content(64 * 1024):
         content += piece
-        if len(content) > _ANSWER_LIMIT_BYTES or time.monotonic() > deadline:
+        if len(content) > limit_bytes or time.monotonic() > deadline:
             raise OSError(errno.EMSGSIZE, "its answer has no end")
     return bytes(content)
 

@@ -1,0 +1,109 @@
+"""The command that queues pictures at a studio of one's own, for scripts: one line a job, an exit status."""
+
+from __future__ import annotations
+
+import getpass
+import random
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from studio_worker.cli.options import pixels, read_token, say
+from studio_worker.errors import ConfigError
+from studio_worker.files import write_problem
+
+ADDRESS = "http://127.0.0.1:8765"
+"""Where ``studio-worker local-studio`` listens."""
+
+_Model = Annotated[str, typer.Option("--model", "-m", metavar="ID", help="A model of the studio, by its id.")]
+_Count = Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="How many pictures.")]
+_Wait = Annotated[bool, typer.Option("--wait", help="Wait until all are made, or have failed.")]
+_Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="DIR", help="Wait, and put the pictures into this folder.", readable=False
+    ),
+]
+_Timeout = Annotated[
+    float, typer.Option(metavar="SECONDS", min=0, help="Wait no longer than this; 0 waits for ever.")
+]
+_Priority = Annotated[int, typer.Option(min=-100, max=100, help="The highest goes first.")]
+_Submitter = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Who takes turns with others; default: your login name.")
+]
+_Studio = Annotated[str, typer.Option(metavar="URL", help="The studio's address.")]
+_TokenFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="File with the studio's token.", readable=False)
+]
+_Negative = Annotated[str, typer.Option(help="What the picture must not show.")]
+_Seed = Annotated[int | None, typer.Option(min=0, help="Of the first picture; the others count on from it.")]
+_Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
+_Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels, or one number for a square.")]
+_Cfg = Annotated[float | None, typer.Option(help="Guidance: how closely the prompt is followed.")]
+_Sampler = Annotated[str | None, typer.Option(help="euler, euler_a, heun, dpm++2m, lcm, …")]
+_Ext = Annotated[str, typer.Option("--format", metavar="EXT", help="webp, png or jpg.")]
+
+
+def submit(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the picture shows.")],
+    model: _Model,
+    count: _Count = 1,
+    wait: _Wait = False,
+    output: _Output = None,
+    timeout: _Timeout = 0,
+    priority: _Priority = 0,
+    submitter: _Submitter = None,
+    studio: _Studio = ADDRESS,
+    token_file: _TokenFile = None,
+    negative: _Negative = "",
+    seed: _Seed = None,
+    steps: _Steps = None,
+    size: _Size = None,
+    cfg: _Cfg = None,
+    sampler: _Sampler = None,
+    ext: _Ext = "webp",
+) -> None:
+    """Queue pictures at a studio of your own.
+
+    One line a job: its id, then "queued", "done" (with the file's name) or "failed" (with the reason). Exit
+    status 0 where all are queued, or made; 1 where one failed or was refused; 75 where the studio cannot be
+    reached or the time is up: the last lines say which jobs are still there; 77 where it wants another token.
+    """
+    from studio_worker.studio.http.orders import Orders
+    from studio_worker.studio.http.watch import Watch
+
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        if problem := write_problem(output):
+            raise ConfigError(problem, cure="name another -o DIR")
+    width, height = pixels(size)
+    task = {
+        "prompt": prompt,
+        "negativePrompt": negative or None,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "cfgScale": cfg,
+        "samplingMethod": sampler,
+        "ext": ext,
+    }
+    who = _login_name() if submitter is None else submitter
+    job = {"model": model, "priority": priority, "submitter": who}
+    orders = Orders(studio, "" if token_file is None else read_token(token_file))
+    # Chosen here where none is given, so that every picture can be made again.
+    seeds = [random.getrandbits(32) if seed is None else (seed + nth) % 2**32 for nth in range(count)]
+    watch = Watch(orders, output, say)
+    with watch.telling():
+        for each in seeds:
+            watch.add(orders.queue(job | {"task": task | {"seed": each}}))
+        if wait or output is not None:
+            watch.wait(timeout)
+    raise typer.Exit(watch.exit_status)
+
+
+def _login_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in containers
+        return ""

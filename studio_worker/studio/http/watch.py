@@ -1,0 +1,88 @@
+"""Orders that are waited for, each told once: its id, how it ended, and where its picture lies."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from studio_worker.errors import OrderRefused, StudioUnavailable
+from studio_worker.files import write_atomic
+from studio_worker.studio.http.orders import Order, Orders
+
+LOOK_EVERY_S = 1.0
+AWAY_S = 120.0
+"""A studio that does not answer for so long is not just being restarted."""
+
+
+class Watch:
+    """The orders of one command. ``exit_status`` is what came of them so far.
+
+    Args:
+        folder: where pictures are put; ``None`` leaves them in the studio.
+        tell: is given each line.
+    """
+
+    def __init__(self, orders: Orders, folder: Path | None, tell: Callable[[str], None]) -> None:
+        self.exit_status = 0
+        self._orders = orders
+        self._folder = folder
+        self._tell = tell
+        self._left: dict[str, Order] = {}
+
+    def add(self, order: Order) -> None:
+        """An order that was queued."""
+        self._left[order.job_id] = order
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Whatever ends the command within: no job that is still in the studio stays unnamed."""
+        try:
+            yield
+        finally:
+            for order in self._left.values():
+                self._tell(" ".join(filter(None, (order.job_id, order.status, order.reason))))
+
+    def wait(self, timeout_s: float) -> None:
+        """Until all are over, or the time is; 0 is for ever.
+
+        Raises:
+            StudioUnavailable: the studio is away for longer than a restart takes.
+            RefusedByStudio: its token was changed.
+            OSError: a picture cannot be written.
+        """
+        began_at = heard_at = time.monotonic()
+        while True:
+            try:
+                for job_id in list(self._left):
+                    self._look(job_id)
+                    heard_at = time.monotonic()
+            except StudioUnavailable:
+                if time.monotonic() - heard_at > AWAY_S:
+                    raise
+            if not self._left:
+                return
+            if timeout_s and time.monotonic() - began_at >= timeout_s:
+                self.exit_status = os.EX_TEMPFAIL
+                return
+            time.sleep(LOOK_EVERY_S)
+
+    def _look(self, job_id: str) -> None:
+        try:
+            order = self._left[job_id] = self._orders.see(job_id)
+        except OrderRefused as error:  # somebody has removed it
+            order = Order(job_id, "failed", reason=str(error))
+        if not order.is_over:
+            return
+        words = [job_id, order.status]
+        if order.status == "failed":
+            self.exit_status = 1
+            words.append(order.reason)
+        elif self._folder is not None:
+            path = self._folder / f"{job_id}.{order.ext}"
+            write_atomic(path, self._orders.picture(job_id), mode=0o644)
+            words.append(str(path))
+        del self._left[job_id]
+        self._tell(" ".join(words))
