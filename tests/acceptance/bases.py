@@ -19,10 +19,17 @@ SUITE = os.environ.get("STUDIO_WORKER_TEST_SUITE", BUILT_ON)
 """The suite that is booted."""
 
 _PACKAGES = (
-    "ca-certificates", "dbus", "libexpat1", "libffi8", "libnss-systemd", "libpam-systemd", "libsqlite3-0",
-    "procps", "systemd", "systemd-sysv",
-)  # fmt: skip
-"""Init, what a check calls, and those of the package's libraries that not every Debian holds."""
+    "ca-certificates",
+    "dbus",
+    "libnss-systemd",
+    "libpam-systemd",
+    "procps",
+    "systemd",
+    "systemd-sysv",
+)
+"""Init, and what a check calls."""
+_LIBRARIES = ("libexpat1", "libffi8", "libsqlite3-0")
+"""Those of the package's libraries that not every Debian holds: it is installed without network."""
 _QUIET_UNITS = (
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
@@ -41,7 +48,7 @@ def base_system(suite: str = SUITE) -> Path:
     """The folder with the suite's base system; made once, in half a minute to three, then taken from
     the cache.
     """
-    what = (3, suite, _PACKAGES, _QUIET_UNITS, _OPTIONS.get(suite))
+    what = (3, suite, _included(suite), _QUIET_UNITS, _OPTIONS.get(suite))
     base = CACHE / f"base-{suite}-{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / f"lock-{suite}").open("w") as lock:
@@ -53,9 +60,15 @@ def base_system(suite: str = SUITE) -> Path:
     return base
 
 
+def _included(suite: str) -> tuple[str, ...]:
+    if suite == "bullseye":  # only the units are started there
+        return _PACKAGES
+    return tuple(sorted(_PACKAGES + _LIBRARIES))
+
+
 def _make_base(suite: str, base: Path) -> None:
     part = base.with_suffix(".part")
-    command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(_PACKAGES)}"]
+    command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(_included(suite))}"]
     command += ["--dpkgopt=force-unsafe-io", *_OPTIONS.get(suite, []), suite, str(part)]
     subprocess.run(command, check=True)
     (part / "etc/machine-id").write_text("")  # made at each boot
