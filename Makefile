@@ -70,10 +70,10 @@ APT = $(PYTHON) packaging/apt/repository.py $(call given,REPO) $(foreach key,$(c
 given = $(or $($(1)),$(error say $(1)=...: see docs/releasing.md))
 
 apt-repo: ## Put the packages into a signed apt repository (REPO=FOLDER URL=ADDRESS KEY=FINGERPRINT APT_SUITE=candidate)
-	rm -rf build/keyring
-	$(PYTHON) packaging/apt/keyring.py build/keyring --address $(call given,URL) \
-	  $(foreach key,$(call given,KEY),--key $(key)) $(if $(KEYRING_VERSION),--version $(KEYRING_VERSION))
-	$(APT) add $(APT_SUITE) $(PACKAGES)/*.deb build/keyring/*.deb
+	keyring=$$(mktemp -d) && trap 'rm -r "$$keyring"' EXIT && \
+	$(PYTHON) packaging/apt/keyring.py "$$keyring" --address $(call given,URL) \
+	  $(foreach key,$(call given,KEY),--key $(key)) $(if $(KEYRING_VERSION),--version $(KEYRING_VERSION)) && \
+	$(APT) add $(APT_SUITE) $(PACKAGES)/*.deb "$$keyring"/*.deb
 
 apt-promote: ## What the repository's candidate suite has becomes stable (REPO=FOLDER KEY=FINGERPRINT)
 	$(APT) promote

@@ -92,7 +92,6 @@ def main() -> None:
         environment = {**os.environ, "SOURCE_DATE_EPOCH": from_changelog("Timestamp")}
         build = ["dpkg-deb", "--root-owner-group", "-Zxz", "--build", tree, str(deb)]
         subprocess.run(build, check=True, env=environment, stdout=subprocess.DEVNULL)
-    print(deb)
 
 
 if __name__ == "__main__":

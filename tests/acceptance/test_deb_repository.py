@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -204,6 +206,16 @@ def test_what_is_published_stays_what_it_is(archive: Archive, debs: Debs, work: 
     other = stand_in(debs.worker, work, Version="0.1", Section="misc")
     assert "a change needs a new version" in archive.publish(other, check=False)
     assert {path: path.read_bytes() for path in archive.folder.rglob("*") if path.is_file()} == before
+
+
+@said_once
+def test_keyring_package_keeps_to_debians_rules(archive: Archive, debs: Debs, work: Path) -> None:
+    """lintian finds neither errors nor warnings in it."""
+    archive.publish(stand_in(debs.worker, work, Version="0.1"))
+    command = ["lintian", "--allow-root", "--fail-on=error,warning", archive.folder / f"{KEYRING}.deb"]
+    environment = {**os.environ, "TMPDIR": str(work)}  # it leaves files behind
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @said_once
