@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := packaging/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: docs house help demo test test-deb cuda-build lint bench gpu-check soak chaos fuzz check venv clean deb lock \
+.PHONY: docs house help demo test test-deb test-fleet cuda-build lint bench gpu-check soak chaos fuzz check venv clean deb lock \
   apt-repo apt-promote apt-withdraw release
 
 help: ## Show this list
@@ -85,6 +85,9 @@ apt-withdraw: ## Take a version out of a suite (REPO KEY APT_SUITE, PACKAGE=stud
 release: ## Make a release: check, build twice, describe, sign (VERSION=... KEY=FINGERPRINT, or UNSIGNED=1)
 	/usr/bin/python3.11 packaging/release/release.py $(call given,VERSION) $(if $(KEY),--key $(firstword $(KEY))) \
 	  $(if $(UNSIGNED),--unsigned)
+
+test-fleet: $(STAMP) ## The Ansible role and cloud-init's example in booted machines (as root, after make deb)
+	FLEET=1 $(BIN)/python -m pytest --timeout=900 tests/acceptance/test_deb_fleet.py
 
 test-deb: $(STAMP) ## Build the packages and check them in a booted Debian (as root; SUITE="bookworm trixie:short")
 	packaging/test-deb
