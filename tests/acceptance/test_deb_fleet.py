@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.acceptance.bases import CACHE
 
 from studio_worker.demo import sample_source
 from studio_worker.local_studio import LocalStudio
 from studio_worker.sample_model import WEIGHTS
 from tests.acceptance import figures
 from tests.acceptance.archive import Archive, KeyRing
+from tests.acceptance.bases import CACHE
 from tests.acceptance.box import SITE, STATE, UNIT, Box
 from tests.acceptance.conftest import Debs
 from tests.acceptance.machine import Machine
