@@ -12,6 +12,8 @@ next start, wherever a kill has left them.
 from __future__ import annotations
 
 import contextlib
+import errno
+import filecmp
 import logging
 import uuid
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from studio_worker.errors import ConfigError, StateUnavailable
-from studio_worker.files import DISK_TROUBLES, fsync_directory, make_private
+from studio_worker.files import DISK_TROUBLES, copy_atomic, fsync_directory, make_private
 from studio_worker.studio.http.identity import Identity, IdentityFile
 
 log = logging.getLogger(__name__)
@@ -180,9 +182,35 @@ def _folder_name(identity: Identity) -> str:
 
 def _move(source: Path, dest: Path) -> None:
     for name in _THINGS:
-        if (source / name).exists() and not (dest / name).exists():
-            (source / name).rename(dest / name)
+        if (source / name).exists():
+            _merge(source / name, dest / name)
     fsync_directory(dest)
+
+
+def _merge(source: Path, dest: Path) -> None:
+    """Move file by file, so that a kill in between is gone on from; what is at ``dest`` already stays.
+
+    No folder is renamed: an overlay, which images and containers lie on, does not allow it (EXDEV).
+    """
+    if source.is_dir():
+        dest.mkdir(mode=0o700, exist_ok=True)
+        for each in list(source.iterdir()):
+            _merge(each, dest / each.name)
+        fsync_directory(dest)
+        with contextlib.suppress(OSError):  # a link to another disk, or something that had to stay
+            source.rmdir()
+    elif dest.exists():
+        if filecmp.cmp(source, dest, shallow=False):  # a kill came between copying and removing
+            source.unlink()
+    else:
+        try:
+            source.rename(dest)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            copy_atomic(source, dest)
+            fsync_directory(dest.parent)
+            source.unlink()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -200,6 +201,35 @@ def test_copy_that_forgets_delivers_nothing_either(tmp_path: Path) -> None:
     assert waiting(kept.folder) == ["job-1"]
 
 
+def cannot_rename(source: Path, _dest: Path) -> None:
+    """What a system says between two disks."""
+    raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
+
+
+@pytest.mark.parametrize("kind", ["folders", "files"])
+def test_disk_that_moves_nothing_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """On an overlay, which moves no folder of a layer below, or with the outbox on a disk of its own, all of
+    it goes and comes back as elsewhere.
+    """
+    state_of(tmp_path)
+    real = os.rename
+
+    def rename(source: Path, dest: Path) -> None:
+        if source.is_dir() or kind == "files":
+            cannot_rename(source, dest)
+        real(source, dest)
+
+    monkeypatch.setattr(os, "rename", rename)
+    settle(tmp_path, HERE)
+    assert waiting(tmp_path) == []
+    adopt(tmp_path, HERE)
+    assert waiting(tmp_path) == ["job-1"]
+    (picture,) = (tmp_path / "outbox").glob("*.data")
+    assert picture.read_bytes() == b"picture"
+
+
 class Killed(BaseException):
     """The process ends here."""
 
@@ -226,11 +256,14 @@ def killed_at(step: int, monkeypatch: pytest.MonkeyPatch, doing: Callable[[], ob
     return False
 
 
+@pytest.mark.parametrize("disks", ["one disk", "two disks"])
 @pytest.mark.parametrize("back", [HERE, THERE], ids=["in the copy", "in the original"])
-def test_copy_killed_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: str) -> None:
+def test_copy_killed_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: str, disks: str) -> None:
     """A kill between any two steps: the next start of the copy has nothing of the original's in force, and
     the original, had its disk been in the other machine by mistake, has all of it.
     """
+    if disks == "two disks":
+        monkeypatch.setattr(os, "rename", cannot_rename)
     for step in itertools.count():
         state = state_of(tmp_path / str(step))
         was_killed = killed_at(step, monkeypatch, partial(settle, state, HERE))
