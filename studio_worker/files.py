@@ -9,6 +9,7 @@ import shutil
 import stat
 import uuid
 from pathlib import Path
+from typing import IO
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Error numbers of a disk, or of a user's share of it, that takes no more."""
@@ -41,6 +42,24 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o600, sync_folder: 
         raise
     if sync_folder:
         fsync_directory(path.parent)
+
+
+def store_atomic(path: Path, content: IO[bytes], *, mode: int = 0o600) -> int:
+    """As :func:`write_atomic`, piece by piece from where ``content`` stands; returns the number of bytes."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as writing:
+            shutil.copyfileobj(content, writing, _COPY_BYTES)
+            size_bytes = writing.tell()
+            writing.flush()
+            os.fsync(writing.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+    return size_bytes
 
 
 def copy_atomic(source: Path, dest: Path) -> None:

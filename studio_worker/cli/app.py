@@ -136,7 +136,8 @@ def local_studio(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8765,
     data: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for the studio's SQLite file.", readable=False)
+        Path,
+        typer.Option(metavar="DIR", help="Folder for the studio's database and pictures.", readable=False),
     ] = Path("studio-data"),
     models: Annotated[
         Path | None,

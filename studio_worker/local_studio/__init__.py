@@ -1,8 +1,8 @@
 """A small studio of one's own: queue, approval and gallery behind the studio's worker protocol.
 
-It serves workers exactly as the real studio does, keeps everything in one SQLite file, and brings a page
-for people. It is for whoever has no studio, and for demos and tests. It never imports torch and never runs
-a job itself.
+It serves workers exactly as the real studio does, keeps everything in one SQLite file and a folder of
+pictures, and brings a page for people. It is for whoever has no studio, and for demos and tests. It never
+imports torch and never runs a job itself.
 """
 
 from __future__ import annotations

@@ -13,21 +13,18 @@ import secrets
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from studio_worker.errors import ConfigError, ProtocolError
+from studio_worker.errors import ConfigError
+from studio_worker.local_studio.pictures import Pictures, StorageFull
 from studio_worker.local_studio.schema import STEPS
 
 Row = sqlite3.Row
 
 _NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 """What a full, read-only or failing disk is called; the low byte of SQLite's result code."""
-
-
-class StorageFull(ProtocolError):
-    """The disk takes no more of the studio's data; nothing of the transaction was kept."""
 
 
 class Database:
@@ -37,19 +34,21 @@ class Database:
         path: the file; its folder is made (0700) where it is missing. Readable by the owner only, because
             it holds prompts.
         on_change: called after every committed write.
+        pictures: where the bytes lie that an older file holds itself.
 
     Raises:
         ConfigError: the folder cannot be written, the file is no database of this program, or another
             local studio has it open.
     """
 
-    def __init__(self, path: Path, on_change: Callable[[], None]) -> None:
+    def __init__(self, path: Path, on_change: Callable[[], None], pictures: Pictures) -> None:
         self.path = path
         self.on_change = on_change
         self._lock = threading.RLock()
         self._held = _hold(path)
         try:
-            self._connection = _open(path)
+            pictures.clear_unfinished()
+            self._connection = _open(path, pictures)
         except sqlite3.Error as error:
             self._held.close()
             raise ConfigError(
@@ -57,9 +56,15 @@ class Database:
                 cure="move the file away, or choose another data folder",
                 source=str(path),
             ) from error
-        except ConfigError:
+        except (ConfigError, StorageFull) as error:
             self._held.close()
-            raise
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"cannot be brought up to date ({error})",
+                cure="make room on its disk; it is as it was",
+                source=str(path),
+            ) from error
         self.is_new = self.row("SELECT 1 FROM meta WHERE key = 'salt'") is None
         self.salt = self._salt()
 
@@ -136,7 +141,7 @@ def _hold(path: Path) -> IO[bytes]:
     return held
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path, pictures: Pictures) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
     try:
         connection.row_factory = sqlite3.Row
@@ -151,7 +156,13 @@ def _open(path: Path) -> sqlite3.Connection:
                 source=str(path),
             )
         for number, step in enumerate(STEPS[version:], start=version + 1):
-            connection.executescript(f"BEGIN IMMEDIATE; {step} PRAGMA user_version = {number}; COMMIT;")
+            connection.execute("BEGIN IMMEDIATE")
+            step(connection, pictures)
+            connection.execute(f"PRAGMA user_version = {number}")
+            connection.execute("COMMIT")
+        if 0 < version < len(STEPS):
+            with suppress(sqlite3.OperationalError):  # what an older file held itself made it large
+                connection.execute("VACUUM")
     except BaseException:
         connection.close()
         raise

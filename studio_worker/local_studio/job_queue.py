@@ -7,11 +7,13 @@ import sqlite3
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from studio_worker.local_studio import rules
 from studio_worker.local_studio.database import Database, Row
 from studio_worker.local_studio.line import Line, rejections_of
+from studio_worker.local_studio.pictures import Pictures, StoredBytes
 from studio_worker.local_studio.rules import JobStatus, QueuedJob, Rejection
 from studio_worker.local_studio.turns import PATIENCE, Patience
 
@@ -40,10 +42,12 @@ class JobQueue:
     def __init__(
         self,
         database: Database,
+        pictures: Pictures,
         clock: Callable[[], float] = time.time,
         patience: Patience = PATIENCE,
     ) -> None:
         self._database = database
+        self._pictures = pictures
         self._clock = clock
         self._line = Line(database, patience)
 
@@ -149,15 +153,33 @@ class JobQueue:
         return len(rows)
 
     def deliver(
-        self, job_id: str, worker_id: str, content: bytes, *, ext: str, prompt: str | None, meta: Any = None
+        self,
+        job_id: str,
+        worker_id: str,
+        content: IO[bytes],
+        *,
+        ext: str,
+        prompt: str | None,
+        meta: Any = None,
     ) -> Result:
-        """Keep a result and mark its job done, once. Raises RuleBroken where it comes too late.
+        """Keep a result and mark its job done, once. Raises RuleBroken where it comes too late, StorageFull.
 
         Args:
             content: the bytes, as they are served later.
             prompt: the prompt as delivered; where it is missing, the task's own is kept.
             meta: the worker's ``generationMeta``, any JSON.
         """
+        rules.delivered(self._require(job_id), worker_id, self._clock())  # nothing is written for a late one
+        stored = self._pictures.put(content, job_id, ext)
+        try:
+            return self._record(job_id, worker_id, stored, ext, prompt, meta)
+        except BaseException:
+            self._pictures.delete(stored.key)
+            raise
+
+    def _record(
+        self, job_id: str, worker_id: str, stored: StoredBytes, ext: str, prompt: str | None, meta: Any
+    ) -> Result:
         now = self._clock()
         with self._database.writing() as connection:
             before = self._require(job_id)
@@ -171,11 +193,11 @@ class JobQueue:
                 worker_id=worker_id,
                 seconds=round(max(0.0, now - began), 3),
                 created_at=now,
-                size_bytes=len(content),
+                size_bytes=stored.size_bytes,
             )
             connection.execute(
                 "INSERT INTO results (job_id, ext, prompt, generation_meta, worker_id, seconds, created_at,"
-                " size_bytes, bytes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " size_bytes, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     job_id,
                     ext,
@@ -185,7 +207,7 @@ class JobQueue:
                     result.seconds,
                     now,
                     result.size_bytes,
-                    content,
+                    stored.key,
                 ),
             )
             self._line.made(worker_id, job.model)
@@ -205,8 +227,11 @@ class JobQueue:
             job = self._require(job_id)
             if job.status in rules.HELD:
                 raise rules.RuleBroken(f"job {job_id} is {job.status}; it can be deleted when that is over")
+            path = self.picture(job_id)
             connection.execute("DELETE FROM results WHERE job_id = ?", (job_id,))
             connection.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,))
+        if path is not None:
+            self._pictures.delete(path.name)
 
     def result(self, job_id: str) -> Result | None:
         """What is known of a job's result, without its bytes."""
@@ -221,10 +246,10 @@ class JobQueue:
         facts["generation_meta"] = json.loads(row["generation_meta"] or "null")
         return Result(**facts)
 
-    def content(self, job_id: str) -> bytes | None:
-        """The bytes of a job's result."""
-        row = self._database.row("SELECT bytes FROM results WHERE job_id = ?", (job_id,))
-        return None if row is None else bytes(row["bytes"])
+    def picture(self, job_id: str) -> Path | None:
+        """The file with the bytes of a job's result."""
+        row = self._database.row("SELECT key FROM results WHERE job_id = ?", (job_id,))
+        return None if row is None else self._pictures.path(row["key"])
 
     def _change(self, job_id: str, rule: Callable[[QueuedJob], QueuedJob]) -> QueuedJob:
         with self._database.writing() as connection:

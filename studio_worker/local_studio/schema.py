@@ -5,6 +5,14 @@ A step that was released is never changed: whoever has an older file gets there 
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+from sqlite3 import Connection
+
+from studio_worker.local_studio.pictures import Pictures
+
+Step = Callable[[Connection, Pictures], None]
+
 _FIRST = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE registrations (
@@ -58,5 +66,45 @@ CREATE TABLE turns (
 CREATE TABLE last_made (worker_id TEXT PRIMARY KEY, model TEXT NOT NULL);
 """
 
-STEPS = (_FIRST, _TURNS)
+_FILES = """
+ALTER TABLE results ADD COLUMN key TEXT NOT NULL DEFAULT '';
+ALTER TABLE files ADD COLUMN key TEXT NOT NULL DEFAULT '';
+"""
+
+_NO_BYTES = """
+ALTER TABLE results DROP COLUMN bytes;
+ALTER TABLE files DROP COLUMN bytes;
+"""
+
+
+def _first(connection: Connection, _pictures: Pictures) -> None:
+    _execute(connection, _FIRST)
+
+
+def _turns(connection: Connection, _pictures: Pictures) -> None:
+    _execute(connection, _TURNS)
+
+
+def _files(connection: Connection, pictures: Pictures) -> None:
+    """Pictures go out of the database into their folder, one at a time."""
+    _execute(connection, _FILES)
+    for job_id, ext in connection.execute("SELECT job_id, ext FROM results").fetchall():
+        (content,) = connection.execute("SELECT bytes FROM results WHERE job_id = ?", (job_id,)).fetchone()
+        key = pictures.put(io.BytesIO(content), job_id, ext).key
+        connection.execute("UPDATE results SET key = ? WHERE job_id = ?", (key, job_id))
+    for file_id, media_type in connection.execute("SELECT file_id, media_type FROM files").fetchall():
+        (content,) = connection.execute("SELECT bytes FROM files WHERE file_id = ?", (file_id,)).fetchone()
+        key = pictures.put(io.BytesIO(content), "input", media_type.rpartition("/")[2]).key
+        connection.execute("UPDATE files SET key = ? WHERE file_id = ?", (key, file_id))
+    _execute(connection, _NO_BYTES)
+
+
+def _execute(connection: Connection, script: str) -> None:
+    # Not executescript(), which would end the transaction under way.
+    for statement in script.split(";"):
+        if statement.strip():
+            connection.execute(statement)
+
+
+STEPS: tuple[Step, ...] = (_first, _turns, _files)
 """In order; a new file takes all of them."""

@@ -52,7 +52,7 @@ class LocalStudio(Studio):
     """A studio that listens. One object is started and stopped once; the file and the port may be used again.
 
     Args:
-        database: the SQLite file that holds everything.
+        database: the SQLite file; pictures lie in a folder beside it.
         door: after :meth:`start` the attribute ``port`` holds the real one.
         models_dir: folder whose files workers may fetch under ``/models``.
         auto_approve: let every machine in that asks. For demos.

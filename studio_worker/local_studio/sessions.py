@@ -12,6 +12,7 @@ good. Of two machines that share one identity, the older session ends, and its o
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import time
@@ -23,8 +24,8 @@ from starlette.websockets import WebSocket
 
 from studio_worker.errors import FrameError
 from studio_worker.local_studio.changes import Changes
-from studio_worker.local_studio.database import StorageFull
 from studio_worker.local_studio.job_queue import JobQueue
+from studio_worker.local_studio.pictures import StorageFull
 from studio_worker.local_studio.rules import LOST_CONNECTION, RESTARTED, JobStatus, QueuedJob, RuleBroken
 from studio_worker.local_studio.session import EndSession, WorkerGone, WorkerSession
 from studio_worker.local_studio.shelf import Shelf
@@ -227,7 +228,9 @@ class Sessions:
             content = json.dumps(frame.result, ensure_ascii=False, allow_nan=False).encode()
         except ValueError as error:
             raise RuleBroken("the result holds numbers that JSON does not know") from error
-        self._queue.deliver(frame.job_id, session.worker_id, content, ext="json", prompt=frame.prompt)
+        self._queue.deliver(
+            frame.job_id, session.worker_id, io.BytesIO(content), ext="json", prompt=frame.prompt
+        )
         logger.info("job done", extra={"worker_id": session.worker_id, "job_id": frame.job_id})
 
     async def _offer(self, session: WorkerSession) -> None:

@@ -9,12 +9,14 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from studio_worker.errors import ProtocolError
 from studio_worker.local_studio.database import Database
+from studio_worker.local_studio.pictures import Pictures
 from studio_worker.studio import wire
 
 MAX_LOG_LINES = 5000
@@ -47,7 +49,7 @@ class StoredFile:
     """An input picture."""
 
     media_type: str
-    content: bytes
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ class LogLine:
 class Shelf:
     """Models, files and logs."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, pictures: Pictures) -> None:
         self._database = database
+        self._pictures = pictures
 
     def put_model(self, model: Model) -> None:
         """Add a model, or replace the one of the same id."""
@@ -106,16 +109,18 @@ class Shelf:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise NotAPicture("not a PNG, JPEG, WebP or GIF picture") from error
         file_id = secrets.token_urlsafe(18)
+        stored = self._pictures.put(io.BytesIO(content), "input", media_type.rpartition("/")[2])
         with self._database.writing() as connection:
             connection.execute(
-                "INSERT INTO files VALUES (?, ?, ?, ?)", (file_id, media_type, time.time(), content)
+                "INSERT INTO files (file_id, media_type, created_at, key) VALUES (?, ?, ?, ?)",
+                (file_id, media_type, time.time(), stored.key),
             )
         return file_id
 
     def picture(self, file_id: str) -> StoredFile | None:
         """An input picture."""
-        row = self._database.row("SELECT media_type, bytes FROM files WHERE file_id = ?", (file_id,))
-        return None if row is None else StoredFile(row["media_type"], bytes(row["bytes"]))
+        row = self._database.row("SELECT media_type, key FROM files WHERE file_id = ?", (file_id,))
+        return None if row is None else StoredFile(row["media_type"], self._pictures.path(row["key"]))
 
     def add_logs(self, worker_id: str, entries: Iterable[wire.LogEntry]) -> None:
         """Keep a worker's log lines, within bounds."""

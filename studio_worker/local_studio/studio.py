@@ -13,6 +13,7 @@ from studio_worker.jobs import ImageTask
 from studio_worker.local_studio.changes import Changes
 from studio_worker.local_studio.database import Database
 from studio_worker.local_studio.job_queue import JobQueue
+from studio_worker.local_studio.pictures import Pictures
 from studio_worker.local_studio.registry import Registration, Registry
 from studio_worker.local_studio.rules import RESTARTED, JobExtras, JobStatus, QueuedJob
 from studio_worker.local_studio.sessions import Limits, Sessions
@@ -23,6 +24,9 @@ from studio_worker.local_studio.workers import RegisteredWorker
 from studio_worker.models import ModelSource
 
 logger = logging.getLogger(__name__)
+
+PICTURES_FOLDER = "pictures"
+"""Beside the database."""
 
 PLACEHOLDER = Model(
     model_id="placeholder",
@@ -37,7 +41,7 @@ class Studio:
     """The studio without its server. All methods may be called from any thread.
 
     Args:
-        database: the SQLite file; it and its folder are made where they are missing.
+        database: the SQLite file; it and its folder are made where they are missing. Pictures lie beside it.
 
     Raises:
         ConfigError: the database cannot be used.
@@ -46,10 +50,11 @@ class Studio:
     def __init__(self, database: Path, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self.changes = Changes()
-        self.database = Database(database, self.changes.bump)
+        pictures = Pictures(database.parent / PICTURES_FOLDER)
+        self.database = Database(database, self.changes.bump, pictures)
         self.registry = Registry(self.database)
-        self.queue = JobQueue(self.database, patience=self.limits.patience)
-        self.shelf = Shelf(self.database)
+        self.queue = JobQueue(self.database, pictures, patience=self.limits.patience)
+        self.shelf = Shelf(self.database, pictures)
         self.sessions = Sessions(
             self.registry.workers,
             self.queue,
@@ -158,10 +163,10 @@ class Studio:
 
     def result(self, job_id: str) -> bytes:
         """The bytes a job brought. Raises KeyError where there are none yet."""
-        content = self.queue.content(job_id)
-        if content is None:
+        path = self.queue.picture(job_id)
+        if path is None:
             raise KeyError(job_id)
-        return content
+        return path.read_bytes()
 
     def retry(self, job_id: str) -> None:
         """Queue a failed or rejected job again. Raises RuleBroken."""

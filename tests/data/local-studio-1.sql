@@ -2,6 +2,7 @@ PRAGMA journal_mode = WAL;
 BEGIN TRANSACTION;
 CREATE TABLE files (
     file_id TEXT PRIMARY KEY, media_type TEXT NOT NULL, created_at REAL NOT NULL, bytes BLOB NOT NULL);
+INSERT INTO "files" VALUES('input','image/png',1764000000.0,X'89504E470D0A1A0A');
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT UNIQUE NOT NULL, model TEXT NOT NULL,
     task TEXT NOT NULL, model_source TEXT NOT NULL, created_at REAL NOT NULL, game_id TEXT NOT NULL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from pathlib import Path
 
@@ -35,11 +36,29 @@ def test_older_file_is_taken_over(older: Path) -> None:
         (waiting, rejected) = studio.jobs(JobStatus.QUEUED)
         assert (waiting.job_id, waiting.priority, waiting.submitter) == ("waiting", 0, "")
         assert [said.reason for said in rejected.rejections.values()] == ['needs 40 GB, "they" say']
+        found = studio.shelf.picture("input")
+        assert found is not None
+        assert (found.media_type, found.path.read_bytes()) == ("image/png", b"\x89PNG\r\n\x1a\n")
+        assert len(list((older.parent / "pictures").iterdir())) == 2
         machine = Machine(studio).connect()
         assert machine.take()["jobId"] == "waiting"
         machine.hang_up()
     with LocalStudio(older) as studio:
         assert studio.queue.counts()["done"] == 1
+
+
+def test_older_file_that_finds_no_room_is_left_as_it_is(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full while pictures go into their folder loses none; the next start goes on."""
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("studio_worker.files.os.fsync", full_disk)
+        with pytest.raises(ConfigError, match="make room"):
+            LocalStudio(older)
+    with LocalStudio(older) as studio:
+        assert studio.result("done") == PICTURE
 
 
 def test_file_of_a_later_version_is_a_clear_mistake(older: Path) -> None:

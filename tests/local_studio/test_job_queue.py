@@ -286,7 +286,7 @@ def test_secrets_are_not_in_the_file(tmp_path: Path) -> None:
     with LocalStudio(database) as studio:
         machine = Machine(studio).connect()
         machine.hang_up()
-    content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    content = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert machine.token.encode() not in content
     assert machine.secret.encode() not in content
     assert database.stat().st_mode & 0o077 == 0

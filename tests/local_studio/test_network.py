@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import json
@@ -290,8 +291,13 @@ def test_workers_that_wait_for_a_person_keep_their_places(entrance: Entrance) ->
 # --- the disk ---------------------------------------------------------------------------------------
 
 
+def full_disk(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("full", ["database", "folder"])
 def test_full_disk_is_507_and_the_picture_comes_later(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, full: str
 ) -> None:
     """An upload that finds no room is told so, its session goes on, and it is welcome afterwards."""
     with LocalStudio(tmp_path / "studio.sqlite3") as studio:
@@ -299,9 +305,12 @@ def test_full_disk_is_507_and_the_picture_comes_later(
         job_id = queue(studio)
         machine.take()
         pages = studio.database.rows("PRAGMA page_count")[0][0]
-        studio.database.rows(f"PRAGMA max_page_count = {pages}")
-        with caplog.at_level(logging.INFO):
-            refused = machine.upload(job_id, b"x" * 2_000_000)
+        if full == "database":
+            studio.database.rows(f"PRAGMA max_page_count = {pages}")
+        with caplog.at_level(logging.INFO), monkeypatch.context() as patch:
+            if full == "folder":
+                patch.setattr("studio_worker.files.os.fsync", full_disk)
+            refused = machine.upload(job_id, prompt="x" * 900_000)
             machine.say(
                 "logBatch", entries=[{"ts": "now", "level": "info", "category": "x", "message": "m" * 99_999}]
             )
@@ -309,8 +318,9 @@ def test_full_disk_is_507_and_the_picture_comes_later(
         assert refused.status_code == 507
         assert "disk" in refused.json()["error"]
         assert not [record for record in caplog.records if record.exc_info]
+        assert list((tmp_path / "pictures").iterdir()) == [], "nothing is left of what was refused"
         studio.database.rows("PRAGMA max_page_count = 1000000")
-        assert machine.upload(job_id, b"x" * 2_000_000).status_code == 200
+        assert machine.upload(job_id, prompt="x" * 900_000).status_code == 200
         assert machine.socket is not None
         machine.socket.close()
 

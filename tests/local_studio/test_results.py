@@ -98,6 +98,34 @@ def test_upload_is_kept_with_all_facts(studio: LocalStudio, machine: Machine) ->
     assert studio.result(job_id) == PICTURE
 
 
+def test_pictures_lie_in_a_folder(studio: LocalStudio, machine: Machine) -> None:
+    """A picture is a file beside the database, named by its job, the owner's alone; it goes with the job."""
+    job_id = queue(studio)
+    machine.take()
+    assert machine.upload(job_id, ext="png").status_code == 200
+    folder = studio.database.path.parent / "pictures"
+    (file,) = folder.iterdir()
+    assert (file.name[:36], file.suffix, file.read_bytes()) == (job_id, ".png", PICTURE)
+    assert (folder.stat().st_mode | file.stat().st_mode) & 0o077 == 0
+    url = f"{studio.base_url}/api/jobs/{job_id}/result"
+    part = requests.get(url, headers={"Range": "bytes=8-11"}, timeout=WAIT_S)
+    assert (part.status_code, part.content) == (206, b"WEBP")
+    assert requests.delete(f"{studio.base_url}/api/jobs/{job_id}", timeout=WAIT_S).status_code == 204
+    assert list(folder.iterdir()) == []
+
+
+def test_pictures_that_were_taken_away_are_told(studio: LocalStudio, machine: Machine) -> None:
+    """A file that somebody has removed from the folder is 404 with a sentence, and costs nothing else."""
+    job_id = queue(studio)
+    machine.take()
+    assert machine.upload(job_id).status_code == 200
+    for file in (studio.database.path.parent / "pictures").iterdir():
+        file.unlink()
+    answer = requests.get(f"{studio.base_url}/api/jobs/{job_id}/result", timeout=WAIT_S)
+    assert (answer.status_code, "not in the studio's folder" in answer.json()["error"]) == (404, True)
+    assert requests.delete(f"{studio.base_url}/api/jobs/{job_id}", timeout=WAIT_S).status_code == 204
+
+
 def test_upload_counts_once(studio: LocalStudio, machine: Machine) -> None:
     """A job is completed exactly once: a second delivery is refused with 409 and changes nothing."""
     job_id = queue(studio)
@@ -121,6 +149,7 @@ def test_upload_race_completes_once(studio: LocalStudio, machine: Machine) -> No
     for thread in threads:
         thread.join()
     assert sorted(statuses) == [200, 409, 409, 409, 409, 409]
+    assert len(list((studio.database.path.parent / "pictures").iterdir())) == 1
     assert studio.job(job_id).completions == 1
 
 

@@ -31,9 +31,6 @@ PAGE_CSP = (
 CONTENT_CSP = "default-src 'none'; sandbox; frame-ancestors 'none'"
 """For bytes that came from elsewhere: they may be looked at, and may do nothing."""
 
-FOREVER = {"Cache-Control": "private, max-age=31536000, immutable", "Content-Security-Policy": CONTENT_CSP}
-"""Headers of stored pictures: an id never gets other bytes."""
-
 _OPEN_PREFIXES = ("/graphics/api/", "/models/", "/files/", "/page/")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from studio_worker.files import DISK_TROUBLES
-from studio_worker.local_studio.database import StorageFull
+from studio_worker.local_studio.pictures import StorageFull
 from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.access import Access, Guard, error_response

@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -18,8 +17,8 @@ from starlette.routing import BaseRoute, Route
 from studio_worker.local_studio.registry import NotPending, UnknownRequest
 from studio_worker.local_studio.rules import JobStatus, RuleBroken
 from studio_worker.local_studio.studio import Studio
-from studio_worker.local_studio.web import bodies
-from studio_worker.local_studio.web.access import FOREVER, http_base
+from studio_worker.local_studio.web import bodies, stored
+from studio_worker.local_studio.web.access import http_base
 from studio_worker.local_studio.web.bodies import number_in
 from studio_worker.studio import wire
 
@@ -191,15 +190,12 @@ class PeopleRoutes:
     async def result(self, request: Request) -> Response:
         """The bytes a job brought, as what they are."""
         job_id = self._known(request)
-        result = self._desk.queue.result(job_id)
-        if result is None:
+        result, path = self._desk.queue.result(job_id), self._desk.queue.picture(job_id)
+        if result is None or path is None:
             raise HTTPException(404, "the job has no result yet")
-        content = await run_in_threadpool(self._desk.queue.content, job_id)
         media_type = "application/json" if result.ext == "json" else wire.mime_type(result.ext)
         disposition = f'inline; filename="{job_id}.{result.ext}"'
-        return Response(
-            content, media_type=media_type, headers={**FOREVER, "Content-Disposition": disposition}
-        )
+        return await stored.picture(path, media_type, {"Content-Disposition": disposition})
 
     # --- within -------------------------------------------------------------------------------------
 

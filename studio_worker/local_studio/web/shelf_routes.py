@@ -13,8 +13,8 @@ from starlette.routing import BaseRoute, Route
 
 from studio_worker.local_studio.shelf import NotAPicture
 from studio_worker.local_studio.studio import Studio
-from studio_worker.local_studio.web import bodies, views
-from studio_worker.local_studio.web.access import CONTENT_CSP, FOREVER, http_base
+from studio_worker.local_studio.web import bodies, stored, views
+from studio_worker.local_studio.web.access import CONTENT_CSP, http_base
 from studio_worker.local_studio.web.bodies import number_in
 
 
@@ -90,10 +90,10 @@ class ShelfRoutes:
 
     async def file(self, request: Request) -> Response:
         """An input picture."""
-        stored = self._desk.shelf.picture(request.path_params["file_id"])
-        if stored is None:
+        found = self._desk.shelf.picture(request.path_params["file_id"])
+        if found is None:
             raise HTTPException(404, "the file is unknown")
-        return Response(stored.content, media_type=stored.media_type, headers=FOREVER)
+        return await stored.picture(found.path, found.media_type)
 
     async def model_file(self, request: Request) -> Response:
         """A model file, whole or by Range."""
@@ -102,15 +102,8 @@ class ShelfRoutes:
         if self._models_dir is None or not is_plain:
             raise HTTPException(404, "no such model file")
         path = self._models_dir / filename
-        if not await run_in_threadpool(_is_file, path):
+        if not await run_in_threadpool(stored.is_file, path):
             raise HTTPException(404, "no such model file")
         return FileResponse(
             path, media_type="application/octet-stream", headers={"Content-Security-Policy": CONTENT_CSP}
         )
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name longer than any file's
-        return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
@@ -118,12 +118,14 @@ class WorkerRoutes:
 
     async def _keep(self, request: Request, job: QueuedJob, worker_id: str) -> Response | None:
         async with bodies.read_form(request, bodies.MAX_UPLOAD_BYTES) as form:
-            content, fields = await _parts(form, job)
-        try:
-            # In a thread: up to 100 MiB go to the disk, and heartbeats must be acknowledged meanwhile.
-            result = await run_in_threadpool(self._queue.deliver, job.job_id, worker_id, content, **fields)
-        except RuleBroken:
-            return None
+            content, fields = _parts(form, job)
+            try:
+                # In a thread: up to 100 MiB go to the disk, and heartbeats must be acknowledged meanwhile.
+                result = await run_in_threadpool(
+                    self._queue.deliver, job.job_id, worker_id, content, **fields
+                )
+            except RuleBroken:
+                return None
         logger.info(
             "job done",
             extra={
@@ -147,7 +149,7 @@ def _too_long(body: wire.RegisterRequest) -> str:
     return next((name for name, text in names.items() if len(text) > _MAX_NAME_CHARS), "")
 
 
-async def _parts(form: FormData, job: QueuedJob) -> tuple[bytes, dict[str, Any]]:
+def _parts(form: FormData, job: QueuedJob) -> tuple[IO[bytes], dict[str, Any]]:
     image, ext = form.get("image"), form.get("ext")
     prompt, meta = form.get("prompt"), form.get("generationMeta")
     if job.kind not in UPLOADED_KINDS:
@@ -158,14 +160,13 @@ async def _parts(form: FormData, job: QueuedJob) -> tuple[bytes, dict[str, Any]]
         raise HTTPException(400, "ext: must be a file name extension like webp")
     if isinstance(prompt, UploadFile) or isinstance(meta, UploadFile):
         raise HTTPException(400, "prompt, generationMeta: must be text fields")
-    content = await image.read()
-    if not content:
+    if not image.size:
         raise HTTPException(400, "image: the file is empty")
     try:
         parsed = None if meta is None else bodies.parse_json(meta)
     except ValueError as error:
         raise HTTPException(400, f"generationMeta: {error}") from None
-    return content, {"ext": ext, "prompt": prompt, "meta": parsed}
+    return image.file, {"ext": ext, "prompt": prompt, "meta": parsed}
 
 
 def _wired(body: wire.Body) -> Response:
