@@ -24,7 +24,7 @@ from tests.acceptance.bases import CACHE
 from tests.acceptance.machine import DIES_WITH_PARENT
 
 ROOT = Path(__file__).parents[2]
-STEPS = ROOT / "packaging" / "container"
+STEPS = [ROOT / "packaging" / "container" / name for name in ("Containerfile", "install")]
 SUITE = "trixie"
 START_S, END_S = 60.0, 60.0
 
@@ -68,13 +68,11 @@ class Image(NamedTuple):
     config: dict[str, Any]
 
 
-def built_image(packages: Path, version: str) -> Image:
-    """The image of the packages in ``packages``, built once for them and these steps."""
+def built_image(*packages: Path, version: str) -> Image:
+    """The image of ``packages``, which are in build/packages; built once for them and these steps."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    sources = [*sorted(STEPS.iterdir()), *sorted(packages.glob("*.deb"))]
-    key = hashlib.sha256(
-        b"".join(hashlib.sha256(file.read_bytes()).digest() for file in sources)
-    ).hexdigest()[:12]
+    digests = [hashlib.sha256(file.read_bytes()).digest() for file in (*STEPS, *packages)]
+    key = hashlib.sha256(b"".join(digests)).hexdigest()[:12]
     made = CACHE / f"image-{key}"
     with (CACHE / "lock-image").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

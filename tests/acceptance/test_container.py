@@ -19,7 +19,7 @@ from studio_worker.local_studio import LocalStudio
 from studio_worker.sample_model import WEIGHTS, prompt
 from tests.acceptance import figures
 from tests.acceptance.box import JOB_S, SOME
-from tests.acceptance.conftest import PACKAGES, Debs
+from tests.acceptance.conftest import Debs
 from tests.acceptance.container import Container, Image, built_image
 from tests.fakes.driver import build_driver
 from tests.fakes.servers import FileServer
@@ -34,7 +34,7 @@ def image(debs: Debs) -> Image:
     """The image of the packages that were built."""
     began = time.monotonic()
     version = debs.worker.name.split("_")[1]
-    image = built_image(PACKAGES, version)
+    image = built_image(debs.worker, debs.torch, version=version)
     figures.note("container image built or found", f"{time.monotonic() - began:.0f} s")
     return image
 
