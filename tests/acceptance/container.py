@@ -39,7 +39,7 @@ $buildah bud --isolation chroot --network host --format docker --pull-never --ta
     --file "$tree/packaging/container/Containerfile" "$tree" >&2
 made=$($buildah from image)
 cp -a "$($buildah mount "$made")" root
-$buildah inspect --type image --format '{{json .Docker.Config}}' image >config.json
+$buildah inspect --type image image >config.json
 """
 
 _CONTAIN = """
@@ -80,7 +80,7 @@ def built_image(*packages: Path, version: str) -> Image:
             for old in CACHE.glob("image-*"):
                 shutil.rmtree(old)
             _build(made, version)
-    return Image(made / "root", json.loads((made / "config.json").read_text()))
+    return Image(made / "root", json.loads((made / "config.json").read_text())["Docker"]["config"])
 
 
 def _build(made: Path, version: str) -> None:
@@ -100,8 +100,9 @@ def _build(made: Path, version: str) -> None:
     part = made.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    # Mounts of its own, which end with it.
-    command = ["unshare", "--mount", "sh", "-c", _BUILD, "sh", str(part), str(ROOT), version, str(base)]
+    # Mounts and processes of its own, which end with it.
+    apart = [*DIES_WITH_PARENT, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    command = [*apart, "sh", "-c", _BUILD, "sh", str(part), str(ROOT), version, str(base)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     for scratch in ("store", "run"):
@@ -117,6 +118,7 @@ class Container:
         environment: beyond what the image sets.
         volumes: what lies outside, by where it is mounted inside.
         user: in the place of the image's, ``uid:gid``.
+        command: in the place of the image's, behind its entry point.
     """
 
     def __init__(
@@ -126,25 +128,23 @@ class Container:
         environment: Mapping[str, str],
         volumes: Mapping[str, Path],
         user: str = "",
+        command: Sequence[str] = (),
     ) -> None:
         self.image = image
         self.user = user or image.config["User"]
         self._work = work
+        self._command = [*image.config["Entrypoint"], *(command or image.config["Cmd"])]
         self.environment = dict(pair.split("=", 1) for pair in image.config["Env"]) | dict(environment)
         self._volumes = volumes
 
     def __enter__(self) -> Self:
-        return self.start(self.image.config["Entrypoint"] + self.image.config["Cmd"])
-
-    def start(self, command: Sequence[str]) -> Self:
-        """As an engine would start ``command``."""
         upper, scratch, root = (self._work / name for name in ("upper", "scratch", "root"))
         for folder in (upper, scratch, root):
             folder.mkdir(parents=True)
         layers = f"lowerdir={self.image.root},upperdir={upper},workdir={scratch}"
         volumes = [str(part) for pair in self._volumes.items() for part in pair]
         apart = ["unshare", "--mount", "--pid", "--ipc", "--fork", "--kill-child"]
-        told = [layers, str(root), self.user, *volumes, "--", *command]
+        told = [layers, str(root), self.user, *volumes, "--", *self._command]
         with (self._work / "log").open("wb") as log:
             self.process = subprocess.Popen(
                 [*DIES_WITH_PARENT, *apart, "sh", "-euc", _CONTAIN, "sh", *told],
@@ -154,7 +154,17 @@ class Container:
                 stderr=log,
                 start_new_session=True,
             )
+        self._await_first()
         return self
+
+    def _await_first(self) -> None:
+        """Until process 1 is the entry point, unless it has ended already."""
+        deadline = time.monotonic() + START_S
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                if Path(f"/proc/{self.first}/cmdline").read_text().startswith(f"{self._command[0]}\0"):
+                    return
+            time.sleep(0.01)
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:

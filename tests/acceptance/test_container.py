@@ -231,8 +231,8 @@ def test_driver_is_found_where_kubernetes_engine_of_google_mounts_it(
     driver = build_driver(tmp_path / "lib64", "580.95.05")
     volumes = {STATE: volume, "/usr/local/nvidia/lib64": driver}
     environment = {"STUDIO_WORKER_WORKER__DEVICE": "cuda", "FAKE_COUNT": "1", **linker}
-    container = Container(image, work / tmp_path.name, environment, volumes)
-    with container.start(["studio-worker", "doctor", "--json"]):
+    command = ["doctor", "--json"]
+    with Container(image, work / tmp_path.name, environment, volumes, command=command) as container:
         container.wait()
         findings = {each["check"]: each for each in json.loads(container.output())["findings"]}
     assert "580.95.05" in findings["driver"]["text"]
