@@ -206,6 +206,11 @@ def test_what_is_published_stays_what_it_is(archive: Archive, debs: Debs, work: 
     other = stand_in(debs.worker, work, Version="0.1", Section="misc")
     assert "a change needs a new version" in archive.publish(other, check=False)
     assert {path: path.read_bytes() for path in archive.folder.rglob("*") if path.is_file()} == before
+    # A box that has read InRelease a moment ago still finds what it names.
+    archive.publish(stand_in(debs.worker, work, Version="0.2"))
+    indexes = [path for path in before if path.parent.parent.name == "by-hash"]
+    assert indexes
+    assert all(path.read_bytes() == before[path] for path in indexes)
 
 
 @said_once
