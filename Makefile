@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := packaging/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: docs house help demo test test-deb test-fleet cuda-build lint bench gpu-check soak chaos fuzz check venv clean deb lock \
+.PHONY: docs house help demo test test-deb test-fleet cuda-build cuda-deb lint bench gpu-check soak chaos fuzz check venv clean deb lock \
   apt-repo apt-promote apt-withdraw release
 
 help: ## Show this list
@@ -95,8 +95,11 @@ test-deb: $(STAMP) ## Build the packages and check them in a booted Debian (as r
 cuda-build: $(STAMP) ## Install torch's CUDA build (5 GB, once) and check all that needs no GPU (minutes)
 	packaging/test-cuda
 
-lock: $(STAMP) ## Renew packaging/lock: versions and hashes of what goes into the packages
-	$(BIN)/python packaging/lock/lock.py
+cuda-deb: $(STAMP) ## Build the package of torch's CUDA build (2.5 GB) and check it in a booted machine (as root; half an hour)
+	DEB_BUILD_PROFILES="pkg.studio-worker.cuda pkg.studio-worker.nocpu" packaging/test-deb -k cuda_package
+
+lock: $(STAMP) ## Renew packaging/lock: versions and hashes of what goes into the packages (LOCKS=torch-cuda12: one)
+	$(BIN)/python packaging/lock/lock.py $(LOCKS)
 
 check: lint test ## lint and test
 

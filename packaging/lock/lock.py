@@ -2,8 +2,9 @@
 
 Run by ``make lock``. pip resolves as it would for an installation, within ``packaging/constraints.txt``, and
 reports what it chose; nothing is installed. What only torch needs is locked with torch, once for each build:
-``torch-cpu.txt`` wants the index or folder with torch's CPU build in pip's configuration (the wheel's version
-ends in ``+cpu``), ``torch-cuda.txt`` takes the wheel without such an ending.
+``torch-cpu.txt`` and ``torch-cuda12.txt`` want the index or folder with these builds in pip's configuration
+(the wheels' versions end in ``+cpu`` and ``+cu126``), ``torch-cuda.txt`` takes the wheel without such an
+ending. With names of locks as arguments it renews those alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,35 +92,50 @@ def write(name: str, chosen: Iterable[Chosen], says: str) -> None:
     print(f"{name}: {len(lines) - 2} distributions")
 
 
+def lock_cpu(version: str, pins: list[str]) -> None:
+    """What the worker needs, and torch for the CPU."""
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    chosen = resolve(*wanted, f"{TORCH}=={version}+cpu", constraints=pins)
+    ours = reachable(chosen, map(Requirement, wanted))
+    write("libraries.txt", (chosen[name] for name in ours), "What studio-worker needs, apart from torch.")
+    only_torch = (chosen[name] for name in chosen.keys() - ours)
+    write("torch-cpu.txt", only_torch, "torch for the CPU, and what only it needs.")
+
+
+def lock_cuda(name: str, wanted: str, pins: list[str]) -> None:
+    """torch with CUDA, and what is not among the worker's own libraries."""
+    pins = [pin for pin in pins if not pin.startswith(f"{TORCH}==")]
+    chosen = resolve(wanted, constraints=pins)
+    ours = {line.partition("==")[0] for line in (HERE / "libraries.txt").read_text().splitlines()}
+    only_torch = (chosen[each] for each in chosen.keys() - ours)
+    write(name, only_torch, "torch with CUDA, and what only it needs.")
+
+
 def main() -> None:
-    """Write the lock files."""
+    """Write the lock files, or those that are named. One that pip finds no answer for stays as it is."""
     pins = [line for line in CONSTRAINTS.read_text().splitlines() if line and not line.startswith("#")]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"]
     version = next(pin.partition("==")[2] for pin in pins if pin.startswith(f"{TORCH}=="))
-
-    with_cpu = resolve(*wanted, f"{TORCH}=={version}+cpu", constraints=pins)
-    ours = reachable(with_cpu, map(Requirement, wanted))
-    write("libraries.txt", (with_cpu[name] for name in ours), "What studio-worker needs, apart from torch.")
-    only_torch = with_cpu.keys() - ours
-    write(
-        "torch-cpu.txt", (with_cpu[name] for name in only_torch), "torch for the CPU, and what only it needs."
-    )
-
-    # "===" is pip's exact match: "==" would take the CPU build as well, if it is at hand.
-    others = [pin for pin in pins if not pin.startswith(f"{TORCH}==")]
-    with_cuda = resolve(f"{TORCH}==={version}", constraints=others)
-    only_torch = with_cuda.keys() - ours
-    write(
-        "torch-cuda.txt", (with_cuda[name] for name in only_torch), "torch with CUDA, and what only it needs."
-    )
-
-    write(
-        "release.txt",
-        resolve(*RELEASE, constraints=pins).values(),
-        "What make release uses; no package contains it.",
-    )
-    write("build.txt", resolve(*BUILD).values(), "What builds the wheels; no package contains it.")
+    tools = "What make release uses; no package contains it."
+    locks: dict[str, Callable[[], None]] = {
+        "torch-cpu": lambda: lock_cpu(version, pins),
+        # "===" is pip's exact match: "==" would take the CPU build as well, if it is at hand.
+        "torch-cuda": lambda: lock_cuda("torch-cuda.txt", f"{TORCH}==={version}", pins),
+        "torch-cuda12": lambda: lock_cuda("torch-cuda12.txt", f"{TORCH}=={version}+cu126", pins),
+        "release": lambda: write("release.txt", resolve(*RELEASE, constraints=pins).values(), tools),
+        "build": lambda: write(
+            "build.txt", resolve(*BUILD).values(), "What builds the wheels; no package contains it."
+        ),
+    }
+    failed = []
+    for name in sys.argv[1:] or locks:
+        try:
+            locks[name]()
+        except subprocess.CalledProcessError:
+            failed.append(name)
+    if failed:
+        sys.exit(
+            f"not renewed, since pip's configuration names no place that has it all: {', '.join(failed)}"
+        )
 
 
 if __name__ == "__main__":
