@@ -156,12 +156,20 @@ def local_studio(
     approve_all: Annotated[
         bool, typer.Option("--approve-all", help="Approve every worker that asks (trusted networks only).")
     ] = False,
+    keep_days: Annotated[
+        float | None,
+        typer.Option(metavar="DAYS", min=0, help="Remove finished and failed jobs that are older."),
+    ] = None,
+    keep_gb: Annotated[
+        float | None,
+        typer.Option(metavar="GB", min=0, help="Keep so much of results; the oldest are removed first."),
+    ] = None,
 ) -> None:
     """Run a small studio of your own: queue, approval, gallery."""
     logs.configure(fmt="text")  # it is a person who runs it
     token = read_token(token_file) if token_file is not None else None
 
-    from studio_worker.local_studio import MODELS_FOLDER, Door, run_local_studio
+    from studio_worker.local_studio import MODELS_FOLDER, Door, Retention, run_local_studio
 
     models = models or data / MODELS_FOLDER
     run_local_studio(
@@ -169,6 +177,10 @@ def local_studio(
         Door(host, port, token),
         models_dir=models,
         auto_approve=approve_all,
+        retention=Retention(
+            keep_s=None if keep_days is None else keep_days * 86_400,
+            keep_bytes=None if keep_gb is None else int(keep_gb * 1e9),
+        ),
         on_ready=lambda studio: _say_where(studio.base_url, models),
     )
 

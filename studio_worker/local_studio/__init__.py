@@ -7,7 +7,8 @@ imports torch and never runs a job itself.
 
 from __future__ import annotations
 
+from studio_worker.local_studio.housekeeping import Retention
 from studio_worker.local_studio.server import MODELS_FOLDER, Door, LocalStudio, run_local_studio
 from studio_worker.local_studio.sessions import Limits
 
-__all__ = ["MODELS_FOLDER", "Door", "Limits", "LocalStudio", "run_local_studio"]
+__all__ = ["MODELS_FOLDER", "Door", "Limits", "LocalStudio", "Retention", "run_local_studio"]

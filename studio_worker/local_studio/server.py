@@ -16,6 +16,7 @@ from typing import Self
 import uvicorn
 
 from studio_worker.errors import ConfigError, StudioWorkerError
+from studio_worker.local_studio.housekeeping import FOR_EVER, Retention
 from studio_worker.local_studio.sessions import Limits
 from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web import seldom
@@ -56,6 +57,7 @@ class LocalStudio(Studio):
         door: after :meth:`start` the attribute ``port`` holds the real one.
         models_dir: folder whose files workers may fetch under ``/models``.
         auto_approve: let every machine in that asks. For demos.
+        retention: how long, and how much, is kept.
 
     Raises:
         ConfigError: not loopback and no token, or the database cannot be used.
@@ -69,6 +71,7 @@ class LocalStudio(Studio):
         models_dir: Path | None = None,
         auto_approve: bool = False,
         limits: Limits | None = None,
+        retention: Retention = FOR_EVER,
     ) -> None:
         if not door.token and not is_loopback(door.host):
             raise ConfigError(
@@ -77,7 +80,7 @@ class LocalStudio(Studio):
                 key="--host",
             )
         seldom.limit_lines()
-        super().__init__(database, limits)
+        super().__init__(database, limits, retention)
         self.host = door.host
         self.port = door.port
         app = build_app(
@@ -129,6 +132,7 @@ class LocalStudio(Studio):
         if not self._server.started:
             self.stop()
             raise ConfigError("the web server did not start", cure="see the log above for its reason")
+        self.housekeeping.start()
         logger.debug("local studio listens", extra={"host": self.host, "port": self.port})
         return self
 
@@ -139,6 +143,7 @@ class LocalStudio(Studio):
         if self._thread is not None:
             self._server.stop_soon()
             self._thread.join()
+        self.housekeeping.stop()
         self.changes.forget_listeners()
         self.database.close()
         logger.debug("local studio stopped")
@@ -185,6 +190,7 @@ def run_local_studio(
     *,
     models_dir: Path | None = None,
     auto_approve: bool = False,
+    retention: Retention = FOR_EVER,
     on_ready: Callable[[LocalStudio], None] | None = None,
 ) -> None:
     """Run a local studio until SIGINT or SIGTERM: what ``studio-worker local-studio`` does.
@@ -192,6 +198,7 @@ def run_local_studio(
     Args:
         data_dir: holds the database; made where it is missing.
         models_dir: model files for workers; ``models`` in the data folder where it is not given.
+        retention: how long, and how much, is kept.
         on_ready: called once the studio listens, e.g. to print its address.
 
     Raises:
@@ -208,6 +215,7 @@ def run_local_studio(
         door=door,
         models_dir=models_dir or data_dir / MODELS_FOLDER,
         auto_approve=auto_approve,
+        retention=retention,
     )
     studio.serve_forever(on_ready)
 

@@ -122,6 +122,21 @@ class Shelf:
         row = self._database.row("SELECT media_type, key FROM files WHERE file_id = ?", (file_id,))
         return None if row is None else StoredFile(row["media_type"], self._pictures.path(row["key"]))
 
+    def delete_picture(self, file_id: str) -> bool:
+        """Forget an input picture. False where it is unknown."""
+        found = self.picture(file_id)
+        if found is None:
+            return False
+        with self._database.writing() as connection:
+            connection.execute("DELETE FROM files WHERE file_id = ?", (file_id,))
+        self._pictures.delete(found.path.name)
+        return True
+
+    def delete_logs(self, before: str) -> None:
+        """Forget lines of before that moment (ISO 8601, UTC), by the workers' own clocks."""
+        with self._database.writing() as connection:
+            connection.execute("DELETE FROM logs WHERE ts < ?", (before,))
+
     def add_logs(self, worker_id: str, entries: Iterable[wire.LogEntry]) -> None:
         """Keep a worker's log lines, within bounds."""
         with self._database.writing() as connection:

@@ -12,6 +12,7 @@ from typing import Any, Unpack
 from studio_worker.jobs import ImageTask
 from studio_worker.local_studio.changes import Changes
 from studio_worker.local_studio.database import Database
+from studio_worker.local_studio.housekeeping import FOR_EVER, Housekeeping, Retention
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.pictures import Pictures
 from studio_worker.local_studio.registry import Registration, Registry
@@ -47,7 +48,7 @@ class Studio:
         ConfigError: the database cannot be used.
     """
 
-    def __init__(self, database: Path, limits: Limits | None = None) -> None:
+    def __init__(self, database: Path, limits: Limits | None = None, retention: Retention = FOR_EVER) -> None:
         self.limits = limits or Limits()
         self.changes = Changes()
         pictures = Pictures(database.parent / PICTURES_FOLDER)
@@ -55,6 +56,7 @@ class Studio:
         self.registry = Registry(self.database)
         self.queue = JobQueue(self.database, pictures, patience=self.limits.patience)
         self.shelf = Shelf(self.database, pictures)
+        self.housekeeping = Housekeeping(self.database, self.queue, self.shelf, retention)
         self.sessions = Sessions(
             self.registry.workers,
             self.queue,

@@ -18,6 +18,7 @@ INSERT INTO "jobs" VALUES(4,'rejected','placeholder','{"kind": "image", "prompt"
 CREATE TABLE logs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, worker_id TEXT NOT NULL, ts TEXT NOT NULL, level TEXT NOT NULL,
     category TEXT NOT NULL, message TEXT NOT NULL, job_id TEXT);
+INSERT INTO "logs" VALUES(1,'worker-1','2025-11-24T16:00:00.000Z','info','engine','a line of then',NULL);
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 INSERT INTO "meta" VALUES('salt','000443ccc8df239f5a95c70977488633a8b4637ddef311e153f102ad9aef32dc');
 CREATE TABLE models (

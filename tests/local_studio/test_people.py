@@ -544,6 +544,17 @@ def test_log_names_no_token_secret_or_prompt(guarded: LocalStudio, caplog: pytes
         assert private not in everything
 
 
+def test_health_is_told_to_everybody(guarded: LocalStudio, tmp_path: Path) -> None:
+    """A load balancer asks without a token; a studio that is being stopped takes no more work."""
+    for path in ("/health/live", "/health/ready"):
+        assert ask(guarded, "GET", path).status_code == 200
+    with LocalStudio(tmp_path / "studio.sqlite3") as studio:
+        studio.sessions.is_stopping = True
+        assert ask(studio, "GET", "/health/live").status_code == 200
+        answer = ask(studio, "GET", "/health/ready")
+        assert (answer.status_code, answer.json()) == (503, {"error": "the studio is being stopped"})
+
+
 # --- starting and stopping --------------------------------------------------------------------------
 
 

@@ -89,6 +89,8 @@ complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l data 
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l models -r -a '(__fish_complete_directories)' -d 'Folder of model files to serve; default: models in the data folder.'
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l token-file -r -d 'File with the token people need (required off loopback).'
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l approve-all -d 'Approve every worker that asks (trusted networks only).'
+complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l keep-days -r -d 'Remove finished and failed jobs that are older.'
+complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l keep-gb -r -d 'Keep so much of results; the oldest are removed first.'
 complete -c studio-worker -n '__fish_seen_subcommand_from demo' -l output -r -a '(__fish_complete_directories)' -d 'Folder for the pictures.'
 complete -c studio-worker -n '__fish_seen_subcommand_from demo' -l keep -d 'Leave studio and worker running and print the page’s address.'
 complete -c studio-worker -n '__fish_seen_subcommand_from models; and __fish_seen_subcommand_from list' -l config -r -a '(__fish_complete_directories)' -d 'Configuration folder.'

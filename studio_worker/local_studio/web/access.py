@@ -31,7 +31,7 @@ PAGE_CSP = (
 CONTENT_CSP = "default-src 'none'; sandbox; frame-ancestors 'none'"
 """For bytes that came from elsewhere: they may be looked at, and may do nothing."""
 
-_OPEN_PREFIXES = ("/graphics/api/", "/models/", "/files/", "/page/")
+_OPEN_PREFIXES = ("/graphics/api/", "/models/", "/files/", "/page/", "/health/")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 

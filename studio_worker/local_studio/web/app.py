@@ -19,6 +19,7 @@ from studio_worker.local_studio.pictures import StorageFull
 from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.access import Access, Guard, error_response
+from studio_worker.local_studio.web.health import Health
 from studio_worker.local_studio.web.people_routes import PeopleRoutes
 from studio_worker.local_studio.web.shelf_routes import ShelfRoutes
 from studio_worker.local_studio.web.worker_routes import WorkerRoutes
@@ -46,8 +47,15 @@ def build_app(
     )
     people = PeopleRoutes(studio)
     shelf = ShelfRoutes(studio, models_dir)
+    health = Health(studio)
     return Starlette(
-        routes=[*workers.routes(), *people.routes(), *shelf.routes(), *_page_routes(access)],
+        routes=[
+            *workers.routes(),
+            *people.routes(),
+            *shelf.routes(),
+            *health.routes(),
+            *_page_routes(access),
+        ],
         middleware=[Middleware(Guard, access=access, login_page=_page_text("login.html"))],
         exception_handlers={
             HTTPException: _http_error,

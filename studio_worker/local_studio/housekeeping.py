@@ -1,0 +1,135 @@
+"""What the studio does not keep for ever: old jobs and pictures, inputs that no job names, old log lines.
+
+Nothing goes unless the operator says how long, or how much, is kept; and nothing that waits or is being made.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from studio_worker.local_studio.database import Database
+from studio_worker.local_studio.job_queue import JobQueue
+from studio_worker.local_studio.pictures import StorageFull
+from studio_worker.local_studio.rules import RuleBroken
+from studio_worker.local_studio.shelf import Shelf
+
+logger = logging.getLogger(__name__)
+
+EVERY_S = 3600.0
+DAY_S = 86_400.0
+INPUT_S = DAY_S
+"""So long an input picture may wait for the job that names it."""
+
+_FILE_IN_TASK = re.compile(r"/files/([A-Za-z0-9_-]+)")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How long finished and failed jobs are kept, and how many bytes of results; ``None`` sets no limit."""
+
+    keep_s: float | None = None
+    keep_bytes: int | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether anything goes at all."""
+        return self.keep_s is not None or self.keep_bytes is not None
+
+
+FOR_EVER = Retention()
+
+
+class Housekeeping:
+    """Tidies up at the start and once an hour, on a thread of its own."""
+
+    def __init__(
+        self,
+        database: Database,
+        queue: JobQueue,
+        shelf: Shelf,
+        retention: Retention,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self._queue = queue
+        self._shelf = shelf
+        self._retention = retention
+        self._clock = clock
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin, where anything is to be done at all."""
+        if self._retention.is_limited:
+            self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End; the database may be closed afterwards."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def tidy(self) -> None:
+        """Let go of what is beyond the limits. Raises StorageFull where the disk takes no changes."""
+        jobs = sum(self._forget(job_id) for job_id in [*self._too_old(), *self._too_many()])
+        inputs = sum(self._shelf.delete_picture(file_id) for file_id in self._unnamed_inputs())
+        if self._retention.keep_s is not None:
+            before = datetime.fromtimestamp(self._clock() - self._retention.keep_s, UTC)
+            self._shelf.delete_logs(before.isoformat(timespec="seconds"))
+        if jobs or inputs:
+            logger.info("tidied up", extra={"jobs": jobs, "inputs": inputs})
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.tidy()
+            except StorageFull as error:
+                logger.error("cannot tidy up", extra={"error": str(error)})
+            except Exception:  # a fault in here must not end the studio, nor go unseen
+                logger.exception("cannot tidy up")
+            if self._stopping.wait(EVERY_S):
+                return
+
+    def _forget(self, job_id: str) -> bool:
+        if self._stopping.is_set():
+            return False
+        try:
+            self._queue.delete(job_id)
+        except RuleBroken:  # somebody has removed it, or wants it again
+            return False
+        return True
+
+    def _too_old(self) -> Iterator[str]:
+        if self._retention.keep_s is None:
+            return
+        rows = self._database.rows(
+            "SELECT job_id FROM jobs WHERE status IN ('done', 'failed') AND finished_at < ?",
+            (self._clock() - self._retention.keep_s,),
+        )
+        yield from (row["job_id"] for row in rows)
+
+    def _too_many(self) -> Iterator[str]:
+        if self._retention.keep_bytes is None:
+            return
+        total = 0
+        for row in self._database.rows("SELECT job_id, size_bytes FROM results ORDER BY created_at DESC"):
+            total += row["size_bytes"]
+            if total > self._retention.keep_bytes:
+                yield row["job_id"]
+
+    def _unnamed_inputs(self) -> list[str]:
+        before = self._clock() - INPUT_S
+        old = self._database.rows("SELECT file_id FROM files WHERE created_at < ?", (before,))
+        if not old:
+            return []
+        named: set[str] = set()
+        for row in self._database.rows("SELECT task FROM jobs WHERE task LIKE '%/files/%'"):
+            named.update(_FILE_IN_TASK.findall(row["task"]))
+        return [row["file_id"] for row in old if row["file_id"] not in named]
