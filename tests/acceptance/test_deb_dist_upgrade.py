@@ -48,7 +48,7 @@ def test_dist_upgrade_in_a_job_loses_nothing(box: Box) -> None:
     assert "Removing python3.11" in said
     assert machine.shell("dpkg-query -W 'studio-worker*'") == packages
     assert machine.run("dpkg", "--audit").stdout == ""
-    box.await_job(job_id, "done")
+    box.await_job(job_id, "done", limit_s=900.0)  # apt has had the cores
     job = box.studio.job(job_id)
     assert (job.completions, job.attempts) == (1, 1)
     for reboots in (False, True):
