@@ -34,6 +34,7 @@ bench: $(STAMP) ## Measure, beside a peer in the same run; prints ratios
 	$(BIN)/python -W ignore -m tests.bench.cpu
 	$(BIN)/python -m tests.bench.download
 	$(BIN)/python -m tests.bench.loop
+	$(BIN)/python -m tests.bench.lanes
 	$(BIN)/python -m tests.bench.heartbeats
 
 # With the packages of the environment above where it was made, else with those of $(PYTHON), whose torch may

@@ -25,6 +25,7 @@ class Names(TypedDict, total=False):
     url: str
     dest: str
     worker_id: str
+    lane: int
 
 
 NAMES = tuple(Names.__annotations__)

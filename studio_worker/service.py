@@ -1,8 +1,8 @@
 """The service from start to end: what starts when, what stops when, in order.
 
 Configuration, logs, device, provisioning, READY, registration, session, the loop, and the way out. The
-main thread prepares and then runs the worker's loop. Signals have a thread of their own, the session and the
-courier one each. Everything is wired together here; what is wired is in the rooms below.
+main thread prepares and then has the device. Signals have a thread of their own; each lane has one, and so
+have its session and its courier. Everything is wired together here; what is wired is in the rooms below.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 
 from studio_worker import __version__, config
 from studio_worker.appliance import another_machine, ending, signals
-from studio_worker.appliance.abilities import Abilities
 from studio_worker.appliance.answers import EarlyStatus, Status, open_exporter
 from studio_worker.appliance.ending import Ending
 from studio_worker.appliance.gpu_watch import GpuWatch
+from studio_worker.appliance.lanes import Lanes
 from studio_worker.appliance.news import News
-from studio_worker.appliance.parts import Parts, found_device
+from studio_worker.appliance.parts import LaneParts, Parts, found_device
 from studio_worker.appliance.pausing import Pausing
 from studio_worker.appliance.preparation import Preparation, await_nodes, recover, try_again
 from studio_worker.appliance.provisioning import LaterProvision, SeenFiles
@@ -39,12 +39,7 @@ from studio_worker.report import logs
 from studio_worker.report.control import ControlServer, runtime_dir
 from studio_worker.report.starts import Starts
 from studio_worker.studio.http.api import StudioApi
-from studio_worker.studio.http.courier import Courier
-from studio_worker.studio.http.identity import IdentityFile, given_credentials
-from studio_worker.studio.http.registration import Registration
-from studio_worker.studio.link import StudioLink
-from studio_worker.studio.session.connector import Connector
-from studio_worker.studio.session.session import StudioSession
+from studio_worker.studio.http.identity import given_credentials
 from studio_worker.work.health import Health
 from studio_worker.work.inputs import input_fetcher
 from studio_worker.work.ports import Ports
@@ -108,10 +103,9 @@ class Service:
             policy_from(settings), on_end=news.activity.download_ended, on_wait=news.download_waits
         )
         self._current = current = Current(loaded, policy)
-        shipping = logs.ShippingBuffer()
-        logging.getLogger().addHandler(shipping)
         self._parts = parts = Parts.opened(current, device)
-        self._gpu = GpuWatch(device, is_idle=parts.desk.is_idle, say=news.gpu_has, end=end.end_with)
+        self._desks = desks = parts.desks
+        self._gpu = GpuWatch(device, is_idle=desks.is_idle, say=news.gpu_has, end=end.end_with)
         self._preparation = Preparation(
             parts.store, device, news.notifier, end.stop, on_usable=self._gpu.start
         )
@@ -119,49 +113,43 @@ class Service:
         self._reloader = Reloader(directory, current, news.notifier, news.line, self._later)
         self._health = Health(
             partial(news.line.note, "jobs"),
-            try_device=partial(try_again, device, parts.desk.rest, end.stop),
+            try_device=partial(try_again, device, desks.rest, end.stop),
             end=end.end_with,
             stop=end.stop,
         )
         api = StudioApi(settings.studio.api_base_url)
-        abilities = Abilities(parts, current, self._health)
-        self._session = StudioSession(abilities, parts.desk, parts.uploads, parts.failures, news)
-        self._connector = Connector(api, abilities, self._session, shipping)
-        self._studio = self._linked(api, abilities)
+        self._lanes = Lanes(parts, current, self._health, news, end, api)
         self._worker = self._employed(api.root)
-        end.on_end(lambda _: parts.desk.close())
+        end.on_end(lambda _: desks.close())
         end.on_end(self._preparation.give_up)
         end.on_hand_back(self._worker.hand_back)
-        self._status = Status(early, parts, self._health, self._gpu, safe_url(settings.studio.api_base_url))
-        pausing = Pausing(parts.desk, news, settings.state.dir, self._session.beat_now)
+        studio = safe_url(settings.studio.api_base_url)
+        self._status = Status(early, parts, self._health, self._gpu, lambda: self._worker.turns, studio)
+        pausing = Pausing(desks, news, settings.state.dir, self._lanes.beat_now)
         pausing.begin()
         self.handlers = {"status": self._status.answer, **pausing.handlers()}
         """What the control socket serves from now on."""
 
-    def _linked(self, api: StudioApi, abilities: Abilities) -> StudioLink:
-        registration = Registration(
-            api,
-            IdentityFile(self._current.settings.state.dir / "identity.json", machine_mark()),
-            abilities.capabilities,
-            on_waiting=self._news.registration_waits,
-            stop=self._ending.stop,
-        )
-        courier = Courier(api, self._parts.outbox, self._parts.uploads, self._session, self._news.activity)
-        return StudioLink(registration, self._connector, courier, self._news, self._ending.end_with)
-
     def _employed(self, studio_root: str) -> Worker:
-        ports = Ports(
-            source=self._parts.desk,
-            claims=self._session,
-            files=SeenFiles(self._parts.store, self._news.notifier.status, self._news.line.say),
-            engines=self._parts.engines,
-            in_hand=self._parts.in_hand,
-            results=self._parts.outbox,
-            reports=self._news.activity,
-            health=self._health,
-            fetch=lambda url, cancel: input_fetcher(self._current.policy, studio_root)(url, cancel),
+        files = SeenFiles(self._parts.store, self._news.notifier.status, self._news.line.say)
+
+        def ports(lane: LaneParts) -> Ports:
+            return Ports(
+                source=lane.desk,
+                claims=self._lanes.claims(lane.number),
+                files=files,
+                engines=self._parts.engines,
+                in_hand=lane.in_hand,
+                results=lane.outbox,
+                reports=self._news.activity.lane(lane.number),
+                health=self._health,
+                fetch=lambda url, cancel: input_fetcher(self._current.policy, studio_root)(url, cancel),
+            )
+
+        return Worker(
+            [ports(lane) for lane in self._parts.lanes],
+            lambda: self._current.settings.worker.step_timeout_s,
         )
-        return Worker([ports], lambda: self._current.settings.worker.step_timeout_s)
 
     def run(self) -> None:
         """From provisioning to the clean end.
@@ -194,10 +182,10 @@ class Service:
         self._reloader.allow()
         troubles = {
             "the job in hand makes no progress": self._worker.is_stuck,
-            "the session's loop does not turn": lambda: self._connector.is_silent(_LOOP_SILENCE_S),
+            "the session's loop does not turn": lambda: self._lanes.is_silent(_LOOP_SILENCE_S),
         }
-        start_watchdog(self._news.notifier, troubles, self._ending.over, self._parts.desk.about_job)
-        self._studio.start()
+        start_watchdog(self._news.notifier, troubles, self._ending.over, self._desks.about_job)
+        self._lanes.start(self._worker.leave)
         try:
             if self._current.settings.worker.preload:
                 say = partial(self._news.line.note, "preload")
@@ -209,12 +197,12 @@ class Service:
             self._gpu.stop()
             self._ending.stop.set()
             self._later.stop()
-            self._studio.stop()
+            self._lanes.stop()
             self._ending.over.set()  # until now the watchdog is fed, also while a job is waited for
 
     def _has_leisure(self) -> bool:
         """Whether models may be loaded before their first job."""
-        return not (self._ending.is_near or self._parts.desk.is_paused) and self._parts.desk.is_idle()
+        return not (self._ending.is_near or self._desks.is_paused) and self._desks.is_idle()
 
     # --- signals, on their thread ---
 
@@ -228,6 +216,6 @@ class Service:
         return limit_s
 
     def _hand_back(self, reason: str) -> None:
-        with self._parts.desk.about_job():
+        with self._desks.about_job():
             log.warning("handing the job in hand back", extra={"op": "service", "reason": reason})
         self._ending.hand_back("the worker is stopping")

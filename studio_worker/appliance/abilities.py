@@ -1,4 +1,4 @@
-"""What this box can do: as the studio is told, and as each offer is judged by."""
+"""What this box can do: as the studio is told by each lane, and as each offer to it is judged by."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from studio_worker import __version__
-from studio_worker.appliance.parts import Parts
+from studio_worker.appliance.parts import LaneParts, Parts
 from studio_worker.box.ram import available_ram_bytes
 from studio_worker.config.current import Current
 from studio_worker.engine.rendering.estimate import Estimates
@@ -28,8 +28,9 @@ class Abilities:
         health: what the last jobs say of this box.
     """
 
-    def __init__(self, parts: Parts, current: Current, health: Health) -> None:
+    def __init__(self, parts: Parts, lane: LaneParts, current: Current, health: Health) -> None:
         self._parts = parts
+        self._lane = lane
         self._estimates = Estimates(parts.device, parts.engines.peaks)
         self._current = current
         self._health = health
@@ -38,12 +39,12 @@ class Abilities:
         """What registration and heartbeats say of this box."""
         models = tuple(f"{engine}:*" for engine in sorted(self._parts.engines.names()))
         return Capabilities(
-            machine_name=socket.gethostname(),
+            machine_name=socket.gethostname() + self._lane_name(),
             username=_username(),
             agent_version=__version__,
             vram_total_gb=self._device_gib() if self._parts.device.is_gpu else 0,
             vram_threshold_gb=self._threshold_gib(),
-            auto_enabled=not self._parts.desk.is_paused,
+            auto_enabled=not self._lane.desk.is_paused,
             supported_models=models,
             supported_models_per_kind={"image": models},
         )
@@ -53,14 +54,15 @@ class Abilities:
         models = self._current.settings.models
         return Situation(
             now=time.monotonic(),
-            current_job_id=self._parts.desk.current_job_id,
-            is_paused=self._parts.desk.is_paused,
+            current_job_id=self._lane.desk.current_job_id,
+            is_elsewhere=self._is_elsewhere,
+            is_paused=self._lane.desk.is_paused,
             threshold_gib=self._threshold_gib(),
             engines=self._parts.engines.names(),
             on_demand=models.on_demand,
             allow_insecure_urls=models.allow_insecure_urls,
-            is_uploading=self._parts.uploads.is_under_way,
-            is_just_delivered=self._parts.uploads.has_just_delivered,
+            is_uploading=self._lane.uploads.is_under_way,
+            is_just_delivered=self._is_just_delivered,
             is_in_outbox=self._parts.outbox.holds,
             state_problem=lambda: self._parts.outbox.fullness() or self._parts.in_hand.problem(),
             is_poisoned=self._parts.in_hand.is_poisoned,
@@ -75,6 +77,17 @@ class Abilities:
     def reconnect_attempts(self) -> int:
         """Failed connections in a row before the service gives up; 0 = never."""
         return self._current.settings.studio.reconnect_attempts
+
+    def _lane_name(self) -> str:
+        return "" if self._lane.number == 1 else f" (lane {self._lane.number})"
+
+    def _is_elsewhere(self, job_id: str) -> bool:
+        """Whether another lane works on it, or delivers it at this moment."""
+        others = (uploads for uploads in self._parts.uploads if uploads is not self._lane.uploads)
+        return self._lane.desk.is_elsewhere(job_id) or any(each.is_under_way(job_id) for each in others)
+
+    def _is_just_delivered(self, job_id: str) -> bool:
+        return any(uploads.has_just_delivered(job_id) for uploads in self._parts.uploads)
 
     def _threshold_gib(self) -> float:
         return self._current.settings.worker.vram_threshold_gb or self._device_gib()

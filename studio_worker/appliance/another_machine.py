@@ -22,7 +22,7 @@ from pathlib import Path
 
 from studio_worker.errors import ConfigError, StateUnavailable
 from studio_worker.files import DISK_TROUBLES, copy_atomic, fsync_directory, make_private
-from studio_worker.studio.http.identity import Identity, IdentityFile
+from studio_worker.studio.http.identity import Identity, IdentityFile, lane_identities
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,9 @@ ADOPT = "stop the service, then: studio-worker register --adopt"
 _FOLDER = "other-machines"
 _NAME = "identity.json"
 _THINGS = ("outbox", "spool", "starts.json")
-"""What belongs to one worker, beside its identity; a lasting pause is the disk's, and stays."""
+"""What belongs to one worker, beside its identity and those of further lanes; a lasting pause is the disk's,
+and stays.
+"""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def forget(state: Path, machine: str | None) -> None:
     if present is not None and is_foreign(present, machine):
         _exchange(state, present, Identity(str(uuid.uuid4()), machine=machine))
     file.reset()
+    for lane in lane_identities(state):
+        lane.unlink(missing_ok=True)
 
 
 def is_foreign(identity: Identity, machine: str | None) -> bool:
@@ -167,12 +171,16 @@ def _take_back(state: Path, identity: Identity) -> None:
     with _problems_told(state):
         _move(folder, state)
         fsync_directory(state)
-        if any((folder / name).exists() for name in _THINGS):  # never over what is there already
+        if any((folder / name).exists() for name in _things(folder)):  # never over what is there already
             return
         (folder / _NAME).unlink(missing_ok=True)
         for each in (folder, folder.parent):
             with contextlib.suppress(OSError):  # something else is in there
                 each.rmdir()
+
+
+def _things(folder: Path) -> tuple[str, ...]:
+    return (*_THINGS, *(path.name for path in lane_identities(folder)))
 
 
 def _folder_name(identity: Identity) -> str:
@@ -181,7 +189,7 @@ def _folder_name(identity: Identity) -> str:
 
 
 def _move(source: Path, dest: Path) -> None:
-    for name in _THINGS:
+    for name in _things(source):
         if (source / name).exists():
             _merge(source / name, dest / name)
     fsync_directory(dest)

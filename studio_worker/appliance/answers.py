@@ -22,6 +22,7 @@ from studio_worker.report.snapshot import (
     OutboxFacts,
     ResidentModel,
     Snapshot,
+    TurnFacts,
 )
 from studio_worker.report.starts import Starts
 from studio_worker.work.health import Health
@@ -65,12 +66,14 @@ class Status:
         parts: Parts,
         health: Health,
         gpu: GpuWatch,
+        turns: Callable[[], TurnFacts],
         studio: str,
     ) -> None:
         self._early = early
         self._parts = parts
         self._health = health
         self._gpu = gpu
+        self._turns = turns
         self._studio = studio
 
     def answer(self) -> dict[str, Any]:
@@ -85,11 +88,12 @@ class Status:
             update={
                 "studio": self._studio,
                 "health": self._health.facts(),
+                "turns": self._turns(),
                 "outbox": OutboxFacts(
                     count=waiting.count,
                     size_bytes=waiting.size_bytes,
                     oldest_at=waiting.oldest_at,
-                    uploading=self._parts.uploads.under_way,
+                    uploading=next(filter(None, (each.under_way for each in self._parts.uploads)), None),
                 ),
                 "device": DeviceFacts(
                     name=device.name,

@@ -10,7 +10,7 @@ from typing import Any
 from studio_worker.appliance.news import News
 from studio_worker.files import fsync_directory, write_atomic
 from studio_worker.report.control import Handler
-from studio_worker.work.desk import Desk
+from studio_worker.work.desk import Desks
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class Pausing:
         beat: has the studio told.
     """
 
-    def __init__(self, desk: Desk, news: News, folder: Path, beat: Callable[[], None]) -> None:
-        self._desk = desk
+    def __init__(self, desks: Desks, news: News, folder: Path, beat: Callable[[], None]) -> None:
+        self._desks = desks
         self._news = news
         self._note = PauseNote(folder)
         self._beat = beat
@@ -65,7 +65,7 @@ class Pausing:
             log.warning(
                 "paused since before this start", extra={"op": "pause", "cure": "studio-worker resume"}
             )
-            self._desk.pause()
+            self._desks.pause()
             self._news.paused(True)
 
     def handlers(self) -> dict[str, Handler]:
@@ -73,7 +73,7 @@ class Pausing:
         return {"pause": self._pause, "pause-lasting": self._pause_for_good, "resume": self._resume}
 
     def _pause(self) -> dict[str, Any]:
-        self._desk.pause()
+        self._desks.pause()
         return self._changed(is_paused=True)
 
     def _pause_for_good(self) -> dict[str, Any]:
@@ -86,11 +86,13 @@ class Pausing:
 
     def _resume(self) -> dict[str, Any]:
         self._note.clear()
-        self._desk.resume()
+        self._desks.resume()
         return self._changed(is_paused=False)
 
     def _changed(self, *, is_paused: bool) -> dict[str, Any]:
         self._news.paused(is_paused)
         self._beat()
         phase = self._news.activity.phase
-        return {"paused": is_paused, "phase": phase, "job_id": self._desk.current_job_id}
+        in_hand = self._desks.current_job_ids
+        job_id = next(iter(in_hand), None)
+        return {"paused": is_paused, "phase": phase, "job_id": job_id, "job_ids": in_hand}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from studio_worker.appliance.provisioning import ProvisionProgress, provision
@@ -42,28 +42,31 @@ def await_nodes(setting: str, notifier: Notifier, stop_comes_within: Callable[[f
 
 def recover(in_hand: JobInHand, health: Health) -> None:
     """Note what the last process left: a job in the middle of which it ended counts against this box."""
-    if (job_id := in_hand.recover()) is not None:
+    found = in_hand.recover()
+    for job_id in found:
         with called(job_id=job_id):
             log.warning(
                 "the last process ended with this job in hand",
                 extra={"op": "job", "refused_from_now": in_hand.is_poisoned(job_id)},
             )
-            health.crashed(in_hand.crashes_in_a_row)
+    if found:
+        health.crashed(in_hand.crashes_in_a_row)
 
 
-def try_again(device: Device, rest: Callable[[], threading.Event], stop: threading.Event) -> str:
+def try_again(device: Device, rest: Callable[[], Sequence[threading.Event]], stop: threading.Event) -> str:
     """What is wrong with ``device`` after jobs failed on it; empty = it computes.
 
     Args:
-        rest: lets our own models leave it, which the trial would lack the room of; sets the event then.
+        rest: lets our own models leave it, which the trial would lack the room of; sets the events then, one
+            of each lane.
         stop: ends it.
     """
     if not device.is_gpu:
         return ""
-    rested = rest()
-    while not rested.wait(_LOOK_AGAIN_S):
-        if stop.is_set():
-            return ""
+    for rested in rest():
+        while not rested.wait(_LOOK_AGAIN_S):
+            if stop.is_set():
+                return ""
     return str(probe(device.name, stop=stop)["error"])
 
 

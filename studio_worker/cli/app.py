@@ -100,7 +100,7 @@ def register(
     """Show who this worker is to the studio, forget it, or bring it along from another machine."""
     from studio_worker.appliance import another_machine
     from studio_worker.box.state_lock import state_lock
-    from studio_worker.studio.http.identity import IdentityFile
+    from studio_worker.studio.http.identity import IdentityFile, lane_identities
 
     if reset and adopt:
         raise typer.BadParameter("--adopt keeps what --reset forgets: give one of them")
@@ -127,6 +127,9 @@ def register(
     else:
         identity = IdentityFile(state / "identity.json").found()
         say("not registered" if identity is None else another_machine.told(identity, machine))
+        for path in lane_identities(state):
+            if (found := IdentityFile(path).found()) is not None:
+                say(f"{path.stem.replace('identity-', 'lane ')}: {found.describe()}")
         if kept is not None:
             say(f"{kept}; to go on as that worker, {another_machine.ADOPT}")
 

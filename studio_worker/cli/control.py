@@ -12,7 +12,7 @@ from studio_worker import config
 from studio_worker.cli.options import ConfigDir, Instance, Json, show
 from studio_worker.errors import ControlError, ServiceNotRunning
 from studio_worker.report.control import ask, runtime_dir
-from studio_worker.report.snapshot import EndedJob, GpuFacts, ResidentModel, Snapshot
+from studio_worker.report.snapshot import EndedJob, GpuFacts, JobFacts, LaneFacts, ResidentModel, Snapshot
 
 
 def status(
@@ -51,6 +51,8 @@ def pause(
         raise ControlError(f"paused, but only until the next start: that cannot be noted ({problem})")
     if answer["phase"] in {"draining", "stopping"}:
         typer.echo("the service is stopping and takes no more jobs anyway")
+    elif len(jobs := answer.get("job_ids", ())) > 1:
+        typer.echo(f"paused; jobs {', '.join(jobs)} are being finished")
     elif answer["job_id"]:
         typer.echo(f"paused; job {answer['job_id']} is being finished")
     else:
@@ -88,8 +90,7 @@ def _facts(snapshot: Snapshot, now: float) -> Any:
     for name, text in (
         ("studio-worker", f"{snapshot.version}: {snapshot.status or snapshot.phase}"),
         ("process", _process(snapshot)),
-        ("studio", _studio(snapshot, now)),
-        ("job", _job(snapshot)),
+        *_lanes(snapshot, now),
         ("outbox", _outbox(snapshot, now)),
         ("device", _device(snapshot)),
         (
@@ -117,9 +118,24 @@ def _process(snapshot: Snapshot) -> str:
     return "; ".join(parts)
 
 
-def _studio(snapshot: Snapshot, now: float) -> str:
-    registration, session = snapshot.registration, snapshot.session
-    parts = [snapshot.studio] if snapshot.studio else []
+def _lanes(snapshot: Snapshot, now: float) -> list[tuple[str, str]]:
+    """Studio and job; of several lanes those of each."""
+    if len(snapshot.lanes) < 2:
+        whole = LaneFacts(
+            lane=1, registration=snapshot.registration, session=snapshot.session, job=snapshot.job
+        )
+        parts = [snapshot.studio] if snapshot.studio else []
+        return [("studio", "; ".join([*parts, _standing(whole, now)])), ("job", _job(snapshot.job))]
+    lines = [("studio", snapshot.studio)]
+    for lane in snapshot.lanes:
+        lines += [(f"lane {lane.lane}", _standing(lane, now)), ("", f"job: {_job(lane.job)}")]
+    return lines
+
+
+def _standing(lane: LaneFacts, now: float) -> str:
+    registration, session, parts = lane.registration, lane.session, []
+    if registration.state == "ended":
+        return f"ended: {registration.detail}"
     if registration.state == "approved":
         parts.append(f"approved as {registration.worker_id}")
     elif registration.state == "pending":
@@ -132,8 +148,7 @@ def _studio(snapshot: Snapshot, now: float) -> str:
     return "; ".join(parts)
 
 
-def _job(snapshot: Snapshot) -> str:
-    job = snapshot.job
+def _job(job: JobFacts | None) -> str:
     if job is None:
         return "none in hand"
     parts = [f"{job.job_id} ({job.model})"]

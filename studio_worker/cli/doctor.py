@@ -25,15 +25,15 @@ _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failure": ("
 def check_config(directory: ConfigDir = config.DEFAULT_DIR, as_json: Json = False) -> None:
     """Check what must hold before a start; exit status 78 and one line with file, key and cure where not."""
     from studio_worker.config.downloads import policy_from
-    from studio_worker.studio.http.identity import IdentityFile
+    from studio_worker.studio.http.identity import IdentityFile, identity_name
 
     loaded = config.load(directory)
     policy_from(loaded.settings)
     become(owner_of(loaded.settings.state.dir, loaded.settings.models.root))
     config.check_folders(loaded.settings, make=False)
-    identity = loaded.settings.state.dir / "identity.json"
-    if identity.exists():
-        IdentityFile(identity).load()
+    for lane in range(1, loaded.settings.worker.lanes + 1):
+        if (identity := loaded.settings.state.dir / identity_name(lane)).exists():
+            IdentityFile(identity).load()
     if as_json:
         typer.echo(json.dumps(_without_secrets(loaded.settings.model_dump(mode="json")), indent=2))
         return

@@ -59,6 +59,16 @@ class WorkerSection(_Section):
         example=16.0,
         gt=0,
     )
+    lanes: int = setting(
+        1,
+        "How many jobs this box has in hand at once. One at a time is on the device; meanwhile the others' "
+        "files are fetched, their pictures encoded and uploaded, so that the device need not wait for the "
+        "network. To the studio each lane is a worker of its own, and is approved by itself: NAME, NAME "
+        "(lane 2), and so on. Two for most networks, three where the studio is far away.",
+        live=False,
+        ge=1,
+        le=8,
+    )
     step_timeout_s: float = setting(
         300.0,
         "A step of a job, or a component of its model to load, that takes longer than this many seconds "

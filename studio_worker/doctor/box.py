@@ -23,6 +23,7 @@ from studio_worker.doctor.results import Box, Result, failure, ok, warning
 from studio_worker.errors import ConfigError
 from studio_worker.network.urls import safe_url
 from studio_worker.store.ledger import content_key
+from studio_worker.studio.http.identity import identity_name, lane_identities
 
 PROBE_LIMIT_S = 90.0
 _LITTLE_MEMORY_BYTES = 4e9
@@ -61,9 +62,9 @@ def check_permissions(box: Box) -> Result:
                 f"{path} belongs to {_name(found.st_uid)} and not to the service's user {who}",
                 f"chown -R {who}: {path}",
             )
-    identity = state / "identity.json"
-    if os.access(state, os.X_OK) and identity.exists() and identity.stat().st_mode & 0o077:
-        return failure(f"others may read {identity}", f"chmod 600 {identity}")
+    for identity in (state / identity_name(1), *lane_identities(state)):
+        if os.access(state, os.X_OK) and identity.exists() and identity.stat().st_mode & 0o077:
+            return failure(f"others may read {identity}", f"chmod 600 {identity}")
     folders = [box.directory / name for name in ("", "conf.d", "models.d")]
     for path in (each for folder in folders for each in (folder, *sorted(folder.glob("*")))):
         if not _may_read(path, owner.st_uid):

@@ -16,7 +16,7 @@ from studio_worker.report.control import ask, runtime_dir
 from studio_worker.report.starts import Starts
 from studio_worker.spool.in_hand import poisoned_jobs
 from studio_worker.store.ledger import Ledger, is_verified
-from studio_worker.studio.http.identity import IdentityFile, Standing
+from studio_worker.studio.http.identity import IdentityFile, Standing, identity_name
 from studio_worker.wording import to_service
 from studio_worker.work.breaker import FAILURES
 
@@ -48,7 +48,19 @@ def check_models(box: Box) -> Result:
 
 
 def check_registration(box: Box) -> Result:
-    path = box.config.settings.state.dir / "identity.json"
+    lanes = range(1, box.config.settings.worker.lanes + 1)
+    found = [_registration(box, lane) for lane in lanes]
+    worst = next(
+        (each for level in ("failure", "warning") for each in found if each.level == level), found[0]
+    )
+    if len(found) == 1:
+        return worst
+    told = "; ".join(f"lane {lane}: {each.text}" for lane, each in zip(lanes, found, strict=True))
+    return Result(worst.level, told, worst.cure)
+
+
+def _registration(box: Box, lane: int) -> Result:
+    path = box.config.settings.state.dir / identity_name(lane)
     try:
         if not path.exists():
             return warning("this worker has not asked for registration yet", "start the service: it asks")

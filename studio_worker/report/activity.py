@@ -13,17 +13,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+from studio_worker.report.lanes import LaneRecord, job_of, registration_of, session_of
 from studio_worker.report.snapshot import (
+    NAME_CHARS,
     OUTCOMES,
     DownloadFacts,
     EndedJob,
-    JobFacts,
     OfferFacts,
     Outcome,
     Phase,
     ProcessFacts,
-    RegistrationFacts,
-    SessionFacts,
     Snapshot,
     UploadFacts,
 )
@@ -32,8 +31,7 @@ log = logging.getLogger(__name__)
 
 _KEPT_JOBS = 20
 _REASON_CHARS = 300
-_MODEL_CHARS = 200
-"""Names and reasons may come from the studio; what is kept and shown is bounded."""
+"""Reasons may come from the studio; what is kept and shown is bounded, as names are."""
 
 
 class Activity:
@@ -55,12 +53,7 @@ class Activity:
         self._status = ""
         self._hangs = ""
         self._paused = False
-        self._registration = RegistrationFacts()
-        self._session = SessionFacts()
-        self._connections = 0
-        self._job: JobFacts | None = None
-        self._job_began = 0.0
-        self._first_step: tuple[float, int] | None = None
+        self._lanes = {1: LaneRecord(1, self._ended, clock, monotonic)}
         self._last_jobs: collections.deque[EndedJob] = collections.deque(maxlen=_KEPT_JOBS)
         self._jobs = dict.fromkeys(OUTCOMES, 0)
         self._stages_s: collections.Counter[str] = collections.Counter()
@@ -81,6 +74,13 @@ class Activity:
         with self._guard:
             self._observers.append(observer)
 
+    def lane(self, number: int) -> LaneRecord:
+        """The record of one lane, from 1; made when it is asked for first."""
+        with self._guard:
+            if number not in self._lanes:
+                self._lanes[number] = LaneRecord(number, self._ended, self._clock, self._monotonic)
+            return self._lanes[number]
+
     @property
     def phase(self) -> Phase:
         return self._phase
@@ -88,18 +88,17 @@ class Activity:
     def snapshot(self) -> Snapshot:
         """What is known here; the service adds what lives elsewhere (process, outbox, device)."""
         with self._guard:
-            job = self._job
-            if job is not None:
-                job = job.model_copy(update={"elapsed_s": self._monotonic() - self._job_began})
+            lanes = tuple(self._lanes[number].facts() for number in sorted(self._lanes))
             return Snapshot(
                 process=ProcessFacts(started_at=self._began_at, uptime_s=self._monotonic() - self._began),
                 phase=self._phase,
                 status=self._status,
                 hangs=self._hangs,
                 paused=self._paused,
-                registration=self._registration,
-                session=self._session,
-                job=job,
+                registration=registration_of(lanes),
+                session=session_of(lanes),
+                job=job_of(lanes),
+                lanes=lanes,
                 last_jobs=tuple(self._last_jobs),
                 jobs={str(outcome): count for outcome, count in self._jobs.items()},
                 stages_s=dict(self._stages_s),
@@ -131,27 +130,7 @@ class Activity:
         with self._guard:
             self._paused = paused
 
-    def registration(
-        self,
-        state: Literal["pending", "approved"],
-        *,
-        worker_id: str | None = None,
-        detail: str | None = None,
-    ) -> None:
-        with self._guard:
-            self._registration = RegistrationFacts(state=state, worker_id=worker_id, detail=detail)
-
     # --- the session ---
-
-    def session(self, state: Literal["connected", "reconnecting"]) -> None:
-        """The session has come to ``state``; said again it changes nothing."""
-        with self._guard:
-            before = self._session
-            if state != before.state:
-                self._connections += state == "connected"
-                self._session = SessionFacts(
-                    state=state, since_at=self._clock(), reconnects=max(0, self._connections - 1)
-                )
 
     def offer_answered(
         self, answer: Literal["accepted", "again", "impossible", "rejected"], code: str | None = None
@@ -161,38 +140,6 @@ class Activity:
                 self._rejected[code or "other"] += 1
             else:
                 self._offers[answer] += 1
-
-    # --- the worker ---
-
-    def job_began(self, job_id: str, model: str) -> None:
-        with self._guard:
-            self._job = JobFacts(job_id=job_id, model=model[:_MODEL_CHARS], began_at=self._clock())
-            self._job_began = self._monotonic()
-            self._first_step = None
-
-    def job_loads(self) -> None:
-        """Its files are there; the engine has it."""
-        self._change_job(stage="load")
-
-    def job_stepped(self, step: int, steps: int) -> None:
-        """``step`` of ``steps`` denoising steps are done."""
-        now = self._monotonic()
-        if self._first_step is None or step <= self._first_step[1]:  # a second pass counts from the start
-            self._first_step = (now, step)
-        since, first = self._first_step
-        rate = (step - first) / (now - since) if now > since else None
-        self._change_job(stage="generate", step=step, steps=steps, steps_per_s=rate)
-
-    def job_made(self) -> None:
-        """Its picture is in the outbox; it ends when that is delivered."""
-        with self._guard:
-            self._job = None
-
-    def job_failed(self, job_id: str, model: str, reason: str, *, retryable: bool, handed_back: bool) -> None:
-        with self._guard:
-            if self._job is not None and self._job.job_id == job_id:
-                self._job = None
-        self._ended(job_id, model, "handed_back" if handed_back else "failed", reason, retryable=retryable)
 
     # --- the courier ---
 
@@ -239,11 +186,6 @@ class Activity:
 
     # --- in here ---
 
-    def _change_job(self, **facts: object) -> None:
-        with self._guard:
-            if self._job is not None:
-                self._job = self._job.model_copy(update=facts)
-
     def _ended(
         self,
         job_id: str,
@@ -255,8 +197,8 @@ class Activity:
         stages_s: Mapping[str, float] | None = None,
     ) -> None:
         ended = EndedJob(
-            job_id=job_id[:_MODEL_CHARS],
-            model=model[:_MODEL_CHARS],
+            job_id=job_id[:NAME_CHARS],
+            model=model[:NAME_CHARS],
             outcome=outcome,
             reason=None if reason is None else reason[:_REASON_CHARS],
             retryable=retryable,

@@ -170,18 +170,29 @@ class _Snapshots(Collector):
 
 
 def _session(now: Snapshot) -> Iterator[Metric]:
+    is_approved = now.registration.state == "approved"
+    yield _gauge("registered", "Whether the studio has approved this worker, or a lane of it.", is_approved)
     yield _gauge(
-        "registered", "Whether the studio has approved this worker.", now.registration.state == "approved"
-    )
-    yield _gauge(
-        "session_connected", "Whether the session with the studio is open.", now.session.state == "connected"
+        "session_connected", "Whether a session with the studio is open.", now.session.state == "connected"
     )
     yield _counter("session_reconnects", "Sessions that had to be opened anew.", now.session.reconnects)
+    approved = {str(lane.lane): lane.registration.state == "approved" for lane in now.lanes}
+    connected = {str(lane.lane): lane.session.state == "connected" for lane in now.lanes}
+    yield _gauge("lane_registered", "Whether the studio has approved this lane.", approved, "lane")
+    yield _gauge("lane_connected", "Whether this lane's session is open.", connected, "lane")
+    busy = {str(lane.lane): lane.job is not None for lane in now.lanes}
+    yield _gauge("lane_job_in_hand", "Whether this lane has a job in hand.", busy, "lane")
 
 
 def _jobs(now: Snapshot) -> Iterator[Metric]:
     yield _counter("jobs", "Jobs that have ended, by outcome.", now.jobs, "outcome")
     yield _gauge("job_in_hand", "Whether a job is being made.", now.job is not None)
+    yield _counter("model_switches", "Turns at the device of another model than before.", now.turns.switches)
+    yield _counter(
+        "model_switches_saved",
+        "Turns that came before an older one because their model was loaded.",
+        now.turns.switches_saved,
+    )
     yield _gauge(
         "failures_in_a_row", "Failed jobs since the last picture, this box's faults.", now.health.failures
     )

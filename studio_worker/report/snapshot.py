@@ -22,6 +22,9 @@ Outcome = Literal["done", "failed", "handed_back", "refused", "unconfirmed"]
 because the worker ends, or must; another one makes it. ``refused``: made, but the studio did not take it.
 ``unconfirmed``: made, and probably delivered by a try whose answer was lost; the studio takes no other."""
 
+NAME_CHARS = 200
+"""Names may come from the studio; of what is kept and shown, each has no more."""
+
 OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "handed_back", "refused", "unconfirmed")
 
 
@@ -35,9 +38,11 @@ class _Facts(BaseModel):
 
 
 class RegistrationFacts(_Facts):
-    """Who this worker is to the studio. ``detail``: what the operator has to do, where there is something."""
+    """Who this worker is to the studio. ``detail``: what the operator has to do, where there is something.
+    ``ended``: a lane that the studio has rejected or deleted, while others go on.
+    """
 
-    state: Literal["unknown", "pending", "approved"] = "unknown"
+    state: Literal["unknown", "pending", "approved", "ended"] = "unknown"
     worker_id: str | None = None
     detail: str | None = None
 
@@ -63,8 +68,19 @@ class JobFacts(_Facts):
     elapsed_s: float = 0.0
 
 
+class LaneFacts(_Facts):
+    """One lane, from 1: to the studio a worker of its own."""
+
+    lane: int
+    registration: RegistrationFacts = RegistrationFacts()
+    session: SessionFacts = SessionFacts()
+    job: JobFacts | None = None
+
+
 class EndedJob(_Facts):
-    """A job that is over. ``stages_s`` maps wait, files, load, generate, encode and upload to seconds."""
+    """A job that is over. ``stages_s`` maps wait, files, turn (where another lane had the device), load,
+    generate, encode and upload to seconds.
+    """
 
     job_id: str
     model: str
@@ -171,6 +187,15 @@ class HealthFacts(_Facts):
     held: tuple[HeldFacts, ...] = ()
 
 
+class TurnFacts(_Facts):
+    """Turns at the device: how often the model of one was another than that of the turn before, and how often
+    one whose model was loaded came before an older one.
+    """
+
+    switches: int = 0
+    switches_saved: int = 0
+
+
 class ProcessFacts(_Facts):
     """This process, and how often there was one: ``starts`` and ``crashes`` outlive it.
 
@@ -204,6 +229,8 @@ class Snapshot(_Facts):
     session: SessionFacts = SessionFacts()
     health: HealthFacts = HealthFacts()
     job: JobFacts | None = None
+    lanes: tuple[LaneFacts, ...] = ()
+    """``registration``, ``session`` and ``job`` are those of the first lane that has the like."""
     last_jobs: tuple[EndedJob, ...] = ()
     """Newest first."""
     jobs: dict[str, int] = {}
@@ -216,3 +243,4 @@ class Snapshot(_Facts):
     outbox: OutboxFacts = OutboxFacts()
     device: DeviceFacts = DeviceFacts()
     resident: tuple[ResidentModel, ...] = ()
+    turns: TurnFacts = TurnFacts()

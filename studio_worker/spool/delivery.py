@@ -17,8 +17,8 @@ class Delivery:
     """One finished picture on its way to the studio.
 
     ``prompt`` travels with the upload, never to a log; ``timings_s`` are the stages so far, in seconds;
-    ``kept_since_s`` is on the outbox's own clock, ``finished_at`` Unix time. Without ``data_path`` the
-    picture is in memory alone.
+    ``kept_since_s`` is on the outbox's own clock, ``finished_at`` Unix time; ``lane`` is whose worker
+    delivers it. Without ``data_path`` the picture is in memory alone.
     """
 
     job_id: str
@@ -30,6 +30,7 @@ class Delivery:
     finished_at: float
     timings_s: Mapping[str, float] = field(default_factory=dict)
     kept_since_s: float = 0.0
+    lane: int = 1
     in_memory: bytes = field(default=b"", repr=False)
 
     def read(self) -> bytes:
@@ -59,5 +60,5 @@ class Delivery:
         return replace(delivery, in_memory=b"")
 
 
-_NOTED = ("job_id", "model", "ext", "prompt", "meta", "finished_at", "timings_s", "kept_since_s")
+_NOTED = ("job_id", "model", "ext", "prompt", "meta", "finished_at", "timings_s", "kept_since_s", "lane")
 _DELIVERY = TypeAdapter(Delivery)

@@ -6,11 +6,12 @@ power. Owns which pictures wait, and for how long; what becomes of their files i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from studio_worker.context import called
@@ -65,21 +66,22 @@ class Outbox:
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
         self._reserve_bytes = reserve_bytes
-        self._changed = threading.Event()
         self._guard = threading.Lock()
         self._writing = threading.Lock()  # or what is written anew for a job would go with what is gone
         self._in_memory: dict[str, Delivery] = {}
         self._gone: set[str] = set()
+        self._taken_over: dict[str, int] = {}
+        self.lanes: set[int] = {1}
+        """Those that run here: what belongs to another one is nobody's."""
         self._files.remove_left_over()
         self._clock = OutboxClock(
             folder / "age", clock, at_least_s=max((d.kept_since_s for d in self.oldest()), default=0.0)
         )
 
-    def add(self, job: Job, picture: Picture, timings_s: Mapping[str, float]) -> None:
-        """Keep ``picture`` until it is delivered; it is on disk for good when this returns.
+    def add(self, job: Job, picture: Picture, timings_s: Mapping[str, float], lane: int = 1) -> None:
+        """Keep ``picture`` until ``lane`` has delivered it; it is on disk for good when this returns.
 
-        Where the disk does not take it, that is logged, and the picture waits in memory. Whoever delivers
-        is told by :meth:`wake`.
+        Where the disk does not take it, that is logged, and the picture waits in memory.
 
         Raises:
             OSError: the disk does not take it, and too much waits in memory already.
@@ -94,12 +96,14 @@ class Outbox:
             finished_at=time.time(),
             timings_s=dict(timings_s),
             kept_since_s=self._clock.now_s(),
+            lane=lane,
             in_memory=picture.data,
         )
         with self._writing:
             self._keep(delivery)
             with self._guard:
                 self._gone.discard(job.job_id)
+                self._taken_over.pop(job.job_id, None)
 
     def _keep(self, delivery: Delivery) -> None:
         try:
@@ -121,7 +125,22 @@ class Outbox:
         with self._guard:
             waiting = [d for d in waiting if d.job_id not in self._gone | self._in_memory.keys()]
             waiting += self._in_memory.values()
+            waiting = [replace(d, lane=self._taken_over.get(d.job_id, d.lane)) for d in waiting]
         return sorted(waiting, key=lambda delivery: (delivery.kept_since_s, delivery.finished_at))
+
+    def lane_of(self, job_id: str) -> int | None:
+        """Whose picture of this job waits; ``None`` where none does."""
+        return next((delivery.lane for delivery in self.oldest() if delivery.job_id == job_id), None)
+
+    def take_over(self, job_id: str, lane: int) -> None:
+        """From now on ``lane`` delivers this job's picture: the studio expects it of that one."""
+        delivery = next((delivery for delivery in self.oldest() if delivery.job_id == job_id), None)
+        if delivery is None or delivery.lane == lane:
+            return
+        with self._guard:
+            self._taken_over[job_id] = lane
+        with self._writing, contextlib.suppress(OSError):  # then this holds until the next start
+            self._files.write_note(replace(delivery, lane=lane))
 
     def catch_up(self) -> None:
         """Write what waits in memory and remove what is gone, where the disk lets it again."""
@@ -161,8 +180,11 @@ class Outbox:
         with self._guard:
             return list(self._in_memory)
 
-    def expire(self) -> list[tuple[Delivery, str]]:
-        """Remove what is older than the limit, then the oldest until the rest fits; each with its reason."""
+    def expire(self, lane: int = 1) -> list[tuple[Delivery, str]]:
+        """Remove what is older than the limit, then the oldest until the rest fits; each with its reason.
+
+        Of that, what is ``lane``'s, or nobody's: the others remove, and report, their own.
+        """
         self._clock.save_now_and_then()
         dropped = []
         waiting = self.oldest()
@@ -176,6 +198,8 @@ class Outbox:
             else:
                 continue
             total -= delivery.size_bytes()
+            if delivery.lane != lane and delivery.lane in self.lanes:
+                continue
             with called(job_id=delivery.job_id, model=delivery.model):
                 log.error("picture dropped undelivered", extra={"op": "spool", "reason": reason})
                 self.remove(delivery)
@@ -211,6 +235,7 @@ class Outbox:
         """The studio has it, or has refused it for good. A disk that lets nothing go is logged."""
         with self._guard:
             self._in_memory.pop(delivery.job_id, None)
+            self._taken_over.pop(delivery.job_id, None)
         try:
             self._files.remove(delivery.job_id)
         except OSError as error:
@@ -220,12 +245,3 @@ class Outbox:
                 "delivered picture cannot be removed; that is tried again",
                 extra={"op": "spool", "error": error.strerror},
             )
-
-    def wake(self) -> None:
-        """Let whoever waits in :meth:`wait` look again."""
-        self._changed.set()
-
-    def wait(self, timeout_s: float | None) -> None:
-        """Until something has changed since the last call, or ``timeout_s`` has passed."""
-        self._changed.wait(timeout_s)
-        self._changed.clear()

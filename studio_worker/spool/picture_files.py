@@ -48,6 +48,12 @@ class PictureFiles:
                 data.unlink(missing_ok=True)
             raise
 
+    def write_note(self, delivery: Delivery) -> None:
+        """What is said of a picture that is here is this from now on. Raises OSError."""
+        note = self._path(delivery.job_id, ".json")
+        if note.exists():
+            write_atomic(note, delivery.note())
+
     def remove(self, job_id: str) -> None:
         """Its picture is gone for good when this returns. Raises OSError."""
         self._path(job_id, ".json").unlink(missing_ok=True)

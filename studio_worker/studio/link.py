@@ -6,9 +6,10 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
-from studio_worker.context import called
+from studio_worker.context import called, carried
 from studio_worker.errors import StudioWorkerError
 from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.http.identity import Credentials, given_credentials
@@ -32,6 +33,7 @@ class StudioLink:
 
     Args:
         on_end: called once where it is over for good, with what ended it.
+        is_first: whether systemd's credentials are this one's; other lanes register.
 
     Raises:
         ConfigError: credentials or identity file cannot be used. Said now, not after hours of downloads.
@@ -44,6 +46,8 @@ class StudioLink:
         courier: Courier,
         reports: RegistrationReports,
         on_end: Callable[[StudioWorkerError], None],
+        *,
+        is_first: bool = True,
     ) -> None:
         self._registration = registration
         self._connector = connector
@@ -52,12 +56,12 @@ class StudioLink:
         self._on_end = on_end
         self._talking: threading.Thread | None = None
         self._delivering: threading.Thread | None = None
-        self._given = given_credentials()
+        self._given = given_credentials() if is_first else None
         if self._given is None:
             registration.check()
 
     def start(self) -> None:
-        self._talking = _started("studio", self._talk)
+        self._talking = _started("studio", carried(self._talk))
 
     def stop(self) -> None:
         """Deliver what can be delivered within a bounded time, then close the session and end the threads."""
@@ -69,13 +73,14 @@ class StudioLink:
             self._talking.join(_LAST_DELIVERY_S)
 
     def _talk(self) -> None:
+        deliver = carried(self._deliver)
         with contextlib.ExitStack() as named:
             try:
                 credentials = self._given or self._registration.run()
                 if credentials is not None:
                     named.enter_context(called(worker_id=credentials.worker_id))
                     self._reports.registered(credentials.worker_id)
-                    self._delivering = _started("courier", lambda: self._deliver(credentials))
+                    self._delivering = _started("courier", partial(deliver, credentials))
                     self._connector.run(credentials)
             except StudioWorkerError as error:
                 self._on_end(error)

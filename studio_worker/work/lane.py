@@ -65,6 +65,7 @@ class Lane:
         self._turn: Future[Made] | None = None
         self._ending: str | None = None
         self._is_making = False
+        self._painting_at = 0.0
 
     def run(self) -> None:
         """Work until the source has no more jobs.
@@ -209,13 +210,15 @@ class Lane:
                 inputs=inputs,
             )
             self._cancel.check()
-            made = self._at_the_device(partial(self._paint, job, request))
-            return made, {"wait": began - job.taken_at, "files": ready - began}
+            is_free = self._turns.is_free()
+            made = self._at_the_device(partial(self._paint, job, request), job.model)
+            waited_s = {} if is_free else {"turn": self._painting_at - ready}  # for another lane's picture
+            return made, {"wait": began - job.taken_at, "files": ready - began, **waited_s}
 
-    def _at_the_device(self, paint: Callable[[], Made]) -> Made:
+    def _at_the_device(self, paint: Callable[[], Made], model: str) -> Made:
         """What ``paint`` gives when it is this lane's turn. What is waited for meanwhile is not this job."""
         self._stride.end()
-        turn = self._turns.ask(paint)
+        turn = self._turns.ask(paint, model)
         with self._guard:
             self._turn = turn
         if self._cancel.is_set:  # also where it came between those lines
@@ -232,7 +235,9 @@ class Lane:
 
     def _paint(self, job: Job, request: Request) -> Made:
         """This lane's turn: on the thread that has the device."""
+        self._painting_at = time.monotonic()
         self._stride.moved()
+        self._in_hand.at_device()
         self._reports.job_loads()
         engine = self._engines.for_source(job.source)
         self._is_making = True

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from studio_worker.engine import Engine
+from studio_worker.engine import Engine, Resident
 from studio_worker.jobs import Job, Picture
 from studio_worker.models import LocalFile, ModelFile, ModelSource
 
@@ -69,12 +69,17 @@ class Engines(Protocol):
 
     def for_source(self, source: ModelSource) -> Engine: ...
     def made(self) -> Iterable[Engine]: ...
+    def resident(self) -> Mapping[str, Resident]: ...
 
 
 class InHand(Protocol):
     """The note of the job in hand that survives a crash."""
 
     def begin(self, job: Job) -> None: ...
+    def at_device(self) -> None:
+        """What ends the process from now on may be this job's doing."""
+        ...
+
     def end(self) -> None: ...
 
 

@@ -6,10 +6,14 @@ a thread of its own, do all else. A lost device, and a lane that crashes, end th
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
+from studio_worker.context import called
+from studio_worker.errors import StudioWorkerError
 from studio_worker.models import RequiredModel
+from studio_worker.report.snapshot import TurnFacts
 from studio_worker.work.keeping import Preloader
 from studio_worker.work.lane import Lane
 from studio_worker.work.ports import Ports
@@ -29,11 +33,12 @@ class Worker:
     """
 
     def __init__(self, lanes: Sequence[Ports], step_timeout_s: Callable[[], float]) -> None:
-        self._turns = Turns()
+        self._engines = lanes[0].engines
+        self._turns = Turns(self._loaded)
         self._lanes = [Lane(ports, self._turns, step_timeout_s) for ports in lanes]
         self._stride = Stride(step_timeout_s)
         self._cancel_preloading = threading.Event()
-        self._preloader = Preloader(lanes[0].engines, lanes[0].files, self._stride, self._cancel_preloading)
+        self._preloader = Preloader(self._engines, lanes[0].files, self._stride, self._cancel_preloading)
         self._guard = threading.Lock()
         self._at_work = len(lanes)
         self._crash: BaseException | None = None
@@ -52,8 +57,8 @@ class Worker:
                 handed back. The process should end.
         """
         threads = [
-            threading.Thread(target=self._carry, args=(lane,), name="lane", daemon=True)
-            for lane in self._lanes
+            threading.Thread(target=self._carry, args=(number, lane), name="lane", daemon=True)
+            for number, lane in enumerate(self._lanes, 1)
         ]
         for thread in threads:
             thread.start()
@@ -62,13 +67,26 @@ class Worker:
             if self._crash is not None:
                 raise self._crash
         except BaseException as error:
+            is_ours = isinstance(error, StudioWorkerError)  # what others say might quote a prompt
             for lane in self._lanes:
-                lane.leave(str(error))
+                lane.leave(str(error) if is_ours else f"internal error: {type(error).__name__}")
             self._turns.close()
             raise
         finally:
             for thread in threads:
                 thread.join(_LEAVE_S)
+
+    @property
+    def turns(self) -> TurnFacts:
+        """How turns went so far."""
+        return self._turns.facts
+
+    def leave(self, lane: int, reason: str) -> None:
+        """Let one lane, counted from 1, hand its job back and end; the others go on. From any thread."""
+        self._lanes[lane - 1].leave(reason)
+
+    def _loaded(self) -> Collection[str]:
+        return {model for model, found in self._engines.resident().items() if found.place != "ram"}
 
     def hand_back(self, reason: str) -> None:
         """Stop every job in hand at its next step, and any later one: the process is ending.
@@ -83,12 +101,13 @@ class Worker:
         """Whether a job in hand has shown no progress for longer than its limit."""
         return self._stride.is_too_long() or any(lane.is_stuck() for lane in self._lanes)
 
-    def _carry(self, lane: Lane) -> None:
+    def _carry(self, number: int, lane: Lane) -> None:
         """A lane's thread. What it does not expect ends all of them: a lane without a thread would take jobs
         and make none.
         """
         try:
-            lane.run()
+            with called(lane=number) if len(self._lanes) > 1 else contextlib.nullcontext():
+                lane.run()
         except BaseException as error:  # also the lost device's, which is raised where it was lost
             with self._guard:
                 self._crash = self._crash or error

@@ -190,6 +190,7 @@ def marked_in_the_shipped_configuration() -> dict[str, bool]:
 OTHERS = {
     "studio.api_base_url": "https://other.example",
     "worker.device": "cpu",
+    "worker.lanes": 2,
     "log.level": "debug",
     "log.format": "json",
     "models.ca_bundle": requests.certs.where(),

@@ -141,7 +141,7 @@ class Soak:
     """One run. ``jobs`` of which a part needs torch, unless ``synthetic``."""
 
     def __init__(
-        self, folder: Path, *, seed: int, jobs: int, faults: int, stalls: int, synthetic: bool
+        self, folder: Path, *, seed: int, jobs: int, faults: int, stalls: int, synthetic: bool, lanes: int
     ) -> None:
         self._folder = folder
         self._script = script(seed, jobs, faults, stalls)
@@ -152,6 +152,7 @@ class Soak:
         self._variants: dict[str, str] = {}
         self._jobs = jobs
         self._synthetic = synthetic
+        self._lanes = lanes
         self._chance = random.Random(seed)
 
     def run(self) -> Account:
@@ -172,6 +173,8 @@ class Soak:
                 self._config = write_configuration(studio, work)
                 text = (self._config / "config.toml").read_text()
                 text = text.replace(studio.base_url, proxy.url).replace("[log]", '[log]\nlevel = "debug"')
+                text = text.replace("[worker]", f"[worker]\nlanes = {self._lanes}")
+                assert f"lanes = {self._lanes}" in text
                 (self._config / "config.toml").write_text(text)
                 for number in range(self._jobs):
                     self._queue(studio, number)
@@ -296,7 +299,7 @@ class Soak:
     def _pause(self, seconds: float) -> None:
         run = self._folder / "work" / "run"
         try:
-            in_hand = ask(run, "pause")["job_id"]
+            in_hand = ask(run, "pause")["job_ids"]
         except ControlError:  # it has only just been started
             return
         begin = self._service.log_path.stat().st_size
@@ -304,7 +307,7 @@ class Soak:
         lines = self._service.log_path.read_bytes()[begin:].decode().splitlines()
         ask(run, "resume")
         for line in _parsed(lines):
-            if line["message"] == "job accepted" and line["job_id"] != in_hand:
+            if line["message"] == "job accepted" and line["job_id"] not in in_hand:
                 self._account.wrong.append(f"job {line['job_id']} was accepted while paused")
 
     def _finish(self) -> None:
@@ -415,7 +418,7 @@ class Soak:
                 except ValueError:
                     wrong.append(f"damaged: {path.relative_to(self._folder)}")
         wrong += [f"left in the outbox: {note.name}" for note in self._notes()]
-        if (self._state / "spool" / "job-in-hand.json").exists():
+        if any((self._state / "spool").glob("job-in-hand*")):
             wrong.append("a job is still noted as in hand")
         command = [sys.executable, "-m", "studio_worker", "models", "verify", "--no-repair"]
         done = subprocess.run(
@@ -432,14 +435,22 @@ def _parsed(lines: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def soak(
-    folder: Path, *, seed: int, jobs: int, faults: int, stalls: int = 0, synthetic: bool = False
+    folder: Path,
+    *,
+    seed: int,
+    jobs: int,
+    faults: int,
+    stalls: int = 0,
+    synthetic: bool = False,
+    lanes: int = 1,
 ) -> Account:
     """Run one soak in ``folder``.
 
     Raises:
         ServiceProcessError: the service ended by itself, or nothing moves any more.
     """
-    return Soak(folder, seed=seed, jobs=jobs, faults=faults, stalls=stalls, synthetic=synthetic).run()
+    made = Soak(folder, seed=seed, jobs=jobs, faults=faults, stalls=stalls, synthetic=synthetic, lanes=lanes)
+    return made.run()
 
 
 def main() -> int:
@@ -450,6 +461,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=110)
     parser.add_argument("--stalls", type=int, default=2)
     parser.add_argument("--synthetic", action="store_true", help="no torch")
+    parser.add_argument("--lanes", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="a folder for what the soaks leave")
     given = parser.parse_args()
     console = Console()
@@ -463,7 +475,7 @@ def main() -> int:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             account = soak(
                 folder, seed=seed, jobs=given.jobs, faults=given.faults, stalls=given.stalls,
-                synthetic=given.synthetic,
+                synthetic=given.synthetic, lanes=given.lanes,
             )  # fmt: skip
         console.print(_table(account))
         are_right = are_right and not account.wrong

@@ -19,6 +19,13 @@ def test_soak_under_chaos_loses_nothing_and_makes_nothing_twice(tmp_path: Path) 
     assert account.done + sum(account.failed.values()) == 30
 
 
+def test_soak_of_several_lanes_loses_nothing_and_makes_nothing_twice(tmp_path: Path) -> None:
+    """The same holds where three workers of one box take the jobs, and a job goes from one to the other."""
+    account = soak(tmp_path, seed=2, jobs=30, faults=FAULTS, synthetic=True, lanes=3)
+    assert account.wrong == []
+    assert account.done + sum(account.failed.values()) == 30
+
+
 def test_soak_follows_the_same_script_for_the_same_seed() -> None:
     """A soak that found something can be run again; every kind of fault is in a script of some length."""
     first = script(7, 500, 110, 2)

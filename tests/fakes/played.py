@@ -43,10 +43,12 @@ class GatedEngine(Engine):
     def __init__(self) -> None:
         self.entered: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.ends: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.cancel = Cancel()
         self.at_work = 0
         self.most_at_work = 0
 
     def make(self, request: Request, progress: StepProgress, cancel: Cancel) -> Made:
+        self.cancel = cancel
         self.at_work += 1
         self.most_at_work = max(self.most_at_work, self.at_work)
         self.entered.put(request.job_id)

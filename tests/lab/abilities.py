@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from studio_worker.appliance.abilities import Abilities
-from studio_worker.appliance.parts import Parts
+from studio_worker.appliance.parts import LaneParts, Parts
 from studio_worker.box.device import Device
 from studio_worker.config import Config
 from studio_worker.config.current import Current
@@ -16,10 +16,9 @@ from studio_worker.spool.failures import Failures
 from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
 from studio_worker.store import Store
-from studio_worker.studio.http.uploads import Uploads
 from studio_worker.studio.session.offers import Situation
 from studio_worker.transfer.policy import Policy
-from studio_worker.work.desk import Desk
+from studio_worker.work.desk import Hands
 from tests.fakes.played import untouched_health
 from tests.lab.worker import KeepingEngine
 
@@ -42,17 +41,17 @@ def abilities_of(
     router = Router({"sd-cpp": lambda: engine or FullEngine(None)})
     if engine is not None:
         router.for_source(ModelSource(engine="sd-cpp"))
-    outbox = Outbox(folder / "outbox")
+    outbox, in_hand = Outbox(folder / "outbox"), JobInHand(folder / "spool")
+    lane = LaneParts.made(1, Hands(), in_hand, outbox)
     parts = Parts(
         device=device,
         engines=router,
         store=Store(folder / "models"),
-        in_hand=JobInHand(folder / "spool"),
+        in_hand=in_hand,
         failures=Failures(folder / "spool"),
         outbox=outbox,
-        uploads=Uploads(outbox),
-        desk=Desk(),
+        lanes=(lane,),
     )
     current = Current(Config(settings or Settings(), ()), Policy())
-    abilities = Abilities(parts, current, untouched_health())
+    abilities = Abilities(parts, lane, current, untouched_health())
     return abilities, abilities.situation()

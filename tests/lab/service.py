@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
-from studio_worker.studio.session import connection, session
+from studio_worker.studio.session import connection, connector
 from studio_worker.work import breaker
 from tests.fakes.servers import ServedFile
 
@@ -108,9 +108,9 @@ def hurried(folder: Path, pause_s: float) -> dict[str, str]:
         "import functools\n"
         f"import {breaker.__name__} as rule\n"
         f"import {connection.__name__} as connection\n"
-        f"import {session.__name__} as session\n"
+        f"import {connector.__name__} as connector\n"
         f"rule.FIRST_PAUSE_S = {pause_s}\n"
-        "session.Timings = functools.partial(connection.Timings, heartbeat_s=0.2)\n"
+        "connector.Timings = functools.partial(connection.Timings, heartbeat_s=0.2)\n"
     )
     return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
 

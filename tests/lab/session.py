@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from studio_worker.jobs import Job
 from studio_worker.report.logs import ShippingBuffer
 from studio_worker.spool.failures import Failures
 from studio_worker.spool.outbox import Outbox
+from studio_worker.spool.part import OutboxPart
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.identity import Credentials
 from studio_worker.studio.http.uploads import Uploads
+from studio_worker.studio.session.aside import Aside
 from studio_worker.studio.session.connection import Timings
 from studio_worker.studio.session.connector import Connector
 from studio_worker.studio.session.offers import (
@@ -68,7 +71,7 @@ class Running:
         self.outbox: set[str] = set()
         self.odd: dict[str, Any] = {}
         """What the situation has in the place of what it should."""
-        self.uploads = Uploads(Outbox(folder / "outbox"))
+        self.uploads = Uploads(OutboxPart(Outbox(folder / "outbox"), 1))
         self.attempts = attempts
         self.session = StudioSession(self, self.desk, self.uploads, Failures(folder / "spool"), self)
         self._connector = Connector(StudioApi(studio.url), self, self.session, self.shipping, timings)
@@ -118,3 +121,22 @@ class Running:
         assert not self._thread.is_alive()
         self._folder.cleanup()
         return self.ended_with
+
+
+class InlineSession(StudioSession):
+    """The session without a loop: what other threads ask of it is done at once."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._aside = AtOnce(self._call)
+
+    def _call(self, what: Callable[..., None], *args: object) -> bool:
+        what(*args)
+        return True
+
+
+class AtOnce(Aside):
+    """Offers are judged in the thread that hears them."""
+
+    def do(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        then(work())

@@ -16,6 +16,7 @@ from studio_worker.report.activity import Activity
 from studio_worker.spool.delivery import Delivery
 from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
+from studio_worker.spool.part import OutboxPart
 from studio_worker.work.health import Health
 from studio_worker.work.ports import Ports
 from studio_worker.work.worker import Worker
@@ -73,11 +74,11 @@ def make(
     make_engine: Callable[[], Engine] | None = None,
     step_timeout_s: Callable[[], float] = lambda: 60.0,
     **neighbours: Any,
-) -> tuple[Worker, Outbox, JobInHand]:
+) -> tuple[Worker, OutboxPart, JobInHand]:
     """A worker of one lane, with a real spool and a scripted engine."""
     engines = Router({"scripted": make_engine or (lambda: ScriptedEngine(script or {}))})
     lane = lane_ports(tmp_path, source, engines, **neighbours)
-    assert isinstance(lane.results, Outbox)
+    assert isinstance(lane.results, OutboxPart)
     assert isinstance(lane.in_hand, JobInHand)
     return Worker([lane], step_timeout_s), lane.results, lane.in_hand
 
@@ -98,8 +99,8 @@ def lane_ports(
         files=files or NoFiles(),
         engines=engines,
         in_hand=JobInHand(folder / "spool"),
-        results=Outbox(folder / "outbox"),
-        reports=Activity(),
+        results=OutboxPart(Outbox(folder / "outbox"), 1),
+        reports=Activity().lane(1),
         health=health or untouched_health(),
         fetch=fetch,
     )

@@ -33,19 +33,19 @@ def activity(clock: Clock) -> Activity:
 
 def test_activity_follows_a_job_to_its_delivery(activity: Activity, clock: Clock) -> None:
     """The job in hand shows stage, step and rate; once delivered it is among the last ones, with stages."""
-    activity.job_began("j1", "m")
-    activity.job_loads()
+    activity.lane(1).job_began("j1", "m")
+    activity.lane(1).job_loads()
     loading = activity.snapshot().job
     assert loading is not None
     assert (loading.job_id, loading.model, loading.stage, loading.steps) == ("j1", "m", "load", None)
     for step in (1, 2, 3):
         clock.now += 0.5
-        activity.job_stepped(step, 20)
+        activity.lane(1).job_stepped(step, 20)
     job = activity.snapshot().job
     assert job is not None
     assert (job.stage, job.step, job.steps, job.steps_per_s) == ("generate", 3, 20, 2.0)
     assert (job.began_at, job.elapsed_s) == (100.0, 1.5)
-    activity.job_made()
+    activity.lane(1).job_made()
     assert activity.snapshot().job is None
     assert activity.snapshot().jobs["done"] == 0
     activity.upload_waits()
@@ -60,9 +60,9 @@ def test_activity_follows_a_job_to_its_delivery(activity: Activity, clock: Clock
 
 def test_activity_counts_every_way_a_job_ends(activity: Activity) -> None:
     """Failed, handed back and refused jobs are counted apart, newest first, with their reasons."""
-    activity.job_began("j1", "m")
-    activity.job_failed("j1", "m", "out of memory", retryable=True, handed_back=False)
-    activity.job_failed("j2", "m", "the worker is stopping", retryable=True, handed_back=True)
+    activity.lane(1).job_began("j1", "m")
+    activity.lane(1).job_failed("j1", "m", "out of memory", retryable=True, handed_back=False)
+    activity.lane(1).job_failed("j2", "m", "the worker is stopping", retryable=True, handed_back=True)
     activity.upload_refused("j3", "m", {}, "HTTP 409")
     snapshot = activity.snapshot()
     assert snapshot.job is None
@@ -74,8 +74,8 @@ def test_activity_counts_every_way_a_job_ends(activity: Activity) -> None:
 
 def test_activity_keeps_the_job_in_hand_when_another_fails(activity: Activity) -> None:
     """An offer that fails at once does not take the job in hand off the status."""
-    activity.job_began("j1", "m")
-    activity.job_failed("j2", "m", "unknown engine", retryable=False, handed_back=False)
+    activity.lane(1).job_began("j1", "m")
+    activity.lane(1).job_failed("j2", "m", "unknown engine", retryable=False, handed_back=False)
     job = activity.snapshot().job
     assert job is not None
     assert job.job_id == "j1"
@@ -84,7 +84,7 @@ def test_activity_keeps_the_job_in_hand_when_another_fails(activity: Activity) -
 def test_activity_stays_small(activity: Activity) -> None:
     """Months of jobs with long reasons leave the last twenty, shortened."""
     for number in range(1000):
-        activity.job_failed(f"j{number}", "m" * 999, "x" * 99_999, retryable=True, handed_back=False)
+        activity.lane(1).job_failed(f"j{number}", "m" * 999, "x" * 99_999, retryable=True, handed_back=False)
     snapshot = activity.snapshot()
     assert len(snapshot.last_jobs) == 20
     assert snapshot.last_jobs[0].job_id == "j999"
@@ -111,13 +111,13 @@ def test_activity_tells_observers_of_ends(activity: Activity, caplog: pytest.Log
 def test_activity_counts_reconnects(activity: Activity, clock: Clock) -> None:
     """The session shows since when it is what it is, and how often it had to come back."""
     assert activity.snapshot().session.state == "none"
-    activity.session("reconnecting")
-    activity.session("connected")
+    activity.lane(1).session("reconnecting")
+    activity.lane(1).session("connected")
     clock.now = 200.0
-    activity.session("reconnecting")
-    activity.session("reconnecting")
+    activity.lane(1).session("reconnecting")
+    activity.lane(1).session("reconnecting")
     clock.now = 230.0
-    activity.session("connected")
+    activity.lane(1).session("connected")
     session = activity.snapshot().session
     assert (session.state, session.since_at, session.reconnects) == ("connected", 230.0, 1)
 
@@ -138,9 +138,9 @@ def test_activity_is_safe_from_many_threads(activity: Activity) -> None:
 
     def report() -> None:
         for number in range(200):
-            activity.job_began(f"j{number}", "m")
-            activity.job_stepped(1, 2)
-            activity.job_failed(f"j{number}", "m", "r", retryable=True, handed_back=False)
+            activity.lane(1).job_began(f"j{number}", "m")
+            activity.lane(1).job_stepped(1, 2)
+            activity.lane(1).job_failed(f"j{number}", "m", "r", retryable=True, handed_back=False)
             activity.snapshot()
 
     threads = [threading.Thread(target=report) for _ in range(4)]

@@ -27,6 +27,7 @@ from studio_worker.report.snapshot import (
     GpuFacts,
     HealthFacts,
     HeldFacts,
+    LaneFacts,
     OfferFacts,
     OutboxFacts,
     ProcessFacts,
@@ -34,6 +35,7 @@ from studio_worker.report.snapshot import (
     ResidentModel,
     SessionFacts,
     Snapshot,
+    TurnFacts,
     UploadFacts,
 )
 from tests.fakes.servers import FileServer, refused_url
@@ -69,6 +71,8 @@ EVERYTHING = Snapshot(
         ),
     ),
     resident=(ResidentModel(model='a "b"\n', size_bytes=4_000_000_000),),
+    lanes=(LaneFacts(lane=1), LaneFacts(lane=2, registration=RegistrationFacts(state="approved"))),
+    turns=TurnFacts(switches=5, switches_saved=2),
 )
 
 
@@ -110,6 +114,11 @@ def test_metrics_tell_everything_by_conventional_names(metrics: Metrics) -> None
             "studio_worker_job_stage_seconds_bucket le=2.5 stage=generate": 0,
             "studio_worker_job_stage_seconds_sum stage=upload": 0.2,
             "studio_worker_config_last_reload_successful": 1,
+            "studio_worker_lane_registered lane=2": 1,
+            "studio_worker_lane_connected lane=2": 0,
+            "studio_worker_lane_job_in_hand lane=2": 0,
+            "studio_worker_model_switches_total": 5,
+            "studio_worker_model_switches_saved_total": 2,
         }.items()
     )
     assert found["process_resident_memory_bytes"] > 0

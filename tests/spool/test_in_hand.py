@@ -30,9 +30,9 @@ def test_job_in_hand_is_found_after_a_crash(folder: Path) -> None:
     """The job that a dead process had in hand is named once, by the next start."""
     in_hand = crashed_with(folder, "job-1")
 
-    assert in_hand.recover() == "job-1"
-    assert in_hand.recover() is None
-    assert JobInHand(folder).recover() is None
+    assert in_hand.recover() == ["job-1"]
+    assert in_hand.recover() == []
+    assert JobInHand(folder).recover() == []
 
 
 def test_job_is_poisoned_after_two_crashes(folder: Path) -> None:
@@ -68,7 +68,7 @@ def test_job_that_ended_is_no_crash(folder: Path) -> None:
     in_hand.end()
     in_hand.end()  # twice is as good as once
 
-    assert JobInHand(folder).recover() is None
+    assert JobInHand(folder).recover() == []
 
 
 def test_job_that_ended_on_a_read_only_disk_is_no_crash(
@@ -90,7 +90,7 @@ def test_job_that_ended_on_a_read_only_disk_is_no_crash(
         if is_begun:
             in_hand.begin(job("job-2"))
         assert in_hand.problem() is None
-        assert JobInHand(folder).recover() == ("job-2" if is_begun else None)
+        assert JobInHand(folder).recover() == (["job-2"] if is_begun else [])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"job_id": 5}', b"\0\0\0", b"\xff\xfe"])
@@ -101,10 +101,10 @@ def test_job_in_hand_survives_a_corrupt_note(folder: Path, content: bytes) -> No
 
     in_hand = JobInHand(folder)
 
-    assert in_hand.recover() is None
+    assert in_hand.recover() == []
     assert not (folder / "job-in-hand.json").exists()
     in_hand.begin(job("job-2"))
-    assert JobInHand(folder).recover() == "job-2"
+    assert JobInHand(folder).recover() == ["job-2"]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"job-1": "many"}', b'{"job-1": [3, null]}', b"\0\0\0"])
@@ -116,7 +116,7 @@ def test_job_in_hand_survives_corrupt_counts(folder: Path, content: bytes) -> No
     in_hand = JobInHand(folder)
 
     assert not in_hand.is_poisoned("job-1")
-    assert in_hand.recover() == "job-1"
+    assert in_hand.recover() == ["job-1"]
     assert not in_hand.is_poisoned("job-1")
     assert list(json.loads((folder / "crashes.json").read_text())) == ["job-1"]
 
@@ -151,7 +151,7 @@ def test_job_in_hand_keeps_any_job_id(folder: Path, job_id: str) -> None:
     """Whatever the studio calls a job, the note stays in the folder and gives the name back."""
     in_hand = crashed_with(folder, job_id)
 
-    assert in_hand.recover() == job_id
+    assert in_hand.recover() == [job_id]
     assert names(folder.parent) == {"outbox"}
 
 
@@ -164,7 +164,7 @@ def test_crash_is_counted_once_where_the_next_start_dies_too(folder: Path) -> No
 
     in_hand = JobInHand(folder)
 
-    assert in_hand.recover() == "job-1"
+    assert in_hand.recover() == ["job-1"]
     assert not in_hand.is_poisoned("job-1")
 
 
@@ -175,7 +175,7 @@ def test_crash_on_a_full_disk_stops_no_start(small_disk: Path, caplog: pytest.Lo
 
     with pytest.raises(OSError, match="No space left"):
         in_hand.begin(job("job-2"))
-    assert in_hand.recover() == "job-1"
+    assert in_hand.recover() == ["job-1"]
     assert [record.message for record in caplog.records] == ["crash cannot be noted"]
 
 
@@ -184,3 +184,51 @@ def fill(disk: Path) -> None:
     with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(b"x" * 4096):
             pass
+
+
+# --- several lanes ---
+
+
+def test_job_that_only_waited_is_not_to_blame_for_a_crash(folder: Path) -> None:
+    """Of two jobs in hand when a process died, the one at the device is counted; it is one crash in a row."""
+    for _ in range(2):
+        dying = JobInHand(folder)
+        dying.begin(job("waits"), lane=1)
+        dying.begin(job("kills"), lane=2)
+        dying.at_device(lane=2)
+        after = JobInHand(folder)
+        assert after.recover() == ["kills"]
+    assert after.is_poisoned("kills")
+    assert not after.is_poisoned("waits")
+    assert after.crashes_in_a_row == 2
+
+
+def test_jobs_that_all_waited_share_the_blame(folder: Path) -> None:
+    """A process that died while no job was at the device: each is counted, as the one of a single lane is."""
+    dying = JobInHand(folder)
+    for lane in (1, 2, 3):
+        dying.begin(job(f"job-{lane}"), lane)
+    assert JobInHand(folder).recover() == ["job-1", "job-2", "job-3"]
+
+
+def test_note_of_each_lane_ends_by_itself(folder: Path) -> None:
+    """A job that has ended is not found; what a lane that does not run any more had in hand is."""
+    dying = JobInHand(folder)
+    first, third = dying.of_lane(1), dying.of_lane(3)
+    for lane, job_id in ((first, "job-1"), (third, "job-3")):
+        lane.begin(job(job_id))
+        lane.at_device()
+    first.end()
+    assert JobInHand(folder).recover() == ["job-3"]
+    assert not list(folder.glob("job-in-hand*"))
+
+
+def test_mark_of_an_earlier_job_blames_no_later_one(folder: Path) -> None:
+    """What one job did at the device says nothing of the next one in that lane."""
+    dying = JobInHand(folder)
+    dying.begin(job("job-1"))
+    dying.at_device()
+    dying.begin(job("job-2"))
+    dying.begin(job("kills"), lane=2)
+    dying.at_device(lane=2)
+    assert JobInHand(folder).recover() == ["kills"]

@@ -425,22 +425,6 @@ def test_outbox_leaves_nothing_of_a_picture_it_cannot_describe(folder: Path) -> 
     assert names(folder) == set()
 
 
-def test_outbox_wakes_whoever_waits(folder: Path) -> None:
-    """A call to look again is heard, also one that came before the waiting began, and once."""
-    outbox = Outbox(folder)
-    outbox.wake()
-    outbox.wait(None)
-
-    woken = threading.Thread(target=outbox.wait, args=(None,))
-    woken.start()
-    woken.join(0.05)
-    assert woken.is_alive()
-    outbox.wake()
-    woken.join(10)
-
-    assert not woken.is_alive()
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_outbox_holds_whole_pictures_or_none_after_a_kill(folder: Path, seed: int) -> None:
     """A process killed at any moment leaves every finished picture whole, and no half one."""

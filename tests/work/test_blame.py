@@ -25,7 +25,7 @@ from PIL import Image
 from studio_worker import sample_model
 from studio_worker.appliance.abilities import Abilities
 from studio_worker.appliance.news import News
-from studio_worker.appliance.parts import Parts
+from studio_worker.appliance.parts import LaneParts, Parts
 from studio_worker.appliance.provisioning import SeenFiles
 from studio_worker.box.device import Device
 from studio_worker.config import Config
@@ -41,12 +41,11 @@ from studio_worker.store import Store
 from studio_worker.store.terms import fixed
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.identity import Credentials
-from studio_worker.studio.http.uploads import Uploads
 from studio_worker.studio.session.connection import Timings
 from studio_worker.studio.session.connector import Connector
 from studio_worker.studio.session.session import StudioSession
 from studio_worker.transfer.policy import Policy
-from studio_worker.work.desk import Desk
+from studio_worker.work.desk import Hands
 from studio_worker.work.inputs import input_fetcher
 from studio_worker.work.ports import Ports
 from studio_worker.work.worker import Worker
@@ -381,12 +380,12 @@ class Box:
         api = StudioApi(studio.url)
         store, outbox = Store(folder / "models", fixed(policy)), Outbox(folder / "outbox")
         in_hand, failures = JobInHand(folder / "spool"), Failures(folder / "spool")
-        uploads = Uploads(outbox)
-        desk, engines, health = Desk(), default_router("cpu"), untouched_health()
+        lane = LaneParts.made(1, Hands(), in_hand, outbox)
+        desk, engines, health = lane.desk, default_router("cpu"), untouched_health()
         settings = Settings.model_validate({"models": {"allow_insecure_urls": policy.allow_insecure}})
-        parts = Parts(Device("cpu", "cpu", 24.0), engines, store, in_hand, failures, outbox, uploads, desk)
-        abilities = Abilities(parts, Current(Config(settings, ()), policy), health)
-        self._session = StudioSession(abilities, desk, uploads, failures, News())
+        parts = Parts(Device("cpu", "cpu", 24.0), engines, store, in_hand, failures, outbox, (lane,))
+        abilities = Abilities(parts, lane, Current(Config(settings, ()), policy), health)
+        self._session = StudioSession(abilities, desk, lane.uploads, failures, News().lane(1))
         self._connector = Connector(api, abilities, self._session, ShippingBuffer(), Timings(heartbeat_s=0.1))
         fetch = input_fetcher(policy, api.root)
         ports = Ports(
@@ -395,8 +394,8 @@ class Box:
             files=SeenFiles(store, on_status=lambda text: None, on_end=lambda: None),
             engines=engines,
             in_hand=in_hand,
-            results=outbox,
-            reports=Activity(),
+            results=lane.outbox,
+            reports=Activity().lane(1),
             health=health,
             fetch=fetch,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from studio_worker.work.desk import Desk
+from studio_worker.work.desk import Desk, Desks, Hands
 from tests.lab.worker import job
 
 
@@ -52,3 +52,40 @@ def test_rest_comes_after_the_job_in_hand_and_is_told() -> None:
     assert desk.take(lambda: rests.append("before b")) == job("b")
     assert rested.is_set()
     assert rests == ["before b"]
+
+
+# --- the desks of all lanes ---
+
+
+def test_job_is_in_hand_at_one_desk_alone() -> None:
+    """A job that another lane has is not taken, and may be once it has ended there."""
+    hands = Hands()
+    first, second = Desk(hands), Desk(hands)
+    assert first.put(job("a"))
+    assert second.is_elsewhere("a")
+    assert not first.is_elsewhere("a")
+    assert not second.put(job("a"))
+    assert second.current_job_id is None
+    first.finished(job("a"))
+    assert not second.is_elsewhere("a")
+    assert second.put(job("a"))
+
+
+def test_pause_and_rest_are_those_of_all_desks() -> None:
+    """The operator pauses the box, and the device is free when every lane has rested; one whose lane has
+    ended is not waited for.
+    """
+    first, second = Desk(), Desk()
+    desks = Desks([first, second])
+    desks.pause()
+    assert first.is_paused
+    assert second.is_paused
+    desks.resume()
+    second.close()
+    rests = desks.rest()
+    assert [rested.is_set() for rested in rests] == [False, True]
+    first.put(job("a"))
+    assert desks.current_job_ids == ["a"]
+    assert not desks.is_idle()
+    first.take(lambda: None)
+    assert rests[0].is_set()

@@ -188,10 +188,10 @@ def test_own_models_leave_the_device_before_it_is_tried() -> None:
     rested = threading.Event()
     asked: list[str] = []
 
-    def rest() -> threading.Event:
+    def rest() -> list[threading.Event]:
         asked.append("rest")
         rested.set()
-        return rested
+        return [rested]
 
     never = threading.Event()
     assert try_again(Device("cpu", "cpu", 1.0), rest, never) == ""

@@ -23,6 +23,7 @@ from studio_worker.report.logs import ShippingBuffer
 from studio_worker.spool.failures import Failures
 from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
+from studio_worker.spool.part import OutboxPart
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.http.identity import Credentials, IdentityFile
@@ -50,6 +51,7 @@ class Box:
         self.studio = studio
         self.engine = GatedEngine()
         self.outbox = Outbox(folder / "outbox", reserve_bytes=0)
+        part = OutboxPart(self.outbox, 1)
         in_hand = JobInHand(folder / "spool")
         in_hand.recover()
         failures = Failures(folder / "spool")
@@ -69,13 +71,13 @@ class Box:
         api = Api(studio.base_url)
         identity = IdentityFile(folder / "identity.json")
         self.credentials = self._registered(api, identity)
-        self.uploads = Uploads(self.outbox, Patience(0.05, 0.2, 0.2))
+        self.uploads = Uploads(part, Patience(0.05, 0.2, 0.2))
         played = PlayedBox(self.desk, self.uploads, self.outbox, in_hand, failures)
         session = StudioSession(played, self.desk, self.uploads, failures, played)
         self.link = StudioLink(
             self._registration(api, identity),
             Connector(api, played, session, ShippingBuffer(), FAST),
-            Courier(api, self.outbox, self.uploads, session, Activity()),
+            Courier(api, part, self.uploads, session, Activity()),
             played,
             self._note_end,
         )
@@ -90,8 +92,8 @@ class Box:
             files=NoFiles(),
             engines=Router({"sd-cpp": make}),
             in_hand=in_hand,
-            results=self.outbox,
-            reports=Activity(),
+            results=part,
+            reports=Activity().lane(1),
             health=untouched_health(),
             fetch=lambda url, cancel: b"",
         )

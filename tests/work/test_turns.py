@@ -17,6 +17,7 @@ import pytest
 from studio_worker.engine import Engine, Made, Request, Router, StepProgress
 from studio_worker.errors import DeviceError, JobError, JobImpossible
 from studio_worker.jobs import Cancel, Job, Picture
+from studio_worker.work.turns import Turns
 from studio_worker.work.worker import Worker
 from tests.fakes.played import Encoding
 from tests.fakes.scripted import LIMIT_S
@@ -143,7 +144,7 @@ def test_picture_that_cannot_be_encoded_is_reported(
     worker.run()
     assert source.failures == [("a", reason, retryable)]
     assert [d.job_id for d in outbox.oldest()] == ["b"]
-    assert in_hand.recover() is None
+    assert in_hand.recover() == []
 
 
 def test_job_that_waits_for_the_device_is_handed_back_at_once(tmp_path: Path) -> None:
@@ -230,3 +231,25 @@ def test_failed_job_leaves_nothing_in_memory(tmp_path: Path) -> None:
     finally:
         gc.enable()
     assert left == [None]
+
+
+def test_device_is_free_when_nobody_has_it_or_waits() -> None:
+    """Who finds the device taken waits for another lane's picture, and only that is told as such."""
+    turns, begun, go_on = Turns(), threading.Event(), threading.Event()
+    serving = threading.Thread(target=turns.serve, daemon=True)
+    assert turns.is_free()
+
+    def work() -> None:
+        begun.set()
+        met(go_on)
+
+    turn = turns.ask(work, "m")
+    serving.start()
+    met(begun)
+    assert not turns.is_free()
+    go_on.set()
+    turn.result(LIMIT_S)
+    turns.close()
+    serving.join(LIMIT_S)
+    assert turns.is_free()
+    assert turns.ask(work, "m").cancelled()

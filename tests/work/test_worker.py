@@ -157,7 +157,7 @@ def test_worker_ends_when_the_device_is_lost(tmp_path: Path) -> None:
         assert source.failures == [("a", "GPU lost; reboot", True)]
         assert source.finished_jobs == ["a"]
         next_start = JobInHand(tmp_path / "spool")
-        assert next_start.recover() == "a"
+        assert next_start.recover() == ["a"]
         assert next_start.is_poisoned("a") == is_poisoned
 
 
@@ -172,7 +172,7 @@ def test_device_that_was_lost_before_the_job_is_no_crash_of_it(tmp_path: Path) -
     with pytest.raises(DeviceError):
         worker.run()
     assert source.failures == [("a", "there is no cuda:0", True)]
-    assert in_hand.recover() is None
+    assert in_hand.recover() == []
 
 
 def test_worker_hands_the_job_back_when_told(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_worker_notes_the_job_before_the_engine_touches_it(tmp_path: Path) -> No
     worker.run()
     assert found[0] is not None
     assert '"a"' in found[0]
-    assert in_hand.recover() is None
+    assert in_hand.recover() == []
 
 
 def test_worker_without_progress_is_stuck(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_worker_stops_a_job_after_a_step_that_took_too_long(
         ("slow", "step 3 of 4 took 61 s, longer than step_timeout_s (60 s)", True),
     ]
     assert [d.job_id for d in outbox.oldest()] == ["loading", "well"]
-    assert in_hand.recover() is None  # a job that was stopped is no crash
+    assert in_hand.recover() == []  # a job that was stopped is no crash
 
 
 def test_job_in_hand_is_held_to_the_limit_that_holds_now(

@@ -1,4 +1,4 @@
-"""Emptying the outbox: one thread that uploads finished pictures until the studio has or refuses them.
+"""Emptying a lane's part of the outbox: one thread uploads its pictures until the studio has or refuses them.
 
 Uploads do not hold up the next job, nor each other: a picture that the studio stumbles over waits by itself,
 and only where the studio cannot be reached at all, or asks for patience, do all wait. One summary line a
@@ -17,7 +17,7 @@ from studio_worker.context import called
 from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable
 from studio_worker.network.reasons import said
 from studio_worker.spool.delivery import Delivery
-from studio_worker.spool.outbox import Outbox
+from studio_worker.spool.part import OutboxPart
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.identity import Credentials
 from studio_worker.studio.http.uploads import Uploads
@@ -63,10 +63,15 @@ class ClaimHolder(Protocol):
 
 
 class Courier:
-    """Delivers what is in the outbox, oldest first."""
+    """Delivers what is in its part of the outbox, oldest first."""
 
     def __init__(
-        self, api: StudioApi, outbox: Outbox, uploads: Uploads, claims: ClaimHolder, reports: DeliveryReports
+        self,
+        api: StudioApi,
+        outbox: OutboxPart,
+        uploads: Uploads,
+        claims: ClaimHolder,
+        reports: DeliveryReports,
     ) -> None:
         self._api = api
         self._outbox = outbox

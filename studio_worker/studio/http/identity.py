@@ -31,6 +31,16 @@ _VISIBLE = re.compile(r"[!-~]+")
 _RESET = "restore it from a backup, or run `studio-worker register --reset` and approve anew"
 
 
+def identity_name(lane: int) -> str:
+    """How a lane's identity file is called; the first lane's as that of a service without lanes."""
+    return "identity.json" if lane == 1 else f"identity-{lane}.json"
+
+
+def lane_identities(folder: Path) -> list[Path]:
+    """The identity files there of lanes beyond the first, also of those that do not run any more."""
+    return sorted(folder.glob("identity-*.json"), key=lambda path: (len(path.name), path.name))
+
+
 class Standing(enum.Enum):
     """Where a worker stands with the studio."""
 

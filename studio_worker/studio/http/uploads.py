@@ -1,4 +1,5 @@
-"""What is known of uploads: the one under way, how long each waits, what was offered again or has just ended.
+"""What is known of a lane's uploads: the one under way, how long each waits, what was offered again or has
+just ended.
 
 The courier's thread makes the uploads and notes here what becomes of them; the session's thread asks here
 what to answer an offer of a job whose picture is finished. It makes no upload and knows neither of them.
@@ -11,7 +12,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from studio_worker.spool.outbox import Outbox
+from studio_worker.spool.part import OutboxPart
 from studio_worker.studio.backoff import Backoff
 
 _TOKEN_REFUSED_DELAY_S = 300.0
@@ -53,7 +54,7 @@ class Uploads:
         outbox: is woken where a picture that waits is to be tried now.
     """
 
-    def __init__(self, outbox: Outbox, patience: Patience = Patience()) -> None:
+    def __init__(self, outbox: OutboxPart, patience: Patience = Patience()) -> None:
         self.patience = patience
         self._outbox = outbox
         self._guard = threading.Lock()
@@ -82,6 +83,10 @@ class Uploads:
             self._each.pop(job_id, None)
             self._offered_again.add(job_id)
         self._outbox.wake()
+
+    def take_over(self, job_id: str) -> None:
+        """As :meth:`OutboxPart.take_over`."""
+        self._outbox.take_over(job_id)
 
     def is_under_way(self, job_id: str) -> bool:
         return self.under_way == job_id

@@ -76,7 +76,8 @@ class Situation:
     """What the worker knows of itself when an offer arrives. Memory in GB (1e9 bytes) but for
     ``threshold_gib``, which the studio's estimates are compared with; ``now`` in monotonic seconds.
 
-    ``failed_for_good`` says why a job cannot be done, where that could not be reported when it was found out;
+    ``is_elsewhere``: another lane of this box works on the job, or delivers it. ``failed_for_good`` says why
+    a job cannot be done, where that could not be reported when it was found out;
     ``state_problem`` why no further job or result has room. ``memory_gb`` is what the device has for a job,
     ``needed_gb`` the least that a job needs of it by its files, where they are here to tell. ``held_back``
     says why jobs of a model, or with such a source, are not taken after others failed.
@@ -97,6 +98,7 @@ class Situation:
     failed_for_good: Callable[[str], str | None]
     is_on_box: Callable[[Sequence[ModelFile]], bool]
     shortfall_bytes: Callable[[Sequence[ModelFile]], int]
+    is_elsewhere: Callable[[str], bool] = lambda job_id: False  # noqa: ARG005
     memory_gb: float = float("inf")
     needed_gb: Callable[[ModelSource, ImageTask], float | None] = lambda source, task: None  # noqa: ARG005
     held_back: Callable[[str, ModelSource, ImageTask], Refusal | None] = lambda model, source, task: None  # noqa: ARG005
@@ -115,6 +117,8 @@ def judge(claim: dict[str, Any], situation: Situation) -> Judgement:
         return Impossible(job_id, f"the offer is malformed: jobId: has more than {NAME_CHARS} characters")
     if job_id == situation.current_job_id:
         return AlreadyOurs(job_id)
+    if situation.is_elsewhere(job_id):
+        return Refuse(job_id, "another lane of this worker has the job", "busy", is_routine=True)
     # In this order: a result is uploaded, then delivered, then gone from the outbox.
     if situation.is_uploading(job_id):
         return OnItsWay(job_id)

@@ -31,7 +31,7 @@ from studio_worker.studio.session.exchange import (
     Redeliver,
     Send,
 )
-from studio_worker.studio.session.offers import Judgement, Refuse, judge
+from studio_worker.studio.session.offers import AlreadyOurs, Judgement, Refuse, judge
 from studio_worker.studio.session.ports import Box, SessionReports
 from studio_worker.studio.session.protocol import Offered
 from studio_worker.studio.wire import Body
@@ -152,7 +152,8 @@ class StudioSession:
                         work, then = partial(self._judge, offer), partial(self._judged, self._exchange, offer)
                         self._aside.do(carried(work), carried(then))
                 case Hand(job):
-                    self._desk.put(job)
+                    if not self._desk.put(job):  # another lane was given it between judging and now
+                        self._fail(job.job_id, "another lane of this worker has the job", True)
                 case Redeliver(job_id):
                     if job_id != self._desk.current_job_id:  # else it is made now; its picture comes later
                         self._uploads.offered_again(job_id)
@@ -175,7 +176,10 @@ class StudioSession:
     def _judge(self, offer: Offered) -> Judgement:
         job_id = str(offer.claim.get("jobId", ""))
         try:
-            return judge(offer.claim, self._box.situation())
+            judgement = judge(offer.claim, self._box.situation())
+            if isinstance(judgement, AlreadyOurs):
+                self._uploads.take_over(judgement.job_id)  # where another lane was to deliver it
+            return judgement
         except (StudioWorkerError, OSError) as error:  # a disk that cannot be asked
             return Refuse(job_id, f"the worker cannot tell: {error}")
         except Exception as error:

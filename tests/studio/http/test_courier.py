@@ -18,6 +18,7 @@ from studio_worker.jobs import ImageTask, Job, Picture
 from studio_worker.models import ModelSource
 from studio_worker.report.activity import Activity
 from studio_worker.spool.outbox import Outbox
+from studio_worker.spool.part import OutboxPart
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.http.identity import Credentials
@@ -76,7 +77,7 @@ class Claims:
         self._told.settled.put(job_id)
 
 
-def add(outbox: Outbox, job_id: str, **meta: Any) -> None:
+def add(outbox: OutboxPart, job_id: str, **meta: Any) -> None:
     """A finished picture in the outbox."""
     made = Job(job_id, "m", ImageTask(prompt="a hidden castle"), ModelSource(engine="synthetic"))
     outbox.add(made, Picture(b"bytes of " + job_id.encode(), "png", {"seed": 1, **meta}), {"generate": 0.25})
@@ -85,7 +86,7 @@ def add(outbox: Outbox, job_id: str, **meta: Any) -> None:
 
 @contextmanager
 def courier(
-    outbox: Outbox,
+    outbox: OutboxPart,
     url: str,
     patience: Patience = FAST,
     *,
@@ -116,11 +117,11 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def outbox(tmp_path: Path) -> Outbox:
-    return Outbox(tmp_path / "outbox")
+def outbox(tmp_path: Path) -> OutboxPart:
+    return OutboxPart(Outbox(tmp_path / "outbox"), 1)
 
 
-def test_courier_delivers_what_waits_oldest_first(outbox: Outbox) -> None:
+def test_courier_delivers_what_waits_oldest_first(outbox: OutboxPart) -> None:
     """Pictures of an earlier process and new ones are delivered in order and leave the outbox."""
     add(outbox, "a")
     with ScriptedHttp(OK, OK) as server, courier(outbox, server.url) as (_, told, _):
@@ -135,7 +136,7 @@ def test_courier_delivers_what_waits_oldest_first(outbox: Outbox) -> None:
 @pytest.mark.parametrize(
     "passing", [(500, {}, {}), (503, {}, {}), (429, {"Retry-After": "0"}, {}), (408, {}, {})]
 )
-def test_courier_keeps_a_picture_through_passing_errors(outbox: Outbox, passing: Any) -> None:
+def test_courier_keeps_a_picture_through_passing_errors(outbox: OutboxPart, passing: Any) -> None:
     """A studio that is down for a while gets the same picture when it is back."""
     add(outbox, "a")
     with (
@@ -150,7 +151,7 @@ def test_courier_keeps_a_picture_through_passing_errors(outbox: Outbox, passing:
 
 @pytest.mark.parametrize("status", [404, 409, 410])
 def test_courier_drops_a_picture_whose_job_is_gone(
-    outbox: Outbox, status: int, caplog: pytest.LogCaptureFixture
+    outbox: OutboxPart, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A job that is another worker's by now is dropped with a log line, and nothing is failed."""
     add(outbox, "a")
@@ -164,7 +165,7 @@ def test_courier_drops_a_picture_whose_job_is_gone(
     assert [r.__dict__["status"] for r in dropped] == [status]
 
 
-def test_courier_fails_a_job_whose_upload_is_unacceptable(outbox: Outbox) -> None:
+def test_courier_fails_a_job_whose_upload_is_unacceptable(outbox: OutboxPart) -> None:
     """An upload that the studio calls malformed is reported as failed, so that the job does not hang."""
     add(outbox, "a")
     with ScriptedHttp((422, {}, {})) as server, courier(outbox, server.url) as (_, told, _):
@@ -173,7 +174,7 @@ def test_courier_fails_a_job_whose_upload_is_unacceptable(outbox: Outbox) -> Non
     assert outbox.oldest() == []
 
 
-def test_courier_keeps_a_picture_when_the_token_is_refused(outbox: Outbox, tmp_path: Path) -> None:
+def test_courier_keeps_a_picture_when_the_token_is_refused(outbox: OutboxPart, tmp_path: Path) -> None:
     """A refused token loses no picture: it waits for the worker to be registered again."""
     add(outbox, "a")
     with (
@@ -185,7 +186,7 @@ def test_courier_keeps_a_picture_when_the_token_is_refused(outbox: Outbox, tmp_p
     assert [d.job_id for d in Outbox(tmp_path / "outbox").oldest()] == ["a"]
 
 
-def test_courier_keeps_a_picture_when_the_studio_is_gone(outbox: Outbox, tmp_path: Path) -> None:
+def test_courier_keeps_a_picture_when_the_studio_is_gone(outbox: OutboxPart, tmp_path: Path) -> None:
     """A studio that cannot be reached at all loses no picture, and a stop is not held up by it."""
     with ScriptedHttp() as server:
         url = server.url
@@ -195,7 +196,7 @@ def test_courier_keeps_a_picture_when_the_studio_is_gone(outbox: Outbox, tmp_pat
     assert [d.job_id for d in Outbox(tmp_path / "outbox").oldest()] == ["a"]
 
 
-def test_courier_told_to_stop_makes_one_last_round(outbox: Outbox) -> None:
+def test_courier_told_to_stop_makes_one_last_round(outbox: OutboxPart) -> None:
     """A picture finished just before the stop is still delivered."""
     with ScriptedHttp(OK) as server, courier(outbox, server.url) as (running, told, thread):
         add(outbox, "a")
@@ -205,7 +206,7 @@ def test_courier_told_to_stop_makes_one_last_round(outbox: Outbox) -> None:
 
 
 def test_courier_logs_one_summary_line_a_finished_job(
-    outbox: Outbox, caplog: pytest.LogCaptureFixture
+    outbox: OutboxPart, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A delivered job is one line with every stage in milliseconds, the size that was made and the one that
     was asked for, and no prompt.
@@ -231,7 +232,7 @@ def test_courier_logs_one_summary_line_a_finished_job(
 # --- nothing holds up anything ---
 
 
-def test_courier_goes_on_past_a_picture_the_studio_stumbles_over(outbox: Outbox) -> None:
+def test_courier_goes_on_past_a_picture_the_studio_stumbles_over(outbox: OutboxPart) -> None:
     """An upload that ends in HTTP 500 again and again waits by itself; those behind it are delivered."""
     add(outbox, "bad")
     add(outbox, "good")
@@ -244,7 +245,7 @@ def test_courier_goes_on_past_a_picture_the_studio_stumbles_over(outbox: Outbox)
     assert [heard.path.split("/")[-2] for heard in server.heard] == ["bad", "good", "bad", "bad"]
 
 
-def test_courier_asked_for_patience_is_patient_with_everything(outbox: Outbox) -> None:
+def test_courier_asked_for_patience_is_patient_with_everything(outbox: OutboxPart) -> None:
     """Retry-After holds for all pictures, and no reconnect cuts it short."""
     add(outbox, "a")
     add(outbox, "b")
@@ -259,7 +260,7 @@ def test_courier_asked_for_patience_is_patient_with_everything(outbox: Outbox) -
     assert outbox.oldest() == waiting
 
 
-def test_courier_tries_at_once_when_the_studio_is_there_again(outbox: Outbox) -> None:
+def test_courier_tries_at_once_when_the_studio_is_there_again(outbox: OutboxPart) -> None:
     """A session that opens is a sign that uploads are worth a try, long before the backoff ends."""
     add(outbox, "a")
     patience = Patience(base_s=3600.0, cap_s=3600.0)
@@ -275,7 +276,7 @@ def test_courier_tries_at_once_when_the_studio_is_there_again(outbox: Outbox) ->
 
 
 def test_courier_goes_on_past_a_picture_it_cannot_read(
-    outbox: Outbox, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    outbox: OutboxPart, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One file on a failing disk is logged and kept, and keeps no other picture from the studio."""
     add(outbox, "bad")
@@ -293,7 +294,7 @@ def test_courier_goes_on_past_a_picture_it_cannot_read(
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_courier_delivers_from_memory_what_the_disk_did_not_take(outbox: Outbox) -> None:
+def test_courier_delivers_from_memory_what_the_disk_did_not_take(outbox: OutboxPart) -> None:
     """A full disk costs no picture: it goes to the studio straight from memory."""
     add(outbox, "a")
     with ScriptedHttp(OK) as server, courier(outbox, server.url) as (_, told, _):
@@ -303,7 +304,7 @@ def test_courier_delivers_from_memory_what_the_disk_did_not_take(outbox: Outbox)
 
 
 def test_courier_rids_a_mended_disk_of_what_it_delivered(
-    outbox: Outbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    outbox: OutboxPart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a disk did not let go after its delivery goes once the disk is mended, without a further job."""
     is_gone = threading.Event()
@@ -329,7 +330,7 @@ def test_courier_rids_a_mended_disk_of_what_it_delivered(
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_courier_stopped_reports_what_only_memory_holds(outbox: Outbox) -> None:
+def test_courier_stopped_reports_what_only_memory_holds(outbox: OutboxPart) -> None:
     """A picture that would be lost with the process is given back as a job, with the reason."""
     add(outbox, "a")
     with ScriptedHttp((503, {"Retry-After": "60"}, {})) as server:  # noqa: SIM117
@@ -344,7 +345,7 @@ def test_courier_stopped_reports_what_only_memory_holds(outbox: Outbox) -> None:
 def test_courier_says_what_it_drops_for_its_age(tmp_path: Path) -> None:
     """A picture beyond the limit of days is dropped with a report, so that nobody waits for it."""
     now = [0.0]
-    outbox = Outbox(tmp_path / "outbox", max_age_s=10.0, clock=lambda: now[0])
+    outbox = OutboxPart(Outbox(tmp_path / "outbox", max_age_s=10.0, clock=lambda: now[0]), 1)
     add(outbox, "a")
     now[0] = 11.0
     with ScriptedHttp() as server, courier(outbox, server.url) as (_, told, _):
@@ -379,7 +380,7 @@ class Swallowing(BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize(("losing", "outcome"), [(1, "unconfirmed"), (0, "refused")])
 def test_courier_tells_a_lost_answer_from_a_refusal(
-    outbox: Outbox, losing: int, outcome: str, caplog: pytest.LogCaptureFixture
+    outbox: OutboxPart, losing: int, outcome: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A 409 after an upload whose answer was lost is told and counted as a delivery that has probably
     arrived; without such a try it is the refusal that it says.
@@ -402,7 +403,7 @@ def test_courier_tells_a_lost_answer_from_a_refusal(
     assert said == ("result was probably delivered" if losing else "result refused for good and dropped")
 
 
-def test_courier_knows_an_answer_lost_on_a_connection_that_was_there(outbox: Outbox) -> None:
+def test_courier_knows_an_answer_lost_on_a_connection_that_was_there(outbox: OutboxPart) -> None:
     """An upload repeated at once, since the connection of the one before broke, counts the same."""
 
     class Breaking(Swallowing):
@@ -428,7 +429,7 @@ def test_courier_knows_an_answer_lost_on_a_connection_that_was_there(outbox: Out
     assert (uploads.delivered, uploads.unconfirmed, uploads.refused, uploads.retries) == (1, 1, 0, 0)
 
 
-def test_courier_takes_a_gateways_error_for_a_lost_answer(outbox: Outbox) -> None:
+def test_courier_takes_a_gateways_error_for_a_lost_answer(outbox: OutboxPart) -> None:
     """Where a proxy before the studio says that it got no answer, the studio may have the picture too."""
     add(outbox, "a")
     with ScriptedHttp((504, {}, {}), (409, {}, {})) as server, courier(outbox, server.url) as (_, told, _):
@@ -439,7 +440,7 @@ def test_courier_takes_a_gateways_error_for_a_lost_answer(outbox: Outbox) -> Non
 # --- a job offered again while its picture is here ---
 
 
-def test_courier_offered_a_job_again_delivers_at_once(outbox: Outbox) -> None:
+def test_courier_offered_a_job_again_delivers_at_once(outbox: OutboxPart) -> None:
     """The studio asks for it: no backoff and no Retry-After keeps the picture back."""
     add(outbox, "a")
     with ScriptedHttp((429, {"Retry-After": "3600"}, {}), OK) as server:  # noqa: SIM117
@@ -453,7 +454,7 @@ def test_courier_offered_a_job_again_delivers_at_once(outbox: Outbox) -> None:
     assert not told.uploads.has_just_delivered("b")
 
 
-def test_courier_keeps_a_picture_refused_while_it_was_offered_again(outbox: Outbox) -> None:
+def test_courier_keeps_a_picture_refused_while_it_was_offered_again(outbox: OutboxPart) -> None:
     """A 409 that crossed a new offer of the same job is old news: the picture stays, and is sent again."""
     add(outbox, "a")
     server = ScriptedHttp((409, {}, {}), OK)
@@ -467,7 +468,7 @@ def test_courier_keeps_a_picture_refused_while_it_was_offered_again(outbox: Outb
     assert len(server.heard) == 2
 
 
-def test_courier_offered_a_job_whose_picture_is_gone_says_so(outbox: Outbox) -> None:
+def test_courier_offered_a_job_whose_picture_is_gone_says_so(outbox: OutboxPart) -> None:
     """A picture refused the moment before its job came back is reported, so that the job is made anew."""
     with ScriptedHttp() as server, courier(outbox, server.url) as (_, told, _):
         told.uploads.offered_again("a")
@@ -475,7 +476,7 @@ def test_courier_offered_a_job_whose_picture_is_gone_says_so(outbox: Outbox) -> 
     assert told.lost == [("a", "the studio refused its picture before")]
 
 
-def test_courier_forgets_an_offer_of_a_picture_that_is_refused_for_good(outbox: Outbox) -> None:
+def test_courier_forgets_an_offer_of_a_picture_that_is_refused_for_good(outbox: OutboxPart) -> None:
     """An unacceptable picture is dropped once; its job, made anew, is not given up for the old offer."""
     add(outbox, "a")
     server = ScriptedHttp((422, {}, {}), OK)
@@ -490,7 +491,7 @@ def test_courier_forgets_an_offer_of_a_picture_that_is_refused_for_good(outbox: 
     assert told.lost == []
 
 
-def test_courier_delivers_under_a_new_identity(outbox: Outbox, tmp_path: Path) -> None:
+def test_courier_delivers_under_a_new_identity(outbox: OutboxPart, tmp_path: Path) -> None:
     """What a refused token kept back is sent, after a new registration, as the new worker."""
     add(outbox, "a")
     with ScriptedHttp((401, {}, {})) as server, courier(outbox, server.url):
@@ -498,7 +499,7 @@ def test_courier_delivers_under_a_new_identity(outbox: Outbox, tmp_path: Path) -
             threading.Event().wait(0.01)
     assert [d.job_id for d in Outbox(tmp_path / "outbox").oldest()] == ["a"]
     with ScriptedHttp(OK) as server:
-        again = Outbox(tmp_path / "outbox")
+        again = OutboxPart(Outbox(tmp_path / "outbox"), 1)
         with courier(again, server.url, worker_id="w2") as (_, told, _):
             told.await_count(1)
     assert server.heard[0].path.endswith("/workers/w2/jobs/a/complete")

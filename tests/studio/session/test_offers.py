@@ -315,11 +315,12 @@ def test_offer_without_its_optional_fields_has_the_protocols_defaults() -> None:
 def test_box_that_refuses_what_it_is_offered_says_why() -> None:
     """A box that looks healthy and makes nothing has the reason in its status line, until it takes a job."""
     news = News()
+    lane = news.lane(1)
     full = replace(IDLE, state_problem=lambda: "the disk for finished pictures is full")
     busy = replace(IDLE, current_job_id="other")
     said = []
     for situation in (full, busy, IDLE):
-        news.offer_answered(judge(CLAIM, situation), "m")
+        lane.offer_answered(judge(CLAIM, situation), "m")
         said.append(news.activity.snapshot().status)
     why = "ready; the last offer was refused: the disk for finished pictures is full"
     assert said == [why, why, "ready"]

@@ -34,15 +34,14 @@ from studio_worker.spool.delivery import Delivery
 from studio_worker.spool.failures import Failures
 from studio_worker.spool.in_hand import JobInHand
 from studio_worker.spool.outbox import Outbox
+from studio_worker.spool.part import OutboxPart
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.http.identity import Credentials
 from studio_worker.studio.http.uploads import Patience, Uploads
-from studio_worker.studio.session.aside import Aside
 from studio_worker.studio.session.exchange import Exchange
 from studio_worker.studio.session.offers import Judgement
 from studio_worker.studio.session.protocol import SessionProtocol
-from studio_worker.studio.session.session import StudioSession
 from studio_worker.studio.session.shipping import Shipping
 from studio_worker.studio.wire import Body
 from studio_worker.work.desk import Desk
@@ -51,6 +50,7 @@ from studio_worker.work.worker import Worker
 from tests.fakes.played import GatedEngine, NoFiles, PlayedBox, untouched_health
 from tests.fakes.scripted import LIMIT_S
 from tests.lab.frames import CLAIM
+from tests.lab.session import InlineSession
 
 CREDENTIALS = Credentials("w1", "token-of-w1")
 JOBS = st.sampled_from(["j1", "j2", "j3", "j4"])
@@ -79,25 +79,6 @@ UPLOADS: dict[str, Exception | None] = {
 }
 FOLDER = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 """In memory where that can be had: thousands of sequences write tens of thousands of files."""
-
-
-class InlineSession(StudioSession):
-    """The session without a loop: what other threads ask of it is done at once."""
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self._aside = AtOnce(self._call)
-
-    def _call(self, what: Callable[..., None], *args: object) -> bool:
-        what(*args)
-        return True
-
-
-class AtOnce(Aside):
-    """Offers are judged in the thread that hears them."""
-
-    def do(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        then(work())
 
 
 class TellingDesk(Desk):
@@ -149,17 +130,18 @@ class Box:
         self.in_hand = JobInHand(folder / "spool")
         self.failures = Failures(folder / "spool")
         self.outbox = Outbox(folder / "outbox", reserve_bytes=0)
+        part = OutboxPart(self.outbox, 1)
         self.finished: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.desk = TellingDesk(self.finished)
         self.engine = GatedEngine()
         self.frames: list[dict[str, Any]] = []
         self.exchange: Exchange | None = None
         self.recovered = self.in_hand.recover()
-        self.uploads = Uploads(self.outbox, Patience(0.0, 0.0, 0.0))
+        self.uploads = Uploads(part, Patience(0.0, 0.0, 0.0))
         box = NotingBox(self.desk, self.uploads, self.outbox, self.in_hand, self.failures)
         box.answers = log
         self.session = InlineSession(box, self.desk, self.uploads, self.failures, box)
-        self.courier = Courier(api, self.outbox, self.uploads, self.session, Activity())
+        self.courier = Courier(api, part, self.uploads, self.session, Activity())
 
         def engine() -> Engine:
             return self.engine
@@ -170,8 +152,8 @@ class Box:
             files=NoFiles(),
             engines=Router({"sd-cpp": engine}),
             in_hand=self.in_hand,
-            results=self.outbox,
-            reports=Activity(),
+            results=part,
+            reports=Activity().lane(1),
             health=untouched_health(),
             fetch=lambda url, cancel: b"",
         )
@@ -302,7 +284,7 @@ class Sequences(RuleBasedStateMachine):
     @precondition(lambda self: self.running is not None)
     @rule()
     def cancel(self) -> None:
-        self.box.worker.cancel_job("a step took too long")
+        self.box.engine.cancel.set("a step took too long")
 
     # --- uploads ---
 
@@ -364,7 +346,7 @@ class Sequences(RuleBasedStateMachine):
         remains.rename(self.folder)
         self.disk_is_full = False
         self.box = Box(self.folder, ScriptedApi(), self.judgements)
-        assert self.box.recovered == in_hand
+        assert self.box.recovered == ([] if in_hand is None else [in_hand])
         if in_hand is not None:
             self.settle(in_hand)  # its claim went with the connection, and the crash is on record
             assert in_hand in json.loads((self.folder / "spool" / "crashes.json").read_text())
