@@ -103,6 +103,8 @@ def copy(folder: Path) -> None:
             raise SystemExit(f"{source} is not as Debian's package has it; reinstall that package")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target, follow_symlinks=False)
+        if target.suffix == ".py" and not target.is_symlink():
+            target.chmod(0o644)  # some are commands as well; here nobody calls them
     (folder / "bin" / "python3").symlink_to("python3.11")
 
 

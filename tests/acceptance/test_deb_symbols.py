@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance import figures
+from tests.acceptance.bases import BUILT_ON, SUITE
+
+pytestmark = pytest.mark.skipif(SUITE != BUILT_ON, reason="of the packages alone: checked once")
 
 NEWEST = {
     "GLIBC": "2.35",
