@@ -95,8 +95,8 @@ class WorkerSection(_Section):
         False,
         "Whether torch compiles the models' repeated blocks: the first picture of a model, and of each new "
         "size, takes up to minutes, later ones less than without. Needs a compiler (apt install g++; "
-        "in a source tree python3-dev too); READY waits until it was tried out. Quantised (GGUF) models and jobs with LoRAs or "
-        "offload run uncompiled.",
+        "from source python3-dev too); READY waits until it was tried out. Quantised (GGUF) models and jobs "
+        "with LoRAs or offload run uncompiled.",
         live=False,
     )
 

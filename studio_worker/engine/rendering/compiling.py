@@ -97,7 +97,7 @@ def try_out(device: torch.device) -> None:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise DeviceError(
                 f"[worker] compile is on and torch cannot compile for {device} ({problem}); "
-                "apt install g++ (in a source tree python3-dev too), or set compile = false"
+                "apt install g++ (from source python3-dev too), or set compile = false"
             ) from error
 
 

@@ -94,4 +94,4 @@ def test_box_without_a_compiler_is_told_before_ready(monkeypatch: pytest.MonkeyP
     facts = probe("cpu", compiles=True)
     assert not facts["ok"]
     assert "[worker] compile" in facts["error"]
-    assert facts["error"].endswith("apt install g++ (in a source tree python3-dev too), or set compile = false")
+    assert facts["error"].endswith("apt install g++ (from source python3-dev too), or set compile = false")
