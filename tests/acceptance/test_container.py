@@ -18,11 +18,14 @@ from studio_worker.demo import MODEL_ID, sample_source
 from studio_worker.local_studio import LocalStudio
 from studio_worker.sample_model import WEIGHTS, prompt
 from tests.acceptance import figures
+from tests.acceptance.bases import BUILT_ON, SUITE
 from tests.acceptance.box import JOB_S, SOME
 from tests.acceptance.conftest import Debs
 from tests.acceptance.container import Container, Image, built_image
 from tests.fakes.driver import build_driver
 from tests.fakes.servers import FileServer
+
+pytestmark = pytest.mark.skipif(SUITE != BUILT_ON, reason=f"of one base image: checked with {BUILT_ON}")
 
 STATE = "/var/lib/studio-worker"
 MODELS_D = "/etc/studio-worker/models.d"
