@@ -20,6 +20,7 @@ from studio_worker.demo import sample_source
 from studio_worker.local_studio import LocalStudio
 from studio_worker.sample_model import WEIGHTS
 from tests.acceptance import figures
+from tests.acceptance import machine as machine_module
 from tests.acceptance.archive import Archive, KeyRing
 from tests.acceptance.bases import CACHE
 from tests.acceptance.box import SITE, STATE, UNIT, Box
@@ -166,7 +167,7 @@ def test_role_makes_and_keeps_a_box(
         control.play(changed)
         assert "configuration reloaded" in box.messages()
         assert box.pid == pid
-        control.play(with_site("preload = false\n"))
+        control.play(with_site("preload = true\n"))
         machine.await_that("the service was restarted", lambda: box.pid not in {0, pid})
         box.await_message("service ready", limit_s=120)
 
@@ -185,9 +186,16 @@ def test_role_makes_and_keeps_a_box(
 
 @heavy
 def test_cloud_init_makes_a_worker_at_the_first_boot(
-    base: Path, cloud_image: Path, work: Path, tmp_path: Path, archive: Archive, studio: LocalStudio
+    base: Path,
+    cloud_image: Path,
+    work: Path,
+    tmp_path: Path,
+    archive: Archive,
+    studio: LocalStudio,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The example is valid by cloud-init's schema, and a machine that boots with it is a worker."""
+    monkeypatch.setattr(machine_module, "BOOT_S", 600.0)  # packages are installed in it
     key = archive.keys.gpg("--armor", "--export", archive.keys.key)
     data = yaml.safe_load(EXAMPLE.read_text())
     files = {each["path"]: each for each in data["write_files"]}
