@@ -5,6 +5,8 @@ and service, and that the Kubernetes example is one. tests/acceptance/test_conta
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +86,74 @@ def test_kubernetes_restarts_no_worker_that_still_fetches_its_models() -> None:
     alive = ["studio-worker", "status", "--alive"]
     ready = ["studio-worker", "status", "--ready"]
     assert asked == {"startupProbe": alive, "livenessProbe": alive, "readinessProbe": ready}
+
+
+def install(
+    folder: Path, version: str, torch: str, *files: str
+) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Run what the Containerfile runs, with these packages, and commands that only note their calls."""
+    (folder / "packages").mkdir()
+    for name in files:
+        (folder / "packages" / name).touch()
+    commands, calls = folder / "bin", folder / "calls"
+    commands.mkdir()
+    calls.touch()
+    (commands / "ls").symlink_to(shutil.which("ls") or "/bin/ls")
+    for name in ("groupadd", "useradd", "apt-get", "install", "rm", "dpkg-query"):
+        command = commands / name
+        command.write_text(f'#!/bin/sh\necho "{name} $*" >>"{calls}"\n')
+        command.chmod(0o755)
+    with (commands / "dpkg-query").open("a") as query:
+        query.write(f"echo {version}\n")
+    done = subprocess.run(
+        ["/bin/sh", CONTAINER / "install", folder / "packages", torch, version],
+        env={"PATH": str(commands)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done, calls.read_text()
+
+
+WORKER, TORCH = "studio-worker_0.5.0_amd64.deb", "studio-worker-torch-cpu_2.0_amd64.deb"
+
+
+@pytest.mark.parametrize(
+    ("version", "torch", "said"),
+    [
+        pytest.param("", "cpu", "say which studio-worker, by --build-arg VERSION=...", id="none"),
+        pytest.param("0.5", "cpu", "no studio-worker 0.5 and no keyring in build/packages", id="mistyped"),
+        pytest.param(
+            "0.5.0",
+            "cuda",
+            "no studio-worker-torch-cuda in build/packages, which TORCH asks for",
+            id="no-torch",
+        ),
+    ],
+)
+def test_image_without_its_packages_says_what_is_there(
+    tmp_path: Path, version: str, torch: str, said: str
+) -> None:
+    """A VERSION or TORCH that build/packages has not ends the build with what it has, and nothing is done."""
+    done, calls = install(tmp_path, version, torch, WORKER, TORCH)
+    assert done.returncode == 1
+    assert done.stderr.split() == f"{said}; there is: {TORCH} {WORKER}".split()
+    assert calls == ""
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        pytest.param((WORKER, TORCH), "{packages}/" + WORKER + " {packages}/" + TORCH, id="files"),
+        pytest.param(
+            ("studio-worker-archive-keyring.deb",),
+            "studio-worker=0.5.0 studio-worker-torch-cpu",
+            id="repository",
+        ),
+    ],
+)
+def test_image_takes_its_packages_from_files_or_repository(
+    tmp_path: Path, files: tuple[str, ...], wanted: str
+) -> None:
+    """Where the packages' files lie they are installed; where the keyring lies alone, its repository's."""
+    done, calls = install(tmp_path, "0.5.0", "cpu", *files)
+    assert done.returncode == 0, done.stderr
+    last = [line for line in calls.splitlines() if line.startswith("apt-get -q install")][-1]
+    assert last.endswith(" tini " + wanted.format(packages=tmp_path / "packages"))
