@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import gzip
 import os
+import string
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -25,7 +27,7 @@ DOC = f"usr/share/doc/{NAME}"
 def from_changelog(field: str) -> str:
     """A field of the newest entry of the worker's changelog."""
     command = ["dpkg-parsechangelog", f"--file={ROOT / 'debian/changelog'}", f"--show-field={field}"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(command, check=True, capture_output=True).stdout.decode().strip()
 
 
 def public(keys: list[str]) -> bytes:
@@ -42,6 +44,22 @@ def public(keys: list[str]) -> bytes:
             sys.exit(f"no key {key} in {os.environ.get('GNUPGHOME', '~/.gnupg')}: name it by its fingerprint")
         found += exported
     return found
+
+
+def reachable(text: str) -> str:
+    """The repository's address, of a kind that apt fetches from.
+
+    Raises:
+        SystemExit: it is none.
+    """
+    try:
+        parts = urlsplit(text)
+        is_one = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        is_one = False
+    if not is_one or parts.query or parts.fragment or set(text) & set(string.whitespace):
+        sys.exit(f"URL={text}: give it as https://HOST/FOLDER, as boxes reach the repository")
+    return text.rstrip("/")
 
 
 def fill(tree: Path, keys: list[str], address: str, version: str) -> None:
@@ -83,15 +101,26 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the package is written")
     parser.add_argument("--key", action="append", required=True, help="fingerprint; repeat while keys change")
     parser.add_argument("--address", required=True, help="the repository's, as boxes reach it")
-    parser.add_argument("--version", default=from_changelog("Version"))
+    parser.add_argument("--version", help="the changelog's, if nothing is said")
     given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    deb = given.folder / f"{NAME}_{given.version}_all.deb"
-    with tempfile.TemporaryDirectory() as tree:
-        fill(Path(tree), given.key, given.address.rstrip("/"), given.version)
-        environment = {**os.environ, "SOURCE_DATE_EPOCH": from_changelog("Timestamp")}
-        build = ["dpkg-deb", "--root-owner-group", "-Zxz", "--build", tree, str(deb)]
-        subprocess.run(build, check=True, env=environment, stdout=subprocess.DEVNULL)
+    address = reachable(given.address)
+    try:
+        version = given.version or from_changelog("Version")
+        if subprocess.run(["dpkg", "--validate-version", version], capture_output=True).returncode != 0:
+            sys.exit(f"KEYRING_VERSION={version}: no version by Debian's rules; 0.6.0+1 is one")
+        given.folder.mkdir(parents=True, exist_ok=True)
+        deb = given.folder / f"{NAME}_{version}_all.deb"
+        with tempfile.TemporaryDirectory() as tree:
+            fill(Path(tree), given.key, address, version)
+            environment = {**os.environ, "SOURCE_DATE_EPOCH": from_changelog("Timestamp")}
+            build = ["dpkg-deb", "--root-owner-group", "-Zxz", "--build", tree, str(deb)]
+            subprocess.run(build, check=True, env=environment, capture_output=True)
+    except FileNotFoundError as error:
+        sys.exit(f"{error.filename} is missing: apt install dpkg-dev gnupg")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"{error.cmd[0]} failed: {error.stderr.decode().strip()}")
+    except OSError as error:
+        sys.exit(f"{error.filename}: {error.strerror}")
 
 
 if __name__ == "__main__":

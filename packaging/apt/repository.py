@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
-import filecmp
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
+
+from entries import BOOTSTRAP, Entry, Refused, checked, describe, newest, output
 
 ORIGIN = "studio-worker"
 SUITES = {
@@ -32,35 +32,27 @@ ARCHITECTURE = "amd64"
 PACKAGES = f"main/binary-{ARCHITECTURE}/Packages"
 SIGNED = ("Release", "Release.gpg", "InRelease")
 """In the order in which they are replaced: apt reads the last one first, and by its hashes all the rest."""
-BOOTSTRAP = "studio-worker-archive-keyring"
-"""The package that a new box starts with: its newest version lies at a name that stays the same."""
-
-
-class Refused(Exception):
-    """The text says what is wrong and what to do."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One package of a suite, and the paragraph that describes it."""
-
-    package: str
-    version: str
-    file: str
-    paragraph: str
-
-    @classmethod
-    def parse(cls, paragraph: str) -> Entry:
-        """From a paragraph of apt-ftparchive's."""
-        fields = dict(line.split(": ", 1) for line in paragraph.splitlines() if ": " in line)
-        return cls(fields["Package"], fields["Version"], fields["Filename"], paragraph.strip())
+STAGE = ".new-"
+_WRITABLE = "it must be writable for you"
+CURES = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+    errno.EACCES: _WRITABLE,
+    errno.EPERM: _WRITABLE,
+    errno.EROFS: _WRITABLE,
+    errno.EEXIST: "REPO has to be a folder",
+    errno.ENOTDIR: "REPO has to be a folder",
+}
 
 
 class Repository:
     """The folder, and what is done to it; every method leaves it whole and signed.
 
+    What is new is written and signed in a folder beside it and then moved into its place, so that whatever
+    fails on the way leaves nothing behind.
+
     Args:
-        folder: made where it is missing.
+        folder: there already, but for `promote` and `withdraw`, which find nothing in one that is not.
         keys: fingerprints of the keys that sign, of the key ring in GNUPGHOME.
         epoch_s: the date that suites get; None: now.
     """
@@ -70,38 +62,59 @@ class Repository:
         self._keys = keys
         self._epoch_s = epoch_s
 
-    def add(self, suite: str, debs: Iterable[Path]) -> None:
-        """Take packages into the pool and into a suite.
+    def add(self, suite: str, debs: Iterable[Path]) -> list[Entry]:
+        """Take packages into the pool and into a suite; a file of the pool that no suite lists is replaced.
 
         Raises:
-            Refused: another file was published under that name before.
+            Refused: another file was published under that name before; none of them is taken.
         """
-        taken = [self._take(deb) for deb in debs]
-        self._write(suite, self.read(suite) | {entry.file: entry for entry in taken})
-        for other in SUITES:
-            if not (self.folder / "dists" / other).exists():
-                self._write(other, {})  # apt update is to find it from the first day on
+        published = {file: entry for each in SUITES for file, entry in self.read(each).items()}
+        given = checked(debs, published)
+        with self._stage() as stage:
+            taken = {}
+            for file, deb in given.items():
+                if file in published and (self.folder / file).exists():
+                    taken[file] = published[file]
+                    continue
+                (stage / file).parent.mkdir(exist_ok=True)
+                shutil.copyfile(deb, stage / file)
+                taken[file] = Entry.parse(describe("packages", file, cwd=stage))
+            suites = {suite: self.read(suite) | taken}
+            for other in SUITES:
+                if not (self.folder / "dists" / other).exists():
+                    suites.setdefault(other, {})  # apt update is to find it from the first day on
+            self._publish(stage, suites)
+        return list(taken.values())
 
-    def promote(self) -> None:
-        """All that candidate has belongs to stable, too; what stable had stays beside it."""
-        self._write("stable", self.read("stable") | self.read("candidate"))
+    def promote(self) -> list[Entry]:
+        """All that candidate has belongs to stable, too; what stable had stays beside it.
 
-    def withdraw(self, suite: str, package: str, version: str) -> None:
+        Raises:
+            Refused: candidate has nothing.
+        """
+        candidate, stable = self.read("candidate"), self.read("stable")
+        if not candidate:
+            raise Refused(f"candidate of {self.folder} has nothing: is this REPO the right one?")
+        with self._stage() as stage:
+            self._publish(stage, {"stable": stable | candidate})
+        return [entry for file, entry in candidate.items() if file not in stable]
+
+    def withdraw(self, suite: str, package: str, version: str) -> list[Entry]:
         """Take one version out of a suite, and out of the pool where no suite has it any more.
 
         Raises:
             Refused: the suite has no such version.
         """
         entries = self.read(suite)
-        gone = [
-            file for file, entry in entries.items() if (entry.package, entry.version) == (package, version)
-        ]
+        gone = [each for each in entries.values() if (each.package, each.version) == (package, version)]
         if not gone:
-            raise Refused(f"{suite} has no {package} {version}")
-        self._write(suite, {file: entry for file, entry in entries.items() if file not in gone})
-        for file in gone:
-            if not any(file in self.read(each) for each in SUITES):
-                (self.folder / file).unlink()
+            raise Refused(f"{suite} of {self.folder} has no {package} {version}")
+        with self._stage() as stage:
+            self._publish(stage, {suite: {file: each for file, each in entries.items() if each not in gone}})
+        for entry in gone:
+            if not any(entry.file in self.read(each) for each in SUITES):
+                (self.folder / entry.file).unlink(missing_ok=True)
+        return gone
 
     def read(self, suite: str) -> dict[str, Entry]:
         """What a suite has, by file."""
@@ -111,85 +124,86 @@ class Repository:
         entries = [Entry.parse(each) for each in path.read_text().split("\n\n") if each.strip()]
         return {entry.file: entry for entry in entries}
 
-    def _take(self, deb: Path) -> Entry:
-        """Copy a package into the pool; what is there already stays."""
-        if not deb.is_file():
-            raise Refused(f"{deb} is not there")
-        place = self.folder / "pool" / deb.name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists() and not filecmp.cmp(deb, place, shallow=False):
-            raise Refused(f"{deb.name} is published with other contents: a change needs a new version")
-        if not place.exists():
-            part = place.with_suffix(".part")
-            shutil.copyfile(deb, part)
-            part.replace(place)
-        entry = Entry.parse(self._describe("packages", f"pool/{deb.name}"))
-        if entry.package == BOOTSTRAP:
-            shutil.copyfile(deb, self.folder / f"{BOOTSTRAP}.deb")
-        return entry
+    @contextlib.contextmanager
+    def _stage(self) -> Iterator[Path]:
+        """A folder on the same disk, out of which files are moved into their places; gone in the end."""
+        for left in self.folder.glob(f"{STAGE}*"):
+            shutil.rmtree(left)  # by a command that was killed
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=STAGE) as name:
+            yield Path(name)
 
-    def _write(self, suite: str, entries: dict[str, Entry]) -> None:
-        """Write and sign a suite beside the one that is served, then put it in its place, file by file."""
-        dists = self.folder / "dists"
-        dists.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=dists, prefix=".") as name:
-            new = Path(name)
-            (new / PACKAGES).parent.mkdir(parents=True)
-            (new / PACKAGES).write_text("".join(f"{entries[file].paragraph}\n\n" for file in sorted(entries)))
-            (new / "Release").write_text(self._describe("release", f"dists/{new.name}", suite=suite))
-            self._sign(new / "Release")
+    def _publish(self, stage: Path, suites: dict[str, dict[str, Entry]]) -> None:
+        """Write and sign suites, then put them in their place, file by file, and packages before them."""
+        for suite, entries in suites.items():
+            self._write(stage / "dists" / suite, suite, entries)
+        everything = [entry for each in SUITES for entry in suites.get(each, self.read(each)).values()]
+        bootstrap = newest(entry for entry in everything if entry.package == BOOTSTRAP)
+        if bootstrap is not None:
+            new = stage / bootstrap.file
+            shutil.copyfile(new if new.exists() else self.folder / bootstrap.file, stage / f"{BOOTSTRAP}.deb")
+        moved = [each.relative_to(stage) for each in stage.glob("pool/*")]
+        for suite in suites:
+            dist = Path("dists", suite)
             # By its hash first: whoever has read the old InRelease still finds what it names, for good.
-            by_hash = [each.relative_to(new) for each in new.glob(f"{Path(PACKAGES).parent}/by-hash/*/*")]
-            for path in (*by_hash, Path(PACKAGES), *map(Path, SIGNED)):
-                target = dists / suite / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                (new / path).chmod(0o644)
-                (new / path).replace(target)
+            moved += [each.relative_to(stage) for each in (stage / dist).glob("main/*/by-hash/*/*")]
+            moved += [dist / PACKAGES, *(dist / name for name in SIGNED)]
+        moved += [each.relative_to(stage) for each in stage.glob("*.deb")]
+        for path in moved:
+            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (stage / path).chmod(0o644)
+            (stage / path).replace(self.folder / path)
+        if bootstrap is None:
+            (self.folder / f"{BOOTSTRAP}.deb").unlink(missing_ok=True)
 
-    def _describe(self, what: str, path: str, *, suite: str | None = None) -> str:
-        """apt-ftparchive's answer; hashes other than SHA-256 are left out."""
-        options = {f"APT::FTPArchive::{each}": "false" for each in ("MD5", "SHA1", "SHA512")}
-        if suite is not None:
-            fields = {"Origin": ORIGIN, "Label": ORIGIN, "Suite": suite, "Codename": suite}
-            fields |= {"Architectures": ARCHITECTURE, "Components": "main", "Acquire-By-Hash": "yes"}
-            fields |= {"Description": SUITES[suite], "Date": formatdate(self._now(), usegmt=True)}
-            options |= {f"APT::FTPArchive::Release::{key}": value for key, value in fields.items()}
-            options["APT::FTPArchive::DoByHash"] = "true"
-        given = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-        return _output("apt-ftparchive", *given, what, path, cwd=self.folder)
+    def _write(self, new: Path, suite: str, entries: dict[str, Entry]) -> None:
+        """A suite's files, signed."""
+        (new / PACKAGES).parent.mkdir(parents=True)
+        (new / PACKAGES).write_text("".join(f"{entries[file].paragraph}\n\n" for file in sorted(entries)))
+        fields = {"Origin": ORIGIN, "Label": ORIGIN, "Suite": suite, "Codename": suite}
+        fields |= {"Architectures": ARCHITECTURE, "Components": "main", "Acquire-By-Hash": "yes"}
+        now = time.time() if self._epoch_s is None else self._epoch_s
+        fields |= {"Description": SUITES[suite], "Date": formatdate(now, usegmt=True)}
+        (new / "Release").write_text(describe("release", ".", cwd=new, **fields))
+        self._sign(new / "Release")
 
     def _sign(self, release: Path) -> None:
         gpg = ["gpg", "--batch", "--yes", *(word for key in self._keys for word in ("--local-user", key))]
         if self._epoch_s is not None:
             gpg.append(f"--faked-system-time={self._epoch_s}!")
         signed = release.with_name("InRelease"), release.with_name("Release.gpg")
-        _output(*gpg, "--output", str(signed[0]), "--clear-sign", str(release))
-        _output(*gpg, "--output", str(signed[1]), "--armor", "--detach-sign", str(release))
-
-    def _now(self) -> float:
-        return time.time() if self._epoch_s is None else self._epoch_s
-
-
-def _output(*command: str, cwd: Path | None = None) -> str:
-    try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise Refused(f"{command[0]} is missing: apt install apt-utils gnupg") from error
-    if done.returncode != 0:
-        raise Refused(done.stderr.strip())
-    return done.stdout
+        try:
+            output(*gpg, "--output", str(signed[0]), "--clear-sign", str(release))
+            output(*gpg, "--output", str(signed[1]), "--armor", "--detach-sign", str(release))
+        except Refused as error:
+            raise Refused(f"{error}; what can sign is shown by gpg --list-secret-keys") from error
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Nobody else writes meanwhile."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
+
+
+def _run(repository: Repository, given: argparse.Namespace) -> str:
+    """What was asked for; returns what was done."""
+    if given.command == "add":
+        repository.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(repository.folder) if repository.folder.exists() else contextlib.nullcontext():
+        if given.command == "add":
+            done, what = repository.add(given.suite, given.deb), f"published in {given.suite}"
+        elif given.command == "promote":
+            done, what = repository.promote(), "promoted to stable"
+            if not done:
+                return "stable has all of candidate already"
+        else:
+            done = repository.withdraw(given.suite, given.package, given.version)
+            what = f"withdrawn from {given.suite}"
+    return f"{what}: {', '.join(map(str, done))}"
 
 
 def main() -> None:
@@ -210,18 +224,16 @@ def main() -> None:
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     repository = Repository(given.folder, given.key, int(epoch) if epoch else None)
     try:
-        with _alone(given.folder):
-            if given.command == "add":
-                repository.add(given.suite, given.deb)
-            elif given.command == "promote":
-                repository.promote()
-            else:
-                repository.withdraw(given.suite, given.package, given.version)
+        print(_run(repository, given))
     except Refused as error:
-        sys.exit(f"{error}; nothing was published")
+        sys.exit(f"{error}; nothing was changed")
+    except OSError as error:
+        cure = CURES.get(error.errno or 0, "see that REPO and PACKAGES are right")
+        where = error.filename2 or error.filename or given.folder
+        sys.exit(f"{where}: {error.strerror}: {cure}, then do it again")
     for suite in SUITES:
         for _, entry in sorted(repository.read(suite).items()):
-            print(f"{suite:<10} {entry.package} {entry.version}")
+            print(f"{suite:<10} {entry}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,15 @@ class KeyRing:
     def generate(self, name: str) -> str:
         """Another secret key; returns its fingerprint."""
         self.gpg("--passphrase", "", "--quick-generate-key", name, "ed25519", "sign", "never")
+        return self._fingerprint(name)
+
+    def generate_expired(self, name: str) -> str:
+        """A secret key that is there and signs nothing any more; returns its fingerprint."""
+        then = ("--faked-system-time", "20200101T000000!")
+        self.gpg(*then, "--passphrase", "", "--quick-generate-key", name, "ed25519", "sign", "1d")
+        return self._fingerprint(name)
+
+    def _fingerprint(self, name: str) -> str:
         listed = self.gpg("--with-colons", "--list-keys", name).splitlines()
         return next(line.split(":")[9] for line in listed if line.startswith("fpr:"))
 

@@ -233,6 +233,6 @@ def test_version_that_is_withdrawn_is_gone(archive: Archive, debs: Debs, work: P
         assert (archive.folder / "pool" / bad.name).exists()
         archive.make("apt-withdraw", APT_SUITE=suite, PACKAGE="studio-worker", VERSION="0.1")
     assert not (archive.folder / "pool" / bad.name).exists()
-    assert "stable has no studio-worker 0.1" in archive.make(
+    assert f"stable of {archive.folder} has no studio-worker 0.1" in archive.make(
         "apt-withdraw", APT_SUITE="stable", PACKAGE="studio-worker", VERSION="0.1", check=False
     )
