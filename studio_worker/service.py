@@ -175,8 +175,10 @@ class Service:
     def _work(self) -> None:
         """From READY to the last job."""
         self._news.activity.entered("ready")
-        if (kept := another_machine.kept_aside(self._current.settings.state.dir)) is not None:
-            self._news.line.note("identity", f"{kept}; if this is the same worker: {another_machine.ADOPT}")
+        state = self._current.settings.state.dir
+        if (kept := another_machine.kept_aside(state)) is not None:
+            cure = another_machine.adopt_cure(state)
+            self._news.line.note("identity", f"{kept}; if this is the same worker: {cure}")
         self._news.notifier.ready(str(self._news.line))
         log.info("service ready", extra={"op": "service"})
         self._reloader.allow()

@@ -6,6 +6,7 @@ Of values the libraries speak of dictionaries and instances.
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,24 @@ def fault(error: Mapping[str, Any]) -> str:
 def user() -> str:
     """Who runs this, as a cure names them."""
     return os.environ.get("USER") or f"with id {os.getuid()}"
+
+
+def instance_of(state: Path) -> int | None:
+    """The N of the studio-worker@N whose state folder this is; ``None`` = it is the one service's."""
+    found = re.fullmatch(r"instance-(\d+)", state.name)
+    return None if found is None else int(found[1])
+
+
+def unit_of(state: Path) -> str:
+    """The unit whose state folder this is."""
+    instance = instance_of(state)
+    return "studio-worker" if instance is None else f"studio-worker@{instance}"
+
+
+def register_command(state: Path, words: str) -> str:
+    """`studio-worker register` with these options, for the service whose state folder this is."""
+    instance = instance_of(state)
+    return f"studio-worker register {words}" + ("" if instance is None else f" --instance {instance}")
 
 
 def in_container() -> bool:

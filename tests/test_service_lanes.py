@@ -116,6 +116,8 @@ def test_lane_that_is_deleted_ends_alone_and_the_last_one_ends_the_service(
     (line,) = [line for line in running.log_lines() if line["message"] == "lane ends, the others go on"]
     assert line["lane"] == 2
     assert "deleted at the studio" in line["error"]
+    assert "register --reset --lane 2, then" in line["error"]  # which forgets the other lane not
+    assert "register --reset --lane 1, then" in running.log_lines()[-1]["error"]
 
 
 @pytest.mark.welcoming_studio

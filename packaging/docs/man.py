@@ -16,6 +16,7 @@ PACKAGING = Path(__file__).parents[1]
 
 EXIT_STATUSES = (
     (0, "stopped as asked"),
+    (1, "not so (status --ready, --alive), nothing to adopt (register), or as the command says"),
     (errors.ServiceNotRunning.exit_status, "the service is not running (status, pause, resume)"),
     (errors.ControlDenied.exit_status, "this user may not ask the service; use sudo"),
     (errors.DeviceError.exit_status, "device unusable"),
@@ -25,7 +26,8 @@ EXIT_STATUSES = (
     ),
     (
         errors.ReconnectExhausted.exit_status,
-        "for now: reconnect attempts used up, the state folder in use or its disk full, no answer (submit)",
+        "for now: reconnect attempts used up, the state folder in use or its disk full, no answer (submit), "
+        "pictures wait for delivery (register --reset)",
     ),
     (errors.DuplicateWorker.exit_status, "another worker with this identity"),
     (

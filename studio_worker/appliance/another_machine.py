@@ -20,14 +20,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from studio_worker.appliance import undelivered
 from studio_worker.errors import ConfigError, StateUnavailable
 from studio_worker.files import DISK_TROUBLES, copy_atomic, fsync_directory, make_private
-from studio_worker.studio.http.identity import Identity, IdentityFile, lane_identities
+from studio_worker.studio.http.identity import Identity, IdentityFile, identity_name, lane_identities
+from studio_worker.wording import register_command
 
 log = logging.getLogger(__name__)
-
-ADOPT = "stop the service, then: studio-worker register --adopt"
-"""What an operator does where it is the same worker after all."""
 
 _FOLDER = "other-machines"
 _NAME = "identity.json"
@@ -48,6 +47,11 @@ class Aside:
         return f"another machine's identity ({self.identity.describe()}) is kept in {self.folder}"
 
 
+def adopt_cure(state: Path) -> str:
+    """What an operator does where it is the same worker after all."""
+    return f"stop the service, then: {register_command(state, '--adopt')}"
+
+
 def settle(state: Path, machine: str | None) -> None:
     """See to it that the identity in ``state`` is this machine's, before it is used; the folder is locked.
 
@@ -61,13 +65,13 @@ def settle(state: Path, machine: str | None) -> None:
         StateUnavailable: the disk takes nothing.
     """
     file = IdentityFile(state / _NAME, machine)
-    if machine is None or (identity := file.found()) is None:
+    if machine is None or (identity := _in_force(state, machine)) is None:
         return
     if identity.machine is None:
         with contextlib.suppress(StateUnavailable):  # the next start notes it; this one is to deliver
             identity = file.save(replace(identity, machine=machine))
     elif identity.machine != machine:
-        folder = _exchange(state, identity, Identity(str(uuid.uuid4()), machine=machine))
+        folder = _exchange(state, identity, _newcomer(machine))
         log.warning(
             "this disk was another machine's: what it left is kept aside, this machine registers anew; "
             "if it is the same worker, stop the service, then: studio-worker register --adopt",
@@ -75,6 +79,7 @@ def settle(state: Path, machine: str | None) -> None:
         )
         return
     _take_back(state, identity)
+    _mark_lanes(state, machine)
 
 
 def adopt(state: Path, machine: str | None) -> Identity | None:
@@ -89,33 +94,47 @@ def adopt(state: Path, machine: str | None) -> Identity | None:
         ConfigError, StateUnavailable: as :func:`settle`.
     """
     file = IdentityFile(state / _NAME, machine)
-    present = file.found()
+    present = _in_force(state, machine)
     if present is not None and is_foreign(present, machine):
         identity = file.save(replace(present, machine=machine))
         _take_back(state, identity)
+        _mark_lanes(state, machine)
         return identity
     if (kept := kept_aside(state)) is None:
         return None
     identity = replace(kept.identity, machine=machine)
     _exchange(state, present, identity)
+    _mark_lanes(state, machine)
     return identity
 
 
-def forget(state: Path, machine: str | None) -> None:
-    """Be nobody to the studio: the next start registers anew. What is another machine's is still kept aside.
+def forget(state: Path, machine: str | None, lane: int | None = None, *, drop_pictures: bool = False) -> int:
+    """Be nobody to the studio, all lanes or one: the next start registers anew. What is another machine's is
+    kept aside, and then all of it.
+
+    Returns:
+        how many pictures were dropped with it.
 
     Raises:
-        ConfigError, StateUnavailable: as :func:`settle`; never because the identity cannot be read.
+        ConfigError, StateUnavailable: as :func:`settle`, and where pictures wait that nobody said to drop;
+            never because the identity cannot be read.
     """
     file = IdentityFile(state / _NAME, machine)
     present = None
     with contextlib.suppress(ConfigError):  # a damaged one is forgotten, too
-        present = file.found()
+        present = _in_force(state, machine)
     if present is not None and is_foreign(present, machine):
-        _exchange(state, present, Identity(str(uuid.uuid4()), machine=machine))
-    file.reset()
-    for lane in lane_identities(state):
-        lane.unlink(missing_ok=True)
+        _exchange(state, present, _newcomer(machine))
+    dropped = undelivered.give_up(state, lane, drop=drop_pictures)
+    others = lane_identities(state)
+    if lane == 1 and others:  # it says for all of them whose this folder is
+        file.save(_newcomer(machine))
+    elif lane in {None, 1}:
+        file.reset()
+    for path in others:
+        if lane is None or path.name == identity_name(lane):
+            path.unlink(missing_ok=True)
+    return dropped
 
 
 def is_foreign(identity: Identity, machine: str | None) -> bool:
@@ -123,13 +142,13 @@ def is_foreign(identity: Identity, machine: str | None) -> bool:
     return None not in (identity.machine, machine) and identity.machine != machine
 
 
-def told(identity: Identity, machine: str | None) -> str:
+def told(identity: Identity, machine: str | None, state: Path) -> str:
     """One line for the operator: who the worker is, and where that is another machine's, what follows."""
     if not is_foreign(identity, machine):
         return identity.describe()
     return (
         f"{identity.describe()}, on another machine: the next start registers this one anew; "
-        f"to go on as the same worker, {ADOPT}"
+        f"to go on as the same worker, {adopt_cure(state)}"
     )
 
 
@@ -141,6 +160,32 @@ def kept_aside(state: Path) -> Aside | None:
             if (identity := IdentityFile(path).found()) is not None:
                 return Aside(path.parent, identity)
     return None
+
+
+def _newcomer(machine: str | None) -> Identity:
+    return Identity(str(uuid.uuid4()), machine=machine)
+
+
+def _in_force(state: Path, machine: str | None) -> Identity | None:
+    """The first lane's identity, which says for all lanes whose they are. Where it is missing beside others,
+    a newcomer of their machine stands for it. Raises ConfigError.
+    """
+    if (identity := IdentityFile(state / _NAME, machine).found()) is not None:
+        return identity
+    for path in lane_identities(state):
+        with contextlib.suppress(ConfigError):  # told when that lane is looked at
+            if (found := IdentityFile(path).found()) is not None:
+                return _newcomer(found.machine)
+    return None
+
+
+def _mark_lanes(state: Path, machine: str | None) -> None:
+    """Further lanes are of the machine that the first one is of. What fails now is for the next start."""
+    for path in lane_identities(state):
+        with contextlib.suppress(ConfigError):
+            file = IdentityFile(path)
+            if (found := file.found()) is not None and found.machine != machine:
+                file.save(replace(found, machine=machine))
 
 
 def _exchange(state: Path, present: Identity | None, following: Identity) -> Path | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from studio_worker.errors import ConfigError, StateUnavailable
 from studio_worker.files import DISK_TROUBLES, open_plain
-from studio_worker.wording import to_service
+from studio_worker.wording import to_service, unit_of
 
 
 @contextlib.contextmanager
@@ -39,6 +39,6 @@ def state_lock(folder: Path) -> Iterator[None]:
             raise StateUnavailable(
                 f"{folder} is in use by a running service",
                 key="state.dir",
-                cure=f"stop it first ({to_service('stop')}) or name another folder",
+                cure=f"stop it first: {to_service('stop', unit_of(folder))}",
             ) from None
         yield

@@ -12,16 +12,15 @@ import typer
 
 from studio_worker import __version__, config
 from studio_worker.box import process
-from studio_worker.box.machine_id import machine_mark
-from studio_worker.box.owner import become, owner_of
 from studio_worker.cli.control import pause, resume, status
 from studio_worker.cli.doctor import check_config, doctor
 from studio_worker.cli.generate import generate
 from studio_worker.cli.gpu_check import gpu_check
 from studio_worker.cli.models import models_app
-from studio_worker.cli.options import ConfigDir, Instance, read_token, say
+from studio_worker.cli.options import ConfigDir, read_token
+from studio_worker.cli.register import register
 from studio_worker.cli.submit import submit
-from studio_worker.errors import ConfigError, StudioWorkerError
+from studio_worker.errors import StudioWorkerError
 from studio_worker.files import DISK_TROUBLES
 from studio_worker.plain import plain
 from studio_worker.report import logs
@@ -85,53 +84,7 @@ def run(directory: ConfigDir = config.DEFAULT_DIR) -> None:
     raise typer.Exit(service.run(directory))
 
 
-@app.command()
-def register(
-    directory: ConfigDir = config.DEFAULT_DIR,
-    instance: Instance = None,  # noqa: ARG001  (it has had its effect)
-    reset: Annotated[
-        bool, typer.Option("--reset", help="Forget this worker's identity; the next start asks anew.")
-    ] = False,
-    adopt: Annotated[
-        bool,
-        typer.Option("--adopt", help="Go on as the worker that this disk was in another machine."),
-    ] = False,
-) -> None:
-    """Show who this worker is to the studio, forget it, or bring it along from another machine."""
-    from studio_worker.appliance import another_machine
-    from studio_worker.box.state_lock import state_lock
-    from studio_worker.studio.http.identity import IdentityFile, lane_identities
-
-    if reset and adopt:
-        raise typer.BadParameter("--adopt keeps what --reset forgets: give one of them")
-    machine = machine_mark()
-    settings = config.load(directory).settings
-    become(owner_of(settings.state.dir, settings.models.root))
-    config.check_folders(settings, make=False)
-    state = settings.state.dir
-    kept = another_machine.kept_aside(state)
-    if not (state / "identity.json").exists() and kept is None:
-        if others := sorted(state.glob("instance-*/identity.json")):
-            names = ", ".join(other.parent.name.removeprefix("instance-") for other in others)
-            cure = f"say which: --instance N, of {names}"
-            raise ConfigError("this box has a service for each GPU", cure=cure)
-        typer.echo("not registered: the service asks the studio when it starts")
-    elif reset:
-        with state_lock(state):
-            another_machine.forget(state, machine)
-        typer.echo("identity forgotten; the next start of the service asks to be registered anew")
-    elif adopt:
-        with state_lock(state):
-            identity = another_machine.adopt(state, machine)
-        say("nothing here is another machine's" if identity is None else f"from now on {identity.describe()}")
-    else:
-        identity = IdentityFile(state / "identity.json").found()
-        say("not registered" if identity is None else another_machine.told(identity, machine))
-        for path in lane_identities(state):
-            if (found := IdentityFile(path).found()) is not None:
-                say(f"{path.stem.replace('identity-', 'lane ')}: {found.describe()}")
-        if kept is not None:
-            say(f"{kept}; to go on as that worker, {another_machine.ADOPT}")
+app.command()(register)
 
 
 @app.command("local-studio")

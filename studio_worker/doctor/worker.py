@@ -10,19 +10,20 @@ from pathlib import Path
 from studio_worker.appliance import another_machine
 from studio_worker.appliance.provisioning import show_bytes, show_duration
 from studio_worker.box.machine_id import machine_mark
-from studio_worker.doctor.results import Box, Result, failure, ok, warning
-from studio_worker.errors import ControlDenied, ServiceNotRunning
+from studio_worker.doctor.results import Box, Level, Result, failure, ok, warning
+from studio_worker.errors import ConfigError, ControlDenied, ServiceNotRunning
 from studio_worker.report.control import ask, runtime_dir
 from studio_worker.report.starts import Starts
 from studio_worker.spool.in_hand import poisoned_jobs
 from studio_worker.store.ledger import Ledger, is_verified
-from studio_worker.studio.http.identity import IdentityFile, Standing, identity_name
+from studio_worker.studio.http.identity import IdentityFile, Standing, identity_name, reset_command
 from studio_worker.wording import to_service
 from studio_worker.work.breaker import FAILURES
 
 _AS_ROOT = "run this as root or as the service's user"
 _RECENT_S = 24 * 3600.0
 _OUTBOX_OLD_S = 3600.0
+_WORST_FIRST: tuple[Level, ...] = ("failure", "warning", "ok")
 
 
 def check_models(box: Box) -> Result:
@@ -49,14 +50,16 @@ def check_models(box: Box) -> Result:
 
 def check_registration(box: Box) -> Result:
     lanes = range(1, box.config.settings.worker.lanes + 1)
-    found = [_registration(box, lane) for lane in lanes]
-    worst = next(
-        (each for level in ("failure", "warning") for each in found if each.level == level), found[0]
-    )
+    found = {lane: _registration(box, lane) for lane in lanes}
     if len(found) == 1:
-        return worst
-    told = "; ".join(f"lane {lane}: {each.text}" for lane, each in zip(lanes, found, strict=True))
-    return Result(worst.level, told, worst.cure)
+        return found[1]
+    told = "; ".join(f"lane {lane}: {each.text}" for lane, each in found.items())
+    worst = next(level for level in _WORST_FIRST if any(each.level == level for each in found.values()))
+    cures: dict[str, list[str]] = {}
+    for lane, each in found.items():
+        if each.level == worst and each.cure:
+            cures.setdefault(each.cure, []).append(f"{lane}")
+    return Result(worst, told, "; ".join(f"lane {', '.join(each)}: {cure}" for cure, each in cures.items()))
 
 
 def _registration(box: Box, lane: int) -> Result:
@@ -68,21 +71,22 @@ def _registration(box: Box, lane: int) -> Result:
         kept = another_machine.kept_aside(path.parent)
     except PermissionError:
         return warning(f"{path} cannot be read by this user", _AS_ROOT)
+    except ConfigError as error:  # one lane's; the others are looked at all the same
+        return failure(f"{path} {error.problem}", error.cure)
+    adopt = another_machine.adopt_cure(path.parent)
     if another_machine.is_foreign(identity, machine_mark(box.root)):
         return warning(
             f"{identity.describe()}, on another machine",
-            f"the next start registers this machine anew; if it is the same worker, {another_machine.ADOPT}",
+            f"the next start registers this machine anew; if it is the same worker, {adopt}",
         )
     besides = "" if kept is None else f"; {kept}"
     if identity.worker_id and identity.auth_token:
         return ok(identity.describe() + besides)
     if identity.rejected is not None:
-        return failure(
-            identity.describe(), "talk to whoever runs the studio, then: studio-worker register --reset"
-        )
+        return failure(identity.describe(), f"talk to whoever runs the studio, then: {reset_command(path)}")
     if identity.standing is Standing.PENDING:
         cure = "approve this worker on the studio's page"
-        cure += f"; or, if it is the same worker, {another_machine.ADOPT}" if kept is not None else ""
+        cure += f"; or, if it is the same worker, {adopt}" if kept is not None else ""
         return warning(identity.describe() + besides, cure)
     return warning(identity.describe(), "start the service: it asks")
 

@@ -23,8 +23,10 @@
     * :exc:`UnknownRegistration` — the studio does not know our registration request; start over
     * :exc:`DeliveryRefused` — the studio will never take this result
     * :exc:`ReconnectExhausted` — the allowed number of attempts in a row failed; exit status 75
-    * :exc:`DuplicateWorker` — another process uses this worker's identity; exit status 76
-    * :exc:`RefusedByStudio` — token refused, worker deleted, registration rejected; exit status 77
+    * :exc:`IdentityRefused` — the studio does not take this identity
+
+      * :exc:`DuplicateWorker` — another process uses this worker's identity; exit status 76
+      * :exc:`RefusedByStudio` — token refused, worker deleted, registration rejected; exit status 77
 
   * :exc:`JobError` — one job could not be done; the worker goes on
 
@@ -60,6 +62,7 @@ from studio_worker.errors.protocol import (
     DeliveryRefused,
     DuplicateWorker,
     FrameError,
+    IdentityRefused,
     OrderRefused,
     ProtocolError,
     ReconnectExhausted,
@@ -81,6 +84,7 @@ __all__ = [
     "DuplicateWorker",
     "FileDamaged",
     "FrameError",
+    "IdentityRefused",
     "JobCancelled",
     "JobError",
     "JobImpossible",

@@ -74,13 +74,24 @@ class ReconnectExhausted(ProtocolError):
     exit_status: ClassVar[int] = 75  # EX_TEMPFAIL
 
 
-class DuplicateWorker(ProtocolError):
+class IdentityRefused(ProtocolError):
+    """The studio does not take this identity. ``reset_command`` is how it is forgotten: who knows which one
+    of this box's it is says so, and the text names that.
+    """
+
+    reset_command = "studio-worker register --reset"
+
+    def __str__(self) -> str:
+        return super().__str__().replace(IdentityRefused.reset_command, self.reset_command)
+
+
+class DuplicateWorker(IdentityRefused):
     """Another process is connected with this worker's identity."""
 
     exit_status: ClassVar[int] = 76  # EX_PROTOCOL
 
 
-class RefusedByStudio(ProtocolError):
+class RefusedByStudio(IdentityRefused):
     """The studio refused this worker for good: token refused, worker deleted, registration rejected."""
 
     exit_status: ClassVar[int] = 77  # EX_NOPERM

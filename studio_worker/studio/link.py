@@ -10,7 +10,7 @@ from functools import partial
 from typing import Protocol
 
 from studio_worker.context import called, carried
-from studio_worker.errors import StudioWorkerError
+from studio_worker.errors import IdentityRefused, StudioWorkerError
 from studio_worker.studio.http.courier import Courier
 from studio_worker.studio.http.identity import Credentials, given_credentials
 from studio_worker.studio.http.registration import Registration
@@ -83,6 +83,8 @@ class StudioLink:
                     self._delivering = _started("courier", partial(deliver, credentials))
                     self._connector.run(credentials)
             except StudioWorkerError as error:
+                if isinstance(error, IdentityRefused):
+                    error.reset_command = self._registration.reset_command()
                 self._on_end(error)
             except Exception as error:
                 log.exception("session crashed", extra={"op": "session"})

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,46 @@ def test_copy_of_a_copy_keeps_both(tmp_path: Path) -> None:
     settle(tmp_path, "c" * 32)
     texts = [path.read_text() for path in (tmp_path / "other-machines").glob("*/identity.json")]
     assert {json.loads(text)["worker_id"] for text in texts} == {"w1", second.worker_id}
+
+
+def marks(state: Path) -> set[str]:
+    return {json.loads(path.read_text())["machine"] for path in state.glob("identity*.json")}
+
+
+@pytest.mark.parametrize("is_started", [False, True], ids=["before its first start", "after it"])
+def test_adopting_is_of_all_lanes(tmp_path: Path, is_started: bool) -> None:
+    """A moved disk's further lanes are the same workers too, and no other machine's any more."""
+    second = IdentityFile(state_of(tmp_path) / "identity-2.json").save(
+        replace(APPROVED, install_id="install-2", worker_id="w2")
+    )
+    if is_started:
+        settle(tmp_path, HERE)
+        assert not (tmp_path / "identity-2.json").exists()
+    adopt(tmp_path, HERE)
+    assert marks(tmp_path) == {HERE}
+    assert IdentityFile(tmp_path / "identity-2.json").found() == replace(second, machine=HERE)
+
+
+def test_copy_whose_first_lane_is_missing_is_no_twin_either(tmp_path: Path) -> None:
+    """Where only a further lane's identity was copied, it is kept aside as well, and can be adopted."""
+    state_of(tmp_path)
+    (tmp_path / "identity.json").rename(tmp_path / "identity-2.json")
+    settle(tmp_path, HERE)
+    assert not (tmp_path / "identity-2.json").exists()
+    assert waiting(tmp_path) == []
+    adopt(tmp_path, HERE)
+    assert marks(tmp_path) == {HERE}
+    assert json.loads((tmp_path / "identity-2.json").read_text())["worker_id"] == "w1"
+
+
+def test_copy_of_a_box_whose_first_lane_was_forgotten_is_no_twin(tmp_path: Path) -> None:
+    """After the first lane alone was forgotten the folder still says whose it is."""
+    state_of(tmp_path)
+    IdentityFile(tmp_path / "identity-2.json").save(replace(APPROVED, install_id="install-2"))
+    forget(tmp_path, THERE, 1, drop_pictures=True)
+    assert identity_in(tmp_path).machine == THERE
+    settle(tmp_path, HERE)
+    assert not (tmp_path / "identity-2.json").exists()
 
 
 def test_nothing_to_adopt(tmp_path: Path) -> None:

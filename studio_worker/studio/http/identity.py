@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from studio_worker.errors import ConfigError, StateUnavailable
 from studio_worker.files import DISK_TROUBLES, write_atomic
 from studio_worker.report.logs import add_secret
+from studio_worker.wording import register_command
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,6 @@ AUTH_TOKEN_CREDENTIAL = "studio-worker.auth-token"
 """Names of systemd credentials (LoadCredential=, systemd.exec(5)) that replace the registration."""
 
 _VISIBLE = re.compile(r"[!-~]+")
-_RESET = "restore it from a backup, or run `studio-worker register --reset` and approve anew"
 
 
 def identity_name(lane: int) -> str:
@@ -39,6 +39,19 @@ def identity_name(lane: int) -> str:
 def lane_identities(folder: Path) -> list[Path]:
     """The identity files there of lanes beyond the first, also of those that do not run any more."""
     return sorted(folder.glob("identity-*.json"), key=lambda path: (len(path.name), path.name))
+
+
+def lane_of(path: Path) -> int:
+    """Whose identity file it is."""
+    number = path.stem.removeprefix("identity").removeprefix("-")
+    return int(number) if number.isdecimal() else 1
+
+
+def reset_command(path: Path) -> str:
+    """How an operator has this identity forgotten, and that of no other lane."""
+    lane = lane_of(path)
+    is_alone = lane == 1 and not lane_identities(path.parent)
+    return register_command(path.parent, "--reset" if is_alone else f"--reset --lane {lane}")
 
 
 class Standing(enum.Enum):
@@ -136,11 +149,11 @@ class IdentityFile:
                 f"cannot be read: {error.strerror}", "give the service's user access to it"
             ) from error
         except (ValidationError, ValueError) as error:  # without its text, which quotes the content
-            raise self._problem("is not a readable identity", _RESET) from (
+            raise self._problem("is not a readable identity", self._restore()) from (
                 None if isinstance(error, ValidationError) else error
             )
         if identity.auth_token is not None and not _VISIBLE.fullmatch(identity.auth_token):
-            raise self._problem("holds a token that no request can carry", _RESET)
+            raise self._problem("holds a token that no request can carry", self._restore())
         _redact(identity)
         return identity
 
@@ -159,9 +172,16 @@ class IdentityFile:
             raise self._problem(problem, "give the service's user access to its folder") from error
         return identity
 
+    def reset_command(self) -> str:
+        """As the function of this name."""
+        return reset_command(self._path)
+
     def reset(self) -> None:
         """Forget everything; the next start asks to be registered as a new worker."""
         self._path.unlink(missing_ok=True)
+
+    def _restore(self) -> str:
+        return f"restore it from a backup, or run `{self.reset_command()}` and approve anew"
 
     def _hide(self) -> None:
         """A file that came back from a backup for everybody to read is closed again."""

@@ -57,6 +57,10 @@ class Registration:
         """Look at the identity alone. Raises ConfigError where it cannot be read or written."""
         self._file.load()
 
+    def reset_command(self) -> str:
+        """How an operator has this worker forgotten, and no other."""
+        return self._file.reset_command()
+
     def run(self) -> Credentials | None:
         """Credentials, or ``None`` when stopped before there were any.
 
