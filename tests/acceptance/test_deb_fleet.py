@@ -21,7 +21,7 @@ from studio_worker.local_studio import LocalStudio
 from studio_worker.sample_model import WEIGHTS
 from tests.acceptance import figures
 from tests.acceptance import machine as machine_module
-from tests.acceptance.archive import Archive, KeyRing
+from tests.acceptance.archive import KEYRING, Archive, KeyRing
 from tests.acceptance.bases import CACHE
 from tests.acceptance.box import SITE, STATE, UNIT, Box
 from tests.acceptance.conftest import Debs
@@ -130,7 +130,8 @@ def test_role_makes_and_keeps_a_box(
     debs: Debs,
 ) -> None:
     """A bare machine is a worker after one run, and the next changes nothing. What check-config refuses never
-    goes live, a live value is taken over without a restart, another one with it; no secret is shown.
+    goes live, a live value is taken over without a restart, another one with it; no secret is shown. What is
+    withdrawn goes: secrets from the disk, a service from the boot; an empty key is refused here.
     """
     with Machine([cloud_image, base], work / tmp_path.name) as machine:
         box, control = Box(machine, studio), Control(machine, ansible)
@@ -175,12 +176,29 @@ def test_role_makes_and_keeps_a_box(
         token = identity["auth_token"]
         machine.path(f"{STATE}/identity.json").unlink()
         given = {"worker_id": worker_id, "auth_token": token}
-        control.play(wanted | {"studio_worker_credentials": {"studio-worker": given}}, "-vvv", "--diff")
+        secrets: dict[str, Any] = {
+            "studio_worker_credentials": {"studio-worker": given},
+            "studio_worker_download_tokens": {"a.example.org": "first", "b.example.org": "second"},
+        }
+        control.play(wanted | secrets, "-vvv", "--diff")
         assert token not in control.output
         machine.await_that("the service is back", lambda: box.show("ActiveState") == "active")
         assert box.await_online() == worker_id
         assert not machine.path(f"{STATE}/identity.json").exists()
         box.await_job(box.queue_picture(), "done")
+
+        store = machine.path("/etc/studio-worker-credentials")
+        control.play(wanted | {"studio_worker_download_tokens": {"a.example.org": "first"}})
+        assert [each.name for each in store.rglob("*.*")] == ["download-token.a.example.org"]
+        control.play(wanted | {"studio_worker_instances": [0]})
+        assert [box.show(name) for name in ("ActiveState", "UnitFileState")] == ["inactive", "disabled"]
+        assert machine.show("studio-worker@0", "UnitFileState") == "enabled"
+        assert not list(store.iterdir())
+        (tmp_path / "key").write_bytes(b"")
+        shutil.copyfile(tmp_path / "key", key)
+        assert control.play(wanted, check=False)["failed"] == 1
+        assert "gpg --list-keys" in control.output
+        assert machine.path("/etc/apt/keyrings/studio-worker.gpg").stat().st_size > 0
     figures.note("a bare machine made a worker, and changed, by the Ansible role", "yes")
 
 
@@ -218,6 +236,12 @@ def test_cloud_init_makes_a_worker_at_the_first_boot(
         box.await_message("service ready", limit_s=300)
         box.await_online()
         assert machine.show(UNIT, "UnitFileState") == "enabled"
+        machine.await_that(
+            "the key is the keyring package's",
+            lambda: not machine.path("/etc/apt/keyrings/studio-worker.asc").exists(),
+        )
+        assert f"/{KEYRING}.gpg" in machine.path("/etc/apt/sources.list.d/studio-worker.sources").read_text()
+        machine.shell("apt-get update --error-on=any")
 
 
 def test_copy_of_a_machine_is_a_worker_of_its_own(
