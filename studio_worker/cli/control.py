@@ -148,6 +148,13 @@ def _standing(lane: LaneFacts, now: float) -> str:
     return "; ".join(parts)
 
 
+_STAGES = {
+    "files": "fetching files",
+    "turn": "waiting for its turn at the device",
+    "load": "loading the model",
+}
+
+
 def _job(job: JobFacts | None) -> str:
     if job is None:
         return "none in hand"
@@ -157,7 +164,7 @@ def _job(job: JobFacts | None) -> str:
         if job.steps_per_s:
             parts.append(f"{job.steps_per_s:.2f} steps/s")
     else:
-        parts.append({"files": "fetching files", "load": "loading the model"}.get(job.stage, job.stage))
+        parts.append(_STAGES.get(job.stage, job.stage))
     return f"{', '.join(parts)}; {_duration(job.elapsed_s)} so far"
 
 

@@ -88,8 +88,12 @@ class LaneRecord:
             self._job_began = self._monotonic()
             self._first_step = None
 
+    def job_waits(self) -> None:
+        """Its files are there; the device is another lane's, or free in a moment."""
+        self._change_job(stage="turn")
+
     def job_loads(self) -> None:
-        """Its files are there; the engine has it."""
+        """The engine has it."""
         self._change_job(stage="load")
 
     def job_stepped(self, step: int, steps: int) -> None:
@@ -134,4 +138,4 @@ def session_of(lanes: Sequence[LaneFacts]) -> SessionFacts:
 def job_of(lanes: Sequence[LaneFacts]) -> JobFacts | None:
     """The job at the device, or else the first in hand."""
     found = [lane.job for lane in lanes if lane.job is not None]
-    return next((job for job in found if job.stage != "files"), found[0] if found else None)
+    return next((job for job in found if job.stage not in {"files", "turn"}), found[0] if found else None)

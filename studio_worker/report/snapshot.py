@@ -56,7 +56,9 @@ class SessionFacts(_Facts):
 
 
 class JobFacts(_Facts):
-    """The job in hand. ``stage``: ``files``, ``load`` (until the first step) or ``generate``."""
+    """The job in hand. ``stage``: ``files``, ``turn`` (until it has the device), ``load`` (until the first
+    step) or ``generate``.
+    """
 
     job_id: str
     model: str

@@ -211,6 +211,7 @@ class Lane:
             )
             self._cancel.check()
             is_free = self._turns.is_free()
+            self._reports.job_waits()
             made = self._at_the_device(partial(self._paint, job, request), job.model)
             waited_s = {} if is_free else {"turn": self._painting_at - ready}  # for another lane's picture
             return made, {"wait": began - job.taken_at, "files": ready - began, **waited_s}

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from studio_worker import __version__, cli
 from studio_worker.config import settings
 from studio_worker.report.control import ControlServer
-from studio_worker.report.snapshot import ResidentModel, Snapshot
+from studio_worker.report.snapshot import JobFacts, ResidentModel, Snapshot
 from studio_worker.studio.http.identity import IdentityFile
 
 ROOT = Path(__file__).parents[2]
@@ -467,6 +467,17 @@ def test_models_list_tells_what_the_service_has_loaded(folder: Path, required: P
     with contextlib.closing(ControlServer(tmp_path / "run", handlers)):
         (row,) = json.loads(command("models", "list", "--json", "--config", folder).stdout)
     assert row["in_memory"] == "ram"
+
+
+def test_status_tells_that_a_job_waits_for_its_turn(folder: Path, tmp_path: Path) -> None:
+    """A job that has its files and waits for the device is not shown as fetching them."""
+    waiting = Snapshot(job=JobFacts(job_id="j1", model="m", stage="turn"))
+    with (folder / "config.toml").open("a") as file:
+        file.write(f'runtime_dir = "{tmp_path}/run"\n')
+    handlers = {"status": lambda: waiting.model_dump(mode="json")}
+    with contextlib.closing(ControlServer(tmp_path / "run", handlers)):
+        shown = command("status", "--config", folder).stdout
+    assert "j1 (m), waiting for its turn at the device; " in " ".join(shown.split())
 
 
 def test_status_tells_how_models_are_loaded(folder: Path, tmp_path: Path) -> None:

@@ -34,6 +34,10 @@ def activity(clock: Clock) -> Activity:
 def test_activity_follows_a_job_to_its_delivery(activity: Activity, clock: Clock) -> None:
     """The job in hand shows stage, step and rate; once delivered it is among the last ones, with stages."""
     activity.lane(1).job_began("j1", "m")
+    activity.lane(1).job_waits()
+    waiting = activity.snapshot().job
+    assert waiting is not None
+    assert waiting.stage == "turn"
     activity.lane(1).job_loads()
     loading = activity.snapshot().job
     assert loading is not None

@@ -10,6 +10,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from studio_worker.engine import Engine, Made, Request, Router, StepProgress
 from studio_worker.errors import DeviceError, JobError, JobImpossible
 from studio_worker.jobs import Cancel, Job, Picture
+from studio_worker.report.activity import Activity
 from studio_worker.work.turns import Turns
 from studio_worker.work.worker import Worker
 from tests.fakes.played import Encoding
@@ -99,6 +101,34 @@ def test_thread_that_runs_the_worker_runs_the_engine_and_nothing_else(tmp_path: 
     assert outbox.holds("a")
     assert threads["engine"] == threading.get_ident()
     assert threads["input"] == threads["encoding"] != threads["engine"]
+
+
+def test_lane_that_waits_for_the_device_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another lane has the device, a job whose files are there is told as waiting for its turn."""
+    activity, at_device, waits = Activity(), threading.Event(), threading.Event()
+    records = [activity.lane(1), activity.lane(2)]
+    told: list[str] = []
+    really_waits = records[1].job_waits
+
+    def wait() -> None:
+        really_waits()
+        waits.set()
+
+    def make_a(cancel: Cancel) -> None:
+        at_device.set()
+        met(waits)
+        told.extend(lane.job.stage for lane in activity.snapshot().lanes if lane.job is not None)
+
+    monkeypatch.setattr(records[1], "job_waits", wait)
+    engines = Router({"scripted": lambda: TwoStageEngine({"a": make_a})})
+    ports = []
+    for record, name, source in zip(
+        records, "ab", (Source(job("a")), After(at_device, job("b"))), strict=True
+    ):
+        record.job_began(name, "m")
+        ports.append(replace(lane_ports(tmp_path / name, source, engines), reports=record))
+    Worker(ports, lambda: 60.0).run()
+    assert told == ["load", "turn"]
 
 
 def test_lanes_never_share_the_device(tmp_path: Path) -> None:
