@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,12 +28,21 @@ def faults(version: str, key: str | None, *, unsigned: bool) -> Iterator[str]:
     yield from _of_locks()
     if key is None and not unsigned:
         yield "no key is given to sign with: KEY=FINGERPRINT, or UNSIGNED=1 to go on without a signature"
-    if shutil.which("gpg") is None:
-        yield "gpg is missing: apt install gnupg"
-    elif (
-        key is not None and subprocess.run(["gpg", "--list-secret-keys", key], capture_output=True).returncode
-    ):
-        yield f"{key} is no secret key of {os.environ.get('GNUPGHOME', '~/.gnupg')}: set GNUPGHOME"
+    if key is not None and (why := unable_to_sign(key)):
+        yield f"{key} cannot sign: {why}"
+
+
+def unable_to_sign(key: str) -> str | None:
+    """Why a key signs nothing, for one that is there may have run out or be locked; None: it does sign."""
+    command = ["gpg", "--batch", "--local-user", key, "--armor", "--detach-sign"]
+    try:
+        done = subprocess.run(command, input="", capture_output=True, text=True)
+    except FileNotFoundError:
+        return "gpg is missing: apt install gnupg"
+    if done.returncode == 0:
+        return None
+    home = os.environ.get("GNUPGHOME", "~/.gnupg")
+    return f"{'; '.join(done.stderr.splitlines())}: see gpg --list-secret-keys (GNUPGHOME is {home})"
 
 
 def head() -> str:

@@ -3,7 +3,7 @@
 Whatever may refuse is asked before the long build. Nothing is published: docs/releasing.md says what is done
 with that which lies in ``build/release/VERSION`` in the end. Exit statuses: 0 made; 1 refused, nothing was
 built; 3 made, but known vulnerabilities were not looked up; 4 some are known, nothing was built; 5 a build
-failed, or the second gave other bytes.
+failed, or the second gave other bytes; 6 built, but not described or not signed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,13 +20,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from audit import Unreached, known
-from checks import LOCK, ROOT, faults, head, output, packaged_locks, pins
+from checks import LOCK, ROOT, faults, head, output, packaged_locks, pins, unable_to_sign
 
 HERE = ROOT / "packaging" / "release"
 BUILT = ROOT / "build" / "packages"
 TOOLS = ROOT / "build" / "release-tools"
 
-REFUSED, UNAUDITED, VULNERABLE, NOT_BUILT = 1, 3, 4, 5
+REFUSED, UNAUDITED, VULNERABLE, NOT_BUILT, UNFINISHED = 1, 3, 4, 5, 6
 ELSEWHERE = {"TZ": "Pacific/Kiritimati", "LC_ALL": "C"}
 """The second build's surroundings: another clock and another language."""
 ASSET_LIMIT_BYTES = 2 * 1024**3
@@ -67,10 +68,10 @@ def audit() -> bool:
     return is_whole
 
 
-def fail(why: str) -> NoReturn:
-    """End, for the packages could not be built as they should."""
+def fail(why: str, status: int = NOT_BUILT) -> NoReturn:
+    """End, for there is no release."""
     print(why, file=sys.stderr)
-    sys.exit(NOT_BUILT)
+    sys.exit(status)
 
 
 def build(folder: Path, environment: dict[str, str]) -> dict[str, str]:
@@ -100,10 +101,12 @@ def build_twice(version: str, folder: Path) -> list[Path]:
         SystemExit: a build failed, or the second gave other bytes.
     """
     profiles = {"DEB_BUILD_PROFILES": "pkg.studio-worker.cuda", **os.environ}
+    for left in (folder, folder.with_name(f"{version}.again")):
+        shutil.rmtree(left, ignore_errors=True)  # of this version; what others left stays
     first = build(folder, profiles)
     if f"studio-worker_{version}_amd64.deb" not in first:
         fail(f"make deb built no studio-worker {version}, but: {' '.join(first)}")
-    again = folder.with_name("again")
+    again = folder.with_name(f"{version}.again")
     second = build(again, {**profiles, **ELSEWHERE})
     if first != second:
         differing = sorted(name for name in first | second if first.get(name) != second.get(name))
@@ -139,6 +142,10 @@ def sign(folder: Path, key: str | None) -> None:
         say("NOT SIGNED", "SHA256SUMS, as was asked for")
         return
     signature = sums.with_suffix(".asc")
+    if why := unable_to_sign(key):
+        done = f"all is in {folder.relative_to(ROOT)} but the signature of SHA256SUMS"
+        later = f"gpg --local-user {key} --armor --detach-sign {sums.relative_to(ROOT)}"
+        fail(f"{key} cannot sign any more: {why}\n{done}; when it can: {later}", UNFINISHED)
     output("gpg", "--batch", "--local-user", key, "--output", signature, "--armor", "--detach-sign", sums)
     output("gpg", "--batch", "--quiet", "--verify", signature, sums)
     say("ok", f"SHA256SUMS is signed by {key}")
@@ -171,17 +178,26 @@ def main() -> None:
     parser.add_argument("--key", help="fingerprint of the key in GNUPGHOME that signs")
     parser.add_argument("--unsigned", action="store_true", help="go on without a key")
     given = parser.parse_args()
-    if against := list(faults(given.version, given.key, unsigned=given.unsigned)):
+    try:
+        against = list(faults(given.version, given.key, unsigned=given.unsigned))
         for each in against:
             say("REFUSED", each)
-        sys.exit(REFUSED)
-    say("ok", "tree, versions, changelogs, locks" + ("" if given.key is None else ", key"))
-    make_tools()
+        if against:
+            sys.exit(REFUSED)
+        say("ok", "tree, versions, changelogs, locks" + ("" if given.key is None else ", key"))
+        make_tools()
+    except subprocess.CalledProcessError as error:
+        fail(f"{shlex.join(map(str, error.cmd))} failed; nothing was built", REFUSED)
+    except FileNotFoundError as error:
+        fail(f"{error.filename} is missing: apt install git dpkg-dev python3-venv", REFUSED)
     is_audited = audit()
     folder = ROOT / "build" / "release" / given.version
-    shutil.rmtree(folder.parent, ignore_errors=True)
-    describe(build_twice(given.version, folder))
-    sign(folder, given.key)
+    debs = build_twice(given.version, folder)
+    try:
+        describe(debs)
+        sign(folder, given.key)
+    except subprocess.CalledProcessError as error:
+        fail(f"{shlex.join(map(str, error.cmd))} failed; the packages are in {folder}", UNFINISHED)
     conclude(given.version, folder)
     if not is_audited:
         print("\nknown vulnerabilities were not looked up: hence exit status 3", file=sys.stderr)

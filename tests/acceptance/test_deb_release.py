@@ -142,10 +142,21 @@ def test_release_without_a_key_is_refused_unless_asked_for(tree: Tree) -> None:
     done = tree.release()
     assert (done.returncode, "no key is given" in done.stdout) == (1, True), done.stdout
     done = tree.release("--key", "0" * 40)
-    assert (done.returncode, "no secret key" in done.stdout) == (1, True), done.stdout
+    assert (done.returncode, "No secret key" in done.stdout) == (1, True), done.stdout
     tree.write("pyproject.toml", "")
     tree.commit()
     assert "no key" not in tree.release("--unsigned").stdout
+
+
+def test_release_with_a_key_that_cannot_sign_is_refused(tree: Tree) -> None:
+    """A key that has run out, or whose passphrase nobody gives: said before anything is built."""
+    expired = tree.keys.generate_expired("runs out")
+    done = tree.release("--key", expired)
+    assert (done.returncode, f"{expired} cannot sign" in done.stdout) == (1, True), done.stdout
+    locked = tree.keys.generate_locked("nobody knows its passphrase")
+    done = tree.release("--key", locked)
+    assert (done.returncode, f"{locked} cannot sign" in done.stdout) == (1, True), done.stdout
+    assert not (tree.folder / "build").exists()
 
 
 @pytest.fixture
@@ -200,6 +211,19 @@ def test_release_is_made(ready: tuple[Tree, Database]) -> None:
     assert tree.release("--unsigned").returncode == 0
     assert {each.name: each.read_bytes() for each in folder.glob("*.json")} == before
     assert not (folder / "SHA256SUMS.asc").exists()
+
+
+def test_signature_that_fails_in_the_end_is_said_in_words(ready: tuple[Tree, Database]) -> None:
+    """What is built stays, with the command that signs it later; so do releases of other versions."""
+    tree, _ = ready
+    tree.write("build/release/9.8.6/SHA256SUMS", "an earlier one")
+    tree.environment["SPOIL"] = f"gpg --batch --yes --delete-secret-keys {tree.keys.key} || true"
+    done = tree.release("--key", tree.keys.key)
+    assert (done.returncode, "Traceback" in done.stdout) == (6, False), done.stdout
+    sums = f"build/release/{VERSION}/SHA256SUMS"
+    assert f"gpg --local-user {tree.keys.key} --armor --detach-sign {sums}" in done.stdout
+    assert (tree.folder / sums).exists()
+    assert (tree.folder / "build/release/9.8.6/SHA256SUMS").read_text() == "an earlier one"
 
 
 def _validate(path: Path) -> None:

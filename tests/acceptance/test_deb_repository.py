@@ -25,6 +25,7 @@ said_once = pytest.mark.skipif(SUITE != BUILT_ON, reason=f"of the files alone: c
 NEXT = "0.6.0"
 EXAMPLES = f"/usr/share/doc/{KEYRING}/examples"
 SOURCES = "/etc/apt/sources.list.d/studio-worker.sources"
+CANDIDATE = "/etc/apt/sources.list.d/studio-worker-candidate.sources"
 PREFERENCES = "/etc/apt/preferences.d/studio-worker.pref"
 
 
@@ -79,10 +80,10 @@ def test_box_lives_on_the_repository(
         archive.publish(repack(debs.worker, NEXT, work))
         apt(machine, "update")
         assert planned(machine, "upgrade") == []
-        machine.shell(f"sed -i 's/^Suites: stable/& candidate/' {SOURCES}")
+        machine.shell(f"sed 's/^Suites:.*/Suites: candidate/' {SOURCES} >{CANDIDATE}")
         apt(machine, "update")
         assert planned(machine, "upgrade") == ["studio-worker"]
-        machine.shell(f"sed -i 's/ candidate$//' {SOURCES}")
+        machine.shell(f"rm {CANDIDATE}")
         archive.make("apt-promote")
         apt(machine, "update")
         machine.run("apt-mark", "hold", "studio-worker")
