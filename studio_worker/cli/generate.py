@@ -18,6 +18,7 @@ from studio_worker.box.owner import written_by_caller
 from studio_worker.cli.bars import PictureBar
 from studio_worker.cli.model_choice import SAMPLE_ID, ChosenModel, find_model, weights_file
 from studio_worker.cli.options import ConfigDir, Json, pixels
+from studio_worker.engine.parameters import MAX_SEED
 from studio_worker.errors import ConfigError, DeviceError
 from studio_worker.files import output_problem, write_atomic
 from studio_worker.jobs import ImageTask, Picture
@@ -44,7 +45,7 @@ _Output = Annotated[
     ),
 ]
 _Negative = Annotated[str, typer.Option(help="What the picture must not show.")]
-_Seed = Annotated[int | None, typer.Option(help="The same seed makes the same picture.")]
+_Seed = Annotated[int | None, typer.Option(max=MAX_SEED, help="The same seed makes the same picture.")]
 _Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
 _Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels, or one number for a square.")]
 _Cfg = Annotated[float | None, typer.Option(help="Guidance: how closely the prompt is followed.")]

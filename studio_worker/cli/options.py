@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from studio_worker.engine.parameters import MAX_PIXELS, MAX_SIDE_PX, MIN_SIDE_PX
 from studio_worker.errors import ConfigError
 from studio_worker.files import others_can_read
 from studio_worker.plain import plain
@@ -42,6 +44,11 @@ def say(text: str) -> None:
     typer.echo(plain(text))
 
 
+def complain(text: str) -> None:
+    """Tell on stderr what is wrong while the command goes on, as :func:`main` tells what ends it."""
+    typer.echo(f"studio-worker: {plain(text)}", err=True)
+
+
 def cell(text: str) -> str:
     """Such words in a table: neither control characters nor markup."""
     from rich.markup import escape
@@ -70,7 +77,24 @@ def pixels(size: str | None) -> tuple[int | None, int | None]:
         sides = -1, -1
     if min(sides) < 0:
         raise typer.BadParameter(f"{size}: write e.g. 1024x768", param_hint="--size")
+    if min(sides) < MIN_SIDE_PX or max(sides) > MAX_SIDE_PX:
+        raise typer.BadParameter(
+            f"{size}: each side is {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels", param_hint="--size"
+        )
+    if sides[0] * sides[1] > MAX_PIXELS:
+        raise typer.BadParameter(f"{size}: at most {MAX_PIXELS} pixels in all", param_hint="--size")
     return sides
+
+
+def one_of(names: Collection[str]) -> Callable[[str | None], str | None]:
+    """For an option that takes one of ``names``, or is left out."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in names:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(names)}")
+        return value
+
+    return check
 
 
 def read_token(path: Path) -> str:

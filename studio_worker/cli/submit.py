@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import getpass
 import random
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Annotated
 
 import typer
 
-from studio_worker.cli.options import pixels, read_token, say
-from studio_worker.errors import ConfigError
+from studio_worker.cli.options import complain, one_of, pixels, read_token, say
+from studio_worker.engine.parameters import MAX_GUIDANCE, MAX_SEED, MAX_STEPS
+from studio_worker.engine.sampling.samplers import SAMPLERS
 from studio_worker.files import write_problem
 
 ADDRESS = "http://127.0.0.1:8765"
 """Where ``studio-worker local-studio`` listens."""
+
+EXTS = ("webp", "png", "jpg", "jpeg")
+"""Of the formats that the engines write."""
 
 _Model = Annotated[str, typer.Option("--model", "-m", metavar="ID", help="A model of the studio, by its id.")]
 _Count = Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="How many pictures.")]
@@ -26,7 +31,8 @@ _Output = Annotated[
     ),
 ]
 _Timeout = Annotated[
-    float, typer.Option(metavar="SECONDS", min=0, help="Wait no longer than this; 0 waits for ever.")
+    float,
+    typer.Option(metavar="SECONDS", min=0, help="Wait no longer than this; 0 waits for ever."),
 ]
 _Priority = Annotated[int, typer.Option(min=-100, max=100, help="The highest goes first.")]
 _Submitter = Annotated[
@@ -37,12 +43,22 @@ _TokenFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="File with the studio's token.", readable=False)
 ]
 _Negative = Annotated[str, typer.Option(help="What the picture must not show.")]
-_Seed = Annotated[int | None, typer.Option(min=0, help="Of the first picture; the others count on from it.")]
-_Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
+_Seed = Annotated[
+    int | None, typer.Option(min=0, max=MAX_SEED, help="Of the first picture; the others count on from it.")
+]
+_Steps = Annotated[int | None, typer.Option(min=1, max=MAX_STEPS, help="Denoising steps.")]
 _Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels, or one number for a square.")]
-_Cfg = Annotated[float | None, typer.Option(help="Guidance: how closely the prompt is followed.")]
-_Sampler = Annotated[str | None, typer.Option(help="euler, euler_a, heun, dpm++2m, lcm, …")]
-_Ext = Annotated[str, typer.Option("--format", metavar="EXT", help="webp, png or jpg.")]
+_Cfg = Annotated[
+    float | None,
+    typer.Option(min=0, max=MAX_GUIDANCE, help="Guidance: how closely the prompt is followed."),
+]
+_Sampler = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", callback=one_of(SAMPLERS), help="euler, euler_a, heun, dpm++2m, lcm, …"),
+]
+_Ext = Annotated[
+    str, typer.Option("--format", metavar="EXT", callback=one_of(EXTS), help="webp, png, jpg or jpeg.")
+]
 
 
 def submit(
@@ -67,16 +83,16 @@ def submit(
     """Queue pictures at a studio of your own.
 
     One line a job: its id, then "queued", "done" (with the file's name) or "failed" (with the reason). Exit
-    status 0 where all are queued, or made; 1 where one failed or was refused; 75 where the studio cannot be
-    reached or the time is up: the last lines say which jobs are still there; 77 where it wants another token.
+    status 0 where all are queued, or made; 1 where one failed or was refused; 2 where an option is wrong; 74
+    where a picture cannot be written; 75 where the studio cannot be reached or the time is up: the last lines
+    say which jobs are still there; 77 where it wants another token; 78 where there is no studio at the
+    address, or the token's file is not usable.
     """
     from studio_worker.studio.http.orders import Orders
     from studio_worker.studio.http.watch import Watch
 
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        if problem := write_problem(output):
-            raise ConfigError(problem, cure="name another -o DIR")
+        _prepare(output)
     width, height = pixels(size)
     task = {
         "prompt": prompt,
@@ -92,14 +108,26 @@ def submit(
     job = {"model": model, "priority": priority, "submitter": who}
     orders = Orders(studio, "" if token_file is None else read_token(token_file))
     # Chosen here where none is given, so that every picture can be made again.
-    seeds = [random.getrandbits(32) if seed is None else (seed + nth) % 2**32 for nth in range(count)]
-    watch = Watch(orders, output, say)
+    seeds = [
+        random.getrandbits(32) if seed is None else (seed + nth) % (MAX_SEED + 1) for nth in range(count)
+    ]
+    watch = Watch(orders, output, tell=say, complain=complain)
     with watch.telling():
         for each in seeds:
             watch.add(orders.queue(job | {"task": task | {"seed": each}}))
         if wait or output is not None:
             watch.wait(timeout)
     raise typer.Exit(watch.exit_status)
+
+
+def _prepare(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = write_problem(folder)
+    except OSError as error:
+        problem = error.strerror
+    if problem:
+        raise OSError(errno.EIO, f"{problem}; name another -o DIR", str(folder))
 
 
 def _login_name() -> str:

@@ -23,6 +23,7 @@ class StudioUnavailable(ProtocolError):
         status: the HTTP status, where there was an answer.
         retry_after_s: seconds the studio asked to wait, where it did.
         is_answer_lost: whether the studio may have had the whole request; what it made of it is not known.
+        reason: where it could not be reached at all, why, in a few words.
     """
 
     exit_status: ClassVar[int] = 75  # EX_TEMPFAIL
@@ -34,11 +35,13 @@ class StudioUnavailable(ProtocolError):
         status: int | None = None,
         retry_after_s: float | None = None,
         is_answer_lost: bool = False,
+        reason: str = "",
     ) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
         self.is_answer_lost = is_answer_lost
+        self.reason = reason
 
 
 class OrderRefused(ProtocolError):

@@ -56,7 +56,7 @@ complete -c studio-worker -n '__fish_seen_subcommand_from submit' -l steps -r -d
 complete -c studio-worker -n '__fish_seen_subcommand_from submit' -l size -r -d 'Size in pixels, or one number for a square.'
 complete -c studio-worker -n '__fish_seen_subcommand_from submit' -l cfg -r -d 'Guidance: how closely the prompt is followed.'
 complete -c studio-worker -n '__fish_seen_subcommand_from submit' -l sampler -r -d 'euler, euler_a, heun, dpm++2m, lcm, …'
-complete -c studio-worker -n '__fish_seen_subcommand_from submit' -l format -r -d 'webp, png or jpg.'
+complete -c studio-worker -n '__fish_seen_subcommand_from submit' -l format -r -d 'webp, png, jpg or jpeg.'
 complete -c studio-worker -n '__fish_seen_subcommand_from status' -l config -r -a '(__fish_complete_directories)' -d 'Configuration folder.'
 complete -c studio-worker -n '__fish_seen_subcommand_from status' -l instance -r -d 'The service studio-worker@N is meant.'
 complete -c studio-worker -n '__fish_seen_subcommand_from status' -l json -d 'Machine-readable output.'

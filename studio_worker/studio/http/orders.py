@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from studio_worker.errors import ConfigError, OrderRefused, RefusedByStudio, StudioUnavailable
 from studio_worker.network.urls import safe_url
@@ -20,6 +20,8 @@ _RESULT_LIMIT_BYTES = 128 << 20
 """A local studio takes results of 100 MiB."""
 
 _JOB_ID = re.compile(r"[0-9A-Za-z_-]{1,200}")
+_SCHEME = re.compile(r"\Ahttps?:/*", re.IGNORECASE)
+"""At the beginning, however many slashes it has."""
 _EXT = re.compile(r"[a-z0-9]{1,8}")
 
 
@@ -50,9 +52,10 @@ class Orders:
     """
 
     def __init__(self, address: str, token: str = "") -> None:
-        self._address = safe_url(address)
+        root = _root(address)
+        self.address = safe_url(root)
         self._token = token
-        self._transport = Transport(_root(address), _RESULT_LIMIT_BYTES)
+        self._transport = Transport(root, _RESULT_LIMIT_BYTES)
 
     def queue(self, job: Mapping[str, Any]) -> Order:
         """Queue a job; ``job`` is the body of ``POST /api/jobs``.
@@ -60,19 +63,25 @@ class Orders:
         Raises:
             OrderRefused: the studio says what is wrong with it.
             RefusedByStudio: it wants another token.
-            StudioUnavailable: no answer came, or one that is none of a studio's.
+            ConfigError: what answers is no local studio.
+            StudioUnavailable: no answer came, or a passing error.
         """
-        facts = self._ask("POST", "/api/jobs", json.dumps(job, allow_nan=False).encode())
-        return Order(self._id_in(facts), "queued")
+        answer = self._send("POST", "/api/jobs", json.dumps(job, allow_nan=False).encode())
+        if _is_anothers(answer):
+            raise self._no_studio()
+        order = Order(_id_in(_facts(self._checked(answer)) or {}), "queued")
+        if not order.job_id:
+            raise self._no_studio()
+        return order
 
     def see(self, job_id: str) -> Order:
-        """How it stands. Raises as :meth:`queue` does."""
-        facts = self._ask("GET", f"/api/jobs/{job_id}")
+        """How it stands. Raises as :meth:`queue` does, but where another answers for now in its place."""
+        facts = _facts(self._checked(self._send("GET", f"/api/jobs/{job_id}"))) or {}
         result = facts.get("result")
         ext = str(result.get("ext", "")) if isinstance(result, dict) else ""
         reason = str(facts.get("reason") or facts.get("waitingFor") or "")
         status = str(facts.get("status", ""))
-        if self._id_in(facts) != job_id or (status == "done" and not _EXT.fullmatch(ext)):
+        if _id_in(facts) != job_id or (status == "done" and not _EXT.fullmatch(ext)):
             raise self._strange()
         return Order(job_id, status, ext, reason)
 
@@ -80,35 +89,57 @@ class Orders:
         """What the job brought. Raises as :meth:`queue` does."""
         return self._checked(self._send("GET", f"/api/jobs/{job_id}/result")).content
 
-    def _id_in(self, facts: Mapping[str, Any]) -> str:
-        job_id = str(facts.get("jobId", ""))
-        if not _JOB_ID.fullmatch(job_id):
-            raise self._strange()
-        return job_id
-
-    def _ask(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
-        answer = self._checked(self._send(method, path, body))
-        facts = _facts(answer)
-        if facts is None:
-            raise self._strange()
-        return facts
-
     def _send(self, method: str, path: str, body: bytes | None = None) -> Answer:
         headers = {} if body is None else {"Content-Type": "application/json"}
-        return self._transport.send(method, path, token=self._token, headers=headers, data=body)
+        try:
+            return self._transport.send(method, path, token=self._token, headers=headers, data=body)
+        except StudioUnavailable as error:
+            raise StudioUnavailable(
+                f"the studio at {self.address} cannot be reached: {error.reason}; start it (studio-worker"
+                " local-studio), or name another with --studio",
+                is_answer_lost=error.is_answer_lost,
+                reason=error.reason,
+            ) from None
 
     def _checked(self, answer: Answer) -> Answer:
         if 200 <= answer.status < 300:
             return answer
-        said = str((_facts(answer) or {}).get("error", "")) or f"HTTP {answer.status}"
+        said = _complaint(answer) or f"HTTP {answer.status}"
         if answer.status == 401:
-            raise RefusedByStudio(f"{self._address} wants its token: --token-file FILE")
+            raise RefusedByStudio(f"{self.address} wants its token: --token-file FILE")
         if answer.status in (408, 429) or answer.status >= 500:
-            raise StudioUnavailable(f"the studio says: {said}", status=answer.status)
+            raise StudioUnavailable(f"the studio at {self.address} says: {said}", status=answer.status)
+        if not _complaint(answer):
+            raise self._strange()
         raise OrderRefused(f"the studio says: {said}")
 
     def _strange(self) -> StudioUnavailable:
-        return StudioUnavailable(f"what answers at {self._address} is no local studio")
+        return StudioUnavailable(f"what answers at {self.address} is no local studio")
+
+    def _no_studio(self) -> ConfigError:
+        return ConfigError(
+            f"at {self.address} there is no local studio",
+            cure="give the address that studio-worker local-studio prints",
+            key="--studio",
+        )
+
+
+def _is_anothers(answer: Answer) -> bool:
+    """Whether no local studio answers so to an order: its refusals have a sentence, and it has the path. What
+    stands before one may ask for a password, or say that it is away for now.
+    """
+    if answer.status in (404, 405, 501) or answer.status < 400:
+        return not 200 <= answer.status < 300
+    return answer.status not in (401, 408, 429) and answer.status < 500 and not _complaint(answer)
+
+
+def _complaint(answer: Answer) -> str:
+    return str((_facts(answer) or {}).get("error", ""))
+
+
+def _id_in(facts: Mapping[str, Any]) -> str:
+    job_id = str(facts.get("jobId", ""))
+    return job_id if _JOB_ID.fullmatch(job_id) else ""
 
 
 def _facts(answer: Answer) -> dict[str, Any] | None:
@@ -122,13 +153,29 @@ def _facts(answer: Answer) -> dict[str, Any] | None:
 def _root(address: str) -> str:
     try:
         parts = urlsplit(address)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_address = False
-    if not is_address:
+        lacks = _lack(address, parts)
+    except ValueError:  # a port that is no number, half a bracket
+        lacks = "its host or port is none"
+    if lacks:
+        shown, meant = safe_url(address), safe_url(f"http://{_SCHEME.sub('', address, count=1)}")
+        if "://" not in address:
+            shown = meant.removeprefix("http://")
+        is_told = not shown.startswith("[")  # what may hold a password is not shown
         raise ConfigError(
-            f"{safe_url(address)!r} is no address of a studio",
-            cure="write e.g. http://127.0.0.1:8765",
+            f"{repr(shown) if is_told else 'this'} is no address of a studio: {lacks}",
+            cure=f"write {meant}" if is_told and "://" not in address else "write e.g. http://127.0.0.1:8765",
             key="--studio",
         )
     return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+
+
+def _lack(address: str, parts: SplitResult) -> str:
+    if not address.strip():
+        return "it is empty"
+    if "://" not in address:
+        return "http:// is missing"
+    if parts.scheme not in ("http", "https"):
+        return "it begins with neither http:// nor https://"
+    if not parts.hostname:
+        return "it names no host"
+    return "port 0 is none" if parts.port == 0 else ""

@@ -92,8 +92,9 @@ class Transport:
             answer = self._send_by(self._new_session(), method, path, headers, body)
             return answer._replace(is_second=is_lost)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            why = _why(error)
             raise StudioUnavailable(
-                f"the studio cannot be reached: {_why(error)}", is_answer_lost=is_lost or _is_sent(body)
+                f"the studio cannot be reached: {why}", is_answer_lost=is_lost or _is_sent(body), reason=why
             ) from None
 
     def _new_session(self) -> requests.Session:

@@ -23,13 +23,23 @@ class Watch:
     Args:
         folder: where pictures are put; ``None`` leaves them in the studio.
         tell: is given each line.
+        complain: is given what is wrong meanwhile.
     """
 
-    def __init__(self, orders: Orders, folder: Path | None, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        orders: Orders,
+        folder: Path | None,
+        *,
+        tell: Callable[[str], None],
+        complain: Callable[[str], None],
+    ) -> None:
         self.exit_status = 0
         self._orders = orders
         self._folder = folder
         self._tell = tell
+        self._complain = complain
+        self._trouble = ""
         self._left: dict[str, Order] = {}
 
     def add(self, order: Order) -> None:
@@ -58,16 +68,32 @@ class Watch:
             try:
                 for job_id in list(self._left):
                     self._look(job_id)
-                    heard_at = time.monotonic()
-            except StudioUnavailable:
+                    heard_at, self._trouble = time.monotonic(), ""
+            except StudioUnavailable as error:
+                self._note(error)
                 if time.monotonic() - heard_at > AWAY_S:
-                    raise
+                    raise StudioUnavailable(self._trouble) from None
             if not self._left:
                 return
             if timeout_s and time.monotonic() - began_at >= timeout_s:
                 self.exit_status = os.EX_TEMPFAIL
+                if self._trouble:
+                    self._complain(self._trouble)
                 return
             time.sleep(LOOK_EVERY_S)
+
+    def _note(self, error: StudioUnavailable) -> None:
+        """Told when it begins; what is said of it at the end is when that was."""
+        if self._trouble:
+            return
+        since = time.strftime("%H:%M:%S")
+        if error.reason:
+            self._trouble = (
+                f"the studio at {self._orders.address} cannot be reached since {since}: {error.reason}"
+            )
+        else:
+            self._trouble = f"since {since}: {error}"
+        self._complain(self._trouble)
 
     def _look(self, job_id: str) -> None:
         try:
@@ -82,7 +108,12 @@ class Watch:
             words.append(order.reason)
         elif self._folder is not None:
             path = self._folder / f"{job_id}.{order.ext}"
-            write_atomic(path, self._orders.picture(job_id), mode=0o644)
+            content = self._orders.picture(job_id)
+            try:
+                write_atomic(path, content, mode=0o644)
+            except OSError as error:
+                said = f"{error.strerror}; the picture is still in the studio"
+                raise OSError(error.errno, said, str(path)) from error
             words.append(str(path))
         del self._left[job_id]
         self._tell(" ".join(words))
