@@ -12,7 +12,6 @@ import typer
 
 from studio_worker.cli.options import complain, one_of, pixels, read_token, say
 from studio_worker.engine.parameters import MAX_GUIDANCE, MAX_SEED, MAX_STEPS
-from studio_worker.engine.sampling.samplers import SAMPLERS
 from studio_worker.files import write_problem
 
 ADDRESS = "http://127.0.0.1:8765"
@@ -20,6 +19,15 @@ ADDRESS = "http://127.0.0.1:8765"
 
 EXTS = ("webp", "png", "jpg", "jpeg")
 """Of the formats that the engines write."""
+
+
+def _known_sampler(name: str | None) -> str | None:
+    if name is None:
+        return None
+    from studio_worker.engine.sampling.samplers import SAMPLERS  # with numpy, which no other option needs
+
+    return one_of(SAMPLERS)(name)
+
 
 _Model = Annotated[str, typer.Option("--model", "-m", metavar="ID", help="A model of the studio, by its id.")]
 _Count = Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="How many pictures.")]
@@ -54,7 +62,7 @@ _Cfg = Annotated[
 ]
 _Sampler = Annotated[
     str | None,
-    typer.Option(metavar="NAME", callback=one_of(SAMPLERS), help="euler, euler_a, heun, dpm++2m, lcm, …"),
+    typer.Option(metavar="NAME", callback=_known_sampler, help="euler, euler_a, heun, dpm++2m, lcm, …"),
 ]
 _Ext = Annotated[
     str, typer.Option("--format", metavar="EXT", callback=one_of(EXTS), help="webp, png, jpg or jpeg.")
