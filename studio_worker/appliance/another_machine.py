@@ -108,9 +108,16 @@ def adopt(state: Path, machine: str | None) -> Identity | None:
     return identity
 
 
-def forget(state: Path, machine: str | None, lane: int | None = None, *, drop_pictures: bool = False) -> int:
+def forget(
+    state: Path,
+    machine: str | None,
+    lane: int | None = None,
+    *,
+    lanes: int = 1,
+    drop_pictures: bool = False,
+) -> int:
     """Be nobody to the studio, all lanes or one: the next start registers anew. What is another machine's is
-    kept aside, and then all of it.
+    kept aside, and then all of it. So many ``lanes`` run here.
 
     Returns:
         how many pictures were dropped with it.
@@ -125,7 +132,7 @@ def forget(state: Path, machine: str | None, lane: int | None = None, *, drop_pi
         present = _in_force(state, machine)
     if present is not None and is_foreign(present, machine):
         _exchange(state, present, _newcomer(machine))
-    dropped = undelivered.give_up(state, lane, drop=drop_pictures)
+    dropped = undelivered.give_up(state, lane, lanes, drop=drop_pictures)
     others = lane_identities(state)
     if lane == 1 and others:  # it says for all of them whose this folder is
         file.save(_newcomer(machine))

@@ -4,7 +4,6 @@ none of them. They are not lost unless somebody says so. Asks the files; the sta
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 from studio_worker.errors import ConfigError, StateUnavailable
@@ -14,8 +13,9 @@ from studio_worker.studio.http.identity import IdentityFile, Standing, identity_
 _LOSE = "give --drop-pictures to lose them"
 
 
-def give_up(state: Path, lane: int | None, *, drop: bool) -> int:
-    """See to it that nothing waits for ``lane``, or for any: it is dropped, or refused; returns how much was.
+def give_up(state: Path, lane: int | None, lanes: int, *, drop: bool) -> int:
+    """See to it that nothing waits for ``lane``, or for any of those that have an identity here: it is
+    dropped, or refused; returns how much was. So many ``lanes`` run here.
 
     Raises:
         StateUnavailable: pictures wait, and nobody said that they may be dropped.
@@ -24,12 +24,16 @@ def give_up(state: Path, lane: int | None, *, drop: bool) -> int:
     if not folder.is_dir():
         return 0
     files = PictureFiles(folder)
-    waiting = [each for each in files.read_all() if lane in {None, each.lane}]
+    waiting = [
+        each
+        for each in files.read_all()
+        if lane in {None, each.lane} and (state / identity_name(each.lane)).exists()
+    ]
     if waiting and not drop:
         raise StateUnavailable(
             f"{_pictures(len(waiting))} for delivery under this identity",
             source=str(folder),
-            cure=_cure(state, {each.lane for each in waiting}),
+            cure=_cure(state, {each.lane for each in waiting}, lanes),
         )
     for each in waiting:
         files.remove(each.job_id)
@@ -40,17 +44,21 @@ def _pictures(count: int) -> str:
     return "1 picture waits" if count == 1 else f"{count} pictures wait"
 
 
-def _cure(state: Path, lanes: set[int]) -> str:
-    """What brings them to the studio, by what the identities of ``lanes`` are."""
-    found: set[Standing | None] = set()
-    for lane in lanes:
-        with contextlib.suppress(ConfigError):
+def _cure(state: Path, whose: set[int], lanes: int) -> str:
+    """What brings them to the studio, by what the identities of those ``whose`` they are say."""
+    approved, damaged = [], []
+    for lane in sorted(whose):
+        try:
             identity = IdentityFile(state / identity_name(lane)).found()
-            found.add(Standing.PRISTINE if identity is None else identity.standing)
+        except ConfigError:
+            damaged.append(lane)
             continue
-        found.add(None)
-    if Standing.APPROVED in found:
+        if identity is not None and identity.standing is Standing.APPROVED:
+            approved.append(lane)
+    if approved and approved[-1] > lanes:
+        return f"set [worker] lanes = {approved[-1]} and start the service to deliver them, or {_LOSE}"
+    if approved:
         return f"start the service to deliver them, or {_LOSE}"
-    if None in found:
+    if damaged:
         return f"restore the identity from a backup to deliver them, or {_LOSE}"
     return f"the studio takes them under no other one: {_LOSE}"

@@ -86,7 +86,9 @@ def _forget(state: Path, lane: int | None, lanes: int, *, drop_pictures: bool) -
     if lane is not None and lane > lanes and not (state / identity_name(lane)).exists():
         raise typer.BadParameter(f"there is no lane {lane}: [worker] lanes = {lanes}")
     with state_lock(state):
-        dropped = another_machine.forget(state, machine_mark(), lane, drop_pictures=drop_pictures)
+        dropped = another_machine.forget(
+            state, machine_mark(), lane, lanes=lanes, drop_pictures=drop_pictures
+        )
     whose = "identity" if lane is None else f"identity of lane {lane}"
     lost = f" and {dropped} picture(s) dropped" if dropped else ""
     say(f"{whose} forgotten{lost}; the next start of the service asks to be registered anew")

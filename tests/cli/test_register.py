@@ -111,6 +111,27 @@ def test_reset_of_a_lane_asks_about_its_own_pictures(site: Configured, tmp_path:
     assert waiting(state) == {"job-1"}
 
 
+def test_reset_says_how_pictures_of_a_lane_that_does_not_run_are_delivered(
+    site: Configured, tmp_path: Path
+) -> None:
+    """What a lane made that does not run any more is delivered by running it, and the cure says so."""
+    etc, state = site(1), tmp_path / "state"
+    for lane in (1, 2):
+        known(state, lane)
+    finished(state, 2)
+    said = mistake("register", "--reset", "--config", etc, status=75)
+    assert "set [worker] lanes = 2 and start the service to deliver them, or" in said
+
+
+def test_reset_leaves_pictures_whose_identity_is_not_here(site: Configured, tmp_path: Path) -> None:
+    """What the first lane delivers by systemd credentials does not go with another lane's identity."""
+    etc, state = site(2), tmp_path / "state"
+    known(state, 2)
+    finished(state)
+    assert command("register", "--reset", "--drop-pictures", "--config", etc).returncode == 0
+    assert waiting(state) == {"job-1"}
+
+
 # --- lanes ---
 
 
