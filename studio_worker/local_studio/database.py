@@ -45,6 +45,8 @@ class Database:
         self.path = path
         self.on_change = on_change
         self._lock = threading.RLock()
+        self.last_opened_at = _changed_at(_lock_of(path))
+        """When a studio opened it before this one; infinitely late where none did."""
         self._held = _hold(path)
         try:
             pictures.clear_unfinished()
@@ -115,6 +117,17 @@ class Database:
         return str(row["value"])
 
 
+def _lock_of(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return float("inf")
+
+
 def _hold(path: Path) -> IO[bytes]:
     # A lock file of its own: SQLite's locks are per transaction, and two studios that release each
     # other's claims at start would do so quietly.
@@ -122,7 +135,8 @@ def _hold(path: Path) -> IO[bytes]:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Made here, with its mode: SQLite gives the same mode to the -wal and -shm files beside it.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        held = path.with_name(path.name + ".lock").open("wb")
+        held = _lock_of(path).open("wb")
+        os.utime(_lock_of(path))
     except OSError as error:
         raise ConfigError(
             f"the data folder cannot be written ({error.strerror})",

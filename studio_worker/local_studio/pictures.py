@@ -1,14 +1,16 @@
 """The bytes of results and input pictures: files of one folder, by keys that the database holds.
 
 Bytes are there before a row names them, and go after it has gone: a crash in between leaves a file too many,
-never a row without its picture. No file that is whole is removed unasked.
+never a row without its picture. At the start such files of the last run go; no other that is whole is removed
+unasked, be it from before, of another database or a person's own.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -18,6 +20,7 @@ from studio_worker.files import DISK_TROUBLES, remove_temporaries, store_atomic
 
 _KEY_BYTES = 8
 """Two deliveries of one job may come at the same moment; each has a file of its own."""
+_KEY = re.compile(rf".+-[0-9a-f]{{{2 * _KEY_BYTES}}}\.[a-z0-9]+")
 
 
 class StorageFull(ProtocolError):
@@ -62,6 +65,19 @@ class Pictures:
         """Remove what a crash left half-written. Only while no other studio has the folder."""
         if self._folder.is_dir():
             remove_temporaries(self._folder)
+
+    def remove_unnamed(self, named: Collection[str], since: float) -> int:
+        """Remove files that no row names and that were written after ``since``; returns how many. Only while
+        no delivery can come.
+        """
+        removed = 0
+        for path in list(self._folder.iterdir()) if self._folder.is_dir() else []:
+            if path.name not in named and _KEY.fullmatch(path.name):
+                with suppress(OSError):  # one file too many harms nobody
+                    if path.stat().st_mtime > since:
+                        path.unlink()
+                        removed += 1
+        return removed
 
 
 @contextmanager

@@ -67,6 +67,11 @@ class Studio:
         self.views = Views(self.queue, self.sessions.live)
         if self.database.is_new:
             self.shelf.put_model(PLACEHOLDER)
+        else:
+            rows = self.database.rows("SELECT key FROM results UNION SELECT key FROM files")
+            removed = pictures.remove_unnamed({row["key"] for row in rows}, self.database.last_opened_at)
+            if removed:
+                logger.info("pictures without a row removed", extra={"pictures": removed})
         released = self.queue.release_all(RESTARTED)
         if released:
             logger.info("claims released", extra={"jobs": released})

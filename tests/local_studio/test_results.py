@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from PIL import Image
 
 from studio_worker.local_studio import LocalStudio
 from tests.fakes.machine import PICTURE, SOURCE, WAIT_S, Machine, queue
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_fail_retryable_tries_until_attempts_are_used_up(studio: LocalStudio, machine: Machine) -> None:
@@ -112,6 +121,36 @@ def test_pictures_lie_in_a_folder(studio: LocalStudio, machine: Machine) -> None
     assert (part.status_code, part.content) == (206, b"WEBP")
     assert requests.delete(f"{studio.base_url}/api/jobs/{job_id}", timeout=WAIT_S).status_code == 204
     assert list(folder.iterdir()) == []
+
+
+def test_pictures_that_no_row_names_go_at_the_start(tmp_path: Path) -> None:
+    """What a crash left between a picture and its row is gone after the next start; nothing else is."""
+    database = tmp_path / "studio.sqlite3"
+    folder = tmp_path / "pictures"
+    with LocalStudio(database) as studio:
+        machine, job_id = Machine(studio), queue(studio)
+        machine.connect().take()
+        assert machine.upload(job_id, ext="png").status_code == 200
+        studio.add_picture(png())
+        machine.hang_up()
+    named = {path.name for path in folder.iterdir()}
+    assert len(named) == 2
+    (folder / f"{job_id}-0123456789abcdef.png").write_bytes(PICTURE)
+    (folder / "input-0123456789abcdef.png").write_bytes(png())
+    (folder / "my notes.txt").write_text("of a person")
+    with LocalStudio(database) as studio:
+        assert {path.name for path in folder.iterdir()} == named | {"my notes.txt"}
+        assert studio.result(job_id) == PICTURE
+
+
+def test_pictures_stay_where_the_database_was_taken_away(tmp_path: Path) -> None:
+    """A studio that begins anew beside the pictures of an older one removes none of them."""
+    picture = tmp_path / "pictures" / "input-0123456789abcdef.png"
+    picture.parent.mkdir()
+    picture.write_bytes(png())
+    for _ in range(2):
+        with LocalStudio(tmp_path / "studio.sqlite3"):
+            assert picture.read_bytes() == png()
 
 
 def test_pictures_that_were_taken_away_are_told(studio: LocalStudio, machine: Machine) -> None:
