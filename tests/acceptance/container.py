@@ -168,7 +168,9 @@ class Container:
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            self.process.kill()
+            # With process 1 all of the namespace ends; --kill-child's wish is lost when the user is changed.
+            with contextlib.suppress(ProcessLookupError, ValueError):
+                os.kill(self.first, signal.SIGKILL)
         self.process.wait(END_S)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self._work)
