@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -15,7 +16,6 @@ DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Error numbers of a disk, or of a user's share of it, that takes no more."""
 DISK_TROUBLES = DISK_FULL | {errno.EIO, errno.EROFS}
 """Those, and of a disk that fails, or that was made read-only since it did: no fault of the program's."""
-
 
 _COPY_BYTES = 1024 * 1024
 
@@ -26,51 +26,39 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o600, sync_folder: 
     Args:
         sync_folder: ``False`` where the caller goes on to something else in the folder that syncs it.
     """
-    temporary = path.with_name(
-        f".{uuid.uuid4().hex}.tmp"
-    )  # without the name, which may be as long as allowed
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
+    with _replacing(path, mode) as file:
+        file.write(content)
     if sync_folder:
         fsync_directory(path.parent)
 
 
 def store_atomic(path: Path, content: IO[bytes], *, mode: int = 0o600) -> int:
     """As :func:`write_atomic`, piece by piece from where ``content`` stands; returns the number of bytes."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as writing:
-            shutil.copyfileobj(content, writing, _COPY_BYTES)
-            size_bytes = writing.tell()
-            writing.flush()
-            os.fsync(writing.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _replacing(path, mode) as writing:
+        shutil.copyfileobj(content, writing, _COPY_BYTES)
+        size_bytes = writing.tell()
     fsync_directory(path.parent)
     return size_bytes
 
 
 def copy_atomic(source: Path, dest: Path) -> None:
     """The content of ``source`` under the name ``dest``, whole or not at all; from anywhere."""
-    temporary = dest.with_name(f".{uuid.uuid4().hex}.tmp")
+    with source.open("rb") as reading, _replacing(dest, 0o666) as writing:  # but for what the umask takes
+        shutil.copyfileobj(reading, writing, _COPY_BYTES)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, mode: int) -> Iterator[IO[bytes]]:
+    """A file to be filled, which takes the place of ``path`` once it is on disk, or goes where that fails."""
+    # Without the name, which may be as long as allowed.
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with source.open("rb") as reading, temporary.open("xb") as writing:
-            shutil.copyfileobj(reading, writing, _COPY_BYTES)
-            writing.flush()
-            os.fsync(writing.fileno())
-        temporary.replace(dest)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
