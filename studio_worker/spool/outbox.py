@@ -130,17 +130,29 @@ class Outbox:
 
     def lane_of(self, job_id: str) -> int | None:
         """Whose picture of this job waits; ``None`` where none does."""
-        return next((delivery.lane for delivery in self.oldest() if delivery.job_id == job_id), None)
+        delivery = self._found(job_id)
+        return None if delivery is None else delivery.lane
 
     def take_over(self, job_id: str, lane: int) -> None:
         """From now on ``lane`` delivers this job's picture: the studio expects it of that one."""
-        delivery = next((delivery for delivery in self.oldest() if delivery.job_id == job_id), None)
+        delivery = self._found(job_id)
         if delivery is None or delivery.lane == lane:
             return
         with self._guard:
             self._taken_over[job_id] = lane
         with self._writing, contextlib.suppress(OSError):  # then this holds until the next start
             self._files.write_note(replace(delivery, lane=lane))
+
+    def _found(self, job_id: str) -> Delivery | None:
+        """What waits of this job, without a look at the others."""
+        with self._guard:
+            delivery, is_gone = self._in_memory.get(job_id), job_id in self._gone
+        if delivery is None and not is_gone:
+            delivery = self._files.read(job_id)
+        if delivery is None:
+            return None
+        with self._guard:
+            return replace(delivery, lane=self._taken_over.get(job_id, delivery.lane))
 
     def catch_up(self) -> None:
         """Write what waits in memory and remove what is gone, where the disk lets it again."""

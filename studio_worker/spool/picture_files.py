@@ -63,6 +63,10 @@ class PictureFiles:
     def holds(self, job_id: str) -> bool:
         return self._path(job_id, ".json").exists()
 
+    def read(self, job_id: str) -> Delivery | None:
+        """This job's picture, where it can be delivered."""
+        return self._read(self._path(job_id, ".json"))
+
     def read_all(self) -> list[Delivery]:
         """Every picture that can be delivered, in no order."""
         return [delivery for note in self.folder.glob("*.json") if (delivery := self._read(note))]
