@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from entries import BOOTSTRAP as NAME
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-NAME = "studio-worker-archive-keyring"
 KEYRING = f"usr/share/keyrings/{NAME}.gpg"
 SOURCES = "etc/apt/sources.list.d/studio-worker.sources"
 DOC = f"usr/share/doc/{NAME}"

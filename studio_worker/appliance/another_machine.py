@@ -29,7 +29,7 @@ from studio_worker.wording import register_command
 log = logging.getLogger(__name__)
 
 _FOLDER = "other-machines"
-_NAME = "identity.json"
+_NAME = identity_name(1)
 _THINGS = ("outbox", "spool", "starts.json")
 """What belongs to one worker, beside its identity and those of further lanes; a lasting pause is the disk's,
 and stays.

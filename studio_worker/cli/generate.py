@@ -17,7 +17,7 @@ from studio_worker.box import process
 from studio_worker.box.owner import written_by_caller
 from studio_worker.cli.bars import PictureBar
 from studio_worker.cli.model_choice import SAMPLE_ID, ChosenModel, find_model, weights_file
-from studio_worker.cli.options import ConfigDir, Json, pixels
+from studio_worker.cli.options import ConfigDir, Json, Negative, Size, pixels
 from studio_worker.engine.parameters import MAX_SEED
 from studio_worker.errors import ConfigError, DeviceError
 from studio_worker.files import output_problem, write_atomic
@@ -44,10 +44,8 @@ _Output = Annotated[
         readable=False,
     ),
 ]
-_Negative = Annotated[str, typer.Option(help="What the picture must not show.")]
 _Seed = Annotated[int | None, typer.Option(max=MAX_SEED, help="The same seed makes the same picture.")]
 _Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
-_Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels, or one number for a square.")]
 _Cfg = Annotated[float | None, typer.Option(help="Guidance: how closely the prompt is followed.")]
 _Sampler = Annotated[str | None, typer.Option(help="euler, euler_a, heun, dpm++2m, lcm, …")]
 _Init = Annotated[
@@ -81,10 +79,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the picture shows.")],
     model: _Model = SAMPLE_ID,
     output: _Output = Path("picture.png"),
-    negative: _Negative = "",
+    negative: Negative = "",
     seed: _Seed = None,
     steps: _Steps = None,
-    size: _Size = None,
+    size: Size = None,
     cfg: _Cfg = None,
     sampler: _Sampler = None,
     init: _Init = None,

@@ -113,6 +113,8 @@ def read_token(path: Path) -> str:
         ) from error
 
 
+Negative = Annotated[str, typer.Option(help="What the picture must not show.")]
+Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels, or one number for a square.")]
 Instance = Annotated[
     int | None,
     typer.Option(

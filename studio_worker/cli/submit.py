@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from studio_worker.cli.options import complain, one_of, pixels, read_token, say
+from studio_worker.cli.options import Negative, Size, complain, one_of, pixels, read_token, say
 from studio_worker.engine.parameters import MAX_GUIDANCE, MAX_SEED, MAX_STEPS
 from studio_worker.files import write_problem
 
@@ -50,12 +50,10 @@ _Studio = Annotated[str, typer.Option(metavar="URL", help="The studio's address.
 _TokenFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="File with the studio's token.", readable=False)
 ]
-_Negative = Annotated[str, typer.Option(help="What the picture must not show.")]
 _Seed = Annotated[
     int | None, typer.Option(min=0, max=MAX_SEED, help="Of the first picture; the others count on from it.")
 ]
 _Steps = Annotated[int | None, typer.Option(min=1, max=MAX_STEPS, help="Denoising steps.")]
-_Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels, or one number for a square.")]
 _Cfg = Annotated[
     float | None,
     typer.Option(min=0, max=MAX_GUIDANCE, help="Guidance: how closely the prompt is followed."),
@@ -80,10 +78,10 @@ def submit(
     submitter: _Submitter = None,
     studio: _Studio = ADDRESS,
     token_file: _TokenFile = None,
-    negative: _Negative = "",
+    negative: Negative = "",
     seed: _Seed = None,
     steps: _Steps = None,
-    size: _Size = None,
+    size: Size = None,
     cfg: _Cfg = None,
     sampler: _Sampler = None,
     ext: _Ext = "webp",
