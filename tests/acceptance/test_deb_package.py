@@ -78,40 +78,36 @@ def test_lintian_has_nothing_to_say(debs: Debs, work: Path) -> None:
 @said_once
 def test_same_rules_build_torch_with_cuda() -> None:
     """Build profiles select the CUDA packages and their lock files, and all else of theirs is alike."""
-    environment = {**os.environ, "DEB_BUILD_PROFILES": "pkg.studio-worker.cuda pkg.studio-worker.nocpu"}
-    listed = subprocess.run(
-        ["dh_listpackages"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    ).stdout.split()
+    listed, plan = _planned("pkg.studio-worker.cuda pkg.studio-worker.nocpu")
     assert listed == ["studio-worker", "studio-worker-torch-cuda"]
-    plan = subprocess.run(
-        ["make", "--dry-run", "-f", "debian/rules", "override_dh_auto_build", "override_dh_auto_install"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
     assert "-r packaging/lock/torch-cuda.txt" in plan
     assert "torch-cpu" not in plan
     locked = (ROOT / "packaging/lock/torch-cuda.txt").read_text()
     assert "\ntorch==2" in locked
     assert "+cpu" not in locked
     assert "\nnvidia-cudnn-cu13==" in locked
-    twelve = {**environment, "DEB_BUILD_PROFILES": "pkg.studio-worker.cuda12 pkg.studio-worker.nocpu"}
-    listed = subprocess.run(
-        ["dh_listpackages"], cwd=ROOT, env=twelve, capture_output=True, text=True, check=True
-    ).stdout.split()
+    listed, plan = _planned("pkg.studio-worker.cuda12 pkg.studio-worker.nocpu")
     assert listed == ["studio-worker", "studio-worker-torch-cuda12"]
-    plan = subprocess.run(
-        ["make", "--dry-run", "-f", "debian/rules", "override_dh_auto_build", "override_dh_auto_install"],
-        cwd=ROOT, env=twelve, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
     assert "-r packaging/lock/torch-cuda12.txt" in plan
     assert "-r packaging/lock/torch-cuda.txt" not in plan
     for suffix in ("install", "postinst", "prerm", "changelog", "lintian-overrides"):
         others = (ROOT / "debian" / f"studio-worker-torch-cuda.{suffix}").read_bytes()
         assert (ROOT / "debian" / f"studio-worker-torch-cuda12.{suffix}").read_bytes() == others
-    without = {**os.environ, "DEB_BUILD_PROFILES": ""}
-    listed = subprocess.run(
-        ["dh_listpackages"], cwd=ROOT, env=without, capture_output=True, text=True, check=True
-    ).stdout.split()
+    listed, _ = _planned("")
     assert listed == ["studio-worker", "studio-worker-torch-cpu"]
+
+
+def _planned(profiles: str) -> tuple[list[str], str]:
+    """The packages that are built with these build profiles, and what make would run for it."""
+
+    def said(*command: str) -> str:
+        environment = {**os.environ, "DEB_BUILD_PROFILES": profiles}
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    targets = ("override_dh_auto_build", "override_dh_auto_install")
+    return said("dh_listpackages").split(), said("make", "--dry-run", "-f", "debian/rules", *targets)
 
 
 @said_once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,3 +31,17 @@ def machine(studio: LocalStudio) -> Iterator[Machine]:
     yield worker
     assert worker.socket is not None
     worker.socket.close()
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """A studio's file of the first schema: a worker, a model, an input picture and a log line, two jobs that
+    wait, of which one was rejected, and two of November 2025 that are done and have failed.
+    """
+    path = tmp_path / "studio.sqlite3"
+    connection = sqlite3.connect(path)
+    connection.executescript(
+        (Path(__file__).parents[1] / "data" / "local-studio-1.sql").read_text(encoding="utf-8")
+    )
+    connection.close()
+    return path

@@ -13,18 +13,6 @@ from studio_worker.local_studio import LocalStudio
 from studio_worker.local_studio.rules import JobStatus
 from tests.fakes.machine import PICTURE, Machine
 
-FIRST = Path(__file__).parent.parent / "data" / "local-studio-1.sql"
-"""A studio of the first schema: a worker, a model, jobs that wait, were rejected, are done, have failed."""
-
-
-@pytest.fixture
-def older(tmp_path: Path) -> Path:
-    path = tmp_path / "studio.sqlite3"
-    connection = sqlite3.connect(path)
-    connection.executescript(FIRST.read_text(encoding="utf-8"))
-    connection.close()
-    return path
-
 
 def test_older_file_is_taken_over(older: Path) -> None:
     """A file of the first schema is brought up to date at the start, and everything in it is still there."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,22 +13,11 @@ from studio_worker.local_studio import LocalStudio, Retention
 from studio_worker.local_studio.rules import JobStatus
 from tests.fakes.machine import WAIT_S, Machine, queue
 
-FIRST = Path(__file__).parent.parent / "data" / "local-studio-1.sql"
-"""Two jobs of November 2025 that are over, two that wait, an input picture and a log line."""
 
-
-def older(folder: Path) -> Path:
-    path = folder / "studio.sqlite3"
-    connection = sqlite3.connect(path)
-    connection.executescript(FIRST.read_text(encoding="utf-8"))
-    connection.close()
-    return path
-
-
-def test_old_jobs_go_where_the_operator_says_so(tmp_path: Path) -> None:
+def test_old_jobs_go_where_the_operator_says_so(older: Path) -> None:
     """--keep-days removes finished and failed jobs, inputs and log lines that are older; queued jobs stay."""
-    older(tmp_path)
-    command = [sys.executable, "-m", "studio_worker", "local-studio", "--data", str(tmp_path), "--port", "0"]
+    data = ["--data", str(older.parent)]
+    command = [sys.executable, "-m", "studio_worker", "local-studio", *data, "--port", "0"]
     with subprocess.Popen([*command, "--keep-days", "30"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         address = re.search(r"http://\S+", process.stdout.readline())
@@ -43,23 +31,22 @@ def test_old_jobs_go_where_the_operator_says_so(tmp_path: Path) -> None:
         process.terminate()
     assert process.returncode == 0
     assert state["queue"]["queued"] == 2
-    assert list((tmp_path / "pictures").iterdir()) == []
+    assert list((older.parent / "pictures").iterdir()) == []
 
 
-def test_nothing_goes_unasked(tmp_path: Path) -> None:
+def test_nothing_goes_unasked(older: Path) -> None:
     """Without a limit everything is kept, however old."""
-    with LocalStudio(older(tmp_path)) as studio:
+    with LocalStudio(older) as studio:
         studio.housekeeping.tidy()
         assert studio.queue.counts() == {"queued": 2, "offered": 0, "running": 0, "done": 1, "failed": 1}
         assert len(studio.logs()) == 1
 
 
-def test_inputs_stay_while_a_job_names_them(tmp_path: Path) -> None:
+def test_inputs_stay_while_a_job_names_them(older: Path) -> None:
     """An old input picture of a job that still waits is not taken from under it."""
-    path = older(tmp_path)
-    with LocalStudio(path) as studio:
+    with LocalStudio(older) as studio:
         queue(studio, task={"initImageUrl": "/files/input"})
-    with LocalStudio(path, retention=Retention(keep_s=0)) as studio:
+    with LocalStudio(older, retention=Retention(keep_s=0)) as studio:
         studio.wait_for(lambda: studio.queue.counts()["done"] == 0, WAIT_S)
         studio.housekeeping.tidy()
         assert studio.shelf.picture("input") is not None
