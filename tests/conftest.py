@@ -15,6 +15,7 @@ from studio_worker import context, sample_model
 from studio_worker.box import process
 from studio_worker.demo import write_configuration
 from studio_worker.local_studio import LocalStudio
+from tests.farm.postgres import Cluster, NotInstalled
 
 process.prepare()  # before a test module imports torch
 
@@ -84,3 +85,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Cluster]:
+    """A PostgreSQL server for this run. Without one installed its tests are skipped; FARM=1 promises one."""
+    try:
+        cluster = Cluster()
+    except NotInstalled as missing:
+        if os.environ.get("FARM"):
+            pytest.fail(str(missing))
+        pytest.skip(str(missing))
+    with cluster:
+        yield cluster
+
+
+@pytest.fixture
+def database_url(postgres: Cluster) -> Iterator[str]:
+    """The address of an empty database that is this test's alone."""
+    name = postgres.create()
+    yield postgres.url(name)
+    postgres.drop(name)
