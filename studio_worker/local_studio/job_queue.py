@@ -7,7 +7,6 @@ import sqlite3
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import IO, Any
 
 from studio_worker.local_studio import rules
@@ -227,11 +226,11 @@ class JobQueue:
             job = self._require(job_id)
             if job.status in rules.HELD:
                 raise rules.RuleBroken(f"job {job_id} is {job.status}; it can be deleted when that is over")
-            path = self.picture(job_id)
+            key = self.picture(job_id)
             connection.execute("DELETE FROM results WHERE job_id = ?", (job_id,))
             connection.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,))
-        if path is not None:
-            self._pictures.delete(path.name)
+        if key is not None:
+            self._pictures.delete(key)
 
     def result(self, job_id: str) -> Result | None:
         """What is known of a job's result, without its bytes."""
@@ -246,10 +245,10 @@ class JobQueue:
         facts["generation_meta"] = json.loads(row["generation_meta"] or "null")
         return Result(**facts)
 
-    def picture(self, job_id: str) -> Path | None:
-        """The file with the bytes of a job's result."""
+    def picture(self, job_id: str) -> str | None:
+        """The key of a job's result."""
         row = self._database.row("SELECT key FROM results WHERE job_id = ?", (job_id,))
-        return None if row is None else self._pictures.path(row["key"])
+        return None if row is None else str(row["key"])
 
     def _change(self, job_id: str, rule: Callable[[QueuedJob], QueuedJob]) -> QueuedJob:
         with self._database.writing() as connection:

@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -49,7 +48,7 @@ class StoredFile:
     """An input picture."""
 
     media_type: str
-    path: Path
+    key: str
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Shelf:
     def picture(self, file_id: str) -> StoredFile | None:
         """An input picture."""
         row = self._database.row("SELECT media_type, key FROM files WHERE file_id = ?", (file_id,))
-        return None if row is None else StoredFile(row["media_type"], self._pictures.path(row["key"]))
+        return None if row is None else StoredFile(row["media_type"], row["key"])
 
     def delete_picture(self, file_id: str) -> bool:
         """Forget an input picture. False where it is unknown."""
@@ -129,7 +128,7 @@ class Shelf:
             return False
         with self._database.writing() as connection:
             connection.execute("DELETE FROM files WHERE file_id = ?", (file_id,))
-        self._pictures.delete(found.path.name)
+        self._pictures.delete(found.key)
         return True
 
     def delete_logs(self, before: str) -> None:

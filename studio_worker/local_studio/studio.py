@@ -14,7 +14,7 @@ from studio_worker.local_studio.changes import Changes
 from studio_worker.local_studio.database import Database
 from studio_worker.local_studio.housekeeping import FOR_EVER, Housekeeping, Retention
 from studio_worker.local_studio.job_queue import JobQueue
-from studio_worker.local_studio.pictures import Pictures
+from studio_worker.local_studio.pictures import Folder
 from studio_worker.local_studio.registry import Registration, Registry
 from studio_worker.local_studio.rules import RESTARTED, JobExtras, JobStatus, QueuedJob
 from studio_worker.local_studio.sessions import Limits, Sessions
@@ -51,7 +51,7 @@ class Studio:
     def __init__(self, database: Path, limits: Limits | None = None, retention: Retention = FOR_EVER) -> None:
         self.limits = limits or Limits()
         self.changes = Changes()
-        pictures = Pictures(database.parent / PICTURES_FOLDER)
+        self.pictures = pictures = Folder(database.parent / PICTURES_FOLDER)
         self.database = Database(database, self.changes.bump, pictures)
         self.registry = Registry(self.database)
         self.queue = JobQueue(self.database, pictures, patience=self.limits.patience)
@@ -170,10 +170,11 @@ class Studio:
 
     def result(self, job_id: str) -> bytes:
         """The bytes a job brought. Raises KeyError where there are none yet."""
-        path = self.queue.picture(job_id)
-        if path is None:
+        key = self.queue.picture(job_id)
+        if key is None:
             raise KeyError(job_id)
-        return path.read_bytes()
+        with self.pictures.open(key).content as content:
+            return content.read()
 
     def retry(self, job_id: str) -> None:
         """Queue a failed or rejected job again. Raises RuleBroken."""

@@ -26,7 +26,8 @@ def test_older_file_is_taken_over(older: Path) -> None:
         assert [said.reason for said in rejected.rejections.values()] == ['needs 40 GB, "they" say']
         found = studio.shelf.picture("input")
         assert found is not None
-        assert (found.media_type, found.path.read_bytes()) == ("image/png", b"\x89PNG\r\n\x1a\n")
+        with studio.pictures.open(found.key).content as content:
+            assert (found.media_type, content.read()) == ("image/png", b"\x89PNG\r\n\x1a\n")
         assert len(list((older.parent / "pictures").iterdir())) == 2
         machine = Machine(studio).connect()
         assert machine.take()["jobId"] == "waiting"

@@ -190,12 +190,14 @@ class PeopleRoutes:
     async def result(self, request: Request) -> Response:
         """The bytes a job brought, as what they are."""
         job_id = self._known(request)
-        result, path = self._desk.queue.result(job_id), self._desk.queue.picture(job_id)
-        if result is None or path is None:
+        result, key = self._desk.queue.result(job_id), self._desk.queue.picture(job_id)
+        if result is None or key is None:
             raise HTTPException(404, "the job has no result yet")
         media_type = "application/json" if result.ext == "json" else wire.mime_type(result.ext)
         disposition = f'inline; filename="{job_id}.{result.ext}"'
-        return await stored.picture(path, media_type, {"Content-Disposition": disposition})
+        return await stored.picture(
+            request, self._desk.pictures, key, media_type, {"Content-Disposition": disposition}
+        )
 
     # --- within -------------------------------------------------------------------------------------
 

@@ -93,7 +93,7 @@ class ShelfRoutes:
         found = self._desk.shelf.picture(request.path_params["file_id"])
         if found is None:
             raise HTTPException(404, "the file is unknown")
-        return await stored.picture(found.path, found.media_type)
+        return await stored.picture(request, self._desk.pictures, found.key, found.media_type)
 
     async def model_file(self, request: Request) -> Response:
         """A model file, whole or by Range."""

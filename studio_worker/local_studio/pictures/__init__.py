@@ -1,0 +1,23 @@
+"""Where the bytes of results and input pictures lie: a port, and what it is made of."""
+
+from studio_worker.local_studio.pictures.folder import Folder
+from studio_worker.local_studio.pictures.port import (
+    CannotStore,
+    PictureGone,
+    Pictures,
+    Reading,
+    StorageAway,
+    StorageFull,
+    StoredBytes,
+)
+
+__all__ = [
+    "CannotStore",
+    "Folder",
+    "PictureGone",
+    "Pictures",
+    "Reading",
+    "StorageAway",
+    "StorageFull",
+    "StoredBytes",
+]
