@@ -5,7 +5,16 @@ folder. Importing it loads no torch; an engine's own module does that when its f
 configuration error, ``status`` and the way to READY never pay for it.
 """
 
-from studio_worker.engine.contract import Engine, Inputs, KeepsModels, Made, Request, Resident, StepProgress
+from studio_worker.engine.contract import (
+    Engine,
+    Inputs,
+    KeepsModels,
+    Made,
+    Preparer,
+    Request,
+    Resident,
+    StepProgress,
+)
 from studio_worker.engine.router import Router, default_router
 
 __all__ = [
@@ -13,6 +22,7 @@ __all__ = [
     "Inputs",
     "KeepsModels",
     "Made",
+    "Preparer",
     "Request",
     "Resident",
     "Router",

@@ -34,6 +34,15 @@ class Request:
     defaults: CliDefaults
     files: tuple[LocalFile, ...]
     inputs: Inputs = Inputs()
+    prepared: object = None
+    """What a :data:`Preparer` has made of all this; the inputs are in it, and here no more."""
+
+
+Preparer = Callable[[Request, Callable[[], None]], Request]
+"""Does of a request what needs no device: checks it, decodes its inputs and lays them out. From any thread.
+What nobody has prepared the engine prepares itself.
+
+The second argument is called meanwhile; what it raises ends that. Raises JobError as :meth:`Engine.make`."""
 
 
 class Made(Protocol):

@@ -34,7 +34,7 @@ from studio_worker.engine.pictures.encoding import Unencoded
 from studio_worker.engine.rendering.canvas import Starting
 from studio_worker.engine.rendering.loader import Loader
 from studio_worker.engine.rendering.pipeline import LoadedModel, Rendered
-from studio_worker.engine.understood import Understood, understand
+from studio_worker.engine.understood import Asked, Understood, asked, understood
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
@@ -88,7 +88,10 @@ class DiffusionEngine(Engine):
         prompts = (printable(request.task.prompt), printable(request.task.negative_prompt or ""))
         cancel.check()
         with translated(self._device, prompts):
-            job = understand(request, self._sources, self._places, cancel.check)
+            job = request.prepared
+            if not isinstance(job, Asked):
+                job = asked(request, self._sources, cancel.check)
+            job = understood(job, self._places)
             needed = self._needed(job)
             plan = self._plan(job, needed, request.defaults)
         tries = _TRIES

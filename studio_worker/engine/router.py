@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 
-from studio_worker.engine.contract import Engine, KeepsModels, Resident
+from studio_worker.engine.contract import Engine, KeepsModels, Preparer, Request, Resident
 from studio_worker.engine.memory.peaks import Peaks
 from studio_worker.errors import NotServed
 from studio_worker.models import ModelSource
@@ -16,12 +17,21 @@ class Router:
 
     Args:
         peaks: what they learn of the memory that pictures take.
+        preparers: of those whose requests can be prepared, likewise made when first needed.
     """
 
-    def __init__(self, factories: Mapping[str, Callable[[], Engine]], peaks: Peaks | None = None) -> None:
+    def __init__(
+        self,
+        factories: Mapping[str, Callable[[], Engine]],
+        peaks: Peaks | None = None,
+        preparers: Mapping[str, Callable[[], Preparer]] | None = None,
+    ) -> None:
         self.peaks = peaks or Peaks()
         self._factories = dict(factories)
         self._engines: dict[str, Engine] = {}
+        self._preparers = dict(preparers or {})
+        self._prepare: dict[str, Preparer] = {}
+        self._guard = threading.Lock()
 
     def names(self) -> frozenset[str]:
         return frozenset(self._factories)
@@ -39,6 +49,18 @@ class Router:
         if name not in self._engines:
             self._engines[name] = self._factories[name]()
         return self._engines[name]
+
+    def prepared(self, source: ModelSource, request: Request, check: Callable[[], None]) -> Request:
+        """``request``, with all done that needs no device; from any thread. Arguments and errors as of a
+        :data:`Preparer`.
+        """
+        name = source.engine
+        if name not in self._preparers:
+            return request
+        with self._guard:
+            if name not in self._prepare:
+                self._prepare[name] = self._preparers[name]()
+        return self._prepare[name](request, check)
 
     def made(self) -> tuple[Engine, ...]:
         """The engines that were needed so far. From any thread."""
@@ -89,4 +111,24 @@ def default_router(device: str, *, compiles: bool = False) -> Router:
     factories: dict[str, Callable[[], Engine]] = {"sd-cpp": diffusion, "synthetic": synthetic}
     if find_spec("onnxruntime") is not None:
         factories["onnx"] = removal
-    return Router(factories, peaks)
+    return Router(factories, peaks, PREPARERS)
+
+
+def _diffusion_preparer() -> Preparer:
+    from studio_worker.engine.families.sources import Sources
+    from studio_worker.engine.preparing import preparer
+    from studio_worker.engine.understood import asked
+
+    sources = Sources()
+    return preparer(lambda request, check: asked(request, sources, check))
+
+
+def _removal_preparer() -> Preparer:
+    from studio_worker.engine.preparing import preparer
+    from studio_worker.engine.removal.engine import asked
+
+    return preparer(asked)
+
+
+PREPARERS: Mapping[str, Callable[[], Preparer]] = {"sd-cpp": _diffusion_preparer, "onnx": _removal_preparer}
+"""Of the engines whose jobs bring pictures, or files that have to be read."""

@@ -1,4 +1,8 @@
-"""What a request asks for, understood and checked before anything is loaded."""
+"""What a request asks for, understood and checked before anything is loaded.
+
+In two parts: what needs no device (:func:`asked`), which any thread may do while another picture is made; and
+where LoRAs go (:func:`understood`), which looks at torch's modules.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +23,14 @@ from studio_worker.jobs import ImageTask
 
 
 @dataclass(frozen=True)
-class Understood:
+class Asked:
     """A job: what makes it, how, and from what. ``unknown`` are LoRAs that the prompt names in vain."""
 
     blueprint: Blueprint
     parameters: Parameters
     starting: Starting
-    placed: tuple[PlacedLora, ...]
+    loras: tuple[Lora, ...]
     unknown: tuple[str, ...]
-
-    @property
-    def loras(self) -> tuple[Lora, ...]:
-        return tuple(each.lora for each in self.placed)
 
     @property
     def pixels(self) -> int:
@@ -42,9 +42,14 @@ class Understood:
         return self.parameters.guidance != 1
 
 
-def understand(
-    request: Request, sources: Sources, places: LoraPlaces, check: Callable[[], None]
-) -> Understood:
+@dataclass(frozen=True)
+class Understood(Asked):
+    """A job whose LoRAs have found their places."""
+
+    placed: tuple[PlacedLora, ...]
+
+
+def asked(request: Request, sources: Sources, check: Callable[[], None]) -> Asked:
     """
     Args:
         check: called while pictures are decoded; what it raises ends that.
@@ -63,8 +68,17 @@ def understand(
     family.check(parameters)
     starting = _starting(request.inputs, parameters, check)
     family.check_job(starting.kind, blueprint.sections)
-    placed = tuple(places.place(lora, family, blueprint.sections) for lora in loras)
-    return Understood(blueprint, parameters, starting, placed, unknown)
+    return Asked(blueprint, parameters, starting, loras, unknown)
+
+
+def understood(job: Asked, places: LoraPlaces) -> Understood:
+    """
+    Raises:
+        JobError: a LoRA does not fit the model, or its file is not whole.
+    """
+    family, sections = job.blueprint.family, job.blueprint.sections
+    placed = tuple(places.place(lora, family, sections) for lora in job.loras)
+    return Understood(job.blueprint, job.parameters, job.starting, job.loras, job.unknown, placed)
 
 
 def _check_inputs(task: ImageTask, inputs: Inputs) -> None:

@@ -2,8 +2,8 @@
 
 Asks the source for a job, the store for files, the engine for a picture, and gives the picture to the
 outbox. It knows none of them: what it needs of each is declared in ports.py. Only what needs the device is
-done elsewhere, in the lane's turn (turns.py); files, inputs, encoding and keeping are done here. One bad job
-never ends a lane; a lost device does.
+done elsewhere, in the lane's turn (turns.py); files, inputs and their decoding, encoding and keeping are done
+here. One bad job never ends a lane; a lost device does.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from studio_worker.errors import (
     JobImpossible,
 )
 from studio_worker.jobs import Cancel, Job, Picture
+from studio_worker.models import LocalFile
 from studio_worker.wording import frames
 from studio_worker.work.keeping import release_all
 from studio_worker.work.ports import Ports
@@ -195,26 +196,32 @@ class Lane:
         with self._files.taken(
             job.model, job.source.files, progress=self._stride.moved, cancel=self._cancel_download
         ) as files:
-            inputs = Inputs(
-                init_image=self._fetched(job.task.init_image_url),
-                mask=self._fetched(job.task.mask_url),
-                ref_image=self._fetched(job.task.ref_image_url),
-            )
+            request = self._prepared(job, files)
             ready = time.monotonic()
-            request = Request(
-                job_id=job.job_id,
-                model=job.model,
-                task=job.task,
-                defaults=job.source.cli_defaults,
-                files=files,
-                inputs=inputs,
-            )
             self._cancel.check()
             is_free = self._turns.is_free()
             self._reports.job_waits()
             made = self._at_the_device(partial(self._paint, job, request), job.model)
             waited_s = {} if is_free else {"turn": self._painting_at - ready}  # for another lane's picture
             return made, {"wait": began - job.taken_at, "files": ready - began, **waited_s}
+
+    def _prepared(self, job: Job, files: tuple[LocalFile, ...]) -> Request:
+        """All that the engine needs, its input pictures decoded. As fetched they are gone by then."""
+        inputs = Inputs(
+            init_image=self._fetched(job.task.init_image_url),
+            mask=self._fetched(job.task.mask_url),
+            ref_image=self._fetched(job.task.ref_image_url),
+        )
+        request = Request(
+            job_id=job.job_id,
+            model=job.model,
+            task=job.task,
+            defaults=job.source.cli_defaults,
+            files=files,
+            inputs=inputs,
+        )
+        self._stride.moved()
+        return self._engines.prepared(job.source, request, self._cancel.check)
 
     def _at_the_device(self, paint: Callable[[], Made], model: str) -> Made:
         """What ``paint`` gives when it is this lane's turn. What is waited for meanwhile is not this job."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from studio_worker.engine import Engine, Resident
+from studio_worker.engine import Engine, Request, Resident
 from studio_worker.jobs import Job, Picture
 from studio_worker.models import LocalFile, ModelFile, ModelSource
 
@@ -68,6 +68,10 @@ class Engines(Protocol):
     """Which engine reads a source."""
 
     def for_source(self, source: ModelSource) -> Engine: ...
+    def prepared(self, source: ModelSource, request: Request, check: Callable[[], None]) -> Request:
+        """``request``, with all done that needs no device; from any thread."""
+        ...
+
     def made(self) -> Iterable[Engine]: ...
     def resident(self) -> Mapping[str, Resident]: ...
 

@@ -5,6 +5,7 @@ The header of a GGUF language model alone takes a tenth of a second to read.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ _KEPT = 32
 
 
 class Sources:
-    """Blueprints by their files, least recently used first. For one thread.
+    """Blueprints by their files, least recently used first. Safe from any thread.
 
     Args:
         families: those that are served.
@@ -27,6 +28,7 @@ class Sources:
     def __init__(self, families: Sequence[Family] = FAMILIES) -> None:
         self._families = families
         self._known: OrderedDict[tuple[tuple[LocalFile, int, int], ...], Blueprint] = OrderedDict()
+        self._guard = threading.Lock()
 
     def identify(self, files: Sequence[LocalFile]) -> Blueprint:
         """What the source of ``files`` is; files that have changed on disk are read again.
@@ -39,12 +41,13 @@ class Sources:
         except OSError:
             return self._identified(files)  # says what is wrong
         key = tuple((file, s.st_size, s.st_mtime_ns) for file, s in zip(files, stats, strict=True))
-        if key not in self._known:
-            self._known[key] = self._identified(files)
-            if len(self._known) > _KEPT:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
+        with self._guard:
+            if key not in self._known:
+                self._known[key] = self._identified(files)
+                if len(self._known) > _KEPT:
+                    self._known.popitem(last=False)
+            self._known.move_to_end(key)
+            return self._known[key]
 
     def _identified(self, files: Sequence[LocalFile]) -> Blueprint:
         try:

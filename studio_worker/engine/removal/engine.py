@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,8 +62,8 @@ class RemovalEngine(Engine):
         private = (printable(task.prompt), printable(task.negative_prompt or ""))
         cancel.check()
         with translated(self._torch_device, private):
-            check_ext(task.ext)
-            levels, mask = _understood(request, cancel.check)
+            job = request.prepared if isinstance(request.prepared, Asked) else asked(request, cancel.check)
+            levels, mask = job
             found = holes(mask)
             progress(0, len(found))
             started = time.perf_counter()
@@ -145,13 +146,23 @@ class RemovalEngine(Engine):
         return self._graph
 
 
-def _understood(request: Request, check: Callable[[], None]) -> tuple[Levels, White]:
-    """The picture in the size that is asked for, and what of it is removed. ``check`` is called meanwhile.
+class Asked(NamedTuple):
+    """The picture in the size that is asked for, and what of it is removed."""
+
+    levels: Levels
+    mask: White
+
+
+def asked(request: Request, check: Callable[[], None]) -> Asked:
+    """
+    Args:
+        check: called while pictures are decoded; what it raises ends that.
 
     Raises:
         JobError: what is asked cannot be done, or a picture is not whole.
     """
     task, inputs = request.task, request.inputs
+    check_ext(task.ext)
     for name, url in (("initImageUrl", task.init_image_url), ("maskUrl", task.mask_url)):
         if url is None:
             raise JobImpossible(f"{name} is missing: removing an object takes a picture and a mask of it")
@@ -172,7 +183,7 @@ def _understood(request: Request, check: Callable[[], None]) -> tuple[Levels, Wh
         raise JobImpossible("the mask is black everywhere: white marks what is removed")
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.LANCZOS)
-    return np.asarray(picture), mask
+    return Asked(np.asarray(picture), mask)
 
 
 def _parameters(task: ImageTask, levels: Levels) -> Parameters:
