@@ -16,14 +16,14 @@ from studio_worker.cli.control import pause, resume, status
 from studio_worker.cli.doctor import check_config, doctor
 from studio_worker.cli.generate import generate
 from studio_worker.cli.gpu_check import gpu_check
+from studio_worker.cli.local_studio import local_studio
 from studio_worker.cli.models import models_app
-from studio_worker.cli.options import ConfigDir, read_token
+from studio_worker.cli.options import ConfigDir
 from studio_worker.cli.register import register
 from studio_worker.cli.submit import submit
 from studio_worker.errors import StudioWorkerError
 from studio_worker.files import DISK_TROUBLES
 from studio_worker.plain import plain
-from studio_worker.report import logs
 
 app = typer.Typer(
     name="studio-worker",
@@ -85,67 +85,7 @@ def run(directory: ConfigDir = config.DEFAULT_DIR) -> None:
 
 
 app.command()(register)
-
-
-@app.command("local-studio")
-def local_studio(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8765,
-    data: Annotated[
-        Path,
-        typer.Option(metavar="DIR", help="Folder for the studio's database and pictures.", readable=False),
-    ] = Path("studio-data"),
-    models: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder of model files to serve; default: models in the data folder.",
-            readable=False,
-        ),
-    ] = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="File with the token people need (required off loopback).", readable=False
-        ),
-    ] = None,
-    approve_all: Annotated[
-        bool, typer.Option("--approve-all", help="Approve every worker that asks (trusted networks only).")
-    ] = False,
-    keep_days: Annotated[
-        float | None,
-        typer.Option(metavar="DAYS", min=0, help="Remove finished and failed jobs that are older."),
-    ] = None,
-    keep_gb: Annotated[
-        float | None,
-        typer.Option(metavar="GB", min=0, help="Keep so much of results; the oldest are removed first."),
-    ] = None,
-) -> None:
-    """Run a small studio of your own: queue, approval, gallery."""
-    logs.configure(fmt="text")  # it is a person who runs it
-    token = read_token(token_file) if token_file is not None else None
-
-    from studio_worker.local_studio import MODELS_FOLDER, Door, Retention, run_local_studio
-
-    models = models or data / MODELS_FOLDER
-    run_local_studio(
-        data,
-        Door(host, port, token),
-        models_dir=models,
-        auto_approve=approve_all,
-        retention=Retention(
-            keep_s=None if keep_days is None else keep_days * 86_400,
-            keep_bytes=None if keep_gb is None else int(keep_gb * 1e9),
-        ),
-        on_ready=lambda studio: _say_where(studio.base_url, models),
-    )
-
-
-def _say_where(address: str, models: Path) -> None:
-    typer.echo(f"local studio: {address}")
-    typer.echo(
-        f"models: add them on that page, under Models; workers fetch the files that lie in {models} from here"
-    )
+app.command("local-studio")(local_studio)
 
 
 @app.command()

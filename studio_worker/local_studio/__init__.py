@@ -7,8 +7,10 @@ imports torch and never runs a job itself.
 
 from __future__ import annotations
 
+from studio_worker.local_studio.door import Door
 from studio_worker.local_studio.housekeeping import Retention
-from studio_worker.local_studio.server import MODELS_FOLDER, Door, LocalStudio, run_local_studio
+from studio_worker.local_studio.server import MODELS_FOLDER, LocalStudio, run_local_studio
 from studio_worker.local_studio.sessions import Limits
+from studio_worker.local_studio.tls import Tls
 
-__all__ = ["MODELS_FOLDER", "Door", "Limits", "LocalStudio", "Retention", "run_local_studio"]
+__all__ = ["MODELS_FOLDER", "Door", "Limits", "LocalStudio", "Retention", "Tls", "run_local_studio"]

@@ -8,7 +8,6 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -16,12 +15,15 @@ from typing import Self
 import uvicorn
 
 from studio_worker.errors import ConfigError, StudioWorkerError
+from studio_worker.local_studio.door import LOOPBACK, Door
 from studio_worker.local_studio.housekeeping import FOR_EVER, Retention
 from studio_worker.local_studio.sessions import Limits
 from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web import seldom
-from studio_worker.local_studio.web.access import Access, is_loopback
+from studio_worker.local_studio.web.access import Access
 from studio_worker.local_studio.web.app import build_app
+from studio_worker.local_studio.web.handshake import secured
+from studio_worker.local_studio.web.proxy import Proxied
 from studio_worker.local_studio.web.visit import visits_of
 from studio_worker.network.crowd import most_connections
 
@@ -37,18 +39,6 @@ MAX_CONNECTIONS = 512
 _BACKLOG = 128
 
 
-@dataclass(frozen=True)
-class Door:
-    """Where a studio listens, and what people must know to use its page and ``/api``.
-
-    ``port`` 0 takes a free one. Without a ``token`` it may listen on loopback only.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 0
-    token: str | None = field(default=None, repr=False)
-
-
 class LocalStudio(Studio):
     """A studio that listens. One object is started and stopped once; the file and the port may be used again.
 
@@ -60,36 +50,33 @@ class LocalStudio(Studio):
         retention: how long, and how much, is kept.
 
     Raises:
-        ConfigError: not loopback and no token, or the database cannot be used.
+        ConfigError: the door would let strangers in, or the database cannot be used.
     """
 
     def __init__(
         self,
         database: Path,
         *,
-        door: Door = Door(),
+        door: Door = LOOPBACK,
         models_dir: Path | None = None,
         auto_approve: bool = False,
         limits: Limits | None = None,
         retention: Retention = FOR_EVER,
     ) -> None:
-        if not door.token and not is_loopback(door.host):
-            raise ConfigError(
-                f"listening on {door.host} opens the studio to the network without a token",
-                cure="give a token with --token-file, or listen on 127.0.0.1",
-                key="--host",
-            )
+        door.check()
         seldom.limit_lines()
         super().__init__(database, limits, retention)
-        self.host = door.host
+        self.door = door
         self.port = door.port
         app = build_app(
             self, access=Access(door.token or None), models_dir=models_dir, auto_approve=auto_approve
         )
+        visits = visits_of(most_connections(MAX_CONNECTIONS, each=2))  # a file is open for some
         self._server = _Server(
             uvicorn.Config(
-                app,
-                http=visits_of(most_connections(MAX_CONNECTIONS, each=2)),  # a file is open for some
+                Proxied(app, door.proxies) if door.proxies else app,
+                http=secured(visits, door.tls) if door.tls else visits,
+                proxy_headers=False,  # nobody is believed who was not named
                 # The loop takes as many at once, and where descriptors are short logs a traceback for each.
                 backlog=_BACKLOG,
                 access_log=False,  # it would hold ?token=
@@ -109,8 +96,7 @@ class LocalStudio(Studio):
     @property
     def base_url(self) -> str:
         """The studio's address for programs of this machine, without a path."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return self.door.address(self.port)
 
     def start(self) -> Self:
         """Listen; returns when connections are taken.
@@ -119,7 +105,7 @@ class LocalStudio(Studio):
             ConfigError: the address cannot be used.
         """
         try:
-            listener = _listen(self.host, self.port)
+            listener = _listen(self.door.host, self.port)
         except ConfigError:
             self.stop()
             raise
@@ -133,7 +119,7 @@ class LocalStudio(Studio):
             self.stop()
             raise ConfigError("the web server did not start", cure="see the log above for its reason")
         self.housekeeping.start()
-        logger.debug("local studio listens", extra={"host": self.host, "port": self.port})
+        logger.debug("local studio listens", extra={"host": self.door.host, "port": self.port})
         return self
 
     def stop(self) -> None:
@@ -149,7 +135,7 @@ class LocalStudio(Studio):
         logger.debug("local studio stopped")
 
     def serve_forever(self, on_ready: Callable[[Self], None] | None = None) -> None:
-        """Listen until SIGINT or SIGTERM. Only from the main thread.
+        """Listen until SIGINT or SIGTERM. Only from the main thread. SIGHUP renews a certificate of its own.
 
         Args:
             on_ready: called once connections are taken.
@@ -163,7 +149,14 @@ class LocalStudio(Studio):
         def stop(_signal: int, _frame: FrameType | None) -> None:
             over.set()
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        def renew(_signal: int, _frame: FrameType | None) -> None:
+            if self.door.tls is not None:
+                self.door.tls.renew()
+
+        handlers = {signal.SIGINT: stop, signal.SIGTERM: stop}
+        if self.door.tls is not None:  # else a terminal that is closed ends what was started in it
+            handlers[signal.SIGHUP] = renew
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             with self:
                 if on_ready is not None:

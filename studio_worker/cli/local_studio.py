@@ -1,0 +1,115 @@
+"""The command that runs a studio of one's own: where it listens, where its data lie, how long they stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from studio_worker.cli.options import read_token
+from studio_worker.errors import ConfigError
+from studio_worker.report import logs
+
+_Port = Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)]
+_Data = Annotated[
+    Path, typer.Option(metavar="DIR", help="Folder for the studio's database and pictures.", readable=False)
+]
+_Models = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder of model files to serve; default: models in the data folder.",
+        readable=False,
+    ),
+]
+_TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="File with the token people need (required off loopback).", readable=False
+    ),
+]
+_Certificate = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Speak https with this certificate (PEM, with those between it and its authority); SIGHUP"
+        " reads a renewed one.",
+        readable=False,
+    ),
+]
+_Key = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Its key (PEM); default: in the certificate's file.", readable=False),
+]
+_BehindProxy = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="A proxy, or a network of them, that speaks https for the studio: what it says of its clients"
+        " (X-Forwarded-Proto, -Host, -For) is believed. May be given several times.",
+    ),
+]
+_PlainHttp = Annotated[
+    bool,
+    typer.Option("--plain-http", help="Off loopback without https: everybody on the way can read the token."),
+]
+_ApproveAll = Annotated[
+    bool, typer.Option("--approve-all", help="Approve every worker that asks (trusted networks only).")
+]
+_KeepDays = Annotated[
+    float | None,
+    typer.Option(metavar="DAYS", min=0, help="Remove finished and failed jobs that are older."),
+]
+_KeepGb = Annotated[
+    float | None,
+    typer.Option(metavar="GB", min=0, help="Keep so much of results; the oldest are removed first."),
+]
+
+
+def local_studio(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: _Port = 8765,
+    data: _Data = Path("studio-data"),
+    models: _Models = None,
+    token_file: _TokenFile = None,
+    certificate: _Certificate = None,
+    key: _Key = None,
+    behind_proxy: _BehindProxy = None,
+    plain_http: _PlainHttp = False,
+    approve_all: _ApproveAll = False,
+    keep_days: _KeepDays = None,
+    keep_gb: _KeepGb = None,
+) -> None:
+    """Run a small studio of your own: queue, approval, gallery.
+
+    Off loopback it wants a token, and https: a certificate of its own, or a proxy in front that has one.
+    """
+    logs.configure(fmt="text")  # it is a person who runs it
+    token = read_token(token_file) if token_file is not None else None
+
+    if key is not None and certificate is None:
+        raise ConfigError("is the key of no certificate", key="--key", cure="name its --certificate too")
+
+    from studio_worker.local_studio import MODELS_FOLDER, Door, Retention, Tls, run_local_studio
+
+    tls = None if certificate is None else Tls(certificate, key)
+    models = models or data / MODELS_FOLDER
+    run_local_studio(
+        data,
+        Door(host, port, token, tls, tuple(behind_proxy or ()), plain_http),
+        models_dir=models,
+        auto_approve=approve_all,
+        retention=Retention(
+            keep_s=None if keep_days is None else keep_days * 86_400,
+            keep_bytes=None if keep_gb is None else int(keep_gb * 1e9),
+        ),
+        on_ready=lambda studio: _say_where(studio.base_url, models),
+    )
+
+
+def _say_where(address: str, models: Path) -> None:
+    typer.echo(f"local studio: {address}")
+    typer.echo(
+        f"models: add them on that page, under Models; workers fetch the files that lie in {models} from here"
+    )
