@@ -98,8 +98,8 @@ class KeepsModels(Protocol):
         ...
 
     def available_bytes(self) -> int | None:
-        """Bytes that the device has for a job once all models have left it: what other processes use, and a
-        reserve, is not among them; ``None`` where it does not say.
+        """Bytes that the device has for a job once all models have left it, and the picture in hand is made:
+        what other processes use, and a reserve, is not among them; ``None`` where it does not say.
         """
         ...
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from PIL import Image
@@ -24,7 +23,7 @@ from studio_worker.engine.faults import OutOfMemory, translated, usable_device
 from studio_worker.engine.libraries import settle
 from studio_worker.engine.loading import computed_in
 from studio_worker.engine.loras.adapters import Adapters
-from studio_worker.engine.loras.places import LoraPlaces, PlacedLora
+from studio_worker.engine.loras.places import LoraPlaces
 from studio_worker.engine.memory.machine import MachineMemory, Memory, free_bytes, total_bytes
 from studio_worker.engine.memory.peaks import Peaks
 from studio_worker.engine.memory.placement import Footprint, Plan
@@ -34,7 +33,7 @@ from studio_worker.engine.pictures.encoding import Unencoded
 from studio_worker.engine.rendering.canvas import Starting
 from studio_worker.engine.rendering.loader import Loader
 from studio_worker.engine.rendering.pipeline import LoadedModel, Rendered
-from studio_worker.engine.understood import Asked, Understood, asked, understood
+from studio_worker.engine.understood import Asked, Understood, asked, lora_facts, understood
 from studio_worker.errors import JobError
 from studio_worker.jobs import Cancel
 from studio_worker.models import CliDefaults, LocalFile
@@ -81,12 +80,25 @@ class DiffusionEngine(Engine):
         self._peaks = peaks or Peaks()
         self._residency = Residency(self._device, self._memory, budget_bytes)
         self._loader = Loader(self._device, self._memory, self._residency, compiles=compiles)
+        self._at_rest_bytes: int | None = None
+        """What there was for a job before the one in hand; ``None`` while there is none."""
 
     @giving_memory_back()  # between jobs, whatever else runs here may want it
     def make(self, request: Request, progress: StepProgress, cancel: Cancel) -> Unencoded:
         """See :meth:`studio_worker.engine.contract.Engine.make`."""
         prompts = (printable(request.task.prompt), printable(request.task.negative_prompt or ""))
         cancel.check()
+        with translated(self._device, prompts):
+            self._at_rest_bytes = self._available()
+        try:
+            return self._made(request, prompts, progress, cancel)
+        finally:
+            self._at_rest_bytes = None
+
+    def _made(
+        self, request: Request, prompts: tuple[str, ...], progress: StepProgress, cancel: Cancel
+    ) -> Unencoded:
+        """The picture, on as many ways as it takes."""
         with translated(self._device, prompts):
             job = request.prepared
             if not isinstance(job, Asked):
@@ -153,6 +165,8 @@ class DiffusionEngine(Engine):
 
     def available_bytes(self) -> int | None:
         """See :meth:`studio_worker.engine.contract.KeepsModels.available_bytes`."""
+        if (at_rest_bytes := self._at_rest_bytes) is not None:
+            return at_rest_bytes  # what the picture in hand takes is there again for the next one
         try:
             return self._available()
         except RuntimeError:
@@ -236,38 +250,11 @@ class DiffusionEngine(Engine):
             facts={
                 "device": str(self._device),
                 "dtype": computed_in(family, self._device),
-                **_told(job.placed),
+                **lora_facts(job.placed),
                 **({"unknownLoras": list(job.unknown)} if job.unknown else {}),
                 **rendered.facts,
             },
         )
-
-
-def _told(placed: Sequence[PlacedLora]) -> dict[str, Any]:
-    """What ``generationMeta`` says of LoRAs: their weights, and of which only a part could be used."""
-    if not placed:
-        return {}
-    told: dict[str, Any] = {"loras": {each.lora.name: each.lora.weight for each in placed}}
-    partly = {each.lora.name: each for each in placed if each.left_out}
-    if partly:
-        told["lorasLeftOut"] = {
-            name: {
-                "layers": len(each.left_out),
-                "of": len(each.left_out) + len(each.adapters),
-                "first": each.left_out[0],
-            }
-            for name, each in partly.items()
-        }
-    for each in partly.values():
-        _LOG.warning(
-            "a LoRA is used in part",
-            extra={
-                "file": each.lora.file.path.name,
-                "left_out": len(each.left_out),
-                "first": each.left_out[0],
-            },
-        )
-    return told
 
 
 def _render(

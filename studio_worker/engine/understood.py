@@ -6,8 +6,10 @@ where LoRAs go (:func:`understood`), which looks at torch's modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from studio_worker.engine.contract import Inputs, Request
 from studio_worker.engine.families.family import Blueprint
@@ -20,6 +22,8 @@ from studio_worker.engine.pictures.encoding import check_ext
 from studio_worker.engine.rendering.canvas import Starting
 from studio_worker.errors import JobError, JobImpossible
 from studio_worker.jobs import ImageTask
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,33 @@ def understood(job: Asked, places: LoraPlaces) -> Understood:
     family, sections = job.blueprint.family, job.blueprint.sections
     placed = tuple(places.place(lora, family, sections) for lora in job.loras)
     return Understood(job.blueprint, job.parameters, job.starting, job.loras, job.unknown, placed)
+
+
+def lora_facts(placed: Sequence[PlacedLora]) -> dict[str, Any]:
+    """What ``generationMeta`` says of LoRAs: their weights, and of which only a part could be used."""
+    if not placed:
+        return {}
+    told: dict[str, Any] = {"loras": {each.lora.name: each.lora.weight for each in placed}}
+    partly = {each.lora.name: each for each in placed if each.left_out}
+    if partly:
+        told["lorasLeftOut"] = {
+            name: {
+                "layers": len(each.left_out),
+                "of": len(each.left_out) + len(each.adapters),
+                "first": each.left_out[0],
+            }
+            for name, each in partly.items()
+        }
+    for each in partly.values():
+        _LOG.warning(
+            "a LoRA is used in part",
+            extra={
+                "file": each.lora.file.path.name,
+                "left_out": len(each.left_out),
+                "first": each.left_out[0],
+            },
+        )
+    return told
 
 
 def _check_inputs(task: ImageTask, inputs: Inputs) -> None:

@@ -42,11 +42,12 @@ class Outbox:
 
     Args:
         folder: made where it is missing, for the service's user alone (0700).
-        max_bytes: how much may wait; beyond it no job should be begun, and the oldest pictures go.
+        max_bytes: how much may wait; beyond it no job should be begun. What was begun before may exceed it by
+            the reserve of each lane; only beyond that the oldest pictures go.
         max_age_s: how long a picture is offered to the studio. Counted is the time that a service has looked
             after the outbox, not the wall clock's: a clock that is set, or that a box without a battery
             starts in 1970, and a box that is switched off, make no picture older.
-        reserve_bytes: how much room the disk must have for a job to be begun.
+        reserve_bytes: how much room the disk must have, for each lane, for a job to be begun.
         clock: seconds, monotonic.
 
     Raises:
@@ -192,6 +193,10 @@ class Outbox:
         with self._guard:
             return list(self._in_memory)
 
+    def _reserved_bytes(self) -> int:
+        """What the jobs that all lanes may have in hand need."""
+        return self._reserve_bytes * len(self.lanes)
+
     def expire(self, lane: int = 1) -> list[tuple[Delivery, str]]:
         """Remove what is older than the limit, then the oldest until the rest fits; each with its reason.
 
@@ -205,7 +210,7 @@ class Outbox:
             waited_s = self._clock.now_s() - delivery.kept_since_s
             if waited_s > self._max_age_s:
                 reason = f"it waited {waited_s / 86400:.1f} days ([state] outbox_max_days)"
-            elif total > self._max_bytes:
+            elif total > self._max_bytes + self._reserved_bytes():
                 reason = "more pictures wait than [state] outbox_max_gb allows"
             else:
                 continue
@@ -225,7 +230,7 @@ class Outbox:
         usage = self.usage()
         if usage.size_bytes >= self._max_bytes:
             return f"{usage.count} finished pictures wait for delivery"
-        return self._files.disk_problem(self._reserve_bytes)
+        return self._files.disk_problem(self._reserved_bytes())
 
     def usage(self) -> Usage:
         """How much waits, by looking at the files alone."""

@@ -279,7 +279,7 @@ def test_outbox_beyond_its_size_drops_the_oldest_first(
 ) -> None:
     """Beyond the limit no job is begun; what is too much goes, the oldest first, each with a line."""
     clock = Clock()
-    outbox = Outbox(folder, max_bytes=250, clock=clock)
+    outbox = Outbox(folder, max_bytes=250, reserve_bytes=0, clock=clock)
     for job_id in ("a", "b", "c"):
         clock.seconds += 1
         assert outbox.fullness() is None
@@ -365,6 +365,28 @@ def test_outbox_without_room_on_its_disk_says_so(small_disk: Path) -> None:
     assert Outbox(small_disk / "outbox", reserve_bytes=8_000_000).fullness() == (
         "the disk for finished pictures is full"
     )
+
+
+def test_outbox_has_room_for_the_jobs_of_all_lanes(small_disk: Path) -> None:
+    """Where the disk has room for one lane's picture, and not for all lanes', none takes a job."""
+    outbox = Outbox(small_disk / "outbox", reserve_bytes=1_000_000)
+    assert outbox.fullness() is None
+    outbox.lanes.update(range(1, 9))
+    assert outbox.fullness() == "the disk for finished pictures is full"
+
+
+def test_outbox_loses_nothing_to_jobs_that_were_in_hand_when_it_filled_up(folder: Path) -> None:
+    """Lanes that all had a job when the limit was reached keep their pictures, and no older one goes."""
+    outbox = Outbox(folder, max_bytes=100, reserve_bytes=100)
+    outbox.lanes.update({1, 2, 3})
+    ids = ["before", "one", "two", "three"]
+    outbox.add(job("before"), picture(b"x" * 90), {})
+    assert outbox.fullness() is None
+    for lane, job_id in enumerate(ids[1:], 1):
+        outbox.add(job(job_id), picture(b"x" * 90), {}, lane)
+    assert "4 finished pictures wait" in (outbox.fullness() or "")
+    assert [outbox.expire(lane) for lane in (1, 2, 3)] == [[], [], []]
+    assert [delivery.job_id for delivery in outbox.oldest()] == ids
 
 
 def test_outbox_that_cannot_remove_delivers_nothing_twice(

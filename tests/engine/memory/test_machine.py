@@ -75,6 +75,22 @@ def test_loaded_models_count_as_room_for_the_next_job() -> None:
     assert router.available_bytes() == 2 * GIB + router.resident()["sample-model"].size_bytes
 
 
+def test_picture_in_hand_takes_nothing_from_the_next_job() -> None:
+    """What another lane's job could have is the same while a picture is made: it is gone by its turn."""
+    memory, free, told = Fake(3 * GIB), [2 * GIB], list[int | None]()
+    memory.on_device = lambda ours: free[0] + ours  # type: ignore[method-assign]
+    router = Router({"sd-cpp": lambda: DiffusionEngine("cpu", memory=memory)})
+    engine = router.for_source(ModelSource(engine="sd-cpp"))
+
+    def take(done: int, total: int) -> None:
+        free[0] = GIB // 2
+        told.append(router.available_bytes())
+
+    engine.generate(request(), take, Cancel())
+    assert set(told) == {2 * GIB}
+    assert router.available_bytes() == GIB // 2 + router.resident()["sample-model"].size_bytes
+
+
 def test_ram_where_components_wait_is_what_the_machine_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits in RAM already counts as room, and a twentieth of it is kept free; on a CPU it is no second
     place.
