@@ -28,6 +28,9 @@ ATTEMPT_DELAY_S = 0.25
 _MOST_INTERIM = 100
 """Answers before the answer: 103 comes once or twice."""
 _MOST_REMEMBERED = 256
+_WAITING_BYTES = 128 * 1024
+"""So much of what is sent waits here for the network at most, not the MBs that the system would take: what
+was taken for sending is then all but sent. It keeps 5 Mbit/s busy for 0.2 s."""
 
 Found = tuple[Any, Any, int, str, tuple[Any, ...]]
 """As of :func:`socket.getaddrinfo`."""
@@ -193,6 +196,7 @@ class _Connection:
         connected.settimeout(self.timeout)
         for option in self.socket_options or ():
             connected.setsockopt(*option)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _WAITING_BYTES)
         return connected
 
     def putrequest(self: Any, method: str, url: str, *args: Any, **kwargs: Any) -> None:

@@ -1,10 +1,15 @@
 """How much of the time the engine works behind a slow link, by the number of lanes. ``make bench``.
 
-The studio is real and behind a relay; the "GPU" is the sample model at a size that takes about two seconds on
-two cores. Its pictures are smaller than a GPU's of that time, so the link's rate is made smaller with them:
-an upload takes as long as one of 1.5 MB does. Counted is from the end of the first picture at the device to
-that of the last one, so that neither the start nor the last upload is in it. Beside it stands what the link
-itself allows.
+The studio is real and behind a relay; the "GPU" is the sample model at a size that takes about two seconds
+on two quiet cores. Its pictures are smaller than a GPU's of that time, so each is made as long, with bytes
+behind its end. Counted is from when all lanes are at work to the last picture that leaves the device, so that
+neither the start nor the last uploads are in it. Beside it stands what the link itself allows: for one lane
+making and sending one after the other, for more the slower of the two.
+
+Each row is printed when it is measured. ``LANES=3`` measures that number alone, ``JOBS=8`` so many pictures.
+``BEFORE=FOLDER`` measures one lane also with the sources there, of a version before lanes. Then, without a
+studio: how often the model changes where two alternate, by the rule of work/order.py and first come, first
+served.
 """
 
 from __future__ import annotations
@@ -12,103 +17,193 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import Any, NamedTuple
+from unittest import mock
 
 from studio_worker import sample_model
 from studio_worker.demo import MODEL_ID, sample_source, write_configuration
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
+from studio_worker.work import turns as turns_module
+from studio_worker.work.turns import Turns
 
 JOBS = int(os.environ.get("JOBS", "24"))
+LANES = tuple(map(int, os.environ.get("LANES", "1,2,3").split(",")))
+BEFORE = os.environ.get("BEFORE")
 LINKS = ((0.04, 20e6), (0.15, 5e6))
 """Seconds each way, bits a second upwards."""
 PICTURE = {"kind": "image", "prompt": sample_model.prompt("red", "potion", "grass"), "width": 192,
-           "height": 192, "steps": 8, "ext": "png"}  # fmt: skip
-PICTURE_BYTES = 42_000
-"""About what such a picture has."""
-MEANT_BYTES = 1.5e6
+           "height": 192, "steps": 14, "ext": "png"}  # fmt: skip
+PICTURE_BYTES = 1_500_000
+SPY = f"""
+import dataclasses, logging, os, threading
+from PIL import Image
+from studio_worker.spool.outbox import Outbox
+
+save, add = Image.Image.save, Outbox.add
+
+def noted(self, *args, **kwargs):
+    is_main = threading.current_thread() is threading.main_thread()
+    logging.getLogger("bench").info("encoding", extra={{"is_main": is_main}})
+    return save(self, *args, **kwargs)
+
+def padded(self, job, picture, *args, **kwargs):
+    data = picture.data + os.urandom({PICTURE_BYTES} - len(picture.data))
+    return add(self, job, dataclasses.replace(picture, data=data), *args, **kwargs)
+
+Image.Image.save, Outbox.add = noted, padded
+"""
+"""Run in the service before anything else."""
+ROW = "{:36} {:>12} {:>13} {:>16} {:>10} {:>9} {:>9} {:>18}"
+
+
+class Link(NamedTuple):
+    """Seconds each way, bytes a second upwards."""
+
+    delay_s: float
+    bytes_s: float
+
+    def __str__(self) -> str:
+        return f"{self.delay_s * 1000:.0f} ms each way, {self.bytes_s * 8 / 1e6:.0f} Mbit/s up"
 
 
 def main() -> None:
     """Measure and print."""
-    table = Table("link", "lanes", "engine works", "a picture", "upload", "the link allows", title="lanes")
+    say(ROW.format("link", "lanes", "engine works", "the link allows", "a picture", "upload", "waits",
+                   "encoded on main"))  # fmt: skip
     for delay_s, bits_s in LINKS:
-        for lanes in (1, 2, 3):
-            with tempfile.TemporaryDirectory() as name:
-                link = f"{delay_s * 1000:.0f} ms each way, {bits_s / 1e6:.0f} Mbit/s up"
-                rate = bits_s / 8 * PICTURE_BYTES / MEANT_BYTES
-                table.add_row(link, str(lanes), *measured(Path(name), lanes, delay_s, rate))
-    Console().print(table)
-
-
-def measured(folder: Path, lanes: int, delay_s: float, bytes_s: float) -> tuple[str, ...]:
-    """The engine's share of the time, and what makes it so."""
-    (folder / "work").mkdir()
-    weights = sample_model.WEIGHTS
-    with (
-        LocalStudio(folder / "studio.sqlite3", models_dir=weights.parent, auto_approve=True) as studio,
-        relayed(studio, delay_s, bytes_s) as url,
-    ):
-        config = write_configuration(studio, folder / "work")
-        (config / "conf.d").mkdir(exist_ok=True)
-        (config / "conf.d" / "50-bench.toml").write_text(
-            f'[studio]\napi_base_url = "{url}"\n[worker]\nlanes = {lanes}\n[log]\nlevel = "debug"\n'
+        link = Link(delay_s, bits_s / 8)
+        if BEFORE:
+            say(ROW.format(str(link), "1, before", *measured(1, link, BEFORE)))
+        for lanes in LANES:
+            say(ROW.format(str(link), lanes, *measured(lanes, link)))
+    for lanes in (2, 3):
+        with_rule, without = switches(lanes), switches(lanes, has_rule=False)
+        say(
+            f"two models in turn on {lanes} lanes: {with_rule} switches in 100 jobs, "
+            f"{without} where the first that comes is the first served"
         )
-        with ServiceProcess(config, folder / "log") as service:
-            studio.wait_for(
-                lambda: sum(studio.is_online(w.worker_id) for w in studio.workers()) == lanes, 120.0
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def measured(lanes: int, link: Link, sources: str = "") -> tuple[str, ...]:
+    """The engine's share of the time, and what makes it so."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "work").mkdir()
+        (folder / "sitecustomize.py").write_text(SPY)
+        path = ":".join(filter(None, (name, sources, os.environ.get("PYTHONPATH", ""))))
+        with (
+            LocalStudio(
+                folder / "studio.sqlite3", models_dir=sample_model.WEIGHTS.parent, auto_approve=True
+            ) as studio,
+            relayed(studio, link) as url,
+        ):
+            config = write_configuration(studio, folder / "work")
+            (config / "conf.d").mkdir(exist_ok=True)
+            worker = "" if sources else f"[worker]\nlanes = {lanes}\n"
+            (config / "conf.d" / "50-bench.toml").write_text(
+                f'[studio]\napi_base_url = "{url}"\n{worker}[log]\nlevel = "debug"\n'
             )
-            jobs = [
-                studio.queue_job(
-                    model=MODEL_ID, task={**PICTURE, "seed": seed}, model_source=sample_source(studio)
-                )
-                for seed in range(JOBS)
-            ]
-            studio.wait_for(lambda: all(studio.job(job_id).status == "done" for job_id in jobs), 1800.0)
-            service.stop()
-        size_bytes = sum(len(studio.result(job_id)) for job_id in jobs) / JOBS
-    return figures(service.log_lines(), size_bytes, bytes_s)
+            with ServiceProcess(config, folder / "log", {"PYTHONPATH": path}) as service:
+                work(studio, lanes)
+                service.stop()
+        return figures(service.log_lines(), lanes, link)
 
 
-def figures(lines: list[dict[str, Any]], size_bytes: float, bytes_s: float) -> tuple[str, ...]:
+def work(studio: LocalStudio, lanes: int) -> None:
+    """Have all jobs done."""
+    studio.wait_for(lambda: sum(studio.is_online(w.worker_id) for w in studio.workers()) == lanes, 120.0)
+    source = sample_source(studio)
+    jobs = [
+        studio.queue_job(model=MODEL_ID, task={**PICTURE, "seed": seed}, model_source=source)
+        for seed in range(JOBS)
+    ]
+    studio.wait_for(lambda: all(studio.job(job_id).status == "done" for job_id in jobs), 1800.0)
+
+
+def figures(lines: list[dict[str, Any]], lanes: int, link: Link) -> tuple[str, ...]:
     """The row of one measurement."""
     done = {line["job_id"]: line for line in lines if line["message"] == "job done"}
     left_device = sorted(
         (datetime.fromisoformat(line["timestamp"]).timestamp() - done[line["job_id"]]["encode_ms"] / 1000,
-         done[line["job_id"]])
+         line["job_id"])
         for line in lines if line["message"] == "picture made" and line["job_id"] in done
     )  # fmt: skip
-    (first_at, _), *others = left_device
-    engine_s = sum(line["load_ms"] + line["generate_ms"] for _, line in others) / 1000
-    share = engine_s / (others[-1][0] - first_at)
-    picture_s = engine_s / len(others)
-    upload_s = sum(line["upload_ms"] for line in done.values()) / len(done) / 1000
+    (began_at, _), *counted = left_device[lanes - 1 :]
+    made = [done[job_id] for _, job_id in counted]
+    engine_s = sum(line["load_ms"] + line["generate_ms"] for line in made) / 1000
+    picture_s, sending_s = engine_s / len(made), PICTURE_BYTES / link.bytes_s
+    allowed = picture_s / (picture_s + sending_s) if lanes == 1 else min(1.0, picture_s / sending_s)
+    on_main = [line["is_main"] for line in lines if line["message"] == "encoding"]
     return (
-        f"{100 * share:.1f}%",
-        f"{picture_s:.2f} s, {size_bytes / 1e6:.1f} MB",
-        f"{upload_s:.2f} s",
-        f"{100 * min(1.0, picture_s / (size_bytes / bytes_s)):.0f}%",
+        f"{100 * engine_s / (counted[-1][0] - began_at):.1f}%",
+        f"{100 * allowed:.1f}%",
+        f"{picture_s:.2f} s",
+        f"{statistics.mean(line['upload_ms'] for line in made) / 1000:.2f} s",
+        f"{statistics.mean(line.get('uplink_ms', 0) for line in made) / 1000:.2f} s",
+        f"{sum(on_main)} of {len(on_main)}",
     )
 
 
 @contextlib.contextmanager
-def relayed(studio: LocalStudio, delay_s: float, bytes_s: float) -> Iterator[str]:
+def relayed(studio: LocalStudio, link: Link) -> Iterator[str]:
     """The studio's address behind a link."""
     port = studio.base_url.rpartition(":")[2].strip("/")
-    command = [sys.executable, "-m", "tests.lab.relay", port, str(delay_s), str(bytes_s)]
+    command = [sys.executable, "-m", "tests.lab.relay", port, str(link.delay_s), str(link.bytes_s)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield f"http://127.0.0.1:{int(process.stdout.readline())}"
         process.send_signal(signal.SIGINT)
+
+
+def switches(lanes: int, *, has_rule: bool = True, jobs: int = 100) -> int:
+    """How often the model changes, where jobs of two models come in turn and all lanes are always at work."""
+    coming = iter("ab" * (jobs // 2))
+    taking = threading.Lock()
+    loaded: set[str] = set()
+    turns = Turns(lambda: loaded)
+
+    def make(model: str) -> None:
+        loaded.clear()
+        loaded.add(model)
+        at_device.wait(0.005)
+
+    at_device = threading.Event()
+
+    def lane() -> None:
+        while True:
+            with taking:
+                model = next(coming, None)
+            if model is None:
+                return
+            turns.ask(lambda model=model: make(model), model).result()
+            at_device.wait(0.002)  # delivered
+
+    threads = [threading.Thread(target=lane) for _ in range(lanes)]
+
+    def end() -> None:
+        for thread in threads:
+            thread.join()
+        turns.close()
+
+    first_come = mock.patch.object(turns_module, "next_of", return_value=0)
+    with contextlib.nullcontext() if has_rule else first_come:
+        for thread in (*threads, threading.Thread(target=end)):
+            thread.start()
+        turns.serve()
+    return turns.facts.switches
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Studio(StudioApi):
             del self.claims[job_id]
             self.dropped_by[job_id] = lane
 
-    def upload(self, worker_id: str, token: str, delivery: Delivery) -> None:
+    def upload(self, worker_id: str, token: str, delivery: Delivery) -> float:
         if not self.is_reached:
             raise StudioUnavailable("no network")
         job_id, lane = delivery.job_id, int(worker_id)
@@ -82,6 +82,7 @@ class Studio(StudioApi):
             raise DeliveryRefused(409)
         self.claims.pop(job_id, None)
         self.done.append(job_id)
+        return 0.0
 
 
 class TellingDesk(Desk):

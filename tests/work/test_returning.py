@@ -63,10 +63,10 @@ class Box:
         box = self
 
         class Api(StudioApi):
-            def upload(self, worker_id: str, token: str, delivery: Any) -> None:
+            def upload(self, worker_id: str, token: str, delivery: Any) -> float:
                 if box.uploads_wait.is_set():
                     box.let_upload.wait(LIMIT_S)
-                super().upload(worker_id, token, delivery)
+                return super().upload(worker_id, token, delivery)
 
         api = Api(studio.base_url)
         identity = IdentityFile(folder / "identity.json")

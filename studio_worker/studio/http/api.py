@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -16,6 +17,7 @@ from studio_worker.errors import (
     UnknownRegistration,
 )
 from studio_worker.network.retry_after import retry_after_s
+from studio_worker.network.uplink import Uplink
 from studio_worker.spool.delivery import Delivery
 from studio_worker.studio.http.transport import Answer, Transport
 from studio_worker.studio.wire import (
@@ -54,15 +56,17 @@ class StudioApi:
 
     Args:
         api_base_url: as configured; any of the forms that :func:`api_root` understands.
+        uplink: what uploads wait for.
 
     Raises:
         ConfigError: the environment names a proxy or certificates that cannot be used.
     """
 
-    def __init__(self, api_base_url: str) -> None:
+    def __init__(self, api_base_url: str, uplink: Uplink | None = None) -> None:
         self.root = api_root(api_base_url)
         self._transport = Transport(self.root)
         self.route = self._transport.route
+        self._uplink = uplink or Uplink()
 
     def session_url(self, worker_id: str) -> str:
         """The WebSocket address of a worker's session."""
@@ -97,8 +101,8 @@ class StudioApi:
             raise UnknownRegistration(f"the studio answered HTTP {answer.status} to our request")
         return _read(DECISION, answer)
 
-    def upload(self, worker_id: str, token: str, delivery: Delivery) -> None:
-        """Deliver one finished picture.
+    def upload(self, worker_id: str, token: str, delivery: Delivery) -> float:
+        """Deliver one finished picture. Returns how many seconds it waited for other uploads.
 
         Raises:
             DeliveryRefused: 4xx that no retry will mend.
@@ -106,29 +110,43 @@ class StudioApi:
             StudioUnavailable: anything that may pass.
             OSError: the picture cannot be read.
         """
-        fields: dict[str, Any] = {"prompt": delivery.prompt, "ext": delivery.ext}
-        if delivery.meta:
-            fields["generationMeta"] = json.dumps(dict(delivery.meta), ensure_ascii=False)
-        fields["image"] = (f"{delivery.job_id}.{delivery.ext}", delivery.read(), mime_type(delivery.ext))
-        body, content_type = urllib3.encode_multipart_formdata(fields)
-        answer = self._transport.send(
-            "POST",
-            f"/workers/{quote(worker_id, safe='')}/jobs/{quote(delivery.job_id, safe='')}/complete",
-            token=token,
-            headers={"Content-Type": content_type},
-            data=body,
-        )
-        if answer.status == 401:
-            raise RefusedByStudio("the studio does not accept this worker's token any more")
-        # 407 is not the studio's word but that of a proxy beside us.
-        if 400 <= answer.status < 500 and answer.status not in {407, 408, 429}:
-            raise DeliveryRefused(answer.status, is_answer_lost=answer.is_second)
-        _expect_ok(answer)
-        if _is_page(answer):
-            raise StudioUnavailable(
-                f"a web page came in place of the studio's answer (HTTP {answer.status}): something on the "
-                "way answers for it, a network's sign-in page most likely"
+        path = f"/workers/{quote(worker_id, safe='')}/jobs/{quote(delivery.job_id, safe='')}/complete"
+        with self._uplink.turn() as turn:
+            body, content_type = _form(delivery)
+            answer = self._transport.send(
+                "POST",
+                path,
+                token=token,
+                headers={"Content-Type": content_type},
+                data=body,
+                on_sent=partial(self._uplink.sent, turn),
             )
+        _expect_taken(answer)
+        return turn.waited_s
+
+
+def _form(delivery: Delivery) -> tuple[bytes, str]:
+    """What an upload sends, and its content type. Raises OSError where the picture cannot be read."""
+    fields: dict[str, Any] = {"prompt": delivery.prompt, "ext": delivery.ext}
+    if delivery.meta:
+        fields["generationMeta"] = json.dumps(dict(delivery.meta), ensure_ascii=False)
+    fields["image"] = (f"{delivery.job_id}.{delivery.ext}", delivery.read(), mime_type(delivery.ext))
+    return urllib3.encode_multipart_formdata(fields)
+
+
+def _expect_taken(answer: Answer) -> None:
+    """Raises what :meth:`StudioApi.upload` does, where the studio has not taken the picture."""
+    if answer.status == 401:
+        raise RefusedByStudio("the studio does not accept this worker's token any more")
+    # 407 is not the studio's word but that of a proxy beside us.
+    if 400 <= answer.status < 500 and answer.status not in {407, 408, 429}:
+        raise DeliveryRefused(answer.status, is_answer_lost=answer.is_second)
+    _expect_ok(answer)
+    if _is_page(answer):
+        raise StudioUnavailable(
+            f"a web page came in place of the studio's answer (HTTP {answer.status}): something on the "
+            "way answers for it, a network's sign-in page most likely"
+        )
 
 
 def _expect_ok(answer: Answer) -> None:

@@ -25,6 +25,9 @@ from studio_worker.wording import frames
 
 log = logging.getLogger(__name__)
 
+_NO_WAIT_S = 0.001
+"""What is less was no wait for another upload."""
+
 
 class DeliveryReports(Protocol):
     """Who is told what becomes of deliveries. Stages are seconds."""
@@ -126,7 +129,7 @@ class Courier:
     def _upload(self, credentials: Credentials, delivery: Delivery) -> None:
         began = time.monotonic()
         try:
-            self._api.upload(credentials.worker_id, credentials.auth_token, delivery)
+            waited_s = self._api.upload(credentials.worker_id, credentials.auth_token, delivery)
         except DeliveryRefused as refusal:
             self._refused(delivery, refusal)
         except RefusedByStudio as error:
@@ -149,14 +152,15 @@ class Courier:
                 },
             )
         else:
-            self._delivered(delivery, began)
+            took_s = time.monotonic() - began - waited_s
+            stages_s = {"uplink": waited_s, "upload": took_s} if waited_s > _NO_WAIT_S else {"upload": took_s}
+            self._delivered(delivery, {**delivery.timings_s, **stages_s})
 
-    def _delivered(self, delivery: Delivery, began: float) -> None:
+    def _delivered(self, delivery: Delivery, stages_s: Mapping[str, float]) -> None:
         self._uploads.delivered(delivery.job_id)
         size_bytes = delivery.size_bytes()
         self._outbox.remove(delivery)
         self._claims.delivered(delivery.job_id)
-        stages_s = {**delivery.timings_s, "upload": time.monotonic() - began}
         self._reports.upload_delivered(delivery.job_id, delivery.model, stages_s, size_bytes)
         _log_summary(delivery, stages_s)
 

@@ -12,7 +12,7 @@ import io
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import requests
@@ -44,8 +44,29 @@ class Answer(NamedTuple):
     is_second: bool = False
 
 
+class _Body(io.BytesIO):
+    """Read piece by piece: one write of everything would have to be through within the time limit."""
+
+    def __init__(self, data: bytes, on_sent: Callable[[], None]) -> None:
+        super().__init__(data)
+        self._on_sent = on_sent
+
+    def read(self, size: int | None = -1) -> bytes:
+        piece = super().read(size)
+        if not piece:  # asked for more when all that there was has been taken
+            self._on_sent()
+        return piece
+
+
+class _Warm(NamedTuple):
+    """A connection that has answered, and when."""
+
+    session: requests.Session
+    used_at: float
+
+
 class Transport:
-    """Calls to what lies under ``root``. Safe from several threads; each has a warm connection of its own.
+    """Calls to what lies under ``root``. Safe from several threads, which share warm connections.
 
     Args:
         answer_limit_bytes: no answer may be larger.
@@ -59,7 +80,8 @@ class Transport:
         self._root = root
         self._answer_limit_bytes = answer_limit_bytes
         self._reached = Reached()
-        self._warm = threading.local()
+        self._guard = threading.Lock()
+        self._warm: list[_Warm] = []
 
     def send(
         self,
@@ -69,8 +91,12 @@ class Transport:
         token: str = "",
         headers: dict[str, str] | None = None,
         data: bytes | None = None,
+        on_sent: Callable[[], None] = lambda: None,
     ) -> Answer:
         """One request, and what came back, whatever its status.
+
+        Args:
+            on_sent: called when all of ``data`` was taken for sending.
 
         Raises:
             StudioUnavailable: no answer came, or one beyond the limits of size and time.
@@ -78,8 +104,7 @@ class Transport:
         headers = {"User-Agent": USER_AGENT, **(headers or {})}
         if token:
             headers["Authorization"] = f"Bearer {token}"
-        # Read piece by piece: one write of everything would have to be through within the time limit.
-        body = None if data is None else io.BytesIO(data)
+        body = None if data is None else _Body(data, on_sent)
         is_lost = False
         try:
             if (warm := self._take_warm()) is not None:
@@ -105,18 +130,20 @@ class Transport:
         return session
 
     def _take_warm(self) -> requests.Session | None:
-        """This thread's connection, where it has answered lately.
+        """The connection that has answered last, where that was lately.
 
         Between two pictures the device waits for the upload, and a new connection costs two or three round
         trips. After a pause none is trusted: what drops an idle one on the way often does so without a word,
         and the picture would wait for the time limit.
         """
-        session: requests.Session | None = getattr(self._warm, "session", None)
-        self._warm.session = None
-        if session is not None and time.monotonic() - self._warm.used_at > _WARM_S:
-            session.close()
-            return None
-        return session
+        since = time.monotonic() - _WARM_S
+        with self._guard:
+            old = [warm for warm in self._warm if warm.used_at < since]
+            self._warm = [warm for warm in self._warm if warm.used_at >= since]
+            found = self._warm.pop() if self._warm else None
+        for warm in old:
+            warm.session.close()
+        return None if found is None else found.session
 
     def _send_by(
         self,
@@ -145,7 +172,8 @@ class Transport:
         except BaseException:
             session.close()
             raise
-        self._warm.session, self._warm.used_at = session, time.monotonic()
+        with self._guard:
+            self._warm.append(_Warm(session, time.monotonic()))
         return answer
 
 

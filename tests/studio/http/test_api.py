@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from email.parser import BytesParser
 from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,8 +16,10 @@ from typing import Any
 import pytest
 
 from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable, UnknownRegistration
+from studio_worker.network.uplink import Uplink
+from studio_worker.spool.delivery import Delivery
 from studio_worker.studio.http.api import StudioApi, api_root
-from tests.fakes.scripted import ScriptedHttp
+from tests.fakes.scripted import LIMIT_S, ScriptedHttp
 from tests.fakes.servers import black_hole, resolve_to
 from tests.lab.worker import delivery
 
@@ -162,3 +168,72 @@ def test_uploads_in_a_row_share_a_connection(tmp_path: Path, monkeypatch: pytest
         api.upload("w1", "token-1", delivery(tmp_path))
         assert handler.ports[4] != fourth
         server.shutdown()
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Takes nothing of the first upload before it is told to; of the others at once."""
+
+    protocol_version = "HTTP/1.1"
+    heard: queue.SimpleQueue[str]
+    goes_on: threading.Event
+
+    def do_POST(self) -> None:
+        self.heard.put(f"{self.path.split('/')[-2]} begins")
+        if "slow" in self.path:
+            self.goes_on.wait(LIMIT_S)
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.heard.put(f"{self.path.split('/')[-2]} is there")
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+LARGE = b"\x89PNG" + bytes(16 * 1024 * 1024)
+"""More than all buffers between two processes of one machine take."""
+
+
+def large(job_id: str) -> Delivery:
+    return Delivery(job_id, "m", "png", "a castle", {}, None, 0.0, in_memory=LARGE)
+
+
+@contextlib.contextmanager
+def slow_studio() -> Iterator[tuple[str, type[Slow]]]:
+    handler = type("Handler", (Slow,), {"heard": queue.SimpleQueue(), "goes_on": threading.Event()})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", handler
+        server.shutdown()
+
+
+def test_uploads_of_one_box_go_one_after_the_other() -> None:
+    """A second picture does not take half of the link from the first, which so is there first; calls without
+    a picture wait for neither.
+    """
+    with slow_studio() as (url, studio), ThreadPoolExecutor() as lanes:
+        api = StudioApi(url)
+        first = lanes.submit(api.upload, "w1", "t", large("slow"))
+        assert studio.heard.get(timeout=LIMIT_S) == "slow begins"
+        second = lanes.submit(api.upload, "w2", "t", large("second"))
+        with pytest.raises(StudioUnavailable):  # answered, and strangely
+            api.poll("r", "secret")
+        assert studio.heard.empty()
+        studio.goes_on.set()
+        assert first.result(LIMIT_S) < second.result(LIMIT_S)  # so long each waited for the other
+        heard = [studio.heard.get(timeout=LIMIT_S) for _ in range(3)]
+    assert heard.index("slow is there") < heard.index("second is there")
+
+
+def test_upload_that_stalls_does_not_hold_the_others_back_for_ever() -> None:
+    """A connection that takes nothing more is waited for as long as is said, then the next goes past it."""
+    with slow_studio() as (url, studio), ThreadPoolExecutor() as lanes:
+        api = StudioApi(url, Uplink(longest_s=0.05))
+        first = lanes.submit(api.upload, "w1", "t", large("slow"))
+        assert studio.heard.get(timeout=LIMIT_S) == "slow begins"
+        assert api.upload("w2", "t", large("second")) > 0.0
+        assert not first.done()
+        studio.goes_on.set()
+        first.result(LIMIT_S)

@@ -112,7 +112,7 @@ class ScriptedApi(StudioApi):
         self.taken: list[str] = []
         self.refused: list[str] = []
 
-    def upload(self, worker_id: str, token: str, delivery: Delivery) -> None:
+    def upload(self, worker_id: str, token: str, delivery: Delivery) -> float:
         assert delivery.read() == b"picture"
         self.meanwhile(delivery.job_id)
         if error := UPLOADS[self.answer]:
@@ -120,6 +120,7 @@ class ScriptedApi(StudioApi):
                 self.refused.append(delivery.job_id)
             raise error
         self.taken.append(delivery.job_id)
+        return 0.0
 
 
 class Box:
