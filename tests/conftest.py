@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,7 +16,9 @@ from studio_worker import context, sample_model
 from studio_worker.box import process
 from studio_worker.demo import write_configuration
 from studio_worker.local_studio import LocalStudio
-from tests.farm.postgres import Cluster, NotInstalled
+
+if TYPE_CHECKING:
+    from tests.farm.postgres import Cluster
 
 process.prepare()  # before a test module imports torch
 
@@ -90,6 +93,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Cluster]:
     """A PostgreSQL server for this run. Without one installed its tests are skipped; FARM=1 promises one."""
+    from tests.farm.postgres import Cluster, NotInstalled  # its driver is no part of an installed copy
+
     try:
         cluster = Cluster()
     except NotInstalled as missing:
