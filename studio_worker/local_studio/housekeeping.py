@@ -9,15 +9,20 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
-from studio_worker.local_studio.database import Database
+from sqlalchemy import Row, Select, select, type_coerce
+
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.pictures import StorageFull
-from studio_worker.local_studio.rules import RuleBroken
+from studio_worker.local_studio.rules import JobStatus, RuleBroken
 from studio_worker.local_studio.shelf import Shelf
+from studio_worker.local_studio.storage.columns import Words
+from studio_worker.local_studio.storage.database import Database
+from studio_worker.local_studio.storage.tables import files, jobs, results
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +31,7 @@ DAY_S = 86_400.0
 INPUT_S = DAY_S
 """So long an input picture may wait for the job that names it."""
 
+_TASK_TEXT = type_coerce(jobs.c.task, Words).label("task")
 _FILE_IN_TASK = re.compile(r"/files/([A-Za-z0-9_-]+)")
 
 
@@ -109,27 +115,31 @@ class Housekeeping:
     def _too_old(self) -> Iterator[str]:
         if self._retention.keep_s is None:
             return
-        rows = self._database.rows(
-            "SELECT job_id FROM jobs WHERE status IN ('done', 'failed') AND finished_at < ?",
-            (self._clock() - self._retention.keep_s,),
-        )
-        yield from (row["job_id"] for row in rows)
+        before = self._clock() - self._retention.keep_s
+        ended = jobs.c.status.in_((JobStatus.DONE, JobStatus.FAILED))
+        for row in self._rows(select(jobs.c.job_id).where(ended, jobs.c.finished_at < before)):
+            yield row.job_id
 
     def _too_many(self) -> Iterator[str]:
         if self._retention.keep_bytes is None:
             return
         total = 0
-        for row in self._database.rows("SELECT job_id, size_bytes FROM results ORDER BY created_at DESC"):
-            total += row["size_bytes"]
+        newest = select(results.c.job_id, results.c.size_bytes).order_by(results.c.created_at.desc())
+        for row in self._rows(newest):
+            total += row.size_bytes
             if total > self._retention.keep_bytes:
-                yield row["job_id"]
+                yield row.job_id
 
     def _unnamed_inputs(self) -> list[str]:
         before = self._clock() - INPUT_S
-        old = self._database.rows("SELECT file_id FROM files WHERE created_at < ?", (before,))
+        old = self._rows(select(files.c.file_id).where(files.c.created_at < before))
         if not old:
             return []
         named: set[str] = set()
-        for row in self._database.rows("SELECT task FROM jobs WHERE task LIKE '%/files/%'"):
-            named.update(_FILE_IN_TASK.findall(row["task"]))
-        return [row["file_id"] for row in old if row["file_id"] not in named]
+        for row in self._rows(select(_TASK_TEXT).where(_TASK_TEXT.like("%/files/%"))):
+            named.update(_FILE_IN_TASK.findall(row.task))
+        return [row.file_id for row in old if row.file_id not in named]
+
+    def _rows(self, query: Select[Any]) -> Sequence[Row[Any]]:
+        with self._database.reading() as connection:
+            return connection.execute(query).all()

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import sqlite3
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import IO, Any
 
-from studio_worker.local_studio import rules
-from studio_worker.local_studio.database import Database, Row
-from studio_worker.local_studio.line import Line, rejections_of
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, literal, select, update
+
+from studio_worker.local_studio import line, rules
 from studio_worker.local_studio.pictures import Pictures, StoredBytes
 from studio_worker.local_studio.rules import JobStatus, QueuedJob, Rejection
+from studio_worker.local_studio.storage.database import Database
+from studio_worker.local_studio.storage.tables import jobs, results
 from studio_worker.local_studio.turns import PATIENCE, Patience
 
-_JSON = ("task", "model_source", "rejections")
 _COLUMNS = tuple(field.name for field in fields(QueuedJob))
-_HELD_SQL = "status IN ('offered', 'running')"
+_JOBS = select(*(jobs.c[name] for name in _COLUMNS))
+_IS_HELD = jobs.c.status.in_(rules.HELD)
 
 
 @dataclass(frozen=True)
@@ -48,47 +48,43 @@ class JobQueue:
         self._database = database
         self._pictures = pictures
         self._clock = clock
-        self._line = Line(database, patience)
+        self._patience = patience
 
     def add(self, job: QueuedJob) -> None:
         """Put a new job at the end of the queue."""
         with self._database.writing() as connection:
-            connection.execute(
-                f"INSERT INTO jobs ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})",
-                _values(job),
-            )
+            connection.execute(insert(jobs).values(_values(job)))
 
     def get(self, job_id: str) -> QueuedJob | None:
         """One job, or ``None`` where the id is unknown."""
-        row = self._database.row("SELECT * FROM jobs WHERE job_id = ?", (job_id,))
-        return None if row is None else _job(row)
+        with self._database.reading() as connection:
+            return _find(connection, jobs.c.job_id == job_id)
 
     def listed(self, status: JobStatus | None = None, limit: int = 100, offset: int = 0) -> list[QueuedJob]:
         """Jobs, the queued ones in the order they will be offered, all others newest first."""
-        if status is None:
-            rows = self._database.rows(
-                "SELECT * FROM jobs ORDER BY seq DESC LIMIT ? OFFSET ?", (limit, offset)
-            )
-        elif status is JobStatus.QUEUED:
-            numbers = self._line.in_turn(limit, offset)
-            found = [self._database.row("SELECT * FROM jobs WHERE seq = ?", (number,)) for number in numbers]
-            rows = [row for row in found if row is not None]
-        else:
-            rows = self._database.rows(
-                "SELECT * FROM jobs WHERE status = ? ORDER BY finished_at DESC, seq DESC LIMIT ? OFFSET ?",
-                (status, limit, offset),
-            )
-        return [_job(row) for row in rows]
+        page = _JOBS.limit(limit).offset(offset)
+        with self._database.reading() as connection:
+            if status is JobStatus.QUEUED:
+                numbers = line.in_turn(connection, limit, offset)
+                found = (_find(connection, jobs.c.seq == number) for number in numbers)
+                return [job for job in found if job is not None]
+            if status is None:
+                page = page.order_by(jobs.c.seq.desc())
+            else:
+                page = page.where(jobs.c.status == status)
+                page = page.order_by(jobs.c.finished_at.desc(), jobs.c.seq.desc())
+            return [_job(row) for row in connection.execute(page).mappings()]
 
     def counts(self) -> dict[str, int]:
         """How many jobs stand where; every status is named."""
-        rows = self._database.rows("SELECT status, count(*) AS n FROM jobs GROUP BY status")
-        return {status.value: 0 for status in JobStatus} | {row["status"]: row["n"] for row in rows}
+        with self._database.reading() as connection:
+            rows = connection.execute(select(jobs.c.status, func.count("*")).group_by(jobs.c.status))
+            return {status.value: 0 for status in JobStatus} | {row[0]: row[1] for row in rows}
 
     def held_by(self, worker_id: str) -> QueuedJob | None:
         """The job this worker has been offered or is running."""
-        row = self._database.row(f"SELECT * FROM jobs WHERE worker_id = ? AND {_HELD_SQL}", (worker_id,))
-        return None if row is None else _job(row)
+        with self._database.reading() as connection:
+            return _held_by(connection, worker_id)
 
     def take_next(self, worker_id: str, ready: Collection[str] = ()) -> QueuedJob | None:
         """Offer this worker the job whose turn it is, if there is one and it holds none.
@@ -96,17 +92,19 @@ class JobQueue:
         Args:
             ready: who else could take a job now.
         """
-        if self._database.row("SELECT 1 FROM jobs WHERE status = 'queued' LIMIT 1") is None:
-            return None  # the usual case at every idle heartbeat: write nothing, wake nobody
+        with self._database.reading() as connection:
+            waiting = select(literal(1)).where(jobs.c.status == JobStatus.QUEUED).limit(1)
+            if connection.execute(waiting).first() is None:
+                return None  # the usual case at every idle heartbeat: write nothing, wake nobody
         with self._database.writing() as connection:
-            if self.held_by(worker_id) is not None:
+            if _held_by(connection, worker_id) is not None:
                 return None
             now = self._clock()
-            job_id = self._line.choose(worker_id, ready, now)
+            job_id = line.choose(connection, worker_id, ready, now, self._patience)
             if job_id is None:
                 return None
-            job = _save(connection, rules.offered(self._require(job_id), worker_id, now))
-            self._line.take_turn(job)
+            job = _save(connection, rules.offered(_require(connection, job_id), worker_id, now))
+            line.take_turn(connection, job)
             return job
 
     def accept(self, job_id: str, worker_id: str) -> QueuedJob:
@@ -146,10 +144,11 @@ class JobQueue:
 
     def release_all(self, reason: str) -> int:
         """Let go of every claim without counting an attempt: the studio itself was away."""
-        rows = self._database.rows(f"SELECT DISTINCT worker_id FROM jobs WHERE {_HELD_SQL}")
-        for row in rows:
-            self.release(row["worker_id"], reason, counts=False)
-        return len(rows)
+        with self._database.reading() as connection:
+            holders = connection.execute(select(jobs.c.worker_id).where(_IS_HELD).distinct()).scalars().all()
+        for worker_id in holders:
+            self.release(worker_id, reason, counts=False)
+        return len(holders)
 
     def deliver(
         self,
@@ -168,7 +167,8 @@ class JobQueue:
             prompt: the prompt as delivered; where it is missing, the task's own is kept.
             meta: the worker's ``generationMeta``, any JSON.
         """
-        rules.delivered(self._require(job_id), worker_id, self._clock())  # nothing is written for a late one
+        with self._database.reading() as connection:  # nothing is written for a late one
+            rules.delivered(_require(connection, job_id), worker_id, self._clock())
         stored = self._pictures.put(content, job_id, ext)
         try:
             return self._record(job_id, worker_id, stored, ext, prompt, meta)
@@ -181,7 +181,7 @@ class JobQueue:
     ) -> Result:
         now = self._clock()
         with self._database.writing() as connection:
-            before = self._require(job_id)
+            before = _require(connection, job_id)
             job = _save(connection, rules.delivered(before, worker_id, now))
             began = before.started_at or before.offered_at or now
             result = Result(
@@ -194,22 +194,8 @@ class JobQueue:
                 created_at=now,
                 size_bytes=stored.size_bytes,
             )
-            connection.execute(
-                "INSERT INTO results (job_id, ext, prompt, generation_meta, worker_id, seconds, created_at,"
-                " size_bytes, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    job_id,
-                    ext,
-                    result.prompt,
-                    None if meta is None else json.dumps(meta),
-                    worker_id,
-                    result.seconds,
-                    now,
-                    result.size_bytes,
-                    stored.key,
-                ),
-            )
-            self._line.made(worker_id, job.model)
+            connection.execute(insert(results).values(**asdict(result), key=stored.key))
+            line.made(connection, worker_id, job.model)
         return result
 
     def count_refused_upload(self, job_id: str) -> None:
@@ -223,59 +209,63 @@ class JobQueue:
     def delete(self, job_id: str) -> None:
         """Remove a job and what it brought. Raises RuleBroken for one that a worker holds."""
         with self._database.writing() as connection:
-            job = self._require(job_id)
+            job = _require(connection, job_id)
             if job.status in rules.HELD:
                 raise rules.RuleBroken(f"job {job_id} is {job.status}; it can be deleted when that is over")
-            key = self.picture(job_id)
-            connection.execute("DELETE FROM results WHERE job_id = ?", (job_id,))
-            connection.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,))
+            key = _key(connection, job_id)
+            connection.execute(delete(results).where(results.c.job_id == job_id))
+            connection.execute(delete(jobs).where(jobs.c.job_id == job_id))
         if key is not None:
             self._pictures.delete(key)
 
     def result(self, job_id: str) -> Result | None:
         """What is known of a job's result, without its bytes."""
-        row = self._database.row(
-            "SELECT job_id, ext, prompt, generation_meta, worker_id, seconds, created_at, size_bytes"
-            " FROM results WHERE job_id = ?",
-            (job_id,),
-        )
-        if row is None:
-            return None
-        facts = dict(row)
-        facts["generation_meta"] = json.loads(row["generation_meta"] or "null")
-        return Result(**facts)
+        columns = (results.c[field.name] for field in fields(Result))
+        with self._database.reading() as connection:
+            found = connection.execute(select(*columns).where(results.c.job_id == job_id)).mappings().first()
+        return None if found is None else Result(**found)
 
     def picture(self, job_id: str) -> str | None:
         """The key of a job's result."""
-        row = self._database.row("SELECT key FROM results WHERE job_id = ?", (job_id,))
-        return None if row is None else str(row["key"])
+        with self._database.reading() as connection:
+            return _key(connection, job_id)
 
     def _change(self, job_id: str, rule: Callable[[QueuedJob], QueuedJob]) -> QueuedJob:
         with self._database.writing() as connection:
-            return _save(connection, rule(self._require(job_id)))
-
-    def _require(self, job_id: str) -> QueuedJob:
-        job = self.get(job_id)
-        if job is None:
-            raise rules.RuleBroken(f"job {job_id} is unknown")
-        return job
+            return _save(connection, rule(_require(connection, job_id)))
 
 
-def _save(connection: sqlite3.Connection, job: QueuedJob) -> QueuedJob:
-    # Only inside writing(): the lock is held, so that reading and writing are one step.
-    assignments = ", ".join(f"{column} = ?" for column in _COLUMNS)
-    connection.execute(f"UPDATE jobs SET {assignments} WHERE job_id = ?", (*_values(job), job.job_id))
+def _find(connection: Connection, condition: ColumnElement[bool]) -> QueuedJob | None:
+    row = connection.execute(_JOBS.where(condition)).mappings().first()
+    return None if row is None else _job(row)
+
+
+def _held_by(connection: Connection, worker_id: str) -> QueuedJob | None:
+    return _find(connection, (jobs.c.worker_id == worker_id) & _IS_HELD)
+
+
+def _require(connection: Connection, job_id: str) -> QueuedJob:
+    job = _find(connection, jobs.c.job_id == job_id)
+    if job is None:
+        raise rules.RuleBroken(f"job {job_id} is unknown")
     return job
 
 
-def _values(job: QueuedJob) -> tuple[Any, ...]:
-    facts = {column: getattr(job, column) for column in _COLUMNS}
-    facts["rejections"] = {who: asdict(rejection) for who, rejection in job.rejections.items()}
-    return tuple(json.dumps(value) if column in _JSON else value for column, value in facts.items())
+def _key(connection: Connection, job_id: str) -> str | None:
+    return connection.execute(select(results.c.key).where(results.c.job_id == job_id)).scalar()
 
 
-def _job(row: Row) -> QueuedJob:
-    facts: dict[str, Any] = {column: row[column] for column in _COLUMNS}
-    facts.update({column: json.loads(row[column]) for column in _JSON})
-    facts["rejections"] = rejections_of(row)
-    return QueuedJob(**facts | {"status": JobStatus(row["status"])})
+def _save(connection: Connection, job: QueuedJob) -> QueuedJob:
+    # Only inside writing(): nobody else writes, so that reading and writing are one step.
+    connection.execute(update(jobs).where(jobs.c.job_id == job.job_id).values(_values(job)))
+    return job
+
+
+def _values(job: QueuedJob) -> dict[str, Any]:
+    facts = {name: getattr(job, name) for name in _COLUMNS}
+    return facts | {"rejections": {who: asdict(said) for who, said in job.rejections.items()}}
+
+
+def _job(row: Mapping[Any, Any]) -> QueuedJob:
+    facts = {name: row[name] for name in _COLUMNS}
+    return QueuedJob(**facts | {"status": JobStatus(row["status"]), "rejections": line.rejections_of(row)})

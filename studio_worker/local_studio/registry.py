@@ -13,14 +13,17 @@ import hashlib
 import hmac
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
-from sqlite3 import Connection
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sqlalchemy import Connection, Select, delete, insert, select, update
 
 from studio_worker.errors import ProtocolError
-from studio_worker.local_studio.database import Database, Row
+from studio_worker.local_studio.storage.database import Database, upsert
+from studio_worker.local_studio.storage.tables import registrations, workers
 from studio_worker.local_studio.waiting_room import WaitingRoom
-from studio_worker.local_studio.workers import Workers, sha256
+from studio_worker.local_studio.workers import Workers, known_worker, sha256
 from studio_worker.studio import wire
 
 MAX_PENDING = 100
@@ -59,6 +62,9 @@ class Registration:
     decided_at: float | None
 
 
+_REGISTRATIONS = select(*(registrations.c[field.name] for field in fields(Registration)))
+
+
 class Registry:
     """Registration requests. ``workers`` are those that were approved."""
 
@@ -85,34 +91,33 @@ class Registry:
     def _request(self, body: wire.RegisterRequest, origin: str) -> Registration:
         secret_hash = body.registration_secret_hash.lower()
         with self._database.writing() as connection:
-            last = self._last_of(body.install_id)
-            if last is not None and self._still_stands(last, secret_hash):
+            last = _last_of(connection, body.install_id)
+            says = {
+                "secret_hash": secret_hash,
+                "capabilities": body.capabilities.to_json(),
+                "user_agent": body.user_agent,
+            }
+            if last is not None and _still_stands(connection, last, secret_hash):
                 # A pending request takes the latest secret: a worker that lost its own starts over.
-                connection.execute(
-                    "UPDATE registrations SET secret_hash = ?, capabilities = ?, user_agent = ?"
-                    " WHERE request_id = ?",
-                    (secret_hash, body.capabilities.to_json(), body.user_agent, last.request_id),
-                )
-                return self._require(last.request_id)
+                _change(connection, last.request_id, **says)
+                return _require(connection, last.request_id)
             self._make_room(connection, origin)
             request_id = str(uuid.uuid4())
             connection.execute(
-                "INSERT INTO registrations (request_id, install_id, secret_hash, capabilities, user_agent,"
-                " status, created_at) VALUES (?, ?, ?, ?, ?, 'pending', ?)",
-                (
-                    request_id,
-                    body.install_id,
-                    secret_hash,
-                    body.capabilities.to_json(),
-                    body.user_agent,
-                    self._clock(),
-                ),
+                insert(registrations).values(
+                    request_id=request_id,
+                    install_id=body.install_id,
+                    status="pending",
+                    created_at=self._clock(),
+                    **says,
+                )
             )
-            return self._require(request_id)
+            return _require(connection, request_id)
 
     def decision(self, request_id: str, secret: str) -> wire.Pending | wire.Approved | wire.Rejected:
         """What a poll is answered. Raises UnknownRequest or WrongSecret."""
-        registration = self._require(request_id)
+        with self._database.reading() as connection:
+            registration = _require(connection, request_id)
         if not hmac.compare_digest(sha256(secret), registration.secret_hash):
             raise WrongSecret("the registration secret is not this request's")
         if registration.status == "rejected":
@@ -133,87 +138,95 @@ class Registry:
 
     def pending(self) -> list[Registration]:
         """Requests that wait for a decision, oldest first."""
-        rows = self._database.rows(
-            "SELECT * FROM registrations WHERE status = 'pending' ORDER BY created_at, request_id"
-        )
-        return [_registration(row) for row in rows]
+        with self._database.reading() as connection:
+            rows = connection.execute(_pending(_REGISTRATIONS)).mappings()
+            return [_registration(row) for row in rows]
 
     def approve(self, request_id: str) -> str:
         """Let the machine work here; returns its worker id. Raises UnknownRequest or NotPending."""
         with self._database.writing() as connection:
-            registration = self._require_pending(request_id)
-            row = self._database.row(
-                "SELECT worker_id FROM workers WHERE install_id = ? AND deleted_at IS NULL",
-                (registration.install_id,),
-            )
-            worker_id = str(uuid.uuid4()) if row is None else str(row["worker_id"])
-            connection.execute(
-                "INSERT INTO workers (worker_id, install_id, request_id, capabilities, created_at)"
-                " VALUES (?, ?, ?, ?, ?) ON CONFLICT (worker_id) DO UPDATE"
-                " SET request_id = excluded.request_id, token_hash = NULL",
-                (
-                    worker_id,
-                    registration.install_id,
-                    request_id,
-                    registration.capabilities.to_json(),
-                    self._clock(),
-                ),
-            )
-            connection.execute(
-                "UPDATE registrations SET status = 'approved', worker_id = ?, decided_at = ?"
-                " WHERE request_id = ?",
-                (worker_id, self._clock(), request_id),
-            )
+            registration = _require_pending(connection, request_id)
+            same_machine = workers.c.install_id == registration.install_id
+            known = connection.execute(
+                select(workers.c.worker_id).where(same_machine, workers.c.deleted_at.is_(None))
+            ).scalar()
+            worker_id = known or str(uuid.uuid4())
+            worker = {
+                "worker_id": worker_id,
+                "install_id": registration.install_id,
+                "request_id": request_id,
+                "token_hash": None,
+                "capabilities": registration.capabilities.to_json(),
+                "created_at": self._clock(),
+            }
+            upsert(connection, workers, worker, keep=("install_id", "capabilities", "created_at"))
+            _change(connection, request_id, status="approved", worker_id=worker_id, decided_at=self._clock())
         return worker_id
 
     def reject(self, request_id: str, reason: str | None = None) -> None:
         """Refuse the machine. Raises UnknownRequest or NotPending."""
         with self._database.writing() as connection:
-            self._require_pending(request_id)
-            connection.execute(
-                "UPDATE registrations SET status = 'rejected', reason = ?, decided_at = ?"
-                " WHERE request_id = ?",
-                (reason, self._clock(), request_id),
-            )
+            _require_pending(connection, request_id)
+            _change(connection, request_id, status="rejected", reason=reason, decided_at=self._clock())
 
     # --- within -------------------------------------------------------------------------------------
 
     def _make_room(self, connection: Connection, origin: str) -> None:
-        rows = self._database.rows("SELECT request_id FROM registrations WHERE status = 'pending'")
-        if len(rows) < MAX_PENDING:
+        waiting = connection.execute(_pending(select(registrations.c.request_id))).scalars().all()
+        if len(waiting) < MAX_PENDING:
             return
-        goes = self._room.dispensable((row["request_id"] for row in rows), origin, self._clock())
+        goes = self._room.dispensable(waiting, origin, self._clock())
         if goes is None:
             raise TooManyPending("too many requests wait for a decision; try again later")
-        connection.execute("DELETE FROM registrations WHERE request_id = ?", (goes,))
-
-    def _last_of(self, install_id: str) -> Registration | None:
-        row = self._database.row(
-            "SELECT * FROM registrations WHERE install_id = ? ORDER BY created_at DESC, rowid DESC LIMIT 1",
-            (install_id,),
-        )
-        return None if row is None else _registration(row)
-
-    def _still_stands(self, last: Registration, secret_hash: str) -> bool:
-        if last.status == "pending":
-            return True
-        if last.secret_hash != secret_hash:
-            return False
-        return last.status == "rejected" or self.workers.get(last.worker_id or "") is not None
-
-    def _require(self, request_id: str) -> Registration:
-        row = self._database.row("SELECT * FROM registrations WHERE request_id = ?", (request_id,))
-        if row is None:
-            raise UnknownRequest("the registration request is unknown")
-        return _registration(row)
-
-    def _require_pending(self, request_id: str) -> Registration:
-        registration = self._require(request_id)
-        if registration.status != "pending":
-            raise NotPending(f"the request was {registration.status} already")
-        return registration
+        connection.execute(delete(registrations).where(registrations.c.request_id == goes))
 
 
-def _registration(row: Row) -> Registration:
+def _last_of(connection: Connection, install_id: str) -> Registration | None:
+    # Of two that came at one moment the first was decided when the second came.
+    return _find(
+        connection,
+        _REGISTRATIONS.where(registrations.c.install_id == install_id).order_by(
+            registrations.c.created_at.desc(), registrations.c.decided_at.desc().nulls_first()
+        ),
+    )
+
+
+def _still_stands(connection: Connection, last: Registration, secret_hash: str) -> bool:
+    if last.status == "pending":
+        return True
+    if last.secret_hash != secret_hash:
+        return False
+    return last.status == "rejected" or known_worker(connection, last.worker_id or "") is not None
+
+
+def _pending(query: Select[Any]) -> Select[Any]:
+    waiting = query.where(registrations.c.status == "pending")
+    return waiting.order_by(registrations.c.created_at, registrations.c.request_id)
+
+
+def _require(connection: Connection, request_id: str) -> Registration:
+    found = _find(connection, _REGISTRATIONS.where(registrations.c.request_id == request_id))
+    if found is None:
+        raise UnknownRequest("the registration request is unknown")
+    return found
+
+
+def _require_pending(connection: Connection, request_id: str) -> Registration:
+    registration = _require(connection, request_id)
+    if registration.status != "pending":
+        raise NotPending(f"the request was {registration.status} already")
+    return registration
+
+
+def _find(connection: Connection, query: Select[Any]) -> Registration | None:
+    row = connection.execute(query.limit(1)).mappings().first()
+    return None if row is None else _registration(row)
+
+
+def _change(connection: Connection, request_id: str, **values: Any) -> None:
+    connection.execute(update(registrations).where(registrations.c.request_id == request_id).values(**values))
+
+
+def _registration(row: Mapping[Any, Any]) -> Registration:
     facts = dict(row) | {"capabilities": wire.Capabilities.model_validate_json(row["capabilities"])}
     return Registration(**facts)

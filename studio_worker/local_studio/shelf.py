@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import io
-import json
 import secrets
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from PIL import Image
+from sqlalchemy import delete, func, insert, select
 
 from studio_worker.errors import ProtocolError
-from studio_worker.local_studio.database import Database
 from studio_worker.local_studio.pictures import Pictures
+from studio_worker.local_studio.storage.database import Database, upsert
+from studio_worker.local_studio.storage.tables import files, logs, models
 from studio_worker.studio import wire
 
 MAX_LOG_LINES = 5000
@@ -73,21 +74,18 @@ class Shelf:
     def put_model(self, model: Model) -> None:
         """Add a model, or replace the one of the same id."""
         with self._database.writing() as connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO models (model_id, label, model_source, vram_gb_estimate)"
-                " VALUES (?, ?, ?, ?)",
-                (model.model_id, model.label, json.dumps(model.model_source), model.vram_gb_estimate),
-            )
+            upsert(connection, models, vars(model))
 
     def delete_model(self, model_id: str) -> bool:
         """Forget a model; jobs keep the source they were queued with. False where it is unknown."""
         with self._database.writing() as connection:
-            return connection.execute("DELETE FROM models WHERE model_id = ?", (model_id,)).rowcount == 1
+            return connection.execute(delete(models).where(models.c.model_id == model_id)).rowcount == 1
 
     def models(self) -> list[Model]:
         """All models, by label."""
-        rows = self._database.rows("SELECT * FROM models ORDER BY label COLLATE NOCASE, model_id")
-        return [Model(**dict(row) | {"model_source": json.loads(row["model_source"])}) for row in rows]
+        by_label = select(models).order_by(func.lower(models.c.label), models.c.model_id)
+        with self._database.reading() as connection:
+            return [Model(**row) for row in connection.execute(by_label).mappings()]
 
     def model(self, model_id: str) -> Model | None:
         """One model."""
@@ -111,15 +109,18 @@ class Shelf:
         stored = self._pictures.put(io.BytesIO(content), "input", media_type.rpartition("/")[2])
         with self._database.writing() as connection:
             connection.execute(
-                "INSERT INTO files (file_id, media_type, created_at, key) VALUES (?, ?, ?, ?)",
-                (file_id, media_type, time.time(), stored.key),
+                insert(files).values(
+                    file_id=file_id, media_type=media_type, created_at=time.time(), key=stored.key
+                )
             )
         return file_id
 
     def picture(self, file_id: str) -> StoredFile | None:
         """An input picture."""
-        row = self._database.row("SELECT media_type, key FROM files WHERE file_id = ?", (file_id,))
-        return None if row is None else StoredFile(row["media_type"], row["key"])
+        named = select(files.c.media_type, files.c.key).where(files.c.file_id == file_id)
+        with self._database.reading() as connection:
+            row = connection.execute(named).first()
+        return None if row is None else StoredFile(row.media_type, row.key)
 
     def delete_picture(self, file_id: str) -> bool:
         """Forget an input picture. False where it is unknown."""
@@ -127,42 +128,40 @@ class Shelf:
         if found is None:
             return False
         with self._database.writing() as connection:
-            connection.execute("DELETE FROM files WHERE file_id = ?", (file_id,))
+            connection.execute(delete(files).where(files.c.file_id == file_id))
         self._pictures.delete(found.key)
         return True
 
     def delete_logs(self, before: str) -> None:
         """Forget lines of before that moment (ISO 8601, UTC), by the workers' own clocks."""
         with self._database.writing() as connection:
-            connection.execute("DELETE FROM logs WHERE ts < ?", (before,))
+            connection.execute(delete(logs).where(logs.c.ts < before))
 
     def add_logs(self, worker_id: str, entries: Iterable[wire.LogEntry]) -> None:
         """Keep a worker's log lines, within bounds."""
+        lines = [
+            {
+                "worker_id": worker_id,
+                "ts": entry.ts[:40],
+                "level": entry.level,
+                "category": entry.category[:100],
+                "message": entry.message[:MAX_MESSAGE_CHARS],
+                "job_id": entry.job_id and entry.job_id[:100],
+            }
+            for entry in list(entries)[-MAX_BATCH_LINES:]
+        ]
+        if not lines:
+            return
+        newest = select(func.max(logs.c.id)).scalar_subquery()
         with self._database.writing() as connection:
-            connection.executemany(
-                "INSERT INTO logs (worker_id, ts, level, category, message, job_id)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
-                [
-                    (
-                        worker_id,
-                        entry.ts[:40],
-                        entry.level,
-                        entry.category[:100],
-                        entry.message[:MAX_MESSAGE_CHARS],
-                        entry.job_id and entry.job_id[:100],
-                    )
-                    for entry in list(entries)[-MAX_BATCH_LINES:]
-                ],
-            )
-            connection.execute(
-                "DELETE FROM logs WHERE id <= (SELECT max(id) FROM logs) - ?", (MAX_LOG_LINES,)
-            )
+            connection.execute(insert(logs), lines)
+            connection.execute(delete(logs).where(logs.c.id <= newest - MAX_LOG_LINES))
 
     def logs(self, worker_id: str | None = None, limit: int = 200) -> list[LogLine]:
         """The newest shipped lines, oldest first."""
-        rows = self._database.rows(
-            "SELECT worker_id, ts, level, category, message, job_id FROM logs"
-            " WHERE ? IS NULL OR worker_id = ? ORDER BY id DESC LIMIT ?",
-            (worker_id, worker_id, limit),
-        )
-        return [LogLine(**dict(row)) for row in reversed(rows)]
+        newest = select(*(logs.c[field.name] for field in fields(LogLine))).order_by(logs.c.id.desc())
+        if worker_id is not None:
+            newest = newest.where(logs.c.worker_id == worker_id)
+        with self._database.reading() as connection:
+            lines = [LogLine(**row) for row in connection.execute(newest.limit(limit)).mappings()]
+        return lines[::-1]

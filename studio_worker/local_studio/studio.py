@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
+from sqlalchemy import select, union
+
 from studio_worker.jobs import ImageTask
 from studio_worker.local_studio.changes import Changes
-from studio_worker.local_studio.database import Database
 from studio_worker.local_studio.housekeeping import FOR_EVER, Housekeeping, Retention
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.pictures import Folder
@@ -19,6 +20,8 @@ from studio_worker.local_studio.registry import Registration, Registry
 from studio_worker.local_studio.rules import RESTARTED, JobExtras, JobStatus, QueuedJob
 from studio_worker.local_studio.sessions import Limits, Sessions
 from studio_worker.local_studio.shelf import LogLine, Model, Shelf
+from studio_worker.local_studio.storage.sqlite import SqliteFile
+from studio_worker.local_studio.storage.tables import files, results
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.views import Views
 from studio_worker.local_studio.workers import RegisteredWorker
@@ -52,7 +55,7 @@ class Studio:
         self.limits = limits or Limits()
         self.changes = Changes()
         self.pictures = pictures = Folder(database.parent / PICTURES_FOLDER)
-        self.database = Database(database, self.changes.bump, pictures)
+        self.database = SqliteFile(database, self.changes.bump, pictures)
         self.registry = Registry(self.database)
         self.queue = JobQueue(self.database, pictures, patience=self.limits.patience)
         self.shelf = Shelf(self.database, pictures)
@@ -68,8 +71,9 @@ class Studio:
         if self.database.is_new:
             self.shelf.put_model(PLACEHOLDER)
         else:
-            rows = self.database.rows("SELECT key FROM results UNION SELECT key FROM files")
-            removed = pictures.remove_unnamed({row["key"] for row in rows}, self.database.last_opened_at)
+            with self.database.reading() as connection:
+                named = connection.execute(union(select(results.c.key), select(files.c.key))).scalars().all()
+            removed = pictures.remove_unnamed(set(named), self.database.last_opened_at)
             if removed:
                 logger.info("pictures without a row removed", extra={"pictures": removed})
         released = self.queue.release_all(RESTARTED)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Any
 
-from studio_worker.local_studio.database import Database, Row
+from sqlalchemy import ColumnElement, Connection, select, update
+
+from studio_worker.local_studio.storage.database import Database
+from studio_worker.local_studio.storage.tables import workers
 from studio_worker.studio import wire
 
 
@@ -48,52 +52,51 @@ class Workers:
 
     def all(self) -> list[RegisteredWorker]:
         """All workers that were not deleted, oldest first."""
-        rows = self._database.rows("SELECT * FROM workers WHERE deleted_at IS NULL ORDER BY created_at")
-        return [_worker(row) for row in rows]
+        with self._database.reading() as connection:
+            return _found(connection, workers.c.deleted_at.is_(None))
 
     def get(self, worker_id: str) -> RegisteredWorker | None:
         """One worker that was not deleted."""
-        row = self._database.row(
-            "SELECT * FROM workers WHERE worker_id = ? AND deleted_at IS NULL", (worker_id,)
-        )
-        return None if row is None else _worker(row)
+        with self._database.reading() as connection:
+            return known_worker(connection, worker_id)
 
     def names(self) -> dict[str, str]:
         """What people call each worker, deleted ones too: old pictures still name their maker."""
-        return {row["worker_id"]: _worker(row).name for row in self._database.rows("SELECT * FROM workers")}
+        with self._database.reading() as connection:
+            return {worker.worker_id: worker.name for worker in _found(connection)}
 
     def delete(self, worker_id: str) -> bool:
         """Dismiss a worker; its token is remembered, so that it can be told. False where it is unknown."""
         with self._database.writing() as connection:
-            cursor = connection.execute(
-                "UPDATE workers SET deleted_at = ? WHERE worker_id = ? AND deleted_at IS NULL",
-                (self._clock(), worker_id),
-            )
-            return cursor.rowcount == 1
+            known = update(workers).where(workers.c.worker_id == worker_id, workers.c.deleted_at.is_(None))
+            return connection.execute(known.values(deleted_at=self._clock())).rowcount == 1
 
     def keep_token(self, worker_id: str, token: str) -> None:
         """Note which token the worker has fetched, by its hash."""
         with self._database.writing() as connection:
-            connection.execute(
-                "UPDATE workers SET token_hash = ? WHERE worker_id = ?", (sha256(token), worker_id)
-            )
+            known = update(workers).where(workers.c.worker_id == worker_id)
+            connection.execute(known.values(token_hash=sha256(token)))
 
     def standing(self, worker_id: str, token: str) -> Standing:
         """What this id and token are worth, compared in constant time."""
-        row = self._database.row(
-            "SELECT token_hash, deleted_at FROM workers WHERE worker_id = ?", (worker_id,)
-        )
-        if row is None or not hmac.compare_digest(sha256(token), row["token_hash"] or ""):
+        known = select(workers.c.token_hash, workers.c.deleted_at).where(workers.c.worker_id == worker_id)
+        with self._database.reading() as connection:
+            row = connection.execute(known).first()
+        if row is None or not hmac.compare_digest(sha256(token), row.token_hash or ""):
             return Standing.REFUSED
-        return Standing.KNOWN if row["deleted_at"] is None else Standing.DELETED
+        return Standing.KNOWN if row.deleted_at is None else Standing.DELETED
 
     def seen(self, worker_id: str, capabilities: wire.Capabilities) -> None:
         """Note a sign of life and what the worker says of itself."""
         with self._database.writing() as connection:
-            connection.execute(
-                "UPDATE workers SET last_seen_at = ?, capabilities = ? WHERE worker_id = ?",
-                (self._clock(), capabilities.to_json(), worker_id),
-            )
+            known = update(workers).where(workers.c.worker_id == worker_id)
+            connection.execute(known.values(last_seen_at=self._clock(), capabilities=capabilities.to_json()))
+
+
+def known_worker(connection: Connection, worker_id: str) -> RegisteredWorker | None:
+    """One worker that was not deleted, as part of a step."""
+    found = _found(connection, workers.c.worker_id == worker_id, workers.c.deleted_at.is_(None))
+    return found[0] if found else None
 
 
 def sha256(text: str) -> str:
@@ -102,6 +105,12 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _worker(row: Row) -> RegisteredWorker:
+def _found(connection: Connection, *conditions: ColumnElement[bool]) -> list[RegisteredWorker]:
+    columns = (workers.c[field.name] for field in fields(RegisteredWorker))
+    found = select(*columns).where(*conditions).order_by(workers.c.created_at, workers.c.worker_id)
+    return [_worker(row) for row in connection.execute(found).mappings()]
+
+
+def _worker(row: Mapping[Any, Any]) -> RegisteredWorker:
     facts = dict(row) | {"capabilities": wire.Capabilities.model_validate_json(row["capabilities"])}
     return RegisteredWorker(**facts)

@@ -304,9 +304,10 @@ def test_full_disk_is_507_and_the_picture_comes_later(
         machine = Machine(studio).connect()
         job_id = queue(studio)
         machine.take()
-        pages = studio.database.rows("PRAGMA page_count")[0][0]
-        if full == "database":
-            studio.database.rows(f"PRAGMA max_page_count = {pages}")
+        with studio.database.reading() as connection:
+            pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+            if full == "database":
+                connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
         with caplog.at_level(logging.INFO), monkeypatch.context() as patch:
             if full == "folder":
                 patch.setattr("studio_worker.files.os.fsync", full_disk)
@@ -319,7 +320,8 @@ def test_full_disk_is_507_and_the_picture_comes_later(
         assert "disk" in refused.json()["error"]
         assert not [record for record in caplog.records if record.exc_info]
         assert list((tmp_path / "pictures").iterdir()) == [], "nothing is left of what was refused"
-        studio.database.rows("PRAGMA max_page_count = 1000000")
+        with studio.database.reading() as connection:
+            connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
         assert machine.upload(job_id, prompt="x" * 900_000).status_code == 200
         assert machine.socket is not None
         machine.socket.close()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from studio_worker.errors import StudioWorkerError
 from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web.access import error_response
 
@@ -38,7 +39,7 @@ class Health:
             return error_response(503, "the studio is being stopped")
         try:
             async with asyncio.timeout(LIMIT_S):
-                await run_in_threadpool(self._studio.database.row, "SELECT 1")
-        except (sqlite3.Error, TimeoutError):
+                await run_in_threadpool(self._studio.database.check)
+        except (SQLAlchemyError, StudioWorkerError, TimeoutError):
             return error_response(503, "the studio's database does not answer")
         return JSONResponse({"status": "ready"})

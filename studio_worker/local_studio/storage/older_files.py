@@ -1,6 +1,6 @@
-"""The tables, as steps from an empty file to today's form; SQLite's ``user_version`` counts those done.
+"""What SQLite files went through before Alembic counted their steps: ``user_version`` 1 to 3.
 
-A step that was released is never changed: whoever has an older file gets there by the steps after it.
+A step that was released is never changed. New files take none of them.
 """
 
 from __future__ import annotations
@@ -12,39 +12,6 @@ from sqlite3 import Connection
 from studio_worker.local_studio.pictures import Pictures
 
 Step = Callable[[Connection, Pictures], None]
-
-_FIRST = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE registrations (
-    request_id TEXT PRIMARY KEY, install_id TEXT NOT NULL, secret_hash TEXT NOT NULL,
-    capabilities TEXT NOT NULL, user_agent TEXT NOT NULL, status TEXT NOT NULL, reason TEXT,
-    worker_id TEXT, created_at REAL NOT NULL, decided_at REAL);
-CREATE INDEX registrations_by_install ON registrations (install_id, created_at);
-CREATE TABLE workers (
-    worker_id TEXT PRIMARY KEY, install_id TEXT NOT NULL, request_id TEXT NOT NULL, token_hash TEXT,
-    capabilities TEXT NOT NULL, created_at REAL NOT NULL, last_seen_at REAL, deleted_at REAL);
-CREATE TABLE jobs (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT UNIQUE NOT NULL, model TEXT NOT NULL,
-    task TEXT NOT NULL, model_source TEXT NOT NULL, created_at REAL NOT NULL, game_id TEXT NOT NULL,
-    asset_name TEXT NOT NULL, vram_gb_estimate REAL NOT NULL, max_attempts INTEGER NOT NULL,
-    status TEXT NOT NULL, attempts INTEGER NOT NULL, reason TEXT, worker_id TEXT,
-    dropped_by TEXT, rejections TEXT NOT NULL, offered_at REAL, started_at REAL,
-    finished_at REAL, completions INTEGER NOT NULL CHECK (completions <= 1),
-    refused_uploads INTEGER NOT NULL);
-CREATE INDEX jobs_by_status ON jobs (status, seq);
-CREATE TABLE results (
-    job_id TEXT PRIMARY KEY REFERENCES jobs (job_id), ext TEXT NOT NULL, prompt TEXT NOT NULL,
-    generation_meta TEXT, worker_id TEXT NOT NULL, seconds REAL NOT NULL, created_at REAL NOT NULL,
-    size_bytes INTEGER NOT NULL, bytes BLOB NOT NULL);
-CREATE TABLE logs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, worker_id TEXT NOT NULL, ts TEXT NOT NULL, level TEXT NOT NULL,
-    category TEXT NOT NULL, message TEXT NOT NULL, job_id TEXT);
-CREATE TABLE models (
-    model_id TEXT PRIMARY KEY, label TEXT NOT NULL, model_source TEXT NOT NULL,
-    vram_gb_estimate REAL NOT NULL);
-CREATE TABLE files (
-    file_id TEXT PRIMARY KEY, media_type TEXT NOT NULL, created_at REAL NOT NULL, bytes BLOB NOT NULL);
-"""
 
 _TURNS = """
 ALTER TABLE jobs ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;
@@ -77,10 +44,6 @@ ALTER TABLE files DROP COLUMN bytes;
 """
 
 
-def _first(connection: Connection, _pictures: Pictures) -> None:
-    _execute(connection, _FIRST)
-
-
 def _turns(connection: Connection, _pictures: Pictures) -> None:
     _execute(connection, _TURNS)
 
@@ -106,5 +69,5 @@ def _execute(connection: Connection, script: str) -> None:
             connection.execute(statement)
 
 
-STEPS: tuple[Step, ...] = (_first, _turns, _files)
-"""In order; a new file takes all of them."""
+STEPS: dict[int, Step] = {2: _turns, 3: _files}
+"""By the ``user_version`` that each leads to."""

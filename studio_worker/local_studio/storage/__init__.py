@@ -1,0 +1,1 @@
+"""The studio's state in a database: tables, transactions, and the way there from older forms."""

@@ -1,0 +1,98 @@
+"""One open database, whichever it is: transactions, and who hears of them. Tables are their owners' matter.
+
+Whoever asks gets a connection for a while: :meth:`Database.reading` or :meth:`Database.writing`. One within
+the other would wait for itself where there is one connection only, so a step hands its connection on.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Table, literal, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from studio_worker.local_studio.pictures import StorageAway
+from studio_worker.local_studio.storage.tables import meta
+
+_Insert = sqlite.Insert | postgresql.Insert
+_INSERTS: dict[str, Callable[[Table], _Insert]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+
+WRITES = "studio_writes"
+"""The option of connections that have a transaction which changes something."""
+
+
+class Database:
+    """What the makes of databases have in common. ``close`` is called once, last.
+
+    Args:
+        engine: knows how to connect; the tables are there and in their present form.
+        on_change: called after every committed write, when no connection is held.
+        translated: turns what the driver raises into this package's errors.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        on_change: Callable[[], None],
+        translated: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.on_change = on_change
+        self._engine = engine
+        self._writer = engine.execution_options(**{WRITES: True})
+        self._translated = translated
+        self._is_closed = False
+        with self.writing() as connection:
+            new = {"key": "salt", "value": secrets.token_hex(32)}
+            self.is_new = insert_new(connection, meta, new)
+            self.salt: str = connection.execute(select(meta.c.value).where(meta.c.key == "salt")).scalar_one()
+
+    def close(self) -> None:
+        """Nothing may be asked afterwards."""
+        self._is_closed = True
+        self._engine.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection that sees what was committed."""
+        with self._translated(), self._engine.connect() as connection:
+            self._require_open()
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """One transaction, all or nothing; listeners hear of it after the commit. Raises StorageFull."""
+        with self._translated(), self._writer.begin() as connection:
+            self._require_open()
+            yield connection
+        self.on_change()
+
+    def check(self) -> None:
+        """Whether it answers; raises what it raises."""
+        with self.reading() as connection:
+            connection.execute(select(literal(1)))
+
+    def _require_open(self) -> None:
+        # Here, with a connection in hand: who waited for one while the last went would open the next.
+        if self._is_closed:
+            raise StorageAway("the studio was stopped")
+
+
+def upsert(connection: Connection, table: Table, values: Mapping[str, Any], keep: Sequence[str] = ()) -> None:
+    """Insert a row, or change the one of the same primary key.
+
+    Args:
+        keep: columns that stay as they are in a row that is there.
+    """
+    key = [column.name for column in table.primary_key]
+    statement = _INSERTS[connection.dialect.name](table).values(values)
+    changed = {name: statement.excluded[name] for name in values if name not in (*key, *keep)}
+    connection.execute(statement.on_conflict_do_update(index_elements=key, set_=changed))
+
+
+def insert_new(connection: Connection, table: Table, values: Mapping[str, Any]) -> bool:
+    """Insert a row unless there is one of the same primary key; whether there was none."""
+    statement = _INSERTS[connection.dialect.name](table).values(values).on_conflict_do_nothing()
+    return connection.execute(statement).rowcount == 1
