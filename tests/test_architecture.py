@@ -78,6 +78,8 @@ LIBRARIES = {
     "requests": {"network", "transfer", "studio.http", "doctor"},
     "starlette": {"local_studio"},
     "uvicorn": {"local_studio"},
+    "sqlalchemy": {"local_studio"},
+    "alembic": {"local_studio.storage"},
     "typer": {"cli"},
     "rich": {"cli", "demo"},
     "pydantic_settings": {"config"},

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import IO, Any
 
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, literal, select, update
+from sqlalchemy import Connection, Select, bindparam, delete, func, insert, literal, or_, select, update
 
 from studio_worker.local_studio import line, rules
 from studio_worker.local_studio.pictures import Pictures, StoredBytes
@@ -18,7 +18,15 @@ from studio_worker.local_studio.turns import PATIENCE, Patience
 
 _COLUMNS = tuple(field.name for field in fields(QueuedJob))
 _JOBS = select(*(jobs.c[name] for name in _COLUMNS))
-_IS_HELD = jobs.c.status.in_(rules.HELD)
+_IS_HELD = or_(*(jobs.c.status == status for status in rules.HELD))
+
+# Made once: to make a statement costs more than to run it.
+_JOB = _JOBS.where(jobs.c.job_id == bindparam("wanted"))
+_NUMBERED = _JOBS.where(jobs.c.seq == bindparam("wanted"))
+_HELD_BY = _JOBS.where(jobs.c.worker_id == bindparam("wanted"), _IS_HELD)
+_WAITING = select(literal(1)).where(jobs.c.status == JobStatus.QUEUED).limit(1)
+_KEY = select(results.c.key).where(results.c.job_id == bindparam("wanted"))
+_CHANGE = update(jobs).where(jobs.c.job_id == bindparam("changed"))
 
 
 @dataclass(frozen=True)
@@ -53,12 +61,12 @@ class JobQueue:
     def add(self, job: QueuedJob) -> None:
         """Put a new job at the end of the queue."""
         with self._database.writing() as connection:
-            connection.execute(insert(jobs).values(_values(job)))
+            connection.execute(insert(jobs), _values(job))
 
     def get(self, job_id: str) -> QueuedJob | None:
         """One job, or ``None`` where the id is unknown."""
         with self._database.reading() as connection:
-            return _find(connection, jobs.c.job_id == job_id)
+            return _find(connection, _JOB, job_id)
 
     def listed(self, status: JobStatus | None = None, limit: int = 100, offset: int = 0) -> list[QueuedJob]:
         """Jobs, the queued ones in the order they will be offered, all others newest first."""
@@ -66,7 +74,7 @@ class JobQueue:
         with self._database.reading() as connection:
             if status is JobStatus.QUEUED:
                 numbers = line.in_turn(connection, limit, offset)
-                found = (_find(connection, jobs.c.seq == number) for number in numbers)
+                found = (_find(connection, _NUMBERED, number) for number in numbers)
                 return [job for job in found if job is not None]
             if status is None:
                 page = page.order_by(jobs.c.seq.desc())
@@ -84,7 +92,7 @@ class JobQueue:
     def held_by(self, worker_id: str) -> QueuedJob | None:
         """The job this worker has been offered or is running."""
         with self._database.reading() as connection:
-            return _held_by(connection, worker_id)
+            return _find(connection, _HELD_BY, worker_id)
 
     def take_next(self, worker_id: str, ready: Collection[str] = ()) -> QueuedJob | None:
         """Offer this worker the job whose turn it is, if there is one and it holds none.
@@ -93,18 +101,19 @@ class JobQueue:
             ready: who else could take a job now.
         """
         with self._database.reading() as connection:
-            waiting = select(literal(1)).where(jobs.c.status == JobStatus.QUEUED).limit(1)
-            if connection.execute(waiting).first() is None:
+            if connection.execute(_WAITING).first() is None:
                 return None  # the usual case at every idle heartbeat: write nothing, wake nobody
         with self._database.writing() as connection:
-            if _held_by(connection, worker_id) is not None:
+            if _find(connection, _HELD_BY, worker_id) is not None:
                 return None
             now = self._clock()
-            job_id = line.choose(connection, worker_id, ready, now, self._patience)
+            lines = line.Lines(connection, ready)
+            job_id = lines.choose(worker_id, now, self._patience)
             if job_id is None:
                 return None
-            job = _save(connection, rules.offered(_require(connection, job_id), worker_id, now))
-            line.take_turn(connection, job)
+            chosen = _require(connection, job_id)
+            job = _save(connection, chosen, rules.offered(chosen, worker_id, now))
+            lines.take_turn(job)
             return job
 
     def accept(self, job_id: str, worker_id: str) -> QueuedJob:
@@ -182,7 +191,7 @@ class JobQueue:
         now = self._clock()
         with self._database.writing() as connection:
             before = _require(connection, job_id)
-            job = _save(connection, rules.delivered(before, worker_id, now))
+            job = _save(connection, before, rules.delivered(before, worker_id, now))
             began = before.started_at or before.offered_at or now
             result = Result(
                 job_id=job_id,
@@ -194,7 +203,7 @@ class JobQueue:
                 created_at=now,
                 size_bytes=stored.size_bytes,
             )
-            connection.execute(insert(results).values(**asdict(result), key=stored.key))
+            connection.execute(insert(results), asdict(result) | {"key": stored.key})
             line.made(connection, worker_id, job.model)
         return result
 
@@ -232,33 +241,33 @@ class JobQueue:
 
     def _change(self, job_id: str, rule: Callable[[QueuedJob], QueuedJob]) -> QueuedJob:
         with self._database.writing() as connection:
-            return _save(connection, rule(_require(connection, job_id)))
+            job = _require(connection, job_id)
+            return _save(connection, job, rule(job))
 
 
-def _find(connection: Connection, condition: ColumnElement[bool]) -> QueuedJob | None:
-    row = connection.execute(_JOBS.where(condition)).mappings().first()
+def _find(connection: Connection, query: Select[Any], wanted: str | int) -> QueuedJob | None:
+    row = connection.execute(query, {"wanted": wanted}).mappings().first()
     return None if row is None else _job(row)
 
 
-def _held_by(connection: Connection, worker_id: str) -> QueuedJob | None:
-    return _find(connection, (jobs.c.worker_id == worker_id) & _IS_HELD)
-
-
 def _require(connection: Connection, job_id: str) -> QueuedJob:
-    job = _find(connection, jobs.c.job_id == job_id)
+    job = _find(connection, _JOB, job_id)
     if job is None:
         raise rules.RuleBroken(f"job {job_id} is unknown")
     return job
 
 
 def _key(connection: Connection, job_id: str) -> str | None:
-    return connection.execute(select(results.c.key).where(results.c.job_id == job_id)).scalar()
+    return connection.execute(_KEY, {"wanted": job_id}).scalar()
 
 
-def _save(connection: Connection, job: QueuedJob) -> QueuedJob:
+def _save(connection: Connection, before: QueuedJob, after: QueuedJob) -> QueuedJob:
     # Only inside writing(): nobody else writes, so that reading and writing are one step.
-    connection.execute(update(jobs).where(jobs.c.job_id == job.job_id).values(_values(job)))
-    return job
+    was, is_now = _values(before), _values(after)
+    changes = {name: value for name, value in is_now.items() if value != was[name]}
+    if changes:
+        connection.execute(_CHANGE, changes | {"changed": after.job_id})
+    return after
 
 
 def _values(job: QueuedJob) -> dict[str, Any]:

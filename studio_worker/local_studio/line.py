@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby, islice
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, select, union_all, update
+from sqlalchemy import Connection, bindparam, delete, func, select, union_all, update
 
 from studio_worker.local_studio import turns
 from studio_worker.local_studio.rules import QueuedJob, Rejection
@@ -51,27 +51,45 @@ _LINES = (
     .order_by(_lengths.c.priority.desc(), func.coalesce(turns_table.c.number, 0), _lengths.c.first)
 )
 
-
-def choose(
-    connection: Connection, worker_id: str, ready: Collection[str], now: float, patience: Patience
-) -> str | None:
-    """The id of the job that this worker is to be offered; notes whose turn was passed over for it."""
-    made = connection.execute(select(last_made.c.worker_id, last_made.c.model))
-    crew = Crew(frozenset(ready), {row.worker_id: row.model for row in made})
-    served = connection.execute(select(turns_table))
-    numbers = {(row.priority, row.submitter): row.number for row in served}
-    waiting = [_waiting(row) for row in connection.execute(_HEADS).mappings()]
-    choice = turns.next_for(worker_id, waiting, crew, numbers, now, patience)
-    if choice.passed:
-        connection.execute(update(jobs).where(jobs.c.job_id.in_(choice.passed)).values(passed_at=now))
-    return choice.job_id
+# Made once: to make a statement costs more than to run it.
+_MADE = select(last_made.c.worker_id, last_made.c.model)
+_SERVED = select(turns_table)
+_PASS = update(jobs).where(jobs.c.job_id.in_(bindparam("passed", expanding=True)))
+_FORGET = delete(turns_table).where(turns_table.c.number <= bindparam("last"))
+_NUMBERS = (
+    select(jobs.c.seq)
+    .where(_IS_QUEUED, *(column == bindparam(column.name) for column in _LINE))
+    .order_by(jobs.c.seq)
+    .limit(bindparam("most"))
+)
 
 
-def take_turn(connection: Connection, job: QueuedJob) -> None:
-    """Whoever queued this job was served."""
-    number = connection.execute(select(func.coalesce(func.max(turns_table.c.number), 0) + 1)).scalar_one()
-    upsert(connection, turns_table, {"priority": job.priority, "submitter": job.submitter, "number": number})
-    connection.execute(delete(turns_table).where(turns_table.c.number <= number - _TURNS_KEPT))
+class Lines:
+    """All lines as they are within one step, and whose turn it is."""
+
+    def __init__(self, connection: Connection, ready: Collection[str]) -> None:
+        self._connection = connection
+        loaded = connection.execute(_MADE).all()
+        self._crew = Crew(frozenset(ready), {row.worker_id: row.model for row in loaded})
+        served = connection.execute(_SERVED).all()
+        self._numbers = {(row.priority, row.submitter): row.number for row in served}
+        self._waiting = [_waiting(row) for row in connection.execute(_HEADS).mappings().all()]
+
+    def choose(self, worker_id: str, now: float, patience: Patience) -> str | None:
+        """The id of the job that this worker is to be offered; notes whose turn was passed over for it."""
+        choice = turns.next_for(worker_id, self._waiting, self._crew, self._numbers, now, patience)
+        if choice.passed:
+            self._connection.execute(_PASS, {"passed": choice.passed, "passed_at": now})
+        return choice.job_id
+
+    def take_turn(self, job: QueuedJob) -> None:
+        """Whoever queued this job was served."""
+        number = max(self._numbers.values(), default=0) + 1
+        turn = {"priority": job.priority, "submitter": job.submitter, "number": number}
+        upsert(self._connection, turns_table, turn)
+        last = number - _TURNS_KEPT
+        if any(before <= last for before in self._numbers.values()):
+            self._connection.execute(_FORGET, {"last": last})
 
 
 def made(connection: Connection, worker_id: str, model: str) -> None:
@@ -85,11 +103,8 @@ def in_turn(connection: Connection, limit: int, offset: int) -> list[int]:
     numbers: dict[tuple[int, str], list[int]] = {}
     for priority, submitter, nth in islice(_order(connection), offset, offset + limit):
         if (priority, submitter) not in numbers:
-            line = select(jobs.c.seq).where(
-                _IS_QUEUED, jobs.c.priority == priority, jobs.c.submitter == submitter
-            )
-            first = connection.execute(line.order_by(jobs.c.seq).limit(offset + limit))
-            numbers[priority, submitter] = list(first.scalars())
+            line = {"priority": priority, "submitter": submitter, "most": offset + limit}
+            numbers[priority, submitter] = list(connection.execute(_NUMBERS, line).scalars())
         found += numbers[priority, submitter][nth : nth + 1]
     return found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from studio_worker.local_studio import LocalStudio
-from tests.fakes.machine import Machine
+from tests.fakes.machine import PICTURE, Machine
 
 
 @pytest.fixture
@@ -38,10 +38,22 @@ def older(tmp_path: Path) -> Path:
     """A studio's file of the first schema: a worker, a model, an input picture and a log line, two jobs that
     wait, of which one was rejected, and two of November 2025 that are done and have failed.
     """
-    path = tmp_path / "studio.sqlite3"
+    return _restored(tmp_path, "local-studio-1.sql")
+
+
+@pytest.fixture
+def before_revisions(tmp_path: Path) -> Path:
+    """The same of the last schema that ``user_version`` counted; its pictures lie in their folder."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "done-5d0776fa846e7ebc.webp").write_bytes(PICTURE)
+    (folder / "input-caed10f440b0a12c.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return _restored(tmp_path, "local-studio-3.sql")
+
+
+def _restored(folder: Path, name: str) -> Path:
+    path = folder / "studio.sqlite3"
     connection = sqlite3.connect(path)
-    connection.executescript(
-        (Path(__file__).parents[1] / "data" / "local-studio-1.sql").read_text(encoding="utf-8")
-    )
+    connection.executescript((Path(__file__).parents[1] / "data" / name).read_text(encoding="utf-8"))
     connection.close()
     return path

@@ -7,15 +7,19 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, inspect
 
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio import LocalStudio
 from studio_worker.local_studio.rules import JobStatus
+from studio_worker.local_studio.storage.tables import METADATA
 from tests.fakes.machine import PICTURE, Machine
 
 
-def test_older_file_is_taken_over(older: Path) -> None:
-    """A file of the first schema is brought up to date at the start, and everything in it is still there."""
+@pytest.mark.parametrize("form", ["older", "before_revisions"])
+def test_older_file_is_taken_over(request: pytest.FixtureRequest, form: str) -> None:
+    """An older file is brought up to date at the start, and everything in it is still there."""
+    older: Path = request.getfixturevalue(form)
     with LocalStudio(older) as studio:
         assert studio.queue.counts() == {"queued": 2, "offered": 0, "running": 0, "done": 1, "failed": 1}
         assert studio.result("done") == PICTURE
@@ -50,10 +54,41 @@ def test_older_file_that_finds_no_room_is_left_as_it_is(older: Path, monkeypatch
         assert studio.result("done") == PICTURE
 
 
-def test_file_of_a_later_version_is_a_clear_mistake(older: Path) -> None:
+@pytest.mark.parametrize("form", ["new", "older", "before_revisions"])
+def test_every_file_gets_the_tables_that_the_program_knows(
+    request: pytest.FixtureRequest, tmp_path: Path, form: str
+) -> None:
+    """Old and new files have the same tables in the end, those that are asked for, with the same indexes."""
+    path = tmp_path / "studio.sqlite3" if form == "new" else request.getfixturevalue(form)
+    LocalStudio(path).stop()
+    engine = create_engine(f"sqlite:///{path}")
+    found = inspect(engine)
+    names = set(found.get_table_names())
+    columns = {name: {column["name"] for column in found.get_columns(name)} for name in names}
+    indexes = {index["name"] for name in names for index in found.get_indexes(name)}
+    engine.dispose()
+    del columns["alembic_version"]
+    assert columns == {table.name: set(table.columns.keys()) for table in METADATA.sorted_tables}
+    assert indexes == {
+        *("jobs_by_end", "jobs_by_line", "jobs_not_rejected", "jobs_rejected", "registrations_by_install")
+    }
+
+
+@pytest.mark.parametrize(
+    "mark", ["PRAGMA user_version = 99", "UPDATE alembic_version SET version_num = 'later'"]
+)
+def test_file_of_a_later_version_is_a_clear_mistake(older: Path, mark: str) -> None:
     """A file that a later version has written is left as it is."""
     LocalStudio(older).stop()
     with sqlite3.connect(older) as connection:
-        connection.execute("PRAGMA user_version = 99")
+        connection.execute(mark)
     with pytest.raises(ConfigError, match="later version"):
         LocalStudio(older)
+
+
+def test_file_is_of_a_later_version_for_programs_of_before(tmp_path: Path) -> None:
+    """A program that knows no revisions refuses a file that has them, as one of a later schema than its 3."""
+    path = tmp_path / "studio.sqlite3"
+    LocalStudio(path).stop()
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() > (3,)

@@ -36,6 +36,8 @@ class Json(TypeDecorator[Any]):
         return None if value is None else json.dumps(value)
 
     def process_result_value(self, value: str | None, _dialect: Dialect) -> Any:
+        if value == "{}":  # what most jobs have for rejections, and many are looked at for each offer
+            return {}
         return None if value is None else json.loads(value)
 
 

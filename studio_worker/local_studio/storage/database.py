@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Table, literal, select
@@ -86,13 +87,19 @@ def upsert(connection: Connection, table: Table, values: Mapping[str, Any], keep
     Args:
         keep: columns that stay as they are in a row that is there.
     """
-    key = [column.name for column in table.primary_key]
-    statement = _INSERTS[connection.dialect.name](table).values(values)
-    changed = {name: statement.excluded[name] for name in values if name not in (*key, *keep)}
-    connection.execute(statement.on_conflict_do_update(index_elements=key, set_=changed))
+    statement = _upsert(connection.dialect.name, table, tuple(values), tuple(keep))
+    connection.execute(statement, dict(values))
 
 
 def insert_new(connection: Connection, table: Table, values: Mapping[str, Any]) -> bool:
     """Insert a row unless there is one of the same primary key; whether there was none."""
-    statement = _INSERTS[connection.dialect.name](table).values(values).on_conflict_do_nothing()
-    return connection.execute(statement).rowcount == 1
+    statement = _INSERTS[connection.dialect.name](table).on_conflict_do_nothing()
+    return connection.execute(statement, dict(values)).rowcount == 1
+
+
+@cache
+def _upsert(dialect: str, table: Table, names: tuple[str, ...], keep: tuple[str, ...]) -> _Insert:
+    key = [column.name for column in table.primary_key]
+    statement = _INSERTS[dialect](table)
+    changed = {name: statement.excluded[name] for name in names if name not in (*key, *keep)}
+    return statement.on_conflict_do_update(index_elements=key, set_=changed)

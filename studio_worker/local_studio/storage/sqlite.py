@@ -47,6 +47,7 @@ class SqliteFile(Database):
     """
 
     def __init__(self, path: Path, on_change: Callable[[], None], pictures: Pictures) -> None:
+        self.path = path
         self.last_opened_at = _changed_at(_lock_of(path))
         """When a studio opened it before this one; infinitely late where none did."""
         self._held = _hold(path)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sqlalchemy import (
     CheckConstraint,
     Column,
-    ColumnElement,
     ForeignKey,
     Integer,
     MetaData,
     Table,
-    literal_column,
+    text,
 )
 
 from studio_worker.local_studio.storage.columns import NUMBER, SECONDS, Json, Words
@@ -79,9 +76,8 @@ jobs = Table(
     sqlite_autoincrement=True,
 )
 
-_REJECTIONS: ColumnElement[Any] = literal_column("rejections")
-IS_UNREJECTED: ColumnElement[bool] = literal_column("'{}'") == _REJECTIONS
-IS_REJECTED: ColumnElement[bool] = literal_column("'{}'") != _REJECTIONS
+IS_UNREJECTED = text("rejections = '{}'")
+IS_REJECTED = text("rejections <> '{}'")
 """Written out, because a partial index serves only a condition that is its own to the letter."""
 
 results = Table(
