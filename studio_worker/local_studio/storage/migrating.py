@@ -1,12 +1,14 @@
-"""Bringing a database to the present form of its tables, by Alembic's revisions in ``migrations``."""
+"""Bringing a database to the present form of its tables, by the revisions in ``migrations``.
+
+They are Alembic's, and run by its parts rather than by its command, which wants files of its own beside them.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.operations import Operations
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
@@ -18,8 +20,8 @@ BEFORE_ALEMBIC = "0001"
 _FOLDER = Path(__file__).parent / "migrations"
 
 
-def migrate(connection: Connection, name: str, *, is_older: bool = False) -> bool:
-    """Take the steps that are left, within the transaction of this connection; whether there were any.
+def migrate(connection: Connection, name: str, *, is_older: bool = False) -> None:
+    """Take the steps that are left, within the transaction of this connection.
 
     Args:
         name: what people call the database.
@@ -29,20 +31,19 @@ def migrate(connection: Connection, name: str, *, is_older: bool = False) -> boo
         ConfigError: a later version of this program has been here.
     """
     scripts = ScriptDirectory(str(_FOLDER))
-    present = MigrationContext.configure(connection).get_current_heads()
+    context = MigrationContext.configure(connection)
+    present = context.get_current_revision() or (BEFORE_ALEMBIC if is_older else "base")
     known = {script.revision for script in scripts.walk_revisions()}
-    for revision in present:
-        if revision not in known:
-            raise ConfigError(
-                f"was written by a later version of this program (revision {revision})",
-                cure="use that version, or choose another database",
-                source=name,
-            )
-    if set(present) == set(scripts.get_heads()):
-        return False
-    config = Config(attributes={"connection": connection})
-    config.set_main_option("script_location", str(_FOLDER).replace("%", "%%"))
-    if is_older and not present:
-        command.stamp(config, BEFORE_ALEMBIC)
-    command.upgrade(config, "head")
-    return True
+    if present not in known | {"base"}:
+        raise ConfigError(
+            f"was written by a later version of this program (revision {present})",
+            cure="use that version, or choose another database",
+            source=name,
+        )
+    steps = list(scripts.iterate_revisions("head", present))
+    with Operations.context(context):
+        for step in reversed(steps):
+            step.module.upgrade()
+            context.stamp(scripts, step.revision)
+    if is_older and not steps:
+        context.stamp(scripts, present)

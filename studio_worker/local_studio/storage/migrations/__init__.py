@@ -1,1 +1,1 @@
-"""The steps that a database takes to the present form of its tables, as Alembic runs them."""
+"""The steps that a database takes to the present form of its tables, which are Alembic's."""
