@@ -76,6 +76,8 @@ LIBRARIES = {
     "websockets": {"studio.session"},
     "sdnotify": {"report"},
     "requests": {"network", "transfer", "studio.http", "doctor"},
+    "boto3": {"local_studio.pictures"},
+    "botocore": {"local_studio.pictures"},
     "starlette": {"local_studio"},
     "uvicorn": {"local_studio"},
     "sqlalchemy": {"local_studio"},

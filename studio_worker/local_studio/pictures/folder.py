@@ -30,6 +30,9 @@ class Folder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    def check(self, _owner: str, /) -> None:
+        """Nothing: a folder is made when it is needed, and disks fail later than at the start."""
+
     def put(self, content: IO[bytes], name: str, ext: str) -> StoredBytes:
         key = new_key(name, ext)
         with _telling_of_the_disk():

@@ -36,6 +36,10 @@ class PictureGone(ProtocolError):
     """Nothing lies under a key that a row names: somebody took it away."""
 
 
+class RangeRefused(ProtocolError):
+    """The picture is shorter than the part that was asked for."""
+
+
 @dataclass(frozen=True)
 class StoredBytes:
     """Where some bytes lie, and how many they are."""
@@ -64,10 +68,21 @@ class Pictures(Protocol):
     def is_shared(self) -> bool:
         """Whether other studio processes put pictures here at the same time."""
 
+    def check(self, owner: str, /) -> None:
+        """Try out at the start what pictures will need.
+
+        Args:
+            owner: what only the studio of this database says; pictures of another owner are not shared.
+
+        Raises:
+            ConfigError: a mistake of the operator; StateUnavailable for what may pass.
+        """
+
     def put(self, content: IO[bytes], name: str, ext: str) -> StoredBytes:
         """Keep what ``content`` has from where it stands, piece by piece. Raises CannotStore.
 
         Args:
+            content: can be wound back, for another try.
             name: what people who look into the storage may know it by.
         """
 
@@ -79,10 +94,11 @@ class Pictures(Protocol):
 
         Raises:
             PictureGone: they are not there.
+            RangeRefused: they are fewer.
             CannotStore: the storage does not answer.
         """
 
-    def file(self, key: str) -> Path | None:
+    def file(self, key: str, /) -> Path | None:
         """The file of a key, there or not; ``None`` where the bytes are in no file of this machine."""
 
     def address(self, key: str, /) -> str | None:
@@ -91,7 +107,9 @@ class Pictures(Protocol):
         """
 
     def delete(self, key: str) -> None:
-        """Forget the bytes; they may be gone already. Raises StorageFull where the disk is read-only."""
+        """Forget the bytes, or leave them to :meth:`remove_unnamed` where a storage does not answer; they may
+        be gone already. Raises StorageFull where the disk is read-only.
+        """
 
     def clear_unfinished(self) -> None:
         """Remove what a crash left half-written. Only while no other studio has the storage."""

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 
-from studio_worker.local_studio.pictures import PictureGone, Pictures, Reading
+from studio_worker.local_studio.pictures import PictureGone, Pictures, RangeRefused, Reading
 from studio_worker.local_studio.web.access import CONTENT_CSP
 
 _FOREVER = {"Cache-Control": "private, max-age=31536000, immutable", "Content-Security-Policy": CONTENT_CSP}
@@ -40,10 +40,15 @@ async def picture(
         reading = await run_in_threadpool(pictures.open, key, asked)
     except PictureGone as error:
         raise HTTPException(404, str(error)) from None
+    except RangeRefused as error:
+        raise HTTPException(416, str(error)) from None
     headers |= {"Accept-Ranges": "bytes", "Content-Length": str(reading.size_bytes)}
     if reading.content_range is not None:
         headers["Content-Range"] = reading.content_range
     status = 200 if reading.content_range is None else 206
+    if request.method == "HEAD":
+        reading.content.close()
+        return Response(None, status, headers, media_type)
     return StreamingResponse(_pieces(reading), status, headers, media_type)
 
 

@@ -1,0 +1,31 @@
+"""The S3 server of the farm's tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.farm import s3
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[s3.S3Server]:
+    """An S3 server for this run. Without one installed its tests are skipped; FARM=1 promises one."""
+    try:
+        server = s3.S3Server()
+    except s3.NotInstalled as missing:
+        if os.environ.get("FARM"):
+            pytest.fail(str(missing))
+        pytest.skip(str(missing))
+    with server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server: s3.S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty bucket that is this test's alone; the environment says how to get there."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return s3_server.bucket()

@@ -1,0 +1,154 @@
+"""A proxy before an S3 server that fails on order: refuses with 503, breaks connections, is away.
+
+One request a connection, so that each is looked at. What it does is drawn from its seed, so that a run can
+be told again; signatures hold, since heads go through as they are but for ``Connection``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import random
+import re
+import socket
+import struct
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+_HEAD_BYTES = 64 << 10
+_PIECE_BYTES = 64 << 10
+_SLOW_DOWN = (
+    b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>SlowDown</Code>"
+    b"<Message>Please reduce your request rate.</Message></Error>"
+)
+
+
+@dataclass
+class Faults:
+    """How often a request fails, as shares of 1. Changed while the proxy runs.
+
+    ``refused``: 503 at once. ``cut``: the connection breaks, before the server hears of it or in the middle
+    of what either side sends. ``is_down``: nobody listens to anything.
+    """
+
+    refused: float = 0.0
+    cut: float = 0.0
+    is_down: bool = False
+
+
+class S3Proxy:
+    """Listens on a free port of loopback and forwards to ``port``; a context manager, for any thread."""
+
+    def __init__(self, port: int, seed: int = 0) -> None:
+        self._to = port
+        self._random = random.Random(seed)
+        self.faults = Faults()
+        self.counts: collections.Counter[str] = collections.Counter()
+        """Requests by method, and the faults that really happened."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="s3-proxy", daemon=True)
+        self._thread.start()
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        serving = asyncio.start_server(self._serve, sock=listener, limit=_HEAD_BYTES)
+        self._server = asyncio.run_coroutine_threadsafe(serving, self._loop).result()
+
+    def close(self) -> None:
+        """Break what is under way, and end."""
+
+        async def end() -> None:
+            self._server.close()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream: asyncio.StreamWriter | None = None
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            self.counts[head.partition(b" ")[0].decode()] += 1
+            if self.faults.is_down:
+                self.counts["down"] += 1
+                _reset(writer)
+            elif self._random.random() < self.faults.refused:
+                self.counts["refused"] += 1
+                await _refuse(writer)
+            else:
+                from_server, upstream = await asyncio.open_connection("127.0.0.1", self._to)
+                await self._forward(head, reader, writer, from_server, upstream)
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            _reset(writer)
+        finally:
+            for each in filter(None, (writer, upstream)):
+                each.close()
+
+    async def _forward(
+        self,
+        head: bytes,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        from_server: asyncio.StreamReader,
+        upstream: asyncio.StreamWriter,
+    ) -> None:
+        left_bytes: float = float("inf")
+        if self._random.random() < self.faults.cut:
+            left_bytes = self._random.choice((0, 100, 1000, 10_000))
+        head = re.sub(rb"(?i)\r\nconnection:[^\r]*", b"", head)
+        upstream.write(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        sending = asyncio.create_task(_pump(reader, upstream, left_bytes))
+        answering = asyncio.create_task(_pump(from_server, writer, left_bytes))
+        try:
+            # The server's answer ends it, not the client, which may have no more to say.
+            await asyncio.wait({sending, answering}, return_when=asyncio.FIRST_COMPLETED)
+            is_whole = (not sending.done() or await sending) and await answering
+        finally:
+            for way in (sending, answering):
+                way.cancel()
+            await asyncio.gather(sending, answering, return_exceptions=True)
+        if not is_whole:
+            self.counts["cut"] += 1
+            _reset(upstream)
+            _reset(writer)
+
+
+async def _pump(source: asyncio.StreamReader, target: asyncio.StreamWriter, left_bytes: float) -> bool:
+    """Whether all went through until ``source`` ended."""
+    while piece := await source.read(_PIECE_BYTES):
+        left_bytes -= len(piece)
+        if left_bytes < 0:
+            return False
+        target.write(piece)
+        await target.drain()
+    return True
+
+
+async def _refuse(writer: asyncio.StreamWriter) -> None:
+    head = f"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: {len(_SLOW_DOWN)}\r\n"
+    writer.write(head.encode() + b"Connection: close\r\n\r\n" + _SLOW_DOWN)
+    with contextlib.suppress(OSError):
+        await writer.drain()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """End a connection as a crash does: with a reset, and nothing that was still to be sent."""
+    sock = writer.get_extra_info("socket")
+    if sock is not None and not writer.transport.is_closing():
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
