@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter
 
@@ -33,9 +34,14 @@ class Delivery:
     lane: int = 1
     in_memory: bytes = field(default=b"", repr=False)
 
+    def opened(self) -> BinaryIO:
+        """The picture, to be read piece by piece. Raises OSError where it cannot be read."""
+        return io.BytesIO(self.in_memory) if self.data_path is None else self.data_path.open("rb")
+
     def read(self) -> bytes:
-        """The picture. Raises OSError where it cannot be read."""
-        return self.in_memory if self.data_path is None else self.data_path.read_bytes()
+        """The whole picture. Raises OSError where it cannot be read."""
+        with self.opened() as picture:
+            return picture.read()
 
     def size_bytes(self) -> int:
         """How long the picture is; 0 where it is gone."""

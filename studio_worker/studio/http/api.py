@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -19,6 +20,7 @@ from studio_worker.errors import (
 from studio_worker.network.retry_after import retry_after_s
 from studio_worker.network.uplink import Uplink
 from studio_worker.spool.delivery import Delivery
+from studio_worker.studio.http.body import Body
 from studio_worker.studio.http.transport import Answer, Transport
 from studio_worker.studio.wire import (
     DECISION,
@@ -111,27 +113,29 @@ class StudioApi:
             OSError: the picture cannot be read.
         """
         path = f"/workers/{quote(worker_id, safe='')}/jobs/{quote(delivery.job_id, safe='')}/complete"
-        with self._uplink.turn() as turn:
-            body, content_type = _form(delivery)
+        head, tail, content_type = _form(delivery)
+        with self._uplink.turn() as turn, delivery.opened() as picture:
             answer = self._transport.send(
                 "POST",
                 path,
                 token=token,
                 headers={"Content-Type": content_type},
-                data=body,
-                on_sent=partial(self._uplink.sent, turn),
+                data=Body([head, picture, tail], partial(self._uplink.sent, turn)),
             )
         _expect_taken(answer)
         return turn.waited_s
 
 
-def _form(delivery: Delivery) -> tuple[bytes, str]:
-    """What an upload sends, and its content type. Raises OSError where the picture cannot be read."""
+def _form(delivery: Delivery) -> tuple[bytes, bytes, str]:
+    """What an upload sends before the picture and after it, and its content type."""
     fields: dict[str, Any] = {"prompt": delivery.prompt, "ext": delivery.ext}
     if delivery.meta:
         fields["generationMeta"] = json.dumps(dict(delivery.meta), ensure_ascii=False)
-    fields["image"] = (f"{delivery.job_id}.{delivery.ext}", delivery.read(), mime_type(delivery.ext))
-    return urllib3.encode_multipart_formdata(fields)
+    fields["image"] = (f"{delivery.job_id}.{delivery.ext}", b"", mime_type(delivery.ext))
+    boundary = secrets.token_hex(16)
+    form, content_type = urllib3.encode_multipart_formdata(fields, boundary)
+    tail = f"\r\n--{boundary}--\r\n".encode()
+    return form.removesuffix(tail), tail, content_type
 
 
 def _expect_taken(answer: Answer) -> None:

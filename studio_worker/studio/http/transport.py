@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import requests
@@ -23,6 +22,7 @@ from studio_worker.errors import StudioUnavailable
 from studio_worker.network import certificates
 from studio_worker.network.connecting import Adapter, Reached
 from studio_worker.network.reasons import innermost, reason
+from studio_worker.studio.http.body import Body
 from studio_worker.studio.http.route import route_to
 
 USER_AGENT = f"studio-worker/{__version__}"
@@ -42,20 +42,6 @@ class Answer(NamedTuple):
     headers: Mapping[str, str]
     content: bytes
     is_second: bool = False
-
-
-class _Body(io.BytesIO):
-    """Read piece by piece: one write of everything would have to be through within the time limit."""
-
-    def __init__(self, data: bytes, on_sent: Callable[[], None]) -> None:
-        super().__init__(data)
-        self._on_sent = on_sent
-
-    def read(self, size: int | None = -1) -> bytes:
-        piece = super().read(size)
-        if not piece:  # asked for more when all that there was has been taken
-            self._on_sent()
-        return piece
 
 
 class _Warm(NamedTuple):
@@ -90,21 +76,18 @@ class Transport:
         *,
         token: str = "",
         headers: dict[str, str] | None = None,
-        data: bytes | None = None,
-        on_sent: Callable[[], None] = lambda: None,
+        data: Body | bytes | None = None,
     ) -> Answer:
         """One request, and what came back, whatever its status.
 
-        Args:
-            on_sent: called when all of ``data`` was taken for sending.
-
         Raises:
             StudioUnavailable: no answer came, or one beyond the limits of size and time.
+            OSError: ``data`` cannot be read.
         """
         headers = {"User-Agent": USER_AGENT, **(headers or {})}
         if token:
             headers["Authorization"] = f"Bearer {token}"
-        body = None if data is None else _Body(data, on_sent)
+        body = Body([data]) if isinstance(data, bytes) else data
         is_lost = False
         try:
             if (warm := self._take_warm()) is not None:
@@ -117,6 +100,8 @@ class Transport:
             answer = self._send_by(self._new_session(), method, path, headers, body)
             return answer._replace(is_second=is_lost)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            if body is not None and body.failure is not None:
+                raise body.failure from None
             why = _why(error)
             raise StudioUnavailable(
                 f"the studio cannot be reached: {why}", is_answer_lost=is_lost or _is_sent(body), reason=why
@@ -151,7 +136,7 @@ class Transport:
         method: str,
         path: str,
         headers: dict[str, str],
-        body: io.BytesIO | None,
+        body: Body | None,
     ) -> Answer:
         route = self.route
         try:
@@ -177,9 +162,8 @@ class Transport:
         return answer
 
 
-def _is_sent(body: io.BytesIO | None) -> bool:
-    """Whether all of it was taken for sending: without its end no studio takes a request for whole."""
-    return body is not None and body.tell() == len(body.getbuffer())
+def _is_sent(body: Body | None) -> bool:
+    return body is not None and body.is_sent()
 
 
 def _content(response: requests.Response, limit_bytes: int) -> bytes:
