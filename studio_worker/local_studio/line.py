@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby, islice
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, func, select, union_all, update
+from sqlalchemy import Connection, bindparam, delete, func, literal_column, select, union_all, update
 
 from studio_worker.local_studio import turns
 from studio_worker.local_studio.rules import QueuedJob, Rejection
@@ -25,15 +25,23 @@ _TURNS_KEPT = 1000
 _LINE = (jobs.c.priority, jobs.c.submitter)
 _IS_QUEUED = jobs.c.status == "queued"
 
-# Of each priority, submitter and model the oldest; all that were rejected, for turns.next_for() needs them.
-_HEADS = select(jobs.c.seq, jobs.c.job_id, jobs.c.model, *_LINE, jobs.c.passed_at, jobs.c.rejections).where(
-    jobs.c.seq.in_(
-        union_all(
-            select(func.min(jobs.c.seq)).where(_IS_QUEUED, IS_UNREJECTED).group_by(*_LINE, jobs.c.model),
-            select(jobs.c.seq).where(_IS_QUEUED, IS_REJECTED),
-        )
-    )
-)
+# Of each priority, submitter and model the oldest, and how many it stands for; all that were rejected, for
+# turns.next_for() needs them.
+_heads = union_all(
+    select(func.min(jobs.c.seq).label("seq"), func.count().label("alike"))
+    .where(_IS_QUEUED, IS_UNREJECTED)
+    .group_by(*_LINE, jobs.c.model),
+    select(jobs.c.seq, literal_column("1")).where(_IS_QUEUED, IS_REJECTED),
+).subquery()
+_HEADS = select(
+    jobs.c.seq,
+    jobs.c.job_id,
+    jobs.c.model,
+    *_LINE,
+    jobs.c.passed_at,
+    jobs.c.rejections,
+    _heads.c.alike,
+).join_from(_heads, jobs, jobs.c.seq == _heads.c.seq)
 
 _lengths = (
     select(*_LINE, func.count().label("length"), func.min(jobs.c.seq).label("first"))
@@ -133,4 +141,5 @@ def _waiting(row: Mapping[Any, Any]) -> Waiting:
         submitter=row["submitter"],
         passed_at=row["passed_at"],
         rejections=rejections_of(row),
+        alike=row["alike"],
     )

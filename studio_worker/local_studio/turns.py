@@ -6,7 +6,9 @@ In this order:
 - *Round robin*: within a priority those who queue take turns, each with the oldest of its own jobs. Whoever
   was served longest ago is next, so one person's ten thousand jobs do not hold up another's one.
 - *Affinity*: a worker goes on with the model that it made last, and a job is left to a worker that has its
-  model loaded; but whoever's turn it is waits for that once, and not longer than :class:`Patience` says.
+  model loaded; but whoever's turn it is waits for that once, and not longer than :class:`Patience` says. A
+  worker is waited for by one job at a time: where more of a model wait than workers have it loaded, others
+  load it, too.
 - *Rejections*: a job that a worker rejected without a code goes to the others, and comes back to this one
   only when nobody else is left, after a while: a disk may have room again.
 
@@ -15,6 +17,7 @@ Where nobody names a priority or a submitter, that is: oldest first. No clock, n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -45,6 +48,7 @@ class Waiting:
     """A queued job as far as its turn depends on it. ``number`` grows in the order of coming.
 
     ``passed_at`` says since when it is its turn while workers with other models loaded pass it over.
+    ``alike`` is how many it stands for: itself, and those behind it of its priority, submitter and model.
     """
 
     job_id: str
@@ -54,6 +58,7 @@ class Waiting:
     submitter: str = ""
     passed_at: float | None = None
     rejections: Mapping[str, Rejection] = field(default_factory=dict)
+    alike: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,13 +83,15 @@ def next_for(
     """The job that this worker is offered.
 
     Args:
-        waiting: all queued jobs, in any order; of each priority, submitter and model the oldest is enough
-            where it was not rejected.
+        waiting: all queued jobs, in any order; of each priority, submitter and model the oldest of those
+            that were not rejected may stand for all of them.
     """
+    loaded = crew.last_made.get(worker_id)
+    keepers = _keepers(worker_id, crew)
     passed: list[str] = []
     allowed = [job for job in waiting if _may_have(worker_id, job, crew, now, patience)]
     for line in _lines(allowed, turns):
-        job = _of(line, worker_id, crew, now, patience)
+        job = _of(line, loaded, keepers, now, patience)
         if job is not line[0] and line[0].passed_at is None:
             passed.append(line[0].job_id)
         if job is not None:
@@ -113,19 +120,33 @@ def _lines(jobs: Iterable[Waiting], turns: Turns) -> Iterator[Sequence[Waiting]]
 
 
 def _of(
-    line: Sequence[Waiting], worker_id: str, crew: Crew, now: float, patience: Patience
+    line: Sequence[Waiting],
+    loaded: str | None,
+    keepers: Mapping[str, set[str]],
+    now: float,
+    patience: Patience,
 ) -> Waiting | None:
     first = line[0]
     if first.passed_at is not None and now - first.passed_at >= patience.affinity_s:
         return first
-    loaded = crew.last_made.get(worker_id)
     own = next((job for job in line if job.model == loaded), None)
-    return own or next((job for job in line if not _is_kept(job, worker_id, crew)), None)
+    if own is not None:
+        return own
+    alike: Counter[str] = Counter()
+    for job in line:
+        alike[job.model] += job.alike
+    return next((job for job in line if not _is_kept(job, keepers, alike[job.model])), None)
 
 
-def _is_kept(job: Waiting, worker_id: str, crew: Crew) -> bool:
+def _is_kept(job: Waiting, keepers: Mapping[str, set[str]], alike: int) -> bool:
     """Whether another worker, which has the model loaded, can be waited for."""
-    return any(
-        crew.last_made.get(other) == job.model and other not in job.rejections
-        for other in crew.ready - {worker_id}
-    )
+    return len(keepers.get(job.model, set()) - job.rejections.keys()) >= alike
+
+
+def _keepers(worker_id: str, crew: Crew) -> dict[str, set[str]]:
+    """Who else has which model loaded, and could take a job."""
+    keepers: dict[str, set[str]] = {}
+    for other, model in crew.last_made.items():
+        if other != worker_id and other in crew.ready:
+            keepers.setdefault(model, set()).add(other)
+    return keepers

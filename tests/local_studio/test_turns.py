@@ -112,7 +112,8 @@ def test_turns_need_only_the_heads(waiting: list[Waiting], worker: str, crew: Cr
     heads: dict[tuple[int, str, str], Waiting] = {}
     for job in waiting:
         if not job.rejections:
-            heads.setdefault((job.priority, job.submitter, job.model), job)
+            line = (job.priority, job.submitter, job.model)
+            heads[line] = replace(heads[line], alike=heads[line].alike + 1) if line in heads else job
     few = [*heads.values(), *(job for job in waiting if job.rejections)]
     assert ask(worker, few, crew, turns).job_id == ask(worker, waiting, crew, turns).job_id
 
@@ -127,6 +128,16 @@ def test_turns_the_worker_with_the_model_comes_first() -> None:
     assert ask("bert", [flux, sdxl], crew) == Choice("b", passed=("a",))
     assert ask("bert", [flux], crew) == Choice(None, passed=("a",))
     assert ask("anna", [flux, sdxl], crew) == Choice("a")
+
+
+def test_turns_a_model_that_many_want_is_loaded_by_more_workers() -> None:
+    """One worker with the model loaded does not keep a thousand jobs from those that are idle."""
+    many = [Waiting(f"job {n}", n, "flux") for n in range(1000)]
+    crew = Crew(frozenset(WORKERS), {"anna": "flux", "bert": "flux"})
+    assert ask("cora", many, crew) == Choice("job 0")
+    assert ask("cora", many[:3], crew) == Choice("job 0")
+    assert ask("cora", many[:2], crew) == Choice(None, passed=("job 0",))
+    assert ask("cora", [replace(many[0], alike=1000)], crew) == Choice("job 0")
 
 
 def test_turns_a_worker_goes_on_with_its_model() -> None:
