@@ -139,7 +139,12 @@ def offered(job: QueuedJob, worker_id: str, now: float) -> QueuedJob:
 
 
 def accepted(job: QueuedJob, worker_id: str, now: float) -> QueuedJob:
-    """The worker took the offer; saying so twice changes nothing."""
+    """The worker took the offer; saying so twice changes nothing, nor does saying so after it delivered.
+
+    A picture that waited in its outbox goes out at once, on another connection than the accept.
+    """
+    if job.status is JobStatus.DONE and job.worker_id == worker_id:
+        return job
     _require_held(job, worker_id)
     if job.status is JobStatus.RUNNING:
         return job

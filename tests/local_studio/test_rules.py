@@ -53,7 +53,7 @@ def test_rules_complete_once_and_for_ever(steps: list[tuple[str, str]]) -> None:
     for _, _, before, after in walk(steps, new_job()):
         assert after is None or after.completions == (after.status is JobStatus.DONE)
         if before.status is JobStatus.DONE:
-            assert after is None
+            assert after is None or after is before
 
 
 @given(sequences, st.integers(min_value=1, max_value=4))
@@ -71,7 +71,7 @@ def test_rules_never_try_more_often_than_allowed(steps: list[tuple[str, str]], m
 def test_rules_hold_a_job_for_one_worker(steps: list[tuple[str, str]]) -> None:
     """Only the worker that holds a job can change it, but for the late delivery of a dropped one."""
     for name, who, before, after in walk(steps, new_job()):
-        if after is None:
+        if after is None or after is before:
             continue
         assert after.status not in HELD or after.worker_id is not None
         if name in ("accept", "busy", "reject", "fail", "fail for good"):

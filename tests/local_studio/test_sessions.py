@@ -79,6 +79,16 @@ def test_session_second_hello_is_a_violation(machine: Machine) -> None:
     assert (frames[0]["code"], code) == ("protocol_violation", 4002)
 
 
+def test_session_accept_may_come_after_the_picture(studio: LocalStudio, machine: Machine) -> None:
+    """A picture that waited in the outbox goes out on a connection of its own, and may be there first."""
+    job_id = queue(studio)
+    assert machine.offered()["jobId"] == job_id
+    assert machine.upload(job_id).status_code == 200
+    machine.say("accept", jobId=job_id)
+    machine.beat()
+    assert studio.job(job_id).completions == 1
+
+
 def test_session_silent_newcomer_is_sent_away(tmp_path: Path) -> None:
     """A connection without a hello does not stay open for ever."""
     with LocalStudio(tmp_path / "studio.sqlite3", limits=Limits(hello_timeout_s=0.2)) as studio:
