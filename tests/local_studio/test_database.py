@@ -40,6 +40,12 @@ def test_older_file_is_taken_over(request: pytest.FixtureRequest, form: str) -> 
         assert studio.queue.counts()["done"] == 1
 
 
+def test_studio_that_was_stopped_may_be_stopped_again(tmp_path: Path) -> None:
+    """Stopped twice, a studio is stopped."""
+    with LocalStudio(tmp_path / "studio.sqlite3") as studio:
+        studio.stop()
+
+
 def test_older_file_that_finds_no_room_is_left_as_it_is(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that is full while pictures go into their folder loses none; the next start goes on."""
 

@@ -63,7 +63,9 @@ class SqliteFile(Database):
             raise
 
     def close(self) -> None:
-        """Close the file; other studios may open it then."""
+        """Close the file; other studios may open it then. Closed before, it stays so."""
+        if self._is_closed:
+            return
         with self.reading() as connection:  # whoever has it finishes first
             self._is_closed = True
             connection.detach()
