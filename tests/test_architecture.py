@@ -85,7 +85,7 @@ LIBRARIES = {
     "typer": {"cli"},
     "rich": {"cli", "demo"},
     "pydantic_settings": {"config"},
-    "prometheus_client": {"report"},
+    "prometheus_client": {"report", "local_studio"},
 }
 """The libraries that only certain rooms (or packages of a room) may use."""
 

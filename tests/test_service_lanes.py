@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from websockets import Subprotocol
+from websockets.sync.client import connect
 
 from studio_worker.demo import sample_source
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
+from studio_worker.studio.http.api import StudioApi
+from studio_worker.studio.wire import SUBPROTOCOL, Hello, RegisterRequest
 from tests.fakes.servers import FileServer, ServedFile
+from tests.lab.frames import CAPABILITIES
 from tests.lab.service import (
     DONE_S,
     LONG,
@@ -29,6 +36,7 @@ from tests.lab.service import (
 )
 
 NAMES = [socket.gethostname(), f"{socket.gethostname()} (lane 2)"]
+ENDS = "lane ends, the others go on"
 TWO = "[worker]\nlanes = 2\n"
 
 
@@ -118,6 +126,89 @@ def test_lane_that_is_deleted_ends_alone_and_the_last_one_ends_the_service(
     assert "deleted at the studio" in line["error"]
     assert "register --reset --lane 2, then" in line["error"]  # which forgets the other lane not
     assert "register --reset --lane 1, then" in running.log_lines()[-1]["error"]
+
+
+def ended_lanes(running: ServiceProcess) -> dict[int, str]:
+    """By lane, what was said when it ended."""
+    lines = [line for line in running.log_lines() if line["message"] == ENDS]
+    assert len({line["lane"] for line in lines}) == len(lines), "it was said twice"
+    return {line["lane"]: line["error"] for line in lines}
+
+
+def identity_of(folder: Path, lane: int) -> dict[str, str]:
+    found: dict[str, str] = json.loads((folder / "work" / "state" / f"identity-{lane}.json").read_text())
+    return found
+
+
+def register_again(studio: LocalStudio, install_id: str) -> None:
+    """As somebody with a copy of that lane's identity would: its token is another one from then on."""
+    asked = RegisterRequest(
+        install_id=install_id,
+        registration_secret_hash=hashlib.sha256(b"secret").hexdigest(),
+        capabilities=CAPABILITIES,
+        user_agent="a copy",
+    )
+    studio.approve(StudioApi(studio.base_url).register(asked).request_id)
+
+
+@contextlib.contextmanager
+def copy_of(studio: LocalStudio, identity: dict[str, str]) -> Iterator[None]:
+    """A session elsewhere with this lane's identity."""
+    url = StudioApi(studio.base_url).session_url(identity["worker_id"])
+    token = identity["auth_token"]
+    headers = {"Authorization": f"Bearer {token}"}
+    with connect(url, additional_headers=headers, subprotocols=[Subprotocol(SUBPROTOCOL)]) as copy:
+        copy.send(Hello(auth_token=token, capabilities=CAPABILITIES).to_json())
+        yield
+
+
+def test_lane_that_the_studio_refuses_ends_alone_and_is_back_when_that_is_mended(
+    tmp_path: Path, studio: LocalStudio, site: Path
+) -> None:
+    """Of four lanes one is rejected, one's token is refused, one's worker connects from elsewhere: each ends
+    alone, with one line that says why and what helps. `status` and `doctor` show it, jobs are made by the
+    lane that is left; mended, and started again, all four are there.
+    """
+    override(site, "[worker]\nlanes = 4\n")
+    environment = hurried(tmp_path, 30.0)
+    with ServiceProcess(site, tmp_path / "log", environment) as running:
+        studio.wait_for(lambda: len(studio.pending()) == 4, READY_S)
+        for each in studio.pending():
+            if each.capabilities.machine_name.endswith("(lane 2)"):
+                studio.reject(each.request_id, "not this one")
+            else:
+                studio.approve(each.request_id)
+        await_lanes(studio, 3)
+        register_again(studio, identity_of(tmp_path, 3)["install_id"])
+        with copy_of(studio, identity_of(tmp_path, 4)):
+            await_log(running, ENDS, 3)
+            said = ended_lanes(running)
+            assert "rejected this worker's registration (not this one)" in said[2]
+            assert "does not accept this worker's token" in said[3]
+            assert "another process is connected as this worker" in said[4]
+            assert all(f"register --reset --lane {lane}" in said[lane] for lane in said)
+            facts = status(site)
+            assert [lane["registration"]["state"] for lane in facts["lanes"]] == ["approved", *["ended"] * 3]
+            assert [lane["registration"]["detail"] for lane in facts["lanes"][1:]] == [
+                said[2],
+                said[3],
+                said[4],
+            ]
+            told = command(site, "doctor").stdout
+            assert "lane 2, 3, 4 ended" in told
+            jobs = [queue_synthetic(studio) for _ in range(3)]
+            for job_id in jobs:
+                await_status(studio, job_id, "done")
+        assert len(ended_lanes(running)) == 3
+        assert running.stop() == 0
+    for lane in ("2", "3"):
+        assert command(site, "register", "--reset", "--lane", lane).returncode == 0
+    with ServiceProcess(site, tmp_path / "again", environment) as running:
+        studio.wait_for(lambda: len(studio.pending()) == 2, READY_S)
+        for each in studio.pending():
+            studio.approve(each.request_id)
+        running.await_message("STATUS=ready, connected", READY_S)
+        assert running.stop() == 0
 
 
 @pytest.mark.welcoming_studio

@@ -107,6 +107,10 @@ def check_service(box: Box) -> Result:
         return failure(f"{text}; {snapshot.hangs}", to_service("restart"))
     if snapshot.paused:
         return warning(text, "studio-worker resume")
+    ended = [str(lane.lane) for lane in snapshot.lanes if lane.registration.state == "ended"]
+    if ended:
+        cure = f"mend what `studio-worker status` says of it, then: {to_service('restart')}"
+        return failure(f"{text}; lane {', '.join(ended)} ended, the others go on", cure)
     if snapshot.session.state == "reconnecting":
         return warning(text, "it tries again by itself; see studio")
     if "restart to apply" in snapshot.status:

@@ -43,6 +43,10 @@ class Result:
     size_bytes: int
 
 
+OnStep = Callable[[QueuedJob | None, QueuedJob], None]
+"""Told of each step after its commit: the job before, ``None`` for a new one, and the job as it is now."""
+
+
 class JobQueue:
     """The queue, and what came out of it."""
 
@@ -52,16 +56,19 @@ class JobQueue:
         pictures: Pictures,
         clock: Callable[[], float] = time.time,
         patience: Patience = PATIENCE,
+        on_step: OnStep = lambda _before, _after: None,
     ) -> None:
         self._database = database
         self._pictures = pictures
         self._clock = clock
+        self._on_step = on_step
         self._patience = patience
 
     def add(self, job: QueuedJob) -> None:
         """Put a new job at the end of the queue."""
         with self._database.writing() as connection:
             connection.execute(insert(jobs), _values(job))
+        self._on_step(None, job)
 
     def get(self, job_id: str) -> QueuedJob | None:
         """One job, or ``None`` where the id is unknown."""
@@ -114,7 +121,8 @@ class JobQueue:
             chosen = _require(connection, job_id)
             job = _save(connection, chosen, rules.offered(chosen, worker_id, now))
             lines.take_turn(job)
-            return job
+        self._on_step(chosen, job)
+        return job
 
     def accept(self, job_id: str, worker_id: str) -> QueuedJob:
         """Raises RuleBroken where the worker does not hold the job."""
@@ -205,6 +213,7 @@ class JobQueue:
             )
             connection.execute(insert(results), asdict(result) | {"key": stored.key})
             line.made(connection, worker_id, job.model)
+        self._on_step(before, job)
         return result
 
     def count_refused_upload(self, job_id: str) -> None:
@@ -241,8 +250,10 @@ class JobQueue:
 
     def _change(self, job_id: str, rule: Callable[[QueuedJob], QueuedJob]) -> QueuedJob:
         with self._database.writing() as connection:
-            job = _require(connection, job_id)
-            return _save(connection, job, rule(job))
+            before = _require(connection, job_id)
+            after = _save(connection, before, rule(before))
+        self._on_step(before, after)
+        return after
 
 
 def _find(connection: Connection, query: Select[Any], wanted: str | int) -> QueuedJob | None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -16,6 +17,7 @@ import uvicorn
 
 from studio_worker.errors import ConfigError, StudioWorkerError
 from studio_worker.local_studio.door import LOOPBACK, Door
+from studio_worker.local_studio.facts import Facts
 from studio_worker.local_studio.housekeeping import FOR_EVER, Retention
 from studio_worker.local_studio.sessions import Limits
 from studio_worker.local_studio.studio import Studio
@@ -97,6 +99,11 @@ class LocalStudio(Studio):
     def base_url(self) -> str:
         """The studio's address for programs of this machine, without a path."""
         return self.door.address(self.port)
+
+    def facts(self) -> Facts:
+        """For the metrics, at the moment of asking."""
+        tls = self.door.tls
+        return replace(super().facts(), certificate_ends_at=None if tls is None else tls.expires_at)
 
     def start(self) -> Self:
         """Listen; returns when connections are taken.

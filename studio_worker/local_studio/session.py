@@ -61,6 +61,13 @@ class WorkerSession:
         """Whether the worker said that it takes no jobs."""
         return self.capabilities is not None and not self.capabilities.auto_enabled
 
+    @property
+    def state(self) -> Literal["idle", "working", "paused"]:
+        """What it does, as far as its last heartbeat tells."""
+        if self.current_job_id is not None:
+            return "working"
+        return "paused" if self.is_paused else "idle"
+
     async def send(self, frame: wire.StudioFrame) -> None:
         """Raises WorkerGone where nobody listens."""
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,8 +14,10 @@ from sqlalchemy import select, union
 
 from studio_worker.jobs import ImageTask
 from studio_worker.local_studio.changes import Changes
+from studio_worker.local_studio.facts import Facts, waiting_in
 from studio_worker.local_studio.housekeeping import FOR_EVER, Housekeeping, Retention
 from studio_worker.local_studio.job_queue import JobQueue
+from studio_worker.local_studio.metrics import Metrics
 from studio_worker.local_studio.pictures import Folder
 from studio_worker.local_studio.registry import Registration, Registry
 from studio_worker.local_studio.rules import RESTARTED, JobExtras, JobStatus, QueuedJob
@@ -57,7 +60,10 @@ class Studio:
         self.pictures = pictures = Folder(database.parent / PICTURES_FOLDER)
         self.database = SqliteFile(database, self.changes.bump, pictures)
         self.registry = Registry(self.database)
-        self.queue = JobQueue(self.database, pictures, patience=self.limits.patience)
+        self.metrics = Metrics()
+        self.queue = JobQueue(
+            self.database, pictures, patience=self.limits.patience, on_step=self.metrics.stepped
+        )
         self.shelf = Shelf(self.database, pictures)
         self.housekeeping = Housekeeping(self.database, self.queue, self.shelf, retention)
         self.sessions = Sessions(
@@ -68,6 +74,7 @@ class Studio:
             self.limits,
         )
         self.views = Views(self.queue, self.sessions.live)
+        self.metrics.watch(self.facts)
         if self.database.is_new:
             self.shelf.put_model(PLACEHOLDER)
         else:
@@ -79,6 +86,16 @@ class Studio:
         released = self.queue.release_all(RESTARTED)
         if released:
             logger.info("claims released", extra={"jobs": released})
+
+    def facts(self) -> Facts:
+        """For the metrics, at the moment of asking."""
+        states = Counter(session.state for session in list(self.sessions.live.values()))
+        return Facts(
+            queue=waiting_in(self.database),
+            jobs=self.queue.counts(),
+            sessions={"idle": 0, "working": 0, "paused": 0} | states,
+            registrations=len(self.pending()),
+        )
 
     # --- workers ------------------------------------------------------------------------------------
 

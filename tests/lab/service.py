@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
+from studio_worker.studio.http import registration
 from studio_worker.studio.session import connection, connector
 from studio_worker.work import breaker
 from tests.fakes.servers import ServedFile
@@ -71,10 +72,10 @@ def await_file(path: Path) -> None:
         time.sleep(0.005)
 
 
-def await_log(running: ServiceProcess, message: str) -> None:
-    """Until the service has logged ``message``; it tells nobody else, so it is looked for."""
+def await_log(running: ServiceProcess, message: str, times: int = 1) -> None:
+    """Until the service has logged ``message`` so often; it tells nobody else, so it is looked for."""
     deadline = time.monotonic() + DONE_S
-    while not any(line["message"] == message for line in running.log_lines()):
+    while sum(line["message"] == message for line in running.log_lines()) < times:
         assert time.monotonic() < deadline, f"{message!r} was not logged"
         time.sleep(0.02)
 
@@ -103,14 +104,18 @@ def status(site: Path) -> dict[str, Any]:
 
 
 def hurried(folder: Path, pause_s: float) -> dict[str, str]:
-    """An environment in which the service's first pause is shorter, and it is offered jobs more often."""
+    """An environment in which the service's first pause is shorter, and it is offered jobs and asks about its
+    registration, more often.
+    """
     (folder / "sitecustomize.py").write_text(
         "import functools\n"
         f"import {breaker.__name__} as rule\n"
         f"import {connection.__name__} as connection\n"
         f"import {connector.__name__} as connector\n"
+        f"import {registration.__name__} as registration\n"
         f"rule.FIRST_PAUSE_S = {pause_s}\n"
         "connector.Timings = functools.partial(connection.Timings, heartbeat_s=0.2)\n"
+        "registration.Registration.__init__.__kwdefaults__.update(tick_s=0.2)\n"
     )
     return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
 

@@ -19,8 +19,10 @@ from studio_worker.local_studio.pictures import StorageFull
 from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.access import Access, Guard, error_response
+from studio_worker.local_studio.web.counted import Counted
 from studio_worker.local_studio.web.health import Health
 from studio_worker.local_studio.web.people_routes import PeopleRoutes
+from studio_worker.local_studio.web.scrape import Scrape
 from studio_worker.local_studio.web.shelf_routes import ShelfRoutes
 from studio_worker.local_studio.web.worker_routes import WorkerRoutes
 
@@ -48,12 +50,13 @@ def build_app(
     people = PeopleRoutes(studio)
     shelf = ShelfRoutes(studio, models_dir)
     health = Health(studio)
-    return Starlette(
+    app = Starlette(
         routes=[
             *workers.routes(),
             *people.routes(),
             *shelf.routes(),
             *health.routes(),
+            *Scrape(studio.metrics).routes(),
             *_page_routes(access),
         ],
         middleware=[Middleware(Guard, access=access, login_page=_page_text("login.html"))],
@@ -65,6 +68,7 @@ def build_app(
             Exception: _unexpected,
         },
     )
+    return Counted(app, studio.metrics.answered)
 
 
 def _page_routes(access: Access) -> list[BaseRoute]:
