@@ -15,6 +15,14 @@ _Port = Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max
 _Data = Annotated[
     Path, typer.Option(metavar="DIR", help="Folder for the studio's database and pictures.", readable=False)
 ]
+_Pictures = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PLACE",
+        help="S3 storage for the pictures, s3://BUCKET/PREFIX, found by the usual AWS_* variables; or another"
+        " folder. Default: pictures in the data folder.",
+    ),
+]
 _Models = Annotated[
     Path | None,
     typer.Option(
@@ -71,6 +79,7 @@ def local_studio(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: _Port = 8765,
     data: _Data = Path("studio-data"),
+    pictures: _Pictures = None,
     models: _Models = None,
     token_file: _TokenFile = None,
     certificate: _Certificate = None,
@@ -91,12 +100,21 @@ def local_studio(
     if key is not None and certificate is None:
         raise ConfigError("is the key of no certificate", key="--key", cure="name its --certificate too")
 
-    from studio_worker.local_studio import MODELS_FOLDER, Door, Retention, Tls, run_local_studio
+    from studio_worker.local_studio import (
+        DATABASE_NAME,
+        MODELS_FOLDER,
+        Door,
+        Places,
+        Retention,
+        Tls,
+        pictures_at,
+        run_local_studio,
+    )
 
     tls = None if certificate is None else Tls(certificate, key)
     models = models or data / MODELS_FOLDER
     run_local_studio(
-        data,
+        Places(data / DATABASE_NAME, None if pictures is None else pictures_at(pictures)),
         Door(host, port, token, tls, tuple(behind_proxy or ()), plain_http),
         models_dir=models,
         auto_approve=approve_all,

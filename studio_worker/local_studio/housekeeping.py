@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Row, Select, select, type_coerce
+from sqlalchemy import CompoundSelect, Row, Select, select, type_coerce, union
 
 from studio_worker.local_studio.job_queue import JobQueue
-from studio_worker.local_studio.pictures import StorageFull
+from studio_worker.local_studio.pictures import CannotStore, Pictures
 from studio_worker.local_studio.rules import JobStatus, RuleBroken
 from studio_worker.local_studio.shelf import Shelf
 from studio_worker.local_studio.storage.columns import Words
@@ -59,20 +59,23 @@ class Housekeeping:
         database: Database,
         queue: JobQueue,
         shelf: Shelf,
+        pictures: Pictures,
         retention: Retention,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._queue = queue
         self._shelf = shelf
+        self._pictures = pictures
         self._retention = retention
         self._clock = clock
+        self._swept_at = 0.0
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin, where anything is to be done at all."""
-        if self._retention.is_limited:
+        if self._retention.is_limited or self._pictures.is_shared:
             self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
             self._thread.start()
 
@@ -82,8 +85,16 @@ class Housekeeping:
         if self._thread is not None:
             self._thread.join()
 
+    def keep_house(self) -> None:
+        """What is due now. Raises CannotStore."""
+        if self._retention.is_limited:
+            self.tidy()
+        if self._pictures.is_shared and self._clock() - self._swept_at >= DAY_S:
+            self._swept_at = self._clock()
+            self.sweep(0.0, self._swept_at - DAY_S)
+
     def tidy(self) -> None:
-        """Let go of what is beyond the limits. Raises StorageFull where the disk takes no changes."""
+        """Let go of what is beyond the limits. Raises CannotStore."""
         jobs = sum(self._forget(job_id) for job_id in [*self._too_old(), *self._too_many()])
         inputs = sum(self._shelf.delete_picture(file_id) for file_id in self._unnamed_inputs())
         if self._retention.keep_s is not None:
@@ -92,11 +103,20 @@ class Housekeeping:
         if jobs or inputs:
             logger.info("tidied up", extra={"jobs": jobs, "inputs": inputs})
 
+    def sweep(self, since: float, until: float = float("inf")) -> None:
+        """Remove pictures that crashes left without a row, of between two times: no delivery of then may be
+        under way. Raises CannotStore.
+        """
+        every = union(select(results.c.key), select(files.c.key))
+        removed = self._pictures.remove_unnamed({row.key for row in self._rows(every)}, since, until)
+        if removed:
+            logger.info("pictures without a row removed", extra={"pictures": removed})
+
     def _run(self) -> None:
         while True:
             try:
-                self.tidy()
-            except StorageFull as error:
+                self.keep_house()
+            except CannotStore as error:
                 logger.error("cannot tidy up", extra={"error": str(error)})
             except Exception:  # a fault in here must not end the studio, nor go unseen
                 logger.exception("cannot tidy up")
@@ -140,6 +160,6 @@ class Housekeeping:
             named.update(_FILE_IN_TASK.findall(row.task))
         return [row.file_id for row in old if row.file_id not in named]
 
-    def _rows(self, query: Select[Any]) -> Sequence[Row[Any]]:
+    def _rows(self, query: Select[Any] | CompoundSelect[Any]) -> Sequence[Row[Any]]:
         with self._database.reading() as connection:
             return connection.execute(query).all()

@@ -19,6 +19,7 @@ from studio_worker.errors import ConfigError, StudioWorkerError
 from studio_worker.local_studio.door import LOOPBACK, Door
 from studio_worker.local_studio.facts import Facts
 from studio_worker.local_studio.housekeeping import FOR_EVER, Retention
+from studio_worker.local_studio.places import Places
 from studio_worker.local_studio.sessions import Limits
 from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web import seldom
@@ -45,7 +46,7 @@ class LocalStudio(Studio):
     """A studio that listens. One object is started and stopped once; the file and the port may be used again.
 
     Args:
-        database: the SQLite file; pictures lie in a folder beside it.
+        places: the SQLite file, with pictures in a folder beside it; or that and what keeps the pictures.
         door: after :meth:`start` the attribute ``port`` holds the real one.
         models_dir: folder whose files workers may fetch under ``/models``.
         auto_approve: let every machine in that asks. For demos.
@@ -57,7 +58,7 @@ class LocalStudio(Studio):
 
     def __init__(
         self,
-        database: Path,
+        places: Path | Places,
         *,
         door: Door = LOOPBACK,
         models_dir: Path | None = None,
@@ -67,7 +68,7 @@ class LocalStudio(Studio):
     ) -> None:
         door.check()
         seldom.limit_lines()
-        super().__init__(database, limits, retention)
+        super().__init__(places, limits, retention)
         self.door = door
         self.port = door.port
         app = build_app(
@@ -185,10 +186,10 @@ class LocalStudio(Studio):
 
 
 def run_local_studio(
-    data_dir: Path,
+    places: Places,
     door: Door,
     *,
-    models_dir: Path | None = None,
+    models_dir: Path,
     auto_approve: bool = False,
     retention: Retention = FOR_EVER,
     on_ready: Callable[[LocalStudio], None] | None = None,
@@ -196,8 +197,7 @@ def run_local_studio(
     """Run a local studio until SIGINT or SIGTERM: what ``studio-worker local-studio`` does.
 
     Args:
-        data_dir: holds the database; made where it is missing.
-        models_dir: model files for workers; ``models`` in the data folder where it is not given.
+        models_dir: model files for workers.
         retention: how long, and how much, is kept.
         on_ready: called once the studio listens, e.g. to print its address.
 
@@ -211,9 +211,9 @@ def run_local_studio(
             key="--token-file",
         )
     studio = LocalStudio(
-        data_dir / DATABASE_NAME,
+        places,
         door=door,
-        models_dir=models_dir or data_dir / MODELS_FOLDER,
+        models_dir=models_dir,
         auto_approve=auto_approve,
         retention=retention,
     )

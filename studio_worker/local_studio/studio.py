@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 import uuid
@@ -10,30 +11,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from sqlalchemy import select, union
-
+from studio_worker.errors import ConfigError
 from studio_worker.jobs import ImageTask
 from studio_worker.local_studio.changes import Changes
 from studio_worker.local_studio.facts import Facts, waiting_in
 from studio_worker.local_studio.housekeeping import FOR_EVER, Housekeeping, Retention
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.metrics import Metrics
-from studio_worker.local_studio.pictures import Folder
+from studio_worker.local_studio.places import Places
 from studio_worker.local_studio.registry import Registration, Registry
 from studio_worker.local_studio.rules import RESTARTED, JobExtras, JobStatus, QueuedJob
 from studio_worker.local_studio.sessions import Limits, Sessions
 from studio_worker.local_studio.shelf import LogLine, Model, Shelf
 from studio_worker.local_studio.storage.sqlite import SqliteFile
-from studio_worker.local_studio.storage.tables import files, results
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.views import Views
 from studio_worker.local_studio.workers import RegisteredWorker
 from studio_worker.models import ModelSource
 
 logger = logging.getLogger(__name__)
-
-PICTURES_FOLDER = "pictures"
-"""Beside the database."""
 
 PLACEHOLDER = Model(
     model_id="placeholder",
@@ -48,24 +44,33 @@ class Studio:
     """The studio without its server. All methods may be called from any thread.
 
     Args:
-        database: the SQLite file; it and its folder are made where they are missing. Pictures lie beside it.
+        places: the SQLite file, which is made with its folder where it is missing; or that and what keeps the
+            pictures.
 
     Raises:
-        ConfigError: the database cannot be used.
+        ConfigError: the database cannot be used, or what keeps the pictures.
     """
 
-    def __init__(self, database: Path, limits: Limits | None = None, retention: Retention = FOR_EVER) -> None:
+    def __init__(
+        self, places: Path | Places, limits: Limits | None = None, retention: Retention = FOR_EVER
+    ) -> None:
+        places = places if isinstance(places, Places) else Places(places)
         self.limits = limits or Limits()
         self.changes = Changes()
-        self.pictures = pictures = Folder(database.parent / PICTURES_FOLDER)
-        self.database = SqliteFile(database, self.changes.bump, pictures)
+        self.pictures = pictures = places.open_pictures()
+        self.database = SqliteFile(places.database, self.changes.bump, pictures)
+        try:
+            pictures.check(_owner(self.database.salt))
+        except ConfigError:
+            self.database.close()
+            raise
         self.registry = Registry(self.database)
         self.metrics = Metrics()
         self.queue = JobQueue(
             self.database, pictures, patience=self.limits.patience, on_step=self.metrics.stepped
         )
         self.shelf = Shelf(self.database, pictures)
-        self.housekeeping = Housekeeping(self.database, self.queue, self.shelf, retention)
+        self.housekeeping = Housekeeping(self.database, self.queue, self.shelf, pictures, retention)
         self.sessions = Sessions(
             self.registry.workers,
             self.queue,
@@ -77,12 +82,8 @@ class Studio:
         self.metrics.watch(self.facts)
         if self.database.is_new:
             self.shelf.put_model(PLACEHOLDER)
-        else:
-            with self.database.reading() as connection:
-                named = connection.execute(union(select(results.c.key), select(files.c.key))).scalars().all()
-            removed = pictures.remove_unnamed(set(named), self.database.last_opened_at)
-            if removed:
-                logger.info("pictures without a row removed", extra={"pictures": removed})
+        elif not pictures.is_shared:
+            self.housekeeping.sweep(self.database.last_opened_at)
         released = self.queue.release_all(RESTARTED)
         if released:
             logger.info("claims released", extra={"jobs": released})
@@ -236,3 +237,8 @@ class Studio:
     def wait_for(self, predicate: Callable[[], bool], timeout_s: float = 10.0) -> None:
         """Block until the predicate holds; it is asked again at every change. Raises TimeoutError."""
         self.changes.wait_for(predicate, timeout_s)
+
+
+def _owner(salt: str) -> str:
+    """Names the database to whatever keeps its pictures, and tells nothing else of it."""
+    return hashlib.sha256(f"pictures of {salt}".encode()).hexdigest()

@@ -48,6 +48,7 @@ class S3Proxy:
         self.faults = Faults()
         self.counts: collections.Counter[str] = collections.Counter()
         """Requests by method, and the faults that really happened."""
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="s3-proxy", daemon=True)
         self._thread.start()
@@ -61,10 +62,11 @@ class S3Proxy:
 
         async def end() -> None:
             self._server.close()
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.sleep(0)  # who was let in last has a task then
+            while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
 
         asyncio.run_coroutine_threadsafe(end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -81,6 +83,9 @@ class S3Proxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream: asyncio.StreamWriter | None = None
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)  # the loop itself would let it be collected in the middle
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             self.counts[head.partition(b" ")[0].decode()] += 1
@@ -96,6 +101,7 @@ class S3Proxy:
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             _reset(writer)
         finally:
+            self._tasks.discard(task)
             for each in filter(None, (writer, upstream)):
                 each.close()
 

@@ -88,6 +88,7 @@ complete -c studio-worker -n '__fish_seen_subcommand_from register' -l adopt -d 
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l host -r -d 'Address to listen on.'
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l port -r -d 'Port; 0 takes a free one.'
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l data -r -a '(__fish_complete_directories)' -d 'Folder for the studio’s database and pictures.'
+complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l pictures -r -d 'S3 storage for the pictures, s3://BUCKET/PREFIX, found by the usual AWS_* variables; or another folder. Default: pictures in the data folder.'
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l models -r -a '(__fish_complete_directories)' -d 'Folder of model files to serve; default: models in the data folder.'
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l token-file -r -d 'File with the token people need (required off loopback).'
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l certificate -r -d 'Speak https with this certificate (PEM, with those between it and its authority); SIGHUP reads a renewed one.'

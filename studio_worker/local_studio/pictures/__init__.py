@@ -1,5 +1,6 @@
 """Where the bytes of results and input pictures lie: a port, and what it is made of."""
 
+from studio_worker.local_studio.pictures.choice import pictures_at
 from studio_worker.local_studio.pictures.folder import Folder
 from studio_worker.local_studio.pictures.port import (
     CannotStore,
@@ -22,4 +23,5 @@ __all__ = [
     "StorageAway",
     "StorageFull",
     "StoredBytes",
+    "pictures_at",
 ]

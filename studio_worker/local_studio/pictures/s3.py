@@ -2,7 +2,7 @@
 
 Endpoint, region and credentials are found where all programs of S3 look for them (``AWS_ENDPOINT_URL_S3``,
 ``AWS_REGION``, ``AWS_ACCESS_KEY_ID``, ``AWS_PROFILE``, a machine's role); they are in no message and no log.
-Only the command imports this module, and only where it is asked for: boto3 is an extra.
+Imported by choice.py alone, where it is asked for: boto3 is an extra.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from studio_worker.files import DISK_TROUBLES
-from studio_worker.local_studio.pictures import StorageFull
+from studio_worker.local_studio.pictures import StorageAway, StorageFull
 from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.access import Access, Guard, error_response
@@ -27,6 +27,9 @@ from studio_worker.local_studio.web.shelf_routes import ShelfRoutes
 from studio_worker.local_studio.web.worker_routes import WorkerRoutes
 
 logger = logging.getLogger(__name__)
+
+AWAY_RETRY_S = 10
+"""A storage that is away comes back by itself, or by hand; workers wait longer by themselves."""
 
 _PATH_CHARS = 200
 """Of an address in the log; whoever asks for one decides how long it is."""
@@ -63,6 +66,7 @@ def build_app(
         exception_handlers={
             HTTPException: _http_error,
             ClientDisconnect: _client_left,
+            StorageAway: _storage_away,
             StorageFull: _storage_full,
             OSError: _storage_full,
             Exception: _unexpected,
@@ -109,6 +113,13 @@ async def _http_error(_request: Request, error: Exception) -> Response:
 
 async def _client_left(_request: Request, _error: Exception) -> Response:
     return error_response(400, "the body ended early")  # nobody reads it; the log stays free of tracebacks
+
+
+async def _storage_away(request: Request, error: Exception) -> Response:
+    logger.error("storage away", extra={"path": request.url.path[:_PATH_CHARS], "error": str(error)})
+    return error_response(
+        503, "what the studio keeps its data in does not answer", {"Retry-After": str(AWAY_RETRY_S)}
+    )
 
 
 async def _storage_full(request: Request, error: Exception) -> Response:

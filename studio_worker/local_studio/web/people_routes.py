@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -173,7 +174,7 @@ class PeopleRoutes:
         """Take a job out of the queue, or out of the gallery."""
         job_id = self._known(request)
         try:
-            self._desk.queue.delete(job_id)
+            await run_in_threadpool(self._desk.queue.delete, job_id)
         except RuleBroken as error:
             raise HTTPException(409, str(error)) from None
         return Response(status_code=204)
