@@ -1,11 +1,12 @@
 """Whether a file is what its name says: the headers of safetensors and GGUF, and what error pages look like.
 
-For files whose hash is not known, and for the words of an error where it is. Reads headers only, knows
-neither torch nor the network.
+For files whose hash is not known, and for the words of an error where it is; and how long a header is, for
+who has the beginning of a file. Reads headers only, knows neither torch nor the network.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import struct
@@ -52,8 +53,39 @@ _DAMAGE = (
 """What reading a header that someone made up may end in."""
 
 
+_MAGIC_BYTES = 512
+"""What tells the other kinds of file apart; tar's mark stands at 257."""
+
+_GROWTH = 4
+"""Times as much as there is of a GGUF file is asked for next."""
+
+
 class _Wrong(Exception):
     """The header does not hold."""
+
+
+class _Short(_Wrong):
+    """The header goes on where the file ends."""
+
+    def __init__(self) -> None:
+        super().__init__("it is longer than the file")
+
+
+def header_bytes(start: bytes) -> int | None:
+    """How much of the file that begins with ``start`` has all of its header: more than there is where more
+    has to be read, a guess where it is GGUF, which does not say. ``None``: no program reads it.
+    """
+    if start.startswith(b"GGUF") and len(start) >= _GGUF_HEAD:
+        try:
+            end, _ = _gguf_header(io.BytesIO(start), math.inf)
+        except _Short:
+            return _GROWTH * len(start)
+        except (_Wrong, *_DAMAGE):
+            return None
+        return end if end <= len(start) else max(end, _GROWTH * len(start))
+    if start[8:9] == b"{" and (length := struct.unpack_from("<Q", start)[0]) <= MAX_HEADER_BYTES:
+        return int(8 + length)
+    return min(_MAGIC_BYTES, len(start))
 
 
 def impostor(path: Path) -> str | None:
@@ -124,6 +156,13 @@ def _check_safetensors(file: IO[bytes], size: int) -> None:
 
 
 def _check_gguf(file: IO[bytes], size: int) -> None:
+    start, ends = _gguf_header(file, size)
+    if len(ends) > 1 and start + max(ends) > size:
+        raise _Wrong(f"it tells of {start + max(ends)} bytes, the file has {size}")
+
+
+def _gguf_header(file: IO[bytes], size: float) -> tuple[int, list[int]]:
+    """Where the tensors begin, and where each ends behind that, after a 0."""
     if file.read(4) != b"GGUF":
         raise _Wrong("it does not begin with GGUF")
     version, tensors, pairs = struct.unpack("<IQQ", file.read(_GGUF_HEAD - 4))
@@ -150,9 +189,7 @@ def _check_gguf(file: IO[bytes], size: int) -> None:
         kind, offset = _number(file, "<I"), _number(file, "<Q")
         elements, nbytes = _GGUF_BLOCKS.get(kind, (math.prod(shape) or 1, 1))
         ends.append(offset + math.prod(shape) // elements * nbytes)
-    start = -(-file.tell() // alignment) * alignment
-    if tensors and start + max(ends) > size:
-        raise _Wrong(f"it tells of {start + max(ends)} bytes, the file has {size}")
+    return -(-file.tell() // alignment) * alignment, ends
 
 
 def is_big_endian(version: int) -> bool:
@@ -163,7 +200,7 @@ def is_big_endian(version: int) -> bool:
 def _number(file: IO[bytes], code: str) -> int:
     width = struct.calcsize(code)
     if len(found := file.read(width)) < width:
-        raise _Wrong("it is longer than the file")
+        raise _Short
     return int(struct.unpack(code, found)[0])
 
 
@@ -173,7 +210,7 @@ def _string(file: IO[bytes]) -> bytes:
     return file.read(length)
 
 
-def _value(file: IO[bytes], size: int, kind: int) -> int | None:
+def _value(file: IO[bytes], size: float, kind: int) -> int | None:
     """Read past one value; returns it where it is a plain 32-bit number."""
     if kind == GGUF_STRING:
         _skip(file, size, _number(file, "<Q"))
@@ -195,7 +232,7 @@ def _value(file: IO[bytes], size: int, kind: int) -> int | None:
     return None
 
 
-def _skip(file: IO[bytes], size: int, count: int) -> None:
+def _skip(file: IO[bytes], size: float, count: int) -> None:
     if file.tell() + count > size:
-        raise _Wrong("it is longer than the file")
+        raise _Short
     file.seek(count, 1)

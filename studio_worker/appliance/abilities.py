@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import getpass
+import logging
 import socket
 import time
 from collections.abc import Sequence
@@ -12,13 +14,16 @@ from studio_worker.appliance.parts import LaneParts, Parts
 from studio_worker.box.ram import available_ram_bytes
 from studio_worker.config.current import Current
 from studio_worker.engine.rendering.estimate import Estimates
+from studio_worker.errors import DownloadError
 from studio_worker.jobs import ImageTask
 from studio_worker.models import LocalFile, ModelFile, ModelSource
 from studio_worker.network.urls import is_data_url
-from studio_worker.studio.session.offers import Situation
+from studio_worker.studio.session.offers import Need, Situation
 from studio_worker.studio.wire import Capabilities
 from studio_worker.work.breaker import Refusal
 from studio_worker.work.health import Health
+
+log = logging.getLogger(__name__)
 
 
 class Abilities:
@@ -72,6 +77,8 @@ class Abilities:
             memory_gb=self._memory_gb(),
             needed_gb=self._needed_gb,
             held_back=self._held_back,
+            previewed=self._previewed,
+            is_paused_by_now=lambda: self._lane.desk.is_paused,
         )
 
     def reconnect_attempts(self) -> int:
@@ -122,7 +129,35 @@ class Abilities:
             LocalFile(file.role, self._parts.store.path(file), file.sha256 or file.url)
             for file in source.files
         ]
-        needed_bytes = self._estimates.needed_bytes(files, task, source.cli_defaults, source.engine)
+        return self._estimated_gb(self._estimates, files, source, task)
+
+    def _previewed(self, source: ModelSource, task: ImageTask) -> Need | None:
+        """What a job needs by the headers of its files; ``None`` where they are here, or cannot be had."""
+        previews, started = self._parts.store.previews, time.monotonic()
+        if not previews.are_of_use(source.files):
+            return None
+        # Of its own: what it remembers are files that are gone when it has told.
+        estimates = Estimates(self._parts.device, self._parts.engines.peaks)
+        try:
+            with previews.shown(source.files) as preview:
+                facts = {"op": "job", "bytes": preview.received_bytes}
+                facts["elapsed_ms"] = round((time.monotonic() - started) * 1000)
+                log.info("offer judged by its headers", extra=facts)
+                sizes = [local.path.stat().st_size for local in preview.files]
+                needed_gb = self._estimated_gb(estimates, preview.files, source, task)
+        except (DownloadError, OSError) as error:
+            log.info("offer judged without its headers", extra={"op": "job", "error": str(error)})
+            return None
+        sized = [
+            dataclasses.replace(file, approx_bytes=size)
+            for file, size in zip(source.files, sizes, strict=True)
+        ]
+        return Need(needed_gb, self._parts.store.shortfall_bytes(sized))
+
+    def _estimated_gb(
+        self, estimates: Estimates, files: Sequence[LocalFile], source: ModelSource, task: ImageTask
+    ) -> float | None:
+        needed_bytes = estimates.needed_bytes(files, task, source.cli_defaults, source.engine)
         return None if needed_bytes is None else needed_bytes / 1e9
 
 

@@ -10,18 +10,17 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import queue
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from studio_worker.context import carried
 from studio_worker.download import ensure_file, hash_file
-from studio_worker.errors import DownloadCancelled, DownloadError, StoreError
+from studio_worker.errors import DownloadError, StoreError
 from studio_worker.files import DISK_FULL, fsync_directory
 from studio_worker.models import ModelFile
 from studio_worker.network.urls import safe_url
+from studio_worker.store.at_once import do_all
 from studio_worker.store.ledger import Ledger, Verified, content_key, file_name, is_verified
 from studio_worker.store.leftovers import find_staging, remove_staging
 from studio_worker.store.space import Space
@@ -33,7 +32,6 @@ from studio_worker.transfer.wanted import Progress
 log = logging.getLogger(__name__)
 
 _AT_ONCE = 3
-_LOOK_AGAIN_S = 0.1
 _BRIM_BYTES = 64 * 1024 * 1024
 """With less than this the disk is so full that the service cannot work beside it."""
 
@@ -78,7 +76,7 @@ class Fetcher:
         while True:
             try:
                 at_once = min(_AT_ONCE, self._terms().policy.connections.most)
-                _do_all([task(same) for same in by_content.values()], cancel, at_once)
+                do_all([task(same) for same in by_content.values()], cancel, at_once)
                 return
             except (DownloadError, OSError) as error:
                 if not _is_disk_full(error):
@@ -155,61 +153,6 @@ class Fetcher:
         policy = self._terms().policy
         ensure_file(path.parent, again, staging=self._staging, progress=progress, policy=policy)
         self._ledger.remember(name, entry.sha256, safe_url(url))
-
-
-def _do_all(
-    tasks: Sequence[Callable[[threading.Event], None]],
-    cancel: threading.Event | None,
-    at_once: int,
-) -> None:
-    """Do every task, ``at_once`` at a time; each gets the event that ends it.
-
-    Raises:
-        Exception: the first error of any; the others are cancelled, and have ended when it is raised.
-    """
-    cancel = cancel or threading.Event()
-    if min(at_once, len(tasks)) < 2:
-        for task in tasks:
-            task(cancel)
-        return
-    stop = threading.Event()
-    waiting: queue.SimpleQueue[Callable[[threading.Event], None]] = queue.SimpleQueue()
-    ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-    for task in tasks:
-        waiting.put(task)
-
-    def work() -> None:
-        while not stop.is_set():
-            try:
-                task = waiting.get_nowait()
-            except queue.Empty:
-                break
-            try:
-                task(stop)
-            except Exception as error:
-                stop.set()
-                ended.put(error)
-                return
-        ended.put(None)
-
-    threads = min(at_once, len(tasks))
-    for number in range(threads):
-        threading.Thread(target=carried(work), name=f"fetch-{number}", daemon=True).start()
-    first: Exception | None = None
-    while threads:
-        if cancel.is_set():
-            stop.set()
-        try:
-            error = ended.get(timeout=_LOOK_AGAIN_S)
-        except queue.Empty:
-            continue
-        threads -= 1
-        if first is None or isinstance(first, DownloadCancelled):
-            first = error or first
-    if first is None and stop.is_set():
-        first = DownloadCancelled("the models")
-    if first is not None:
-        raise first
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

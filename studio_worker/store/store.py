@@ -25,6 +25,7 @@ from studio_worker.store.checking import Checked, Checker, OnDamage
 from studio_worker.store.fetching import Fetcher
 from studio_worker.store.ledger import Ledger, Verified, content_key, file_name, is_verified
 from studio_worker.store.leftovers import find_staging, find_strangers, remove_abandoned, remove_staging
+from studio_worker.store.previews import Previews
 from studio_worker.store.space import SPARE_BYTES, Removal, Space
 from studio_worker.store.tally import FileWatch, Tally
 from studio_worker.store.terms import AskTerms, fixed
@@ -74,6 +75,9 @@ class Store:
         self._checker = Checker(root, self._ledger)
         self._space = Space(root, self._ledger, self._terms, spare_bytes=spare_bytes)
         self._fetcher = Fetcher(root, self._ledger, self._space, self._terms)
+        self.previews = Previews(
+            self._terms, lambda file: self.path(file) if self.is_verified(file) else None
+        )
 
     def ensure(
         self,

@@ -102,9 +102,9 @@ class Machine:
         assert self.socket is not None
         self.socket.send(json.dumps({"type": kind, **fields}))
 
-    def hear(self) -> dict[str, Any]:
+    def hear(self, within_s: float = WAIT_S) -> dict[str, Any]:
         assert self.socket is not None
-        frame: dict[str, Any] = json.loads(self.socket.recv(timeout=WAIT_S))
+        frame: dict[str, Any] = json.loads(self.socket.recv(timeout=within_s))
         return frame
 
     def beat(self, job_id: str | None = None, **capabilities: Any) -> None:

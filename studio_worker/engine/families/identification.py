@@ -21,6 +21,7 @@ from studio_worker.engine.families.sdxl import SDXL, SDXL_INPAINT, SDXL_V, SDXL_
 from studio_worker.engine.families.stable_diffusion import SAMPLE, SD1, SD1_INPAINT, SD2, SD2_INPAINT
 from studio_worker.engine.families.z_image import Z_IMAGE
 from studio_worker.engine.files.sections import Section, joined, read_sections
+from studio_worker.engine.files.types import check_types
 from studio_worker.errors import JobError, JobImpossible
 from studio_worker.models import LocalFile
 
@@ -79,6 +80,8 @@ def identify(files: Sequence[LocalFile], families: Sequence[Family] = FAMILIES) 
         elif name not in family.optional:
             raise _missing(family, part, sections)
     _refuse_unused(family, sections, chosen)
+    for section in chosen.values():
+        check_types(section)
     family.check_source(chosen[family.denoiser])
     return Blueprint(family, chosen)
 

@@ -1,32 +1,25 @@
 """The tensors of a weights file, onto a device: safetensors memory-mapped, GGUF as it is quantised.
 
-This module owns which number types weights may have. It renames nothing.
+It renames nothing.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import gguf
 import torch
-from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES, GGUFParameter, dequantize_gguf_tensor
+from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
 from safetensors import SafetensorError
 
-from studio_worker.engine.files.checkpoint import Checkpoint
 from studio_worker.engine.files.eight_bit import EightBitMatrix
 from studio_worker.engine.files.gguf_files import DAMAGE, PLAIN_TYPES, open_gguf
 from studio_worker.engine.files.reading import reading
 from studio_worker.engine.files.safetensors_files import open_safetensors
 from studio_worker.engine.files.sections import Section, Tensors
-from studio_worker.errors import FileDamaged, NotServed
-
-_FP8_NOTE = re.compile(r"(^|\.)(scale_weight|scale_input|weight_scale|input_scale|comfy_quant|scaled_fp8)$")
-"""What ComfyUI's 8-bit files carry beside each weight (``comfy/ops.py``, ``comfy/quant_ops.py``)."""
-
-_INDEX_TYPES = {"I8", "I16", "I32", "I64", "U8", "BOOL", "U16", "U32", "U64"}
-"""Position tables and counters that old checkpoints carry beside their weights."""
+from studio_worker.engine.files.types import FP8_NOTE, check_types
+from studio_worker.errors import FileDamaged
 
 _AT_A_TIME_BYTES = 4 << 20
 """Of blocks that are multiplied out while a file is read, which takes some twenty times as much."""
@@ -58,7 +51,7 @@ def read_tensors(
             for name, tensor in read_tensors(shard, device, dtype, alive).items()
         }
     path = section.checkpoint.path
-    _check_types(section)
+    check_types(section)
     try:
         with reading(path):
             if section.checkpoint.format == "gguf":
@@ -107,7 +100,7 @@ def _safetensors(section: Section, file: Any, dtype: torch.dtype, alive: Callabl
     tensors: Tensors = {}
     for name in section.loaded:
         alive()
-        if _FP8_NOTE.search(name):
+        if FP8_NOTE.search(name):
             continue
         tensor = file.get_tensor(section.prefix + name)
         if tensor.is_floating_point() and tensor.element_size() == 1:
@@ -144,21 +137,3 @@ def _gguf(
             yield name, GGUFParameter(rows, quant_type=tensor.tensor_type)
         else:  # blocks that go over the ends of rows cannot stay as they are
             yield name, plain(GGUFParameter(numbers, quant_type=tensor.tensor_type)).reshape(shape)
-
-
-def _check_types(section: Section) -> None:
-    checkpoint: Checkpoint = section.checkpoint
-    served = (
-        {kind.name for kind in SUPPORTED_GGUF_QUANT_TYPES} | PLAIN_TYPES
-        if checkpoint.format == "gguf"
-        else {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"} | _INDEX_TYPES
-    )
-    for name in section.shapes:
-        type_ = checkpoint.types.get(section.prefix + name)
-        if type_ is None or _FP8_NOTE.search(name):
-            continue
-        if type_ not in served or (type_ in _INDEX_TYPES and name.endswith(".weight")):
-            raise NotServed(
-                f"{checkpoint.path.name} has weights of type {type_}, which is not served; "
-                f"register a file of one of {', '.join(sorted(served - _INDEX_TYPES))}"
-            )

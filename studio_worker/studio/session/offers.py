@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -71,6 +71,15 @@ class Ignore:
 Judgement = Take | AlreadyOurs | OnItsWay | Refuse | Impossible | Ignore
 
 
+class Need(NamedTuple):
+    """What a job needs here: GB of the device's memory at least, ``None`` where that cannot be told, and the
+    bytes that the models folder lacks for its files.
+    """
+
+    memory_gb: float | None
+    short_bytes: int = 0
+
+
 @dataclass(frozen=True)
 class Situation:
     """What the worker knows of itself when an offer arrives. Memory in GB (1e9 bytes) but for
@@ -80,7 +89,9 @@ class Situation:
     a job cannot be done, where that could not be reported when it was found out;
     ``state_problem`` why no further job or result has room. ``memory_gb`` is what the device has for a job,
     ``needed_gb`` the least that a job needs of it by its files, where they are here to tell. ``held_back``
-    says why jobs of a model, or with such a source, are not taken after others failed.
+    says why jobs of a model, or with such a source, are not taken after others failed. ``previewed`` is what
+    a job needs by the headers of files that are not here, for which it asks the files' servers: the last to
+    be asked, since it takes seconds; ``is_paused_by_now`` says what has come of ``is_paused`` meanwhile.
     """
 
     now: float
@@ -102,6 +113,8 @@ class Situation:
     memory_gb: float = float("inf")
     needed_gb: Callable[[ModelSource, ImageTask], float | None] = lambda source, task: None  # noqa: ARG005
     held_back: Callable[[str, ModelSource, ImageTask], Refusal | None] = lambda model, source, task: None  # noqa: ARG005
+    previewed: Callable[[ModelSource, ImageTask], Need | None] = lambda source, task: None  # noqa: ARG005
+    is_paused_by_now: Callable[[], bool] = lambda: False
 
 
 def judge(claim: dict[str, Any], situation: Situation) -> Judgement:
@@ -127,7 +140,7 @@ def judge(claim: dict[str, Any], situation: Situation) -> Judgement:
     if situation.is_in_outbox(job_id):
         return AlreadyOurs(job_id)
     if situation.is_paused:
-        return Refuse(job_id, "the worker takes no jobs at present", "paused", is_routine=True)
+        return _paused(job_id)
     if situation.current_job_id is not None:
         return Refuse(job_id, "the worker has a job in hand", "busy", is_routine=True)
     for required in ("task", "modelSource"):
@@ -174,18 +187,19 @@ def _judge_content(claim: Claim, situation: Situation) -> Judgement:
     if held := situation.held_back(claim.model, source, task):
         return Refuse(job_id, held.reason, "busy" if held.is_for_now else None, is_routine=held.is_for_now)
     try:
-        needed_gb = situation.needed_gb(source, task)
+        if refusal := _lacking(job_id, Need(situation.needed_gb(source, task)), situation):
+            return refusal
+        if not situation.on_demand and not situation.is_on_box(source.files):
+            return Refuse(job_id, f"model {claim.model[:100]} is not on this box")
+        if refusal := _lacking(job_id, Need(None, situation.shortfall_bytes(source.files)), situation):
+            return refusal
+        need = situation.previewed(source, task)
+        if need is not None and (refusal := _lacking(job_id, need, situation)):
+            return refusal
+        if situation.is_paused_by_now():
+            return _paused(job_id)
     except NotServed as error:
         return Refuse(job_id, str(error))
-    if needed_gb is not None and needed_gb > situation.memory_gb:
-        return Refuse(
-            job_id,
-            f"the job needs {needed_gb:.1f} GB of memory and {situation.memory_gb:.1f} GB are free here",
-        )
-    if not situation.on_demand and not situation.is_on_box(source.files):
-        return Refuse(job_id, f"model {claim.model[:100]} is not on this box")
-    if short := situation.shortfall_bytes(source.files):
-        return Refuse(job_id, f"the models folder has {short / 1e9:.1f} GB too little room for this model")
     return Take(
         Job(
             job_id=job_id,
@@ -196,3 +210,20 @@ def _judge_content(claim: Claim, situation: Situation) -> Judgement:
             vram_gb_estimate=claim.vram_gb_estimate,
         )
     )
+
+
+def _lacking(job_id: str, need: Need, situation: Situation) -> Refuse | None:
+    """The refusal where this box has less than ``need``."""
+    if need.memory_gb is not None and need.memory_gb > situation.memory_gb:
+        return Refuse(
+            job_id,
+            f"the job needs {need.memory_gb:.1f} GB of memory and {situation.memory_gb:.1f} GB are free here",
+        )
+    if need.short_bytes:
+        gb = need.short_bytes / 1e9
+        return Refuse(job_id, f"the models folder has {gb:.1f} GB too little room for this model")
+    return None
+
+
+def _paused(job_id: str) -> Refuse:
+    return Refuse(job_id, "the worker takes no jobs at present", "paused", is_routine=True)
