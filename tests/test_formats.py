@@ -16,7 +16,7 @@ from safetensors.numpy import save
 from studio_worker import formats
 from studio_worker.download import download_file
 from studio_worker.errors import DownloadError
-from studio_worker.formats import header_problem, impostor
+from studio_worker.formats import header_bytes, header_problem, impostor
 from studio_worker.transfer.policy import Policy
 from tests.fakes.servers import FileServer
 
@@ -62,6 +62,19 @@ def test_headers_of_real_files_hold(tmp_path: Path) -> None:
     """Files as the formats' own libraries write them pass."""
     assert problem(tmp_path, "a.safetensors", safetensors()) is None
     assert problem(tmp_path, "a.gguf", gguf_bytes(tmp_path)) is None
+
+
+def test_length_of_a_header_is_told_from_the_beginning_of_a_file(tmp_path: Path) -> None:
+    """From any beginning is told how much has to be read for the whole header, never less than that."""
+    tensors = safetensors()
+    end = 8 + struct.unpack_from("<Q", tensors)[0]
+    assert {header_bytes(tensors[:length]) for length in range(9, len(tensors))} == {end}
+    whole = gguf_bytes(tmp_path)
+    end = len(whole) - 2 * 32 * 4 - 2 * 2 * 18 - (-2 * 2 * 18) % 32
+    assert header_bytes(whole[:end]) == end
+    assert all((header_bytes(whole[:length]) or 0) > length for length in range(24, end))
+    assert header_bytes(b"GGUF" + b"\xff" * 100) is None
+    assert header_bytes(HTML) == len(HTML)
 
 
 def test_header_that_disagrees_with_the_length_is_found(tmp_path: Path) -> None:

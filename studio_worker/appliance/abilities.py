@@ -13,7 +13,7 @@ from studio_worker import __version__
 from studio_worker.appliance.parts import LaneParts, Parts
 from studio_worker.box.ram import available_ram_bytes
 from studio_worker.config.current import Current
-from studio_worker.engine.rendering.estimate import Estimates
+from studio_worker.engine.rendering.estimate import JUDGED, Estimates
 from studio_worker.errors import DownloadError
 from studio_worker.jobs import ImageTask
 from studio_worker.models import LocalFile, ModelFile, ModelSource
@@ -134,7 +134,7 @@ class Abilities:
     def _previewed(self, source: ModelSource, task: ImageTask) -> Need | None:
         """What a job needs by the headers of its files; ``None`` where they are here, or cannot be had."""
         previews, started = self._parts.store.previews, time.monotonic()
-        if not previews.are_of_use(source.files):
+        if source.engine not in JUDGED or not previews.are_of_use(source.files):
             return None
         # Of its own: what it remembers are files that are gone when it has told.
         estimates = Estimates(self._parts.device, self._parts.engines.peaks)

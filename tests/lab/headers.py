@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,10 @@ class Hollow(bytes):
 
     size: int
 
+    @property
+    def header(self) -> bytes:
+        return super().__getitem__(slice(None))
+
     @classmethod
     def of(cls, header: bytes, size: int) -> Hollow:
         hollow = cls(header)
@@ -85,8 +90,8 @@ def hollow_gguf(shapes: Mapping[str, tuple[int, ...]], kind: int, words: int = 0
 
     facts = text("tokens") + struct.pack("<IIQ", 9, 8, words) + text("a word") * words
     header, at = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), 1) + facts, 0
+    block, size = {int(each): sizes for each, sizes in gguf.GGML_QUANT_SIZES.items()}.get(kind, (32, 16))
     for name, shape in shapes.items():
-        block, size = gguf.GGML_QUANT_SIZES.get(gguf.GGMLQuantizationType(kind), (1, 4))
         is_packed = len(shape) == 2 and shape[-1] % block == 0
         its = kind if is_packed else 0
         numbers = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], its, at)
@@ -96,12 +101,20 @@ def hollow_gguf(shapes: Mapping[str, tuple[int, ...]], kind: int, words: int = 0
     return Hollow.of(header, len(header) + at)
 
 
-def whole(family: str) -> dict[str, Hollow]:
-    """All files of a model in full size, by their names: the role, and a number where it has several."""
+@lru_cache
+def parts_of(family: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The tensors of a model in full size, by file: its role, and a number where it has several."""
     (found,) = (each for each in FAMILIES if each.name == family)
-    files: dict[str, Hollow] = {}
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for part in found.parts.values():
-        shapes = {name: tuple(each.shape) for name, each in empty_model(part).state_dict().items()}
-        number = sum(name.startswith(part.role) for name in files)
-        files[f"{part.role}{f'.{number}' if number else ''}"] = hollow_safetensors(shapes)
-    return files
+        number = sum(name.startswith(part.role) for name in parts)
+        state = empty_model(part).state_dict()
+        parts[f"{part.role}{f'.{number}' if number else ''}"] = {
+            name: tuple(each.shape) for name, each in state.items()
+        }
+    return parts
+
+
+def whole(family: str) -> dict[str, Hollow]:
+    """All files of a model in full size, as safetensors."""
+    return {name: hollow_safetensors(shapes) for name, shapes in parts_of(family).items()}

@@ -20,6 +20,9 @@ from studio_worker.errors import JobError, NotServed
 from studio_worker.jobs import ImageTask
 from studio_worker.models import CliDefaults, LocalFile
 
+JUDGED = frozenset({"sd-cpp", "onnx"})
+"""The engines of whose files it is known what they need."""
+
 _GRAPH_COPIES = 2
 """onnxruntime has a graph's weights twice while it loads it: as read, and as its kernels want them."""
 
@@ -70,7 +73,7 @@ class Estimates:
         if engine == "onnx":
             graphs = [file.path for file in files if file.role == "model"]
             return removal_bytes(graphs[0]) if graphs and not self._device.is_gpu else None
-        if engine != "sd-cpp":
+        if engine not in JUDGED:
             return None
         from studio_worker.engine.memory.placement import leanest
         from studio_worker.engine.rendering.needs import footprint

@@ -19,6 +19,7 @@ from studio_worker.studio.session.offers import (
     Ignore,
     Impossible,
     Judgement,
+    Need,
     OnItsWay,
     Refuse,
     Situation,
@@ -42,6 +43,38 @@ def test_job_that_the_device_cannot_hold_is_left_to_another_worker() -> None:
     for needed in (7.9, None):
         told = replace(situation, needed_gb=lambda source, task, n=needed: n)
         assert isinstance(judge(CLAIM, told), Take)
+
+
+def test_headers_are_asked_for_last_and_decide_as_whole_files_do() -> None:
+    """What the headers of files tell that are not here is compared as what whole files tell; nobody is asked
+    for them where the offer is refused anyway.
+    """
+    situation = replace(IDLE, memory_gb=8.0, previewed=lambda source, task: Need(9.3, 0))
+    judgement = judge(CLAIM, situation)
+    assert isinstance(judgement, Refuse)
+    assert judgement.reason == "the job needs 9.3 GB of memory and 8.0 GB are free here"
+    short = judge(CLAIM, replace(IDLE, previewed=lambda source, task: Need(None, 3_000_000_000)))
+    assert isinstance(short, Refuse)
+    assert "3.0 GB too little room" in short.reason
+    assert isinstance(judge(CLAIM, replace(IDLE, previewed=lambda source, task: Need(7.9, 0))), Take)
+
+    def asked(source: ModelSource, task: ImageTask) -> NoReturn:
+        pytest.fail("the files' servers were asked")
+
+    for other in (
+        replace(IDLE, is_paused=True),
+        replace(IDLE, threshold_gib=1.0),
+        replace(IDLE, memory_gb=8.0, needed_gb=lambda source, task: 9.3),
+        replace(IDLE, on_demand=False, is_on_box=lambda files: False),
+        replace(IDLE, shortfall_bytes=lambda files: 1),
+    ):
+        assert isinstance(judge(CLAIM, replace(other, previewed=asked)), Refuse)
+
+
+def test_pause_that_comes_while_headers_are_asked_for_holds() -> None:
+    """A look at headers takes seconds: an operator who has paused the worker meanwhile gets no job."""
+    judgement = judge(CLAIM, replace(IDLE, is_paused_by_now=lambda: True))
+    assert judgement == Refuse("j1", "the worker takes no jobs at present", "paused", is_routine=True)
 
 
 def test_offer_that_can_be_done_is_taken_with_the_wires_defaults() -> None:
