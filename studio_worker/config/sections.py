@@ -111,7 +111,8 @@ class ModelsSection(_Section):
     )
     on_demand: bool = setting(
         True,
-        "Whether an offer may bring a model that is not in models.d (it is then downloaded for that job).",
+        "Whether an offer may bring a model that is not in models.d (it is then downloaded for that job, "
+        "where its headers do not say that this box cannot serve it).",
         live=True,
     )
     budget_gb: float | None = setting(

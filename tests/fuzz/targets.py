@@ -103,7 +103,7 @@ def headers(folder: Path) -> Iterator[Attempt]:
     from studio_worker.engine.loras.files import read_lora
     from studio_worker.engine.rendering.estimate import Estimates
     from studio_worker.errors import JobError
-    from studio_worker.formats import header_problem
+    from studio_worker.formats import header_bytes, header_problem
     from studio_worker.jobs import ImageTask
     from studio_worker.models import CliDefaults, LocalFile
 
@@ -118,6 +118,8 @@ def headers(folder: Path) -> Iterator[Attempt]:
             file.write(data)
             file.truncate(max(size, len(data)))  # weights are zeros that take no room
         header_problem(path, path.name)
+        for length in (len(data) // 2, len(data)):
+            header_bytes(data[:length])
         with contextlib.suppress(JobError):
             read_checkpoint(path)
         with contextlib.suppress(JobError):
