@@ -1,0 +1,192 @@
+"""How the studio processes of one database wake one another, by PostgreSQL's ``LISTEN`` and ``NOTIFY``.
+
+What is sent are hints: the rows are the truth, and whoever has missed a hint looks at everything once.
+A hint is sent after its transaction is committed, and not in it: PostgreSQL lets only one transaction with a
+``NOTIFY`` commit at a time, which would hold up every step of every job. That something changed is told at
+most ten times a second, whatever changes; pages show no more.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import sqlalchemy
+from sqlalchemy.pool import NullPool
+
+logger = logging.getLogger(__name__)
+
+CHANNEL = "studio"
+CHANGES_S = 0.1
+_RETRY_S = 1.0
+_KEPT_HINTS = 1000
+_CONNECTION = {"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+"""A server that vanished without a word is noticed within half a minute (libpq's parameters)."""
+
+Kind = Literal["change", "end", "offer", "offer_others", "look"]
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What to look at. ``look``, which is never sent, means: hints may have been missed, look at everything.
+
+    ``end`` ends the sessions that ``worker_id`` has and should not have any more; ``offer`` offers this worker
+    its next job, ``offer_others`` everybody but it.
+    """
+
+    kind: Kind
+    worker_id: str = ""
+
+    def payload(self) -> str:
+        """As it is sent."""
+        return f"{self.kind}:{self.worker_id}"
+
+
+def read_hint(payload: str) -> Hint:
+    """A hint as it came. What a later version says, and this one does not know, is a change all the same."""
+    kind, _, worker_id = payload.partition(":")
+    known = {name: name for name in get_args(Kind)}
+    return Hint(known.get(kind, "change"), worker_id)
+
+
+Hear = Callable[[Hint], None]
+
+
+class Wake(Protocol):
+    """The other processes of this studio."""
+
+    def start(self, hear: Hear) -> None:
+        """From now on call ``hear`` with what other processes say, from any thread."""
+
+    def tell(self, hint: Hint) -> None:
+        """Say it to all others, soon. From any thread."""
+
+    def stop(self) -> None:
+        """Say what is left, and hear no more."""
+
+
+class Alone:
+    """A studio of one process: there is nobody to wake."""
+
+    def start(self, hear: Hear) -> None:
+        """Nobody says anything."""
+
+    def tell(self, hint: Hint) -> None:
+        """Nobody listens."""
+
+    def stop(self) -> None:
+        """Nothing to end."""
+
+
+class Listening:
+    """Hears and tells over one connection of its own, which is made again whenever it breaks.
+
+    Args:
+        url: the database, as SQLAlchemy writes it for psycopg.
+    """
+
+    def __init__(self, url: sqlalchemy.URL) -> None:
+        self._engine = sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=_CONNECTION)
+        self._errors = (self._engine.dialect.loaded_dbapi.Error, sqlalchemy.exc.SQLAlchemyError, OSError)
+        self._hints: deque[Hint] = deque(maxlen=_KEPT_HINTS)
+        self._has_changed = False
+        self._told_at = 0.0
+        self._stopping = threading.Event()
+        self._nudge, self._nudged = socket.socketpair()
+        self._nudge.setblocking(False)
+        self._thread: threading.Thread | None = None
+
+    def start(self, hear: Hear) -> None:
+        """Listen, on a thread of its own."""
+        self._thread = threading.Thread(target=self._run, args=(hear,), name="wake", daemon=True)
+        self._thread.start()
+
+    def tell(self, hint: Hint) -> None:
+        """Say it soon; hints are kept while there is no connection."""
+        if hint.kind == "change":
+            self._has_changed = True
+        else:
+            self._hints.append(hint)
+        self._wake()
+
+    def stop(self) -> None:
+        """Say what is left where there is a connection, and end."""
+        self._stopping.set()
+        self._wake()
+        if self._thread is not None:
+            self._thread.join()
+        self._engine.dispose()
+        self._nudge.close()
+        self._nudged.close()
+
+    # --- within -------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        try:
+            self._nudge.send(b"\0")
+        except BlockingIOError:  # it is nudged already, many times over
+            pass
+
+    def _run(self, hear: Hear) -> None:
+        is_told = False
+        while not self._stopping.is_set():
+            try:
+                connection = self._connect()
+            except self._errors as error:
+                if not is_told:
+                    logger.error("cannot listen to other processes", extra={"error": str(error)})
+                is_told = True
+                self._stopping.wait(_RETRY_S)
+                continue
+            is_told = False
+            hear(Hint("look"))
+            try:
+                self._exchange(connection, hear)
+            except self._errors as error:
+                logger.warning("connection to other processes broke", extra={"error": str(error)})
+            finally:
+                connection.close()
+
+    def _connect(self) -> Any:
+        """psycopg's own connection, which alone can listen."""
+        connection = self._engine.raw_connection()
+        own = connection.driver_connection
+        connection.detach()
+        own.autocommit = True
+        own.execute(f"LISTEN {CHANNEL}")
+        return own
+
+    def _exchange(self, connection: Any, hear: Hear) -> None:
+        own_pid = connection.info.backend_pid
+        while True:
+            is_last = self._stopping.is_set()  # looked at first: what was told before is said
+            self._say(connection)
+            if is_last:
+                return
+            for notice in connection.notifies(timeout=0):
+                if notice.pid != own_pid:
+                    hear(read_hint(notice.payload))
+            due_s = max(0.0, self._told_at + CHANGES_S - time.monotonic()) if self._has_changed else None
+            ready, _, _ = select.select([connection.fileno(), self._nudged], [], [], due_s)
+            if self._nudged in ready:
+                self._nudged.recv(4096)
+
+    def _say(self, connection: Any) -> None:
+        while self._hints:
+            _notify(connection, self._hints[0])
+            self._hints.popleft()  # only what was said
+        if self._has_changed and time.monotonic() >= self._told_at + CHANGES_S:
+            self._has_changed = False
+            self._told_at = time.monotonic()
+            _notify(connection, Hint("change"))
+
+
+def _notify(connection: Any, hint: Hint) -> None:
+    connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, hint.payload()))
