@@ -8,7 +8,9 @@ most ten times a second, whatever changes; pages show no more.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import select
 import socket
 import threading
@@ -37,8 +39,8 @@ Kind = Literal["change", "end", "offer", "offer_others", "look"]
 class Hint:
     """What to look at. ``look``, which is never sent, means: hints may have been missed, look at everything.
 
-    ``end`` ends the sessions that ``worker_id`` has and should not have any more; ``offer`` offers this worker
-    its next job, ``offer_others`` everybody but it.
+    ``end`` ends what sessions of ``worker_id`` are over by the rows; ``offer`` offers this worker its next
+    job, ``offer_others`` everybody but it.
     """
 
     kind: Kind
@@ -101,6 +103,7 @@ class Listening:
         self._stopping = threading.Event()
         self._nudge, self._nudged = socket.socketpair()
         self._nudge.setblocking(False)
+        self._nudged.setblocking(False)
         self._thread: threading.Thread | None = None
 
     def start(self, hear: Hear) -> None:
@@ -129,10 +132,8 @@ class Listening:
     # --- within -------------------------------------------------------------------------------------
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # it is nudged already, many times over, or stopped
             self._nudge.send(b"\0")
-        except BlockingIOError:  # it is nudged already, many times over
-            pass
 
     def _run(self, hear: Hear) -> None:
         is_told = False
@@ -157,7 +158,7 @@ class Listening:
     def _connect(self) -> Any:
         """psycopg's own connection, which alone can listen."""
         connection = self._engine.raw_connection()
-        own = connection.driver_connection
+        own: Any = connection.driver_connection
         connection.detach()
         own.autocommit = True
         own.execute(f"LISTEN {CHANNEL}")
@@ -165,24 +166,28 @@ class Listening:
 
     def _exchange(self, connection: Any, hear: Hear) -> None:
         own_pid = connection.info.backend_pid
+        poll = select.poll()  # select() takes no descriptor above 1023
+        for each in (connection, self._nudged):
+            poll.register(each, select.POLLIN)
         while True:
             is_last = self._stopping.is_set()  # looked at first: what was told before is said
-            self._say(connection)
+            self._say(connection, all_of_it=is_last)
             if is_last:
                 return
             for notice in connection.notifies(timeout=0):
                 if notice.pid != own_pid:
                     hear(read_hint(notice.payload))
             due_s = max(0.0, self._told_at + CHANGES_S - time.monotonic()) if self._has_changed else None
-            ready, _, _ = select.select([connection.fileno(), self._nudged], [], [], due_s)
-            if self._nudged in ready:
+            poll.poll(None if due_s is None else math.ceil(due_s * 1000))
+            with contextlib.suppress(BlockingIOError):
                 self._nudged.recv(4096)
 
-    def _say(self, connection: Any) -> None:
+    def _say(self, connection: Any, *, all_of_it: bool) -> None:
         while self._hints:
             _notify(connection, self._hints[0])
             self._hints.popleft()  # only what was said
-        if self._has_changed and time.monotonic() >= self._told_at + CHANGES_S:
+        is_due = all_of_it or time.monotonic() >= self._told_at + CHANGES_S
+        if self._has_changed and is_due:
             self._has_changed = False
             self._told_at = time.monotonic()
             _notify(connection, Hint("change"))
