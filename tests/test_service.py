@@ -413,7 +413,7 @@ def test_paused_service_finishes_its_job_and_takes_no_other(
         paused = command(site, "pause")
         assert (paused.returncode, paused.stdout) == (0, f"paused; job {first} is being finished\n")
         running.await_message("STATUS=ready, connected, paused", READY_S)
-        studio.wait_for(lambda: studio.sessions.live[worker_id].is_paused, READY_S)
+        studio.wait_for(lambda: studio.attendance.live[worker_id].is_paused, READY_S)
         second = queue_synthetic(studio)
         await_status(studio, first, "done")
         await_log(running, "components left the device")

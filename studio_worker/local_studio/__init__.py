@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from studio_worker.local_studio.door import Door
 from studio_worker.local_studio.housekeeping import Retention
+from studio_worker.local_studio.limits import Limits
 from studio_worker.local_studio.pictures import pictures_at
 from studio_worker.local_studio.places import Places
 from studio_worker.local_studio.server import DATABASE_NAME, MODELS_FOLDER, LocalStudio, run_local_studio
-from studio_worker.local_studio.sessions import Limits
 from studio_worker.local_studio.tls import Tls
 
 __all__ = [

@@ -10,6 +10,7 @@ from typing import IO, Any
 from sqlalchemy import Connection, Select, bindparam, delete, func, insert, literal, or_, select, update
 
 from studio_worker.local_studio import line, rules
+from studio_worker.local_studio.leases import Loss
 from studio_worker.local_studio.pictures import Pictures, StoredBytes
 from studio_worker.local_studio.rules import JobStatus, QueuedJob, Rejection
 from studio_worker.local_studio.storage.database import Database
@@ -101,11 +102,14 @@ class JobQueue:
         with self._database.reading() as connection:
             return _find(connection, _HELD_BY, worker_id)
 
-    def take_next(self, worker_id: str, ready: Collection[str] = ()) -> QueuedJob | None:
+    def take_next(
+        self, worker_id: str, ready: Collection[str] = (), *, session_no: int = 0
+    ) -> QueuedJob | None:
         """Offer this worker the job whose turn it is, if there is one and it holds none.
 
         Args:
             ready: who else could take a job now.
+            session_no: which session of the worker is to hold it.
         """
         with self._database.reading() as connection:
             if connection.execute(_WAITING).first() is None:
@@ -119,7 +123,7 @@ class JobQueue:
             if job_id is None:
                 return None
             chosen = _require(connection, job_id)
-            job = _save(connection, chosen, rules.offered(chosen, worker_id, now))
+            job = _save(connection, chosen, rules.offered(chosen, worker_id, now, session_no))
             lines.take_turn(job)
         self._on_step(chosen, job)
         return job
@@ -150,22 +154,21 @@ class JobQueue:
             job_id, lambda job: rules.failed(job, worker_id, error, self._clock(), retryable=retryable)
         )
 
-    def release(self, worker_id: str, reason: str, *, counts: bool = True) -> QueuedJob | None:
-        """Let go of what this worker holds, because its session is gone."""
-        held = self.held_by(worker_id)
-        if held is None:
-            return None
-        return self._change(
-            held.job_id, lambda job: rules.released(job, reason, self._clock(), counts=counts)
-        )
+    def let_go(self, job_id: str, judge: Callable[[Connection, QueuedJob], Loss | None]) -> QueuedJob | None:
+        """Release a job that is held and lost: once, whoever else sees it.
 
-    def release_all(self, reason: str) -> int:
-        """Let go of every claim without counting an attempt: the studio itself was away."""
-        with self._database.reading() as connection:
-            holders = connection.execute(select(jobs.c.worker_id).where(_IS_HELD).distinct()).scalars().all()
-        for worker_id in holders:
-            self.release(worker_id, reason, counts=False)
-        return len(holders)
+        Args:
+            judge: whether it is lost; asked within the transaction that has the job.
+        """
+        with self._database.writing() as connection:
+            before = _find(connection, _JOB, job_id)
+            loss = judge(connection, before) if before is not None and before.status in rules.HELD else None
+            if before is None or loss is None:
+                return None
+            free = rules.released(before, loss.reason, self._clock(), counts=loss.counts)
+            after = _save(connection, before, free)
+        self._on_step(before, after)
+        return after
 
     def deliver(
         self,

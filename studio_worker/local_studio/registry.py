@@ -13,21 +13,23 @@ import hashlib
 import hmac
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from sqlalchemy import Connection, Select, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Select, delete, insert, select, update
 
 from studio_worker.errors import ProtocolError
 from studio_worker.local_studio.storage.database import Database, upsert
 from studio_worker.local_studio.storage.tables import registrations, workers
-from studio_worker.local_studio.waiting_room import WaitingRoom
+from studio_worker.local_studio.waiting_room import Asker, dispensable
 from studio_worker.local_studio.workers import Workers, known_worker, sha256
 from studio_worker.studio import wire
 
 MAX_PENDING = 100
 """Requests waiting for a decision at a time; anybody may ask, so the number is bounded."""
+_NOTED_S = 5.0
+"""A poll so soon after another is not written down: anybody may poll as often as they like."""
 
 
 class TooManyPending(ProtocolError):
@@ -72,7 +74,7 @@ class Registry:
         self.workers = Workers(database, clock)
         self._database = database
         self._clock = clock
-        self._room = WaitingRoom(clock())
+        self._begun_at = clock()
 
     # --- the worker's side --------------------------------------------------------------------------
 
@@ -83,12 +85,6 @@ class Registry:
             origin: where it comes from; where there are too many requests, one of whoever has the most of
                 them makes room.
         """
-        registration = self._request(body, origin)
-        if registration.status == "pending":
-            self._room.asked(registration.request_id, origin, self._clock())
-        return registration
-
-    def _request(self, body: wire.RegisterRequest, origin: str) -> Registration:
         secret_hash = body.registration_secret_hash.lower()
         with self._database.writing() as connection:
             last = _last_of(connection, body.install_id)
@@ -96,6 +92,8 @@ class Registry:
                 "secret_hash": secret_hash,
                 "capabilities": body.capabilities.to_json(),
                 "user_agent": body.user_agent,
+                "origin": origin,
+                "heard_at": self._clock(),
             }
             if last is not None and _still_stands(connection, last, secret_hash):
                 # A pending request takes the latest secret: a worker that lost its own starts over.
@@ -109,6 +107,7 @@ class Registry:
                     install_id=body.install_id,
                     status="pending",
                     created_at=self._clock(),
+                    has_polled=False,
                     **says,
                 )
             )
@@ -123,7 +122,7 @@ class Registry:
         if registration.status == "rejected":
             return wire.Rejected(reason=registration.reason)
         if registration.status == "pending":
-            self._room.polled(request_id, self._clock())
+            self._note_poll(request_id)
             return wire.Pending()
         worker = self.workers.get(registration.worker_id or "")
         if worker is None or worker.request_id != request_id:
@@ -171,11 +170,22 @@ class Registry:
 
     # --- within -------------------------------------------------------------------------------------
 
+    def _note_poll(self, request_id: str) -> None:
+        now = self._clock()
+        with self._database.reading() as connection:
+            asker = next(_askers(connection, registrations.c.request_id == request_id), None)
+        if asker is None or (asker.has_polled and asker.heard_at > now - _NOTED_S):
+            return
+        with self._database.writing() as connection:
+            _change(connection, request_id, heard_at=now, has_polled=True)
+
     def _make_room(self, connection: Connection, origin: str) -> None:
-        waiting = connection.execute(_pending(select(registrations.c.request_id))).scalars().all()
+        waiting = list(_askers(connection, registrations.c.status == "pending"))
         if len(waiting) < MAX_PENDING:
             return
-        goes = self._room.dispensable(waiting, origin, self._clock())
+        # Nobody could be heard while the studio was away.
+        heard = [replace(asker, heard_at=max(asker.heard_at, self._begun_at)) for asker in waiting]
+        goes = dispensable(heard, origin, self._clock())
         if goes is None:
             raise TooManyPending("too many requests wait for a decision; try again later")
         connection.execute(delete(registrations).where(registrations.c.request_id == goes))
@@ -197,6 +207,11 @@ def _still_stands(connection: Connection, last: Registration, secret_hash: str) 
     if last.secret_hash != secret_hash:
         return False
     return last.status == "rejected" or known_worker(connection, last.worker_id or "") is not None
+
+
+def _askers(connection: Connection, condition: ColumnElement[bool]) -> Iterator[Asker]:
+    columns = (registrations.c[field.name] for field in fields(Asker))
+    return (Asker(**row) for row in connection.execute(select(*columns).where(condition)).mappings())
 
 
 def _pending(query: Select[Any]) -> Select[Any]:

@@ -74,7 +74,7 @@ class QueuedJob:
     that lost its connection while holding the job, until somebody else has it: its late upload counts.
     ``rejections`` has the workers that will not take the job. ``completions`` is 0 or 1, ever;
     ``refused_uploads`` counts deliveries answered with 409. ``priority``, ``submitter`` and ``passed_at`` are
-    for :mod:`turns`.
+    for :mod:`turns`, ``session_no`` says which session of its worker holds it, for :mod:`leases`.
     """
 
     job_id: str
@@ -100,6 +100,7 @@ class QueuedJob:
     priority: int = 0
     submitter: str = ""
     passed_at: float | None = None
+    session_no: int = 0
 
     @property
     def kind(self) -> str:
@@ -121,8 +122,8 @@ class QueuedJob:
         return self.status in (JobStatus.QUEUED, JobStatus.FAILED) and self.dropped_by == worker_id
 
 
-def offered(job: QueuedJob, worker_id: str, now: float) -> QueuedJob:
-    """The job goes out to a worker."""
+def offered(job: QueuedJob, worker_id: str, now: float, session_no: int = 0) -> QueuedJob:
+    """The job goes out to a worker, over its session of this number."""
     if job.status is not JobStatus.QUEUED:
         raise RuleBroken(f"job {job.job_id} is {job.status}, not queued")
     return replace(
@@ -135,6 +136,7 @@ def offered(job: QueuedJob, worker_id: str, now: float) -> QueuedJob:
         started_at=None,
         finished_at=None,
         passed_at=None,
+        session_no=session_no,
     )
 
 

@@ -19,8 +19,8 @@ from studio_worker.errors import ConfigError, StudioWorkerError
 from studio_worker.local_studio.door import LOOPBACK, Door
 from studio_worker.local_studio.facts import Facts
 from studio_worker.local_studio.housekeeping import FOR_EVER, Retention
+from studio_worker.local_studio.limits import Limits
 from studio_worker.local_studio.places import Places
-from studio_worker.local_studio.sessions import Limits
 from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web import seldom
 from studio_worker.local_studio.web.access import Access
@@ -118,6 +118,8 @@ class LocalStudio(Studio):
             self.stop()
             raise
         self.port = listener.getsockname()[1]
+        self.wake.start(self.hear)
+        self.pulse.start(self.base_url)
         self._thread = threading.Thread(
             target=self._server.run, args=([listener],), name="local-studio", daemon=True
         )
@@ -131,13 +133,15 @@ class LocalStudio(Studio):
         return self
 
     def stop(self) -> None:
-        """Close all sessions, give their jobs back to the queue, close the file."""
-        self.sessions.is_stopping = True
+        """Close all sessions, whose workers are to come back with their jobs, and the database."""
+        self.attendance.is_stopping = True
         self.changes.bump()  # wakes the event streams, which then end
         if self._thread is not None:
             self._server.stop_soon()
             self._thread.join()
         self.housekeeping.stop()
+        self.pulse.stop()
+        self.wake.stop()
         self.changes.forget_listeners()
         self.database.close()
         logger.debug("local studio stopped")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
 
 from studio_worker.errors import FrameError
+from studio_worker.local_studio.presence import Inherited
 from studio_worker.studio import wire
 
 logger = logging.getLogger(__name__)
@@ -43,14 +44,19 @@ _Command = Literal["offer"] | EndSession
 
 @dataclass(eq=False)
 class WorkerSession:
-    """One connected worker. ``base_url`` is the studio's address as this worker reached it."""
+    """One connected worker. ``base_url`` is the studio's address as this worker reached it.
+
+    ``number`` counts this worker's sessions; ``inherited`` is what it had in hand in the one before, until
+    its first heartbeat says whether it still has.
+    """
 
     worker_id: str
     socket: WebSocket
     base_url: str
     capabilities: wire.Capabilities | None = None
     current_job_id: str | None = None
-    heartbeat_at: float = field(default_factory=time.time)
+    number: int = 0
+    inherited: Inherited | None = None
     deadline: float = 0.0
     commands: asyncio.Queue[_Command] = field(default_factory=asyncio.Queue)
     _reading: asyncio.Task[Mapping[str, Any]] | None = None

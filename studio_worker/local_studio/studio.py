@@ -13,17 +13,22 @@ from typing import Any, Unpack
 
 from studio_worker.errors import ConfigError
 from studio_worker.jobs import ImageTask
+from studio_worker.local_studio.attendance import Attendance
 from studio_worker.local_studio.changes import Changes
 from studio_worker.local_studio.facts import Facts, waiting_in
 from studio_worker.local_studio.housekeeping import FOR_EVER, Housekeeping, Retention
 from studio_worker.local_studio.job_queue import JobQueue
+from studio_worker.local_studio.limits import Limits
 from studio_worker.local_studio.metrics import Metrics
 from studio_worker.local_studio.places import Places
+from studio_worker.local_studio.presence import Presence
+from studio_worker.local_studio.pulse import Pulse
 from studio_worker.local_studio.registry import Registration, Registry
-from studio_worker.local_studio.rules import RESTARTED, JobExtras, JobStatus, QueuedJob
-from studio_worker.local_studio.sessions import Limits, Sessions
+from studio_worker.local_studio.rules import JobExtras, JobStatus, QueuedJob
+from studio_worker.local_studio.sessions import Sessions
 from studio_worker.local_studio.shelf import LogLine, Model, Shelf
 from studio_worker.local_studio.storage.sqlite import SqliteFile
+from studio_worker.local_studio.wake import Alone, Hint, Wake
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.views import Views
 from studio_worker.local_studio.workers import RegisteredWorker
@@ -71,26 +76,34 @@ class Studio:
         )
         self.shelf = Shelf(self.database, pictures)
         self.housekeeping = Housekeeping(self.database, self.queue, self.shelf, pictures, retention)
+        self.presence = Presence(self.database, uuid.uuid4().hex, self.limits.lease_s)
+        self.pulse = Pulse(self.presence, self.queue, self.limits.lease_s)
+        self.wake: Wake = Alone()
+        self.attendance = Attendance(self.queue, self.presence, self.wake)
         self.sessions = Sessions(
             self.registry.workers,
             self.queue,
             self.shelf,
-            self.changes,
+            self.presence,
+            self.attendance,
             self.limits,
         )
-        self.views = Views(self.queue, self.sessions.live)
+        self.views = Views(self.queue)
         self.metrics.watch(self.facts)
         if self.database.is_new:
             self.shelf.put_model(PLACEHOLDER)
         elif not pictures.is_shared:
             self.housekeeping.sweep(self.database.last_opened_at)
-        released = self.queue.release_all(RESTARTED)
-        if released:
-            logger.info("claims released", extra={"jobs": released})
+
+    def hear(self, hint: Hint) -> None:
+        """Another process of this studio says that something is to be looked at."""
+        if hint.kind in {"change", "look"}:
+            self.changes.bump()
+        self.attendance.hear(hint)
 
     def facts(self) -> Facts:
         """For the metrics, at the moment of asking."""
-        states = Counter(session.state for session in list(self.sessions.live.values()))
+        states = Counter(session.state for session in list(self.attendance.live.values()))
         return Facts(
             queue=waiting_in(self.database),
             jobs=self.queue.counts(),
@@ -108,7 +121,7 @@ class Studio:
         """Let a machine work here; returns its worker id. Raises UnknownRequest or NotPending."""
         worker_id = self.registry.approve(request_id)
         # A machine that asked again gets a new token; whoever still uses the old one is out.
-        self.sessions.end(worker_id, "auth_failed", "this worker was registered again")
+        self.attendance.end(worker_id, "auth_failed")
         logger.info("worker approved", extra={"worker_id": worker_id, "request_id": request_id})
         return worker_id
 
@@ -122,14 +135,14 @@ class Studio:
         return self.registry.workers.all()
 
     def is_online(self, worker_id: str) -> bool:
-        """Whether this worker has a session."""
-        return worker_id in self.sessions.live
+        """Whether this worker has a session with any process of this studio."""
+        return worker_id in self.presence.connected()
 
     def delete_worker(self, worker_id: str) -> None:
         """Dismiss a worker and end its session with ``worker_deleted``. Raises KeyError where unknown."""
         if not self.registry.workers.delete(worker_id):
             raise KeyError(worker_id)
-        self.sessions.end(worker_id, "worker_deleted", "this worker was deleted from the studio")
+        self.attendance.end(worker_id, "worker_deleted")
         logger.info("worker deleted", extra={"worker_id": worker_id})
 
     # --- jobs ---------------------------------------------------------------------------------------

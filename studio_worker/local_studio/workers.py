@@ -86,11 +86,11 @@ class Workers:
             return Standing.REFUSED
         return Standing.KNOWN if row.deleted_at is None else Standing.DELETED
 
-    def seen(self, worker_id: str, capabilities: wire.Capabilities) -> None:
-        """Note a sign of life and what the worker says of itself."""
-        with self._database.writing() as connection:
-            known = update(workers).where(workers.c.worker_id == worker_id)
-            connection.execute(known.values(last_seen_at=self._clock(), capabilities=capabilities.to_json()))
+
+def note_seen(connection: Connection, worker_id: str, capabilities: wire.Capabilities, now: float) -> None:
+    """A sign of life, and what the worker says of itself; part of a step."""
+    known = update(workers).where(workers.c.worker_id == worker_id)
+    connection.execute(known.values(last_seen_at=now, capabilities=capabilities.to_json()))
 
 
 def known_worker(connection: Connection, worker_id: str) -> RegisteredWorker | None:

@@ -78,10 +78,10 @@ def measure(folder: Path, seconds: float) -> Table:
 
             def watch() -> None:
                 while not ended.wait(0.02):
-                    session = studio.sessions.live.get(worker_id)
-                    if session is not None and session.heartbeat_at not in arrivals[-1:]:
-                        arrivals.append(session.heartbeat_at)
-                        sessions.add(id(session))
+                    seat = studio.presence.connected().get(worker_id)
+                    if seat is not None and seat.heartbeat_at not in arrivals[-1:]:
+                        arrivals.append(seat.heartbeat_at)
+                        sessions.add(id(studio.attendance.live.get(worker_id)))
 
             watcher = threading.Thread(target=watch)
             watcher.start()

@@ -1,4 +1,4 @@
-"""Whom the local studio offers which job, and what a restart leaves of that."""
+"""Whom the local studio offers which job."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 
-from studio_worker.local_studio import Door, Limits, LocalStudio
+from studio_worker.local_studio import Limits, LocalStudio
 from studio_worker.local_studio.rules import JobStatus
 from studio_worker.local_studio.turns import Patience
-from tests.fakes.machine import PICTURE, SOURCE, Machine, queue
+from tests.fakes.machine import SOURCE, Machine, queue
+
+
+def waits_for(studio: LocalStudio, job_id: str, names: dict[str, str] | None = None) -> Any:
+    """What the page says of a job that waits."""
+    return studio.views.job(studio.job(job_id), names or {}, studio.presence.connected())["waitingFor"]
+
 
 # --- offers -----------------------------------------------------------------------------------------
 
@@ -56,7 +62,7 @@ def test_offer_is_not_made_to_a_paused_worker(studio: LocalStudio, machine: Mach
     job_id = queue(studio)
     machine.beat(autoEnabled=False)
     machine.beat(autoEnabled=False)
-    assert studio.views.job(studio.job(job_id), {})["waitingFor"] == "all connected workers are paused"
+    assert waits_for(studio, job_id) == "all connected workers are paused"
     assert machine.offered()["jobId"] == job_id
 
 
@@ -91,7 +97,7 @@ def test_reject_for_good_sends_the_job_to_somebody_else(studio: LocalStudio, mac
     assert machine.upload(next_id).status_code == 200
     assert machine.hears_nothing()
     names = studio.registry.workers.names()
-    assert studio.views.job(studio.job(job_id), names)["waitingFor"] == "rejected by box: needs 40 GB"
+    assert waits_for(studio, job_id, names) == "rejected by box: needs 40 GB"
     assert studio.job(job_id).attempts == 0
     other = Machine(studio, name="bigger").connect()
     assert other.take()["jobId"] == job_id
@@ -240,44 +246,6 @@ def test_turn_does_not_wait_beyond_the_limit(tmp_path: Path) -> None:
         assert cold.offered()["jobId"] == job_id
         warm.hang_up()
         cold.hang_up()
-
-
-# --- restart ----------------------------------------------------------------------------------------
-
-
-def test_restart_on_the_same_file_and_port(tmp_path: Path) -> None:
-    """After a restart everything is still there, jobs in hand are queued again at no cost, workers return."""
-    database = tmp_path / "studio.sqlite3"
-    with LocalStudio(database) as studio:
-        machine = Machine(studio).connect()
-        done, in_hand = queue(studio), queue(studio)
-        machine.take()
-        machine.upload(done)
-        machine.hear()
-        machine.say("accept", jobId=in_hand)
-        machine.beat(job_id=in_hand)
-        port = studio.port
-    assert machine.closing()[1] == 1012
-    with LocalStudio(database, door=Door(port=port)) as studio:
-        assert studio.result(done) == PICTURE
-        job = studio.job(in_hand)
-        assert (job.status, job.attempts) == ("queued", 0)
-        assert machine.poll().json()["authToken"] == machine.token
-        machine.studio = studio
-        assert machine.upload(in_hand).status_code == 200
-        machine.connect().hang_up()
-
-
-def test_restart_after_a_crash_releases_what_was_claimed(tmp_path: Path) -> None:
-    """Jobs that were in hand when the studio died are queued again at its next start."""
-    database = tmp_path / "studio.sqlite3"
-    with LocalStudio(database) as studio:
-        job_id = queue(studio)
-        studio.queue.take_next("worker")
-        studio.queue.accept(job_id, "worker")
-    with LocalStudio(database) as studio:
-        job = studio.job(job_id)
-        assert (job.status, job.attempts, job.dropped_by) == ("queued", 0, "worker")
 
 
 def test_secrets_are_not_in_the_file(tmp_path: Path) -> None:

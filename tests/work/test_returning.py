@@ -123,10 +123,10 @@ class Box:
 
     def drop(self) -> None:
         """The connection goes, and is there again."""
-        before = self.studio.sessions.live.get(self.credentials.worker_id)
-        self.studio.sessions.end(self.credentials.worker_id, "internal_error", "a test dropped it")
+        before = self.studio.attendance.live.get(self.credentials.worker_id)
+        self.studio.attendance.end(self.credentials.worker_id, "internal_error")
         self.studio.wait_for(
-            lambda: self.studio.sessions.live.get(self.credentials.worker_id) not in {None, before}, LIMIT_S
+            lambda: self.studio.attendance.live.get(self.credentials.worker_id) not in {None, before}, LIMIT_S
         )
 
     def leave(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sqlalchemy import (
+    Boolean,
     CheckConstraint,
     Column,
     ForeignKey,
@@ -10,6 +11,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     text,
+    true,
 )
 
 from studio_worker.local_studio.storage.columns import NUMBER, SECONDS, Json, Words
@@ -31,6 +33,9 @@ registrations = Table(
     Column("worker_id", Words),
     Column("created_at", SECONDS, nullable=False),
     Column("decided_at", SECONDS),
+    Column("origin", Words, nullable=False, server_default=""),
+    Column("heard_at", SECONDS, nullable=False, server_default="0"),
+    Column("has_polled", Boolean, nullable=False, server_default=true()),
 )
 
 workers = Table(
@@ -73,6 +78,7 @@ jobs = Table(
     Column("priority", Integer, nullable=False, server_default="0"),
     Column("submitter", Words, nullable=False, server_default=""),
     Column("passed_at", SECONDS),
+    Column("session_no", Integer, nullable=False, server_default="0"),
     sqlite_autoincrement=True,
 )
 
@@ -138,4 +144,26 @@ last_made = Table(
     METADATA,
     Column("worker_id", Words, primary_key=True),
     Column("model", Words, nullable=False),
+)
+
+processes = Table(
+    "processes",
+    METADATA,
+    Column("process_id", Words, primary_key=True),
+    Column("address", Words, nullable=False),
+    Column("started_at", SECONDS, nullable=False),
+    Column("beat_at", SECONDS, nullable=False),
+)
+
+sessions = Table(
+    "sessions",
+    METADATA,
+    Column("worker_id", Words, primary_key=True),
+    Column("number", Integer, nullable=False),
+    Column("process_id", Words),
+    Column("lease_until", SECONDS, nullable=False),
+    Column("end_code", Words),
+    Column("is_paused", Boolean, nullable=False),
+    Column("current_job_id", Words),
+    Column("heartbeat_at", SECONDS, nullable=False),
 )

@@ -48,7 +48,11 @@ def build_app(
         auto_approve: let every machine in that asks.
     """
     workers = WorkerRoutes(
-        studio.registry, studio.queue, studio.sessions, studio.approve if auto_approve else None
+        studio.registry,
+        studio.queue,
+        studio.sessions,
+        studio.attendance,
+        studio.approve if auto_approve else None,
     )
     people = PeopleRoutes(studio)
     shelf = ShelfRoutes(studio, models_dir)

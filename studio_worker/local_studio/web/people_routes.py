@@ -60,7 +60,7 @@ class PeopleRoutes:
     async def state(self, request: Request) -> Response:
         """Everything the page shows but for the gallery, models and logs."""
         studio = self._desk
-        names = studio.registry.workers.names()
+        names, connected = studio.registry.workers.names(), studio.presence.connected()
         active = [
             *studio.queue.listed(JobStatus.RUNNING, ROWS),
             *studio.queue.listed(JobStatus.OFFERED, ROWS),
@@ -71,11 +71,12 @@ class PeopleRoutes:
                 "version": studio.changes.version,
                 "baseUrl": http_base(request),
                 "registrations": [studio.views.registration(entry) for entry in studio.pending()],
-                "workers": [studio.views.worker(worker) for worker in studio.workers()],
+                "workers": [studio.views.worker(worker, connected) for worker in studio.workers()],
                 "queue": studio.queue.counts(),
-                "active": [studio.views.job(job, names) for job in active],
+                "active": [studio.views.job(job, names, connected) for job in active],
                 "failed": [
-                    studio.views.job(job, names) for job in studio.queue.listed(JobStatus.FAILED, ROWS)
+                    studio.views.job(job, names, connected)
+                    for job in studio.queue.listed(JobStatus.FAILED, ROWS)
                 ],
             }
         )
@@ -90,7 +91,7 @@ class PeopleRoutes:
         changes = self._desk.changes
         with changes.listening() as bell:
             yield f"retry: 1000\nevent: change\ndata: {changes.version}\n\n"
-            while not self._desk.sessions.is_stopping:
+            while not self._desk.attendance.is_stopping:
                 try:
                     async with asyncio.timeout(KEEPALIVE_S):
                         await bell.wait()
@@ -143,9 +144,9 @@ class PeopleRoutes:
             raise HTTPException(400, f"status: must be one of {', '.join(JobStatus)}") from None
         limit = number_in(request, "limit", default=100, low=1, high=1000)
         offset = number_in(request, "offset", default=0, low=0, high=10**9)
-        names = self._desk.registry.workers.names()
+        names, connected = self._desk.registry.workers.names(), self._desk.presence.connected()
         jobs = self._desk.queue.listed(status, limit, offset)
-        return JSONResponse({"jobs": [self._desk.views.job(job, names) for job in jobs]})
+        return JSONResponse({"jobs": [self._desk.views.job(job, names, connected) for job in jobs]})
 
     async def queue_job(self, request: Request) -> Response:
         """Put a job in the queue."""
@@ -212,5 +213,7 @@ class PeopleRoutes:
         job = self._desk.queue.get(job_id)
         if job is None:
             raise HTTPException(404, "the job is unknown")
-        facts: dict[str, Any] = self._desk.views.job(job, self._desk.registry.workers.names())
+        facts: dict[str, Any] = self._desk.views.job(
+            job, self._desk.registry.workers.names(), self._desk.presence.connected()
+        )
         return JSONResponse(facts)

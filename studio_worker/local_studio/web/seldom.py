@@ -15,7 +15,7 @@ _LIMITS = {
     f"{__package__}.app": 20,
     f"{__package__}.worker_routes": 100,
     f"{__package__}.visit": 1,
-    f"{__package__}.sessions.storage": 1,
+    "studio_worker.local_studio.attendance": 1,
 }
 """Lines of one message within a while, by the logger whose lines strangers can cause."""
 

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from studio_worker.local_studio.job_queue import JobQueue, Result
+from studio_worker.local_studio.presence import Seat
 from studio_worker.local_studio.registry import Registration
 from studio_worker.local_studio.rules import JobStatus, QueuedJob
-from studio_worker.local_studio.session import WorkerSession
 from studio_worker.local_studio.shelf import LogLine, Model
 from studio_worker.local_studio.workers import RegisteredWorker
 
@@ -22,11 +22,10 @@ def moment(unix_s: float | None) -> str | None:
 
 
 class Views:
-    """Facts from the database and the live sessions, put together for reading."""
+    """Facts from the database, put together for reading. ``connected`` are the workers with a session."""
 
-    def __init__(self, queue: JobQueue, live: Mapping[str, WorkerSession]) -> None:
+    def __init__(self, queue: JobQueue) -> None:
         self._queue = queue
-        self._live = live
 
     def registration(self, registration: Registration) -> dict[str, Any]:
         """A machine that asks to work here."""
@@ -42,32 +41,31 @@ class Views:
             "requestedAt": moment(registration.created_at),
         }
 
-    def worker(self, worker: RegisteredWorker) -> dict[str, Any]:
+    def worker(self, worker: RegisteredWorker, connected: Mapping[str, Seat]) -> dict[str, Any]:
         """``state`` is ``offline``, ``paused``, ``working`` or ``idle``."""
-        session = self._live.get(worker.worker_id)
+        seat = connected.get(worker.worker_id)
         held = self._queue.held_by(worker.worker_id)
-        capabilities = (session and session.capabilities) or worker.capabilities
-        if session is None:
+        if seat is None:
             state = "offline"
-        elif held is not None or session.current_job_id is not None:
+        elif held is not None or seat.current_job_id is not None:
             state = "working"
         else:
-            state = "paused" if session.is_paused else "idle"
+            state = "paused" if seat.is_paused else "idle"
         return {
             "workerId": worker.worker_id,
             "installId": worker.install_id,
             "name": worker.name,
             "state": state,
-            "online": session is not None,
-            "paused": session is not None and session.is_paused,
+            "online": seat is not None,
+            "paused": seat is not None and seat.is_paused,
             "currentJob": None if held is None else self._in_hand(held),
-            "currentJobId": session and session.current_job_id,
-            "lastHeartbeatAt": moment(session.heartbeat_at if session else worker.last_seen_at),
+            "currentJobId": seat and seat.current_job_id,
+            "lastHeartbeatAt": moment(seat.heartbeat_at if seat else worker.last_seen_at),
             "approvedAt": moment(worker.created_at),
-            "capabilities": capabilities.model_dump(mode="json", by_alias=True),
+            "capabilities": worker.capabilities.model_dump(mode="json", by_alias=True),
         }
 
-    def job(self, job: QueuedJob, names: Mapping[str, str]) -> dict[str, Any]:
+    def job(self, job: QueuedJob, names: Mapping[str, str], connected: Mapping[str, Seat]) -> dict[str, Any]:
         """A job and, where it is done, its result; ``names`` maps worker ids to what people call them."""
         result = self._queue.result(job.job_id) if job.status is JobStatus.DONE else None
         return {
@@ -84,7 +82,7 @@ class Views:
             "priority": job.priority,
             "submitter": job.submitter,
             "reason": job.reason,
-            "waitingFor": self._waiting_for(job, names),
+            "waitingFor": _waiting_for(job, names, connected),
             "rejections": [
                 {"workerId": who, "worker": names.get(who, said.name), "reason": said.reason}
                 for who, said in job.rejections.items()
@@ -121,19 +119,20 @@ class Views:
             "since": moment(job.started_at or job.offered_at),
         }
 
-    def _waiting_for(self, job: QueuedJob, names: Mapping[str, str]) -> str | None:
-        """Why a queued job is not being done, where that is known."""
-        if job.status is not JobStatus.QUEUED:
-            return None
-        ready = [worker_id for worker_id, session in self._live.items() if not session.is_paused]
-        if job.rejections and all(worker_id in job.rejections for worker_id in ready):
-            said = (f"{names.get(who, own.name)}: {own.reason}" for who, own in job.rejections.items())
-            return f"rejected by {'; '.join(said)}"
-        if not self._live:
-            return "no worker is connected"
-        if not ready:
-            return "all connected workers are paused"
+
+def _waiting_for(job: QueuedJob, names: Mapping[str, str], connected: Mapping[str, Seat]) -> str | None:
+    """Why a queued job is not being done, where that is known."""
+    if job.status is not JobStatus.QUEUED:
         return None
+    ready = [worker_id for worker_id, seat in connected.items() if not seat.is_paused]
+    if job.rejections and all(worker_id in job.rejections for worker_id in ready):
+        said = (f"{names.get(who, own.name)}: {own.reason}" for who, own in job.rejections.items())
+        return f"rejected by {'; '.join(said)}"
+    if not connected:
+        return "no worker is connected"
+    if not ready:
+        return "all connected workers are paused"
+    return None
 
 
 def model(entry: Model) -> dict[str, Any]:

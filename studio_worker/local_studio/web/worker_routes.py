@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
+from studio_worker.local_studio.attendance import Attendance
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.registry import Registry, TooManyPending, UnknownRequest, WrongSecret
 from studio_worker.local_studio.rules import QueuedJob, RuleBroken
@@ -47,11 +48,13 @@ class WorkerRoutes:
         registry: Registry,
         queue: JobQueue,
         sessions: Sessions,
+        attendance: Attendance,
         approve: Callable[[str], object] | None,
     ) -> None:
         self._registry = registry
         self._queue = queue
         self._sessions = sessions
+        self._attendance = attendance
         self._approve = approve
 
     def routes(self) -> list[BaseRoute]:
@@ -108,7 +111,7 @@ class WorkerRoutes:
         if job.may_be_delivered_by(worker_id):
             result = await self._keep(request, job, worker_id)
             if result is not None:
-                self._sessions.offer_soon(worker_id)
+                self._attendance.offer_soon(worker_id)
                 return result
         else:
             await bodies.drain(request)

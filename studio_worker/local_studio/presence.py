@@ -1,0 +1,225 @@
+"""Who is here, as rows: studio processes, and the workers' sessions with any of them. Rules are leases.py's.
+
+Times are the database's own, for several machines need not agree on theirs: each beat measures how far the
+database's clock is from this machine's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, extract, func, or_, select, update
+
+from studio_worker.local_studio import leases
+from studio_worker.local_studio.leases import DEAD_S, LEASE_S, Loss, Session
+from studio_worker.local_studio.rules import HELD, QueuedJob
+from studio_worker.local_studio.storage.database import Database, insert_new, upsert
+from studio_worker.local_studio.storage.tables import jobs, processes, sessions
+from studio_worker.local_studio.workers import note_seen
+from studio_worker.studio import wire
+
+_NOBODY = {"number": 0, "lease_until": 0.0, "is_paused": False, "heartbeat_at": 0.0}
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A connected worker, as its last heartbeat said."""
+
+    is_paused: bool
+    current_job_id: str | None
+    heartbeat_at: float
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """A job that the worker had in its last session; ``loss``: what becomes of it if the worker forgot it."""
+
+    job_id: str
+    loss: Loss
+
+
+@dataclass(frozen=True)
+class Entered:
+    """A session that has begun. ``was_elsewhere``: another process may still have the one before it."""
+
+    number: int
+    inherited: Inherited | None
+    was_elsewhere: bool
+
+
+class Presence:
+    """The rows of processes and sessions.
+
+    Args:
+        process_id: this process's.
+        clock: this machine's, in Unix seconds.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        process_id: str,
+        lease_s: float = LEASE_S,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.process_id = process_id
+        self._database = database
+        self._lease_s = lease_s
+        self._clock = clock
+        self._offset_s = 0.0
+
+    # --- processes ----------------------------------------------------------------------------------
+
+    def beat(self, address: str) -> None:
+        """This process lives, and listens there; those that are long dead are forgotten."""
+        with self._database.writing() as connection:
+            if connection.dialect.name == "postgresql":
+                now = connection.execute(select(extract("epoch", func.clock_timestamp()))).scalar_one()
+                self._offset_s = float(now) - self._clock()
+            here = {"process_id": self.process_id, "address": address, "beat_at": self._now()}
+            upsert(connection, processes, {**here, "started_at": self._now()}, keep=("started_at",))
+            connection.execute(delete(processes).where(processes.c.beat_at < self._now() - DEAD_S))
+
+    def end_process(self) -> None:
+        """This process is stopped, and its workers are to come back to another."""
+        with self._database.writing() as connection:
+            connection.execute(delete(processes).where(processes.c.process_id == self.process_id))
+
+    # --- sessions -----------------------------------------------------------------------------------
+
+    def enter(self, worker_id: str, capabilities: wire.Capabilities) -> Entered:
+        """A worker has said hello to this process; the claims of its last session are this one's."""
+        with self._database.writing() as connection:
+            # A row to lock, so that of two that begin at once one is the second.
+            insert_new(connection, sessions, {"worker_id": worker_id, **_NOBODY})
+            row = connection.execute(_of(worker_id).with_for_update()).one()
+            before, living = _session(row), self._living(connection)
+            after = leases.begun(before, self.process_id, self._now(), self._lease_s)
+            self._save(connection, worker_id, after, _said(capabilities, None, self._now()))
+            note_seen(connection, worker_id, capabilities, self._now())
+            is_its_claim = and_(jobs.c.worker_id == worker_id, jobs.c.status.in_(HELD))
+            connection.execute(update(jobs).where(is_its_claim).values(session_no=after.number))
+            job_id = connection.execute(select(jobs.c.job_id).where(is_its_claim)).scalar()
+        inherited = None if job_id is None else Inherited(job_id, leases.loss_on_return(before, living))
+        return Entered(after.number, inherited, before.process_id not in {None, self.process_id})
+
+    def renew(
+        self, worker_id: str, number: int, capabilities: wire.Capabilities, current_job_id: str | None
+    ) -> None:
+        """A heartbeat came. Raises Replaced where the session is over, or the worker's next one has begun."""
+        now = self._now()
+        said = {"lease_until": now + self._lease_s, **_said(capabilities, current_job_id, now)}
+        with self._database.writing() as connection:
+            changed = connection.execute(update(sessions).where(_is(worker_id, number)).values(said))
+            if changed.rowcount == 0:
+                leases.renewed(_session_of(connection, worker_id), number, now)
+            note_seen(connection, worker_id, capabilities, now)
+
+    def check(self, worker_id: str, number: int) -> None:
+        """Raises Replaced where this session is not the worker's any more."""
+        with self._database.reading() as connection:
+            leases.renewed(_session_of(connection, worker_id), number, self._now())
+
+    def hand_over(self, worker_id: str, number: int) -> None:
+        """The session ends because this process does; its claims wait for the worker."""
+        with self._database.writing() as connection:
+            session = _session_of(connection, worker_id, is_to_change=True)
+            if session is not None and session.number == number:
+                self._save(connection, worker_id, leases.handed_over(session, self._now(), self._lease_s))
+
+    def leave(self, worker_id: str, number: int) -> None:
+        """The session is over, and its claims were released."""
+        with self._database.writing() as connection:
+            connection.execute(update(sessions).where(_is(worker_id, number)).values(process_id=None))
+
+    def dismiss(self, worker_id: str, code: wire.ErrorCode) -> None:
+        """The studio ends this worker's session, whichever process has it."""
+        with self._database.writing() as connection:
+            session = _session_of(connection, worker_id, is_to_change=True)
+            if session is not None:
+                self._save(connection, worker_id, leases.dismissed(session, code))
+
+    def connected(self) -> dict[str, Seat]:
+        """All workers that have a session with a living process, by their ids."""
+        query = (
+            select(sessions)
+            .join_from(sessions, processes, sessions.c.process_id == processes.c.process_id, isouter=True)
+            .where(or_(sessions.c.process_id == self.process_id, self._is_fresh()))
+        )
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        return {row.worker_id: Seat(row.is_paused, row.current_job_id, row.heartbeat_at) for row in rows}
+
+    # --- claims -------------------------------------------------------------------------------------
+
+    def lost(self) -> list[str]:
+        """The ids of all jobs whose lease has run out, or that no session has."""
+        query = (
+            select(jobs.c.job_id)
+            .join_from(jobs, sessions, jobs.c.worker_id == sessions.c.worker_id, isouter=True)
+            .where(
+                jobs.c.status.in_(HELD),
+                or_(
+                    sessions.c.worker_id.is_(None),
+                    sessions.c.lease_until < self._now(),
+                    sessions.c.number > jobs.c.session_no,
+                ),
+            )
+        )
+        with self._database.reading() as connection:
+            return list(connection.execute(query).scalars())
+
+    def loss(self, connection: Connection, job: QueuedJob) -> Loss | None:
+        """Whether this job, locked by the transaction under way, is lost by now."""
+        session = _session_of(connection, job.worker_id or "")
+        return leases.loss_by(job.session_no, session, self._living(connection), self._now())
+
+    # --- within -------------------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        return self._clock() + self._offset_s
+
+    def _is_fresh(self) -> ColumnElement[bool]:
+        return processes.c.beat_at >= self._now() - DEAD_S
+
+    def _living(self, connection: Connection) -> set[str]:
+        # This process lives, whether or not it could say so lately.
+        others = connection.execute(select(processes.c.process_id).where(self._is_fresh())).scalars()
+        return {self.process_id, *others}
+
+    def _save(
+        self, connection: Connection, worker_id: str, session: Session, said: dict[str, Any] | None = None
+    ) -> None:
+        values = {
+            "number": session.number,
+            "process_id": session.process_id,
+            "lease_until": session.lease_until,
+            "end_code": session.end_code,
+            **(said or {}),
+        }
+        connection.execute(update(sessions).where(sessions.c.worker_id == worker_id).values(values))
+
+
+def _of(worker_id: str) -> Any:
+    return select(sessions).where(sessions.c.worker_id == worker_id)
+
+
+def _is(worker_id: str, number: int) -> ColumnElement[bool]:
+    return and_(sessions.c.worker_id == worker_id, sessions.c.number == number)
+
+
+def _session_of(connection: Connection, worker_id: str, *, is_to_change: bool = False) -> Session | None:
+    query = _of(worker_id)
+    row = connection.execute(query.with_for_update() if is_to_change else query).one_or_none()
+    return None if row is None else _session(row)
+
+
+def _session(row: Row[Any]) -> Session:
+    return Session(row.number, row.process_id, row.lease_until, row.end_code)
+
+
+def _said(capabilities: wire.Capabilities, job_id: str | None, now: float) -> dict[str, Any]:
+    return {"is_paused": not capabilities.auto_enabled, "current_job_id": job_id, "heartbeat_at": now}

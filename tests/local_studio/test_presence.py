@@ -1,0 +1,109 @@
+"""Whose a job is when sessions end and begin: over restarts of the studio, and when a worker dials again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from studio_worker.local_studio import Door, Limits, LocalStudio
+from tests.fakes.machine import PICTURE, WAIT_S, Machine, queue
+
+HASTY = Limits(lease_s=0.4)
+
+
+def test_restart_on_the_same_file_and_port(tmp_path: Path) -> None:
+    """After a restart everything is still there, and a job in hand is still its worker's, at no cost."""
+    database = tmp_path / "studio.sqlite3"
+    with LocalStudio(database) as studio:
+        machine = Machine(studio).connect()
+        done, in_hand = queue(studio), queue(studio)
+        machine.take()
+        machine.upload(done)
+        machine.hear()
+        machine.say("accept", jobId=in_hand)
+        machine.beat(job_id=in_hand)
+        port = studio.port
+    assert machine.closing()[1] == 1012
+    with LocalStudio(database, door=Door(port=port)) as studio:
+        assert studio.result(done) == PICTURE
+        assert not studio.is_online(machine.worker_id)
+        assert machine.poll().json()["authToken"] == machine.token
+        machine.studio = studio
+        machine.connect().beat(job_id=in_hand)
+        job = studio.job(in_hand)
+        assert (job.status, job.attempts, job.worker_id) == ("running", 1, machine.worker_id)
+        assert machine.upload(in_hand).status_code == 200
+        machine.hang_up()
+
+
+def test_restart_takes_a_picture_whose_worker_has_no_session_yet(tmp_path: Path) -> None:
+    """A picture that was finished while the studio was away is taken before its worker has said hello."""
+    database = tmp_path / "studio.sqlite3"
+    with LocalStudio(database) as studio:
+        machine = Machine(studio).connect()
+        job_id = queue(studio)
+        machine.take()
+        machine.beat(job_id=job_id)
+        port = studio.port
+    with LocalStudio(database, door=Door(port=port)) as studio:
+        assert machine.upload(job_id).status_code == 200
+        assert (studio.job(job_id).status, studio.job(job_id).attempts) == ("done", 1)
+
+
+def test_restart_offers_again_what_the_worker_does_not_know_of(tmp_path: Path) -> None:
+    """A job whose worker comes back without it, for the offer was lost, is offered again at no cost."""
+    database = tmp_path / "studio.sqlite3"
+    with LocalStudio(database) as studio:
+        machine = Machine(studio).connect()
+        job_id = queue(studio)
+        machine.offered()
+        port = studio.port
+    with LocalStudio(database, door=Door(port=port)) as studio:
+        machine.studio = studio
+        assert machine.connect().offered()["jobId"] == job_id
+        assert studio.job(job_id).attempts == 1
+        machine.hang_up()
+
+
+def test_restart_gives_to_others_what_nobody_comes_back_for(tmp_path: Path) -> None:
+    """A job whose worker stays away after a restart is queued again, at no cost."""
+    database = tmp_path / "studio.sqlite3"
+    with LocalStudio(database, limits=HASTY) as studio:
+        machine = Machine(studio).connect()
+        job_id = queue(studio)
+        machine.take()
+        machine.beat(job_id=job_id)
+    with LocalStudio(database, limits=HASTY) as studio:
+        assert studio.job(job_id).status == "running"
+        studio.wait_for(lambda: studio.job(job_id).status == "queued", WAIT_S)
+        job = studio.job(job_id)
+        assert (job.attempts, job.dropped_by) == (0, machine.worker_id)
+        assert job.reason == "the studio was restarted"
+
+
+def test_claim_without_a_session_is_released(tmp_path: Path) -> None:
+    """Jobs in hand that an older version left, which knew of no sessions, are queued again after a while."""
+    database = tmp_path / "studio.sqlite3"
+    with LocalStudio(database) as studio:
+        job_id = queue(studio)
+        studio.queue.take_next("worker")
+        studio.queue.accept(job_id, "worker")
+    with LocalStudio(database, limits=HASTY) as studio:
+        studio.wait_for(lambda: studio.job(job_id).status == "queued", WAIT_S)
+        assert (studio.job(job_id).attempts, studio.job(job_id).dropped_by) == (0, "worker")
+
+
+def test_newcomer_goes_on_with_the_job_that_it_names(studio: LocalStudio, machine: Machine) -> None:
+    """A worker whose connection hangs dials again, names its job, and keeps it: nobody makes it twice."""
+    job_id = queue(studio)
+    machine.take()
+    machine.beat(job_id=job_id)
+    older = machine.socket
+    machine.connect().beat(job_id=job_id)
+    job = studio.job(job_id)
+    assert (job.status, job.attempts, job.worker_id) == ("running", 1, machine.worker_id)
+    newer, machine.socket = machine.socket, older
+    assert machine.closing()[1] == 4003
+    machine.socket = newer
+    machine.beat(job_id=job_id)
+    assert studio.job(job_id).status == "running"
+    assert machine.upload(job_id).status_code == 200
