@@ -117,7 +117,7 @@ class Service:
             end=end.end_with,
             stop=end.stop,
         )
-        api = StudioApi(settings.studio.api_base_url)
+        api = StudioApi(settings.studio.api_base_url, policy.uplink)
         self._lanes = Lanes(parts, current, self._health, news, end, api)
         self._worker = self._employed(api.root)
         end.on_end(lambda _: desks.close())

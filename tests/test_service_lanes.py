@@ -258,14 +258,16 @@ def test_fewer_lanes_keep_the_identities_of_the_others(
     assert identity["worker_id"] == before[NAMES[1]]
 
 
+def file_entry(file: ServedFile) -> dict[str, str]:
+    return {"role": "model", "url": file.url, "filename": "m.safetensors", "sha256": file.sha256}
+
+
 def queue_on_demand(studio: LocalStudio, file: ServedFile) -> str:
     """A job that brings a model's file, which is fetched and then no further looked at."""
-    sha256 = hashlib.sha256(file.content).hexdigest()
-    entry = {"role": "model", "url": file.url, "filename": "m.safetensors", "sha256": sha256}
     return studio.queue_job(
         model="on demand",
         task={"kind": "image", "prompt": "a castle"},
-        model_source={**SYNTHETIC, "files": [entry]},
+        model_source={**SYNTHETIC, "files": [file_entry(file)]},
     )
 
 
@@ -288,3 +290,29 @@ def test_download_for_one_lane_holds_up_no_other(tmp_path: Path, studio: LocalSt
                 await_status(studio, job_id, "done")
             assert running.stop() == 0
         assert len(file.requests) == 1
+
+
+@pytest.mark.welcoming_studio
+def test_lanes_fetch_nothing_before_a_job_wants_it(tmp_path: Path, studio: LocalStudio, site: Path) -> None:
+    """Lanes that wait, and jobs that are only queued, fetch nothing: a model comes when its job is taken."""
+    override(site, TWO)
+    with FileServer() as server:
+        held = [server.serve(f"/{name}/m.safetensors", name.encode() * 5000, hold_after=100) for name in "ab"]
+        later, unwanted = (server.serve(f"/{name}/m.safetensors", name.encode() * 5000) for name in "cd")
+        statuses: list[str] = []
+        later.on_request = lambda _: statuses.append(studio.job(waiting).status)
+        registered = {**SYNTHETIC, "files": [file_entry(unwanted)]}
+        studio.register_model("unwanted", registered, label="of which nobody wants a picture")
+        with ServiceProcess(site, tmp_path / "log", hurried(tmp_path, 30.0)) as running:
+            await_lanes(studio)
+            jobs = [queue_on_demand(studio, file) for file in held]
+            studio.wait_for(lambda: running_jobs(studio, *jobs), DONE_S)
+            waiting = queue_on_demand(studio, later)
+            for file in held:
+                assert file.held.wait(READY_S)
+                file.release()
+            for job_id in (*jobs, waiting):
+                await_status(studio, job_id, "done")
+            assert running.stop() == 0
+        assert statuses == ["running"]
+        assert [len(file.requests) for file in (*held, later, unwanted)] == [1, 1, 1, 0]

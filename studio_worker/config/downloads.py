@@ -66,7 +66,12 @@ def succeeding(before: Policy, wanted: Policy) -> Policy:
     if connections.most == before.connections.most:
         connections = before.connections
     return dataclasses.replace(
-        wanted, limit=limit, connections=connections, on_end=before.on_end, on_wait=before.on_wait
+        wanted,
+        limit=limit,
+        connections=connections,
+        on_end=before.on_end,
+        on_wait=before.on_wait,
+        uplink=before.uplink,
     )
 
 

@@ -3,6 +3,11 @@
 Side by side over a thin link each of several uploads takes as long as all of them together; in a row the
 first is through early and the last no later. What is small (calls without a picture, frames of a session)
 asks nobody. Knows nothing of sockets: it is told when all of an upload was taken for sending.
+
+Downloads of models give way to uploads: each byte that comes is acknowledged upwards, which on a line of 100
+Mbit/s down and 5 up takes a good part of the 5. They rest by the clock and not by a rate, which nobody knows
+here: on a fast link an upload is over before it is noticed, and where one follows the other without a break
+a quarter of the time is left to them.
 """
 
 from __future__ import annotations
@@ -16,6 +21,10 @@ from collections.abc import Callable, Iterator
 LONGEST_S = 15.0
 """So long one upload holds the others back: as long as one piece of it may take. One that is merely slow goes
 on beside the next."""
+ROUND_S = 4.0
+REST_S = 3.0
+"""So long of each round downloads rest while an upload is under way: less than any connection of theirs is
+taken for dead in."""
 
 
 class Turn:
@@ -31,12 +40,10 @@ class Uplink:
     """The order of uploads. Safe from any thread.
 
     Args:
-        longest_s: how long one may hold the others back.
         clock: seconds that do not jump.
     """
 
-    def __init__(self, longest_s: float = LONGEST_S, clock: Callable[[], float] = time.monotonic) -> None:
-        self._longest_s = longest_s
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._changed = threading.Condition()
         self.line: deque[Turn] = deque()
@@ -65,12 +72,24 @@ class Uplink:
             self.line.remove(turn)
             self._changed.notify_all()
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether an upload is under way that others wait for, or would."""
+        with self._changed:
+            return self._tend() > 0.0
+
+    def give_way(self) -> None:
+        """Wait while an upload is under way, until the end of this round's rest at most; for downloads."""
+        with self._changed:
+            while (left_s := min(self._tend(), REST_S - self._clock() % ROUND_S)) > 0.0:
+                self._changed.wait(left_s)
+
     def _tend(self) -> float:
         """Pass over who has had it for too long. Returns for how many seconds the first has it still."""
         while self.line:
             first, now = self.line[0], self._clock()
             if first.until is None:
-                first.until = now + self._longest_s
+                first.until = now + LONGEST_S
             if (left_s := first.until - now) > 0.0:
                 return left_s
             self.line.popleft()

@@ -202,7 +202,10 @@ class Answer(Head):
             if self._is_detached:
                 return
             with contextlib.closing(response):
-                while not self._left.is_set() and (chunk := _next_chunk(response, self.name)):
+                while not self._left.is_set():
+                    policy.uplink.give_way()
+                    if not (chunk := _next_chunk(response, self.name)):
+                        break
                     if self._limit is not None:
                         self._limit.take(len(chunk), self._left)
                     self._put(chunk)

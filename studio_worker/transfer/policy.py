@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from studio_worker.network.addresses import Networks
 from studio_worker.network.connecting import Reached
+from studio_worker.network.uplink import Uplink
 
 _BURST_S = 0.1
 
@@ -85,6 +86,8 @@ class Policy:
 
     ``networks``: where connections may go; ``None`` = anywhere. ``offered``: the same for files that an offer
     brings, which the configuration does not name.
+
+    ``uplink``: the uploads that are given way to.
     """
 
     connect_s: float = 15.0
@@ -108,6 +111,7 @@ class Policy:
     networks: Networks | None = None
     offered: Networks | None = None
     reached: Reached = field(default_factory=Reached, repr=False)
+    uplink: Uplink = field(default_factory=Uplink, repr=False)
 
     @property
     def silence_s(self) -> float:

@@ -18,6 +18,7 @@ from urllib.parse import unquote_to_bytes
 from studio_worker.download import fetch_bytes
 from studio_worker.errors import DownloadCancelled, DownloadError, DownloadRefused
 from studio_worker.network.addresses import Networks, server_of
+from studio_worker.network.uplink import Uplink
 from studio_worker.network.urls import is_data_url
 from studio_worker.transfer.policy import Policy
 
@@ -42,7 +43,8 @@ def input_fetcher(
     The function raises DownloadError and, when its event is set, DownloadCancelled.
     """
     networks = Networks(private=policy.allow_insecure, trusted=frozenset({server_of(studio_url)}))
-    guarded = dataclasses.replace(policy, networks=networks)
+    # They are small, and a job waits for them: they give way to no upload.
+    guarded = dataclasses.replace(policy, networks=networks, uplink=Uplink())
 
     def fetch(url: str, cancel: threading.Event) -> bytes:
         if is_data_url(url):

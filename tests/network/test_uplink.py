@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 
-from studio_worker.network.uplink import LONGEST_S, Uplink
+from studio_worker.network.uplink import LONGEST_S, REST_S, ROUND_S, Uplink
 from tests.fakes.scripted import LIMIT_S
 
 
@@ -52,7 +52,7 @@ def test_uploads_have_the_uplink_in_the_order_of_their_coming() -> None:
 def test_upload_that_stalls_holds_the_others_back_for_a_while_only() -> None:
     """After its time the next upload begins beside it; what it says later ends nobody else's turn."""
     clock = Clock()
-    uplink = Uplink(clock=clock)
+    uplink = Uplink(clock)
     with uplink.turn() as stalled:
         clock.now = LONGEST_S
         with uplink.turn() as second:
@@ -71,3 +71,42 @@ def test_upload_that_fails_gives_its_turn_up() -> None:
         pass
     with uplink.turn() as turn:
         assert turn.waited_s < LONGEST_S
+
+
+def test_downloads_wait_for_an_upload() -> None:
+    """While one is under way they rest, and go on when all of it is sent."""
+    asked = threading.Event()
+
+    def clock() -> float:
+        if threading.current_thread() is not threading.main_thread():
+            asked.set()
+        return 0.0
+
+    uplink = Uplink(clock)
+    order: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        uplink.give_way()
+        order.put("read")
+
+    with uplink.turn() as turn:
+        reading = threading.Thread(target=read)
+        reading.start()
+        assert asked.wait(LIMIT_S)
+        order.put("sent")
+        uplink.sent(turn)
+        reading.join(LIMIT_S)
+        assert [order.get(timeout=LIMIT_S), order.get(timeout=LIMIT_S)] == ["sent", "read"]
+
+
+def test_downloads_have_their_share_where_uploads_never_end() -> None:
+    """At the end of each round they go on, whatever is being uploaded."""
+    clock = Clock()
+    uplink = Uplink(clock)
+    with uplink.turn():
+        clock.now = ROUND_S + REST_S
+        uplink.give_way()
+        assert uplink.is_taken
+        clock.now = LONGEST_S
+        uplink.give_way()  # also one that stalls is not given way to for ever
+        assert not uplink.is_taken

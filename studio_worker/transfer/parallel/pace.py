@@ -76,6 +76,10 @@ class Pace:
         is_busy = work.busy_s - work_before.busy_s > _BUSY_SHARE * span
         self._judge(now, (received - before) / span, is_limiting=is_late or is_busy)
 
+    def interrupted(self) -> None:
+        """What comes now says nothing of the server: begin to measure anew."""
+        self._window = None
+
     def refused(self, now: float, delivering: int, rest_s: float | None = None) -> None:
         """The server wants fewer connections: go back to those that deliver, and stay there for a while."""
         self._before = None

@@ -171,6 +171,7 @@ class RangeReader:
             raise RangesIgnored(body.name, "the server sent another range than was asked for")
 
     def _read(self, body: Body) -> bytes:
+        self.policy.uplink.give_way()
         self.reads += 1
         self.late_reads += body.waiting_bytes >= CHUNK_BYTES
         return body.read(self.end - self.at)

@@ -184,7 +184,10 @@ class Ranges:
         delivering = sum(reader.is_delivering for reader in list(self._readers))
         work = total_work(self._ended, *list(self._readers))
         work = work._replace(busy_s=work.busy_s + self._hashing_s)
-        self._pace.note(now, self._staged.kept, delivering, work)
+        if self._policy.uplink.is_taken:
+            self._pace.interrupted()
+        else:
+            self._pace.note(now, self._staged.kept, delivering, work)
         while len(self._readers) < self._pace.target:
             reader = RangeReader(self._target, self._policy, self._staged, self)
             with self._lock:
@@ -226,7 +229,7 @@ class Ranges:
                 rates.append((reader, (reader.received - before) / (now - since)))
                 reader.mark = (now, reader.received)
         usual = statistics.median(rate for _, rate in rates) if rates else 0.0
-        is_limited = self._policy.limit is not None
+        is_limited = self._policy.limit is not None or self._policy.uplink.is_taken
         slow = {reader for reader, rate in rates if rate < _SLOW_SHARE * usual and not is_limited}
         silent = {
             reader for reader in readers if now - reader.moved_at > reader.patience_s and not is_limited

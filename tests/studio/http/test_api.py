@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from studio_worker.errors import DeliveryRefused, RefusedByStudio, StudioUnavailable, UnknownRegistration
-from studio_worker.network.uplink import Uplink
+from studio_worker.network import uplink
 from studio_worker.spool.delivery import Delivery
 from studio_worker.studio.http.api import StudioApi, api_root
 from tests.fakes.scripted import LIMIT_S, ScriptedHttp
@@ -227,10 +227,11 @@ def test_uploads_of_one_box_go_one_after_the_other() -> None:
     assert heard.index("slow is there") < heard.index("second is there")
 
 
-def test_upload_that_stalls_does_not_hold_the_others_back_for_ever() -> None:
+def test_upload_that_stalls_does_not_hold_the_others_back_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that takes nothing more is waited for as long as is said, then the next goes past it."""
+    monkeypatch.setattr(uplink, "LONGEST_S", 0.05)
     with slow_studio() as (url, studio), ThreadPoolExecutor() as lanes:
-        api = StudioApi(url, Uplink(longest_s=0.05))
+        api = StudioApi(url)
         first = lanes.submit(api.upload, "w1", "t", large("slow"))
         assert studio.heard.get(timeout=LIMIT_S) == "slow begins"
         assert api.upload("w2", "t", large("second")) > 0.0

@@ -76,3 +76,12 @@ def test_pace_stays_with_one_where_ranges_are_ignored() -> None:
     line.pace.hold_at_one()
     line.pace.allow(line.now, 32)
     assert line.run(5.0) == 1
+
+
+def test_pace_judges_no_step_by_what_came_during_an_upload() -> None:
+    """Downloads that rest while a picture is uploaded find their number of connections afterwards."""
+    line = RangeReader(each=20)
+    assert line.run(0.2) == 8
+    line.now += 3.0
+    line.pace.interrupted()
+    assert line.run(1.0) == 32
