@@ -223,7 +223,7 @@ class Sessions:
         job = self._queue.take_next(session.worker_id, ready, session_no=session.number)
         if job is not None:
             logger.info("job offered", extra={"worker_id": session.worker_id, "job_id": job.job_id})
-            await session.send(wire.Offer(claim=claim_of(job, session.base_url)))
+            await session.send(wire.Offer(claim=claim_of(self._shelf.addressed(job), session.base_url)))
 
     def _listen(self, session: WorkerSession, capabilities: wire.Capabilities) -> None:
         session.capabilities = capabilities

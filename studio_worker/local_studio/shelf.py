@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import secrets
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from PIL import Image
@@ -15,6 +16,7 @@ from sqlalchemy import delete, func, insert, select
 
 from studio_worker.errors import ProtocolError
 from studio_worker.local_studio.pictures import Pictures
+from studio_worker.local_studio.rules import QueuedJob
 from studio_worker.local_studio.storage.database import Database, upsert
 from studio_worker.local_studio.storage.tables import files, logs, models
 from studio_worker.studio import wire
@@ -28,6 +30,9 @@ MAX_BATCH_LINES = 500
 MAX_MESSAGE_CHARS = 4000
 
 _PICTURES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+
+
+_FILE_PATH = re.compile(r"/files/([A-Za-z0-9_-]+)")
 
 
 class NotAPicture(ProtocolError):
@@ -121,6 +126,20 @@ class Shelf:
         with self._database.reading() as connection:
             row = connection.execute(named).first()
         return None if row is None else StoredFile(row.media_type, row.key)
+
+    def addressed(self, job: QueuedJob) -> QueuedJob:
+        """The job as it is offered: input pictures that a worker can get from the storage itself have their
+        addresses there, good for a while; the others stay this studio's.
+        """
+        task = {
+            name: self._address(said) if name.endswith("Url") else said for name, said in job.task.items()
+        }
+        return replace(job, task=task)
+
+    def _address(self, said: Any) -> Any:
+        file_id = _FILE_PATH.fullmatch(said) if isinstance(said, str) else None
+        found = self.picture(file_id[1]) if file_id else None
+        return (self._pictures.address(found.key) if found else None) or said
 
     def delete_picture(self, file_id: str) -> bool:
         """Forget an input picture. False where it is unknown."""

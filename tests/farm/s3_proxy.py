@@ -47,7 +47,7 @@ class S3Proxy:
         self._random = random.Random(seed)
         self.faults = Faults()
         self.counts: collections.Counter[str] = collections.Counter()
-        """Requests by method, and the faults that really happened."""
+        """Requests by method, those with a presigned address besides, and the faults that really happened."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="s3-proxy", daemon=True)
@@ -89,6 +89,8 @@ class S3Proxy:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             self.counts[head.partition(b" ")[0].decode()] += 1
+            if b"X-Amz-Signature=" in head.partition(b"\r\n")[0]:
+                self.counts["presigned"] += 1
             if self.faults.is_down:
                 self.counts["down"] += 1
                 _reset(writer)
