@@ -20,6 +20,7 @@ import time
 from datetime import UTC, datetime
 from typing import Literal
 
+from starlette.concurrency import run_in_threadpool
 from starlette.websockets import WebSocket
 
 from studio_worker.errors import FrameError
@@ -172,7 +173,7 @@ class Sessions:
                 logger.info("job failed", extra=extra)
                 await session.send(wire.FailAck(job_id=event.job_id))
             case wire.CompleteJson():
-                self._complete(session, event)
+                await self._complete(session, event)
                 await session.send(wire.CompleteAck(job_id=event.job_id))
                 await self._offer(session)
             case wire.LogBatch():
@@ -200,7 +201,7 @@ class Sessions:
                 self._attendance.offer_others(session.worker_id)
         logger.info("job rejected", extra=extra)
 
-    def _complete(self, session: WorkerSession, frame: wire.CompleteJson) -> None:
+    async def _complete(self, session: WorkerSession, frame: wire.CompleteJson) -> None:
         job = self._queue.get(frame.job_id)
         if job is None or not job.is_held_by(session.worker_id):
             raise RuleBroken(f"job {frame.job_id} is not held by this worker")
@@ -210,8 +211,14 @@ class Sessions:
             content = json.dumps(frame.result, ensure_ascii=False, allow_nan=False).encode()
         except ValueError as error:
             raise RuleBroken("the result holds numbers that JSON does not know") from error
-        self._queue.deliver(
-            frame.job_id, session.worker_id, io.BytesIO(content), ext="json", prompt=frame.prompt
+        # In a thread: what keeps the results may be on the network, and other sessions go on.
+        await run_in_threadpool(
+            self._queue.deliver,
+            frame.job_id,
+            session.worker_id,
+            io.BytesIO(content),
+            ext="json",
+            prompt=frame.prompt,
         )
         logger.info("job done", extra={"worker_id": session.worker_id, "job_id": frame.job_id})
 

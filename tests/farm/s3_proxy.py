@@ -31,12 +31,13 @@ class Faults:
     """How often a request fails, as shares of 1. Changed while the proxy runs.
 
     ``refused``: 503 at once. ``cut``: the connection breaks, before the server hears of it or in the middle
-    of what either side sends. ``is_down``: nobody listens to anything.
+    of what either side sends. ``is_down``: nobody listens to anything. ``is_silent``: nobody is answered.
     """
 
     refused: float = 0.0
     cut: float = 0.0
     is_down: bool = False
+    is_silent: bool = False
 
 
 class S3Proxy:
@@ -48,6 +49,7 @@ class S3Proxy:
         self.faults = Faults()
         self.counts: collections.Counter[str] = collections.Counter()
         """Requests by method, those with a presigned address besides, and the faults that really happened."""
+        self._changed = threading.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="s3-proxy", daemon=True)
@@ -81,6 +83,16 @@ class S3Proxy:
     ) -> None:
         self.close()
 
+    def wait_for(self, what: str, count: int, limit_s: float) -> bool:
+        """Whether ``counts[what]`` reaches ``count`` within ``limit_s``."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.counts[what] >= count, limit_s)
+
+    def _count(self, what: str) -> None:
+        with self._changed:
+            self.counts[what] += 1
+            self._changed.notify_all()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream: asyncio.StreamWriter | None = None
         task = asyncio.current_task()
@@ -88,14 +100,16 @@ class S3Proxy:
         self._tasks.add(task)  # the loop itself would let it be collected in the middle
         try:
             head = await reader.readuntil(b"\r\n\r\n")
-            self.counts[head.partition(b" ")[0].decode()] += 1
+            self._count(head.partition(b" ")[0].decode())
             if b"X-Amz-Signature=" in head.partition(b"\r\n")[0]:
-                self.counts["presigned"] += 1
+                self._count("presigned")
+            while self.faults.is_silent:
+                await asyncio.sleep(0.02)
             if self.faults.is_down:
-                self.counts["down"] += 1
+                self._count("down")
                 _reset(writer)
             elif self._random.random() < self.faults.refused:
-                self.counts["refused"] += 1
+                self._count("refused")
                 await _refuse(writer)
             else:
                 from_server, upstream = await asyncio.open_connection("127.0.0.1", self._to)
@@ -131,7 +145,7 @@ class S3Proxy:
                 way.cancel()
             await asyncio.gather(sending, answering, return_exceptions=True)
         if not is_whole:
-            self.counts["cut"] += 1
+            self._count("cut")
             _reset(upstream)
             _reset(writer)
 

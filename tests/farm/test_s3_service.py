@@ -13,7 +13,7 @@ from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio, Places, pictures_at
 from tests.farm.s3 import S3Server
 from tests.farm.s3_proxy import S3Proxy
-from tests.lab.service import READY_S, await_log, await_status, override, queue_synthetic
+from tests.lab.service import READY_S, await_log, await_status, override, queue_synthetic, status
 
 
 @pytest.fixture
@@ -53,6 +53,7 @@ def test_service_keeps_its_picture_until_the_storage_is_back(
         job_id = queue_synthetic(studio, ext="png")
         await_log(running, "delivery has to wait")
         assert studio.job(job_id).status == "running"
+        assert status(site)["outbox"]["count"] == 1
         proxy.faults.refused = 0.0
         await_status(studio, job_id, "done")
         assert running.stop() == 0

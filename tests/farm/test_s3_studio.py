@@ -17,6 +17,7 @@ from PIL import Image
 
 from studio_worker.local_studio import LocalStudio, Places, pictures_at
 from studio_worker.local_studio.housekeeping import DAY_S, FOR_EVER, Housekeeping
+from studio_worker.local_studio.web.worker_routes import UPLOADS
 from tests.fakes.machine import PICTURE, Machine, queue
 from tests.farm.s3 import SECRET, S3Server
 from tests.farm.s3_proxy import S3Proxy
@@ -103,6 +104,31 @@ def test_storage_that_is_away_costs_no_picture(
     assert studio.result(job_id) == PICTURE
     assert (studio.job(job_id).completions, studio.job(job_id).attempts) == (1, 1)
     assert len(pictures_in(s3_server, bucket)) == 2
+
+
+def test_storage_that_hangs_takes_nothing_else_with_it(
+    studio: LocalStudio, machine: Machine, proxy: S3Proxy, s3_server: S3Server, bucket: str
+) -> None:
+    """However many deliveries wait for a storage that says nothing, the page and the probes answer."""
+    job_id = queue(studio)
+    machine.take()
+    proxy.faults.is_silent = True
+    statuses: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: statuses.append(machine.upload(job_id).status_code))
+        for _ in range(45)
+    ]
+    for thread in threads:
+        thread.start()
+    assert proxy.wait_for("PUT", UPLOADS + 1, WAIT_S)  # and that of the start
+    for path in ("/", "/api/state", "/health/ready"):
+        assert requests.get(f"{studio.base_url}{path}", timeout=WAIT_S).status_code == 200
+    proxy.faults.is_silent = False
+    for thread in threads:
+        thread.join()
+    assert sorted(statuses) == [200] + [409] * 44
+    assert studio.job(job_id).completions == 1
+    assert len(pictures_in(s3_server, bucket)) == 1
 
 
 def test_job_that_is_deleted_while_storage_is_away_is_gone(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import IO, Any
 
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter, to_thread
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -30,6 +31,11 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "/graphics/api"
 RETRY_AFTER_S = 30
+
+UPLOADS = 16
+"""Deliveries that are stored at once; others wait. Were they all the threads there are (40, Starlette's), a
+storage that hangs would take the page and the probes with it.
+"""
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _MAX_ID_CHARS = 200
@@ -56,6 +62,7 @@ class WorkerRoutes:
         self._sessions = sessions
         self._attendance = attendance
         self._approve = approve
+        self._uploads = CapacityLimiter(UPLOADS)
 
     def routes(self) -> list[BaseRoute]:
         """What the application serves of these."""
@@ -124,9 +131,8 @@ class WorkerRoutes:
             content, fields = _parts(form, job)
             try:
                 # In a thread: up to 100 MiB go to the disk, and heartbeats must be acknowledged meanwhile.
-                result = await run_in_threadpool(
-                    self._queue.deliver, job.job_id, worker_id, content, **fields
-                )
+                deliver = partial(self._queue.deliver, job.job_id, worker_id, content, **fields)
+                result = await to_thread.run_sync(deliver, limiter=self._uploads)
             except RuleBroken:
                 return None
         logger.info(
