@@ -13,7 +13,9 @@ from studio_worker.local_studio import line, rules
 from studio_worker.local_studio.leases import Loss
 from studio_worker.local_studio.pictures import Pictures, StoredBytes
 from studio_worker.local_studio.rules import JobStatus, QueuedJob, Rejection
+from studio_worker.local_studio.storage import locks
 from studio_worker.local_studio.storage.database import Database
+from studio_worker.local_studio.storage.locks import Lock
 from studio_worker.local_studio.storage.tables import jobs, results
 from studio_worker.local_studio.turns import PATIENCE, Patience
 
@@ -23,11 +25,16 @@ _IS_HELD = or_(*(jobs.c.status == status for status in rules.HELD))
 
 # Made once: to make a statement costs more than to run it.
 _JOB = _JOBS.where(jobs.c.job_id == bindparam("wanted"))
+_LOCKED = _JOB.with_for_update()
+_FREE = _JOB.where(jobs.c.status == JobStatus.QUEUED).with_for_update(skip_locked=True)
 _NUMBERED = _JOBS.where(jobs.c.seq == bindparam("wanted"))
 _HELD_BY = _JOBS.where(jobs.c.worker_id == bindparam("wanted"), _IS_HELD)
 _WAITING = select(literal(1)).where(jobs.c.status == JobStatus.QUEUED).limit(1)
 _KEY = select(results.c.key).where(results.c.job_id == bindparam("wanted"))
 _CHANGE = update(jobs).where(jobs.c.job_id == bindparam("changed"))
+
+_TRIES = 3
+"""How many jobs that somebody is changing at this moment are passed over for one offer."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +122,21 @@ class JobQueue:
             if connection.execute(_WAITING).first() is None:
                 return None  # the usual case at every idle heartbeat: write nothing, wake nobody
         with self._database.writing() as connection:
+            locks.take(connection, Lock.TURNS)
             if _find(connection, _HELD_BY, worker_id) is not None:
                 return None
             now = self._clock()
             lines = line.Lines(connection, ready)
-            job_id = lines.choose(worker_id, now, self._patience)
-            if job_id is None:
+            for _ in range(_TRIES):
+                job_id = lines.choose(worker_id, now, self._patience)
+                if job_id is None:
+                    return None
+                chosen = _find(connection, _FREE, job_id)
+                if chosen is not None:
+                    break
+                lines.leave_out(job_id)
+            else:
                 return None
-            chosen = _require(connection, job_id)
             job = _save(connection, chosen, rules.offered(chosen, worker_id, now, session_no))
             lines.take_turn(job)
         self._on_step(chosen, job)
@@ -161,7 +175,7 @@ class JobQueue:
             judge: whether it is lost; asked within the transaction that has the job.
         """
         with self._database.writing() as connection:
-            before = _find(connection, _JOB, job_id)
+            before = _find(connection, _LOCKED, job_id)
             loss = judge(connection, before) if before is not None and before.status in rules.HELD else None
             if before is None or loss is None:
                 return None
@@ -188,7 +202,7 @@ class JobQueue:
             meta: the worker's ``generationMeta``, any JSON.
         """
         with self._database.reading() as connection:  # nothing is written for a late one
-            rules.delivered(_require(connection, job_id), worker_id, self._clock())
+            rules.delivered(_require(connection, job_id, _JOB), worker_id, self._clock())
         stored = self._pictures.put(content, job_id, ext)
         try:
             return self._record(job_id, worker_id, stored, ext, prompt, meta)
@@ -264,8 +278,8 @@ def _find(connection: Connection, query: Select[Any], wanted: str | int) -> Queu
     return None if row is None else _job(row)
 
 
-def _require(connection: Connection, job_id: str) -> QueuedJob:
-    job = _find(connection, _JOB, job_id)
+def _require(connection: Connection, job_id: str, query: Select[Any] = _LOCKED) -> QueuedJob:
+    job = _find(connection, query, job_id)
     if job is None:
         raise rules.RuleBroken(f"job {job_id} is unknown")
     return job
@@ -276,7 +290,7 @@ def _key(connection: Connection, job_id: str) -> str | None:
 
 
 def _save(connection: Connection, before: QueuedJob, after: QueuedJob) -> QueuedJob:
-    # Only inside writing(): nobody else writes, so that reading and writing are one step.
+    # Only inside writing(), with the row locked: reading and writing are one step.
     was, is_now = _values(before), _values(after)
     changes = {name: value for name, value in is_now.items() if value != was[name]}
     if changes:

@@ -90,6 +90,10 @@ class Lines:
             self._connection.execute(_PASS, {"passed": choice.passed, "passed_at": now})
         return choice.job_id
 
+    def leave_out(self, job_id: str) -> None:
+        """Somebody is changing this job at the moment."""
+        self._waiting = [job for job in self._waiting if job.job_id != job_id]
+
     def take_turn(self, job: QueuedJob) -> None:
         """Whoever queued this job was served."""
         number = max(self._numbers.values(), default=0) + 1

@@ -20,7 +20,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, delete, insert, select, update
 
 from studio_worker.errors import ProtocolError
+from studio_worker.local_studio.storage import locks
 from studio_worker.local_studio.storage.database import Database, upsert
+from studio_worker.local_studio.storage.locks import Lock
 from studio_worker.local_studio.storage.tables import registrations, workers
 from studio_worker.local_studio.waiting_room import Asker, dispensable
 from studio_worker.local_studio.workers import Workers, known_worker, sha256
@@ -87,6 +89,7 @@ class Registry:
         """
         secret_hash = body.registration_secret_hash.lower()
         with self._database.writing() as connection:
+            locks.take(connection, Lock.REGISTRATION)
             last = _last_of(connection, body.install_id)
             says = {
                 "secret_hash": secret_hash,
@@ -144,6 +147,7 @@ class Registry:
     def approve(self, request_id: str) -> str:
         """Let the machine work here; returns its worker id. Raises UnknownRequest or NotPending."""
         with self._database.writing() as connection:
+            locks.take(connection, Lock.REGISTRATION)
             registration = _require_pending(connection, request_id)
             same_machine = workers.c.install_id == registration.install_id
             known = connection.execute(
@@ -165,6 +169,7 @@ class Registry:
     def reject(self, request_id: str, reason: str | None = None) -> None:
         """Refuse the machine. Raises UnknownRequest or NotPending."""
         with self._database.writing() as connection:
+            locks.take(connection, Lock.REGISTRATION)
             _require_pending(connection, request_id)
             _change(connection, request_id, status="rejected", reason=reason, decided_at=self._clock())
 

@@ -20,14 +20,13 @@ from studio_worker.local_studio.housekeeping import FOR_EVER, Housekeeping, Rete
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.limits import Limits
 from studio_worker.local_studio.metrics import Metrics
-from studio_worker.local_studio.places import Places
+from studio_worker.local_studio.places import Places, open_places
 from studio_worker.local_studio.presence import Presence
 from studio_worker.local_studio.pulse import Pulse
 from studio_worker.local_studio.registry import Registration, Registry
 from studio_worker.local_studio.rules import JobExtras, JobStatus, QueuedJob
 from studio_worker.local_studio.sessions import Sessions
 from studio_worker.local_studio.shelf import LogLine, Model, Shelf
-from studio_worker.local_studio.storage.sqlite import SqliteFile
 from studio_worker.local_studio.wake import Alone, Hint, Wake
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.views import Views
@@ -49,8 +48,7 @@ class Studio:
     """The studio without its server. All methods may be called from any thread.
 
     Args:
-        places: the SQLite file, which is made with its folder where it is missing; or that and what keeps the
-            pictures.
+        places: a SQLite file, which is made with its folder where it is missing; or what says where all is kept.
 
     Raises:
         ConfigError: the database cannot be used, or what keeps the pictures.
@@ -62,20 +60,19 @@ class Studio:
         places = places if isinstance(places, Places) else Places(places)
         self.limits = limits or Limits()
         self.changes = Changes()
-        self.pictures = pictures = places.open_pictures()
-        self.database = SqliteFile(places.database, self.changes.bump, pictures)
+        self.database, self.pictures = open_places(places, self.changes.bump)
         try:
-            pictures.check(_owner(self.database.salt))
+            self.pictures.check(_owner(self.database.salt))
         except ConfigError:
             self.database.close()
             raise
         self.registry = Registry(self.database)
         self.metrics = Metrics()
         self.queue = JobQueue(
-            self.database, pictures, patience=self.limits.patience, on_step=self.metrics.stepped
+            self.database, self.pictures, patience=self.limits.patience, on_step=self.metrics.stepped
         )
-        self.shelf = Shelf(self.database, pictures)
-        self.housekeeping = Housekeeping(self.database, self.queue, self.shelf, pictures, retention)
+        self.shelf = Shelf(self.database, self.pictures)
+        self.housekeeping = Housekeeping(self.database, self.queue, self.shelf, self.pictures, retention)
         self.presence = Presence(self.database, uuid.uuid4().hex, self.limits.lease_s)
         self.pulse = Pulse(self.presence, self.queue, self.limits.lease_s)
         self.wake: Wake = Alone()
@@ -92,7 +89,7 @@ class Studio:
         self.metrics.watch(self.facts)
         if self.database.is_new:
             self.shelf.put_model(PLACEHOLDER)
-        elif not pictures.is_shared:
+        elif not self.pictures.is_shared and not self.database.is_shared:
             self.housekeeping.sweep(self.database.last_opened_at)
 
     def hear(self, hint: Hint) -> None:

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from studio_worker.local_studio import LocalStudio
 from tests.fakes.machine import PICTURE, Machine
+
+if TYPE_CHECKING:
+    from tests.local_studio.on_postgres import OnPostgres
+
+
+@pytest.fixture(scope="session")
+def on_postgres() -> Iterator[OnPostgres | None]:
+    """With FARM=1, as ``make test-farm`` says, the studios of all these tests are on PostgreSQL."""
+    if not os.environ.get("FARM"):
+        yield None
+        return
+    from tests.local_studio.on_postgres import OnPostgres  # its driver is no part of what runs without
+
+    with OnPostgres() as databases, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("studio_worker.local_studio.studio.open_places", databases.open)
+        yield databases
+
+
+@pytest.fixture(autouse=True)
+def _database(request: pytest.FixtureRequest, on_postgres: OnPostgres | None) -> Iterator[None]:
+    """What a test has on PostgreSQL goes with it; tests of the file itself stay with SQLite."""
+    if on_postgres is None:
+        yield
+        return
+    if request.node.get_closest_marker("sqlite"):
+        pytest.skip("about SQLite's file")
+    with on_postgres.dropping():
+        yield
 
 
 @pytest.fixture

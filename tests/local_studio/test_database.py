@@ -15,6 +15,8 @@ from studio_worker.local_studio.rules import JobStatus
 from studio_worker.local_studio.storage.tables import METADATA
 from tests.fakes.machine import PICTURE, Machine
 
+pytestmark = pytest.mark.sqlite
+
 
 @pytest.mark.parametrize("form", ["older", "before_revisions"])
 def test_older_file_is_taken_over(request: pytest.FixtureRequest, form: str) -> None:

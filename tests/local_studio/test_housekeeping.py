@@ -14,6 +14,7 @@ from studio_worker.local_studio.rules import JobStatus
 from tests.fakes.machine import WAIT_S, Machine, queue
 
 
+@pytest.mark.sqlite
 def test_old_jobs_go_where_the_operator_says_so(older: Path) -> None:
     """--keep-days removes finished and failed jobs, inputs and log lines that are older; queued jobs stay."""
     data = ["--data", str(older.parent)]
@@ -34,6 +35,7 @@ def test_old_jobs_go_where_the_operator_says_so(older: Path) -> None:
     assert list((older.parent / "pictures").iterdir()) == []
 
 
+@pytest.mark.sqlite
 def test_nothing_goes_unasked(older: Path) -> None:
     """Without a limit everything is kept, however old."""
     with LocalStudio(older) as studio:
@@ -42,6 +44,7 @@ def test_nothing_goes_unasked(older: Path) -> None:
         assert len(studio.logs()) == 1
 
 
+@pytest.mark.sqlite
 def test_inputs_stay_while_a_job_names_them(older: Path) -> None:
     """An old input picture of a job that still waits is not taken from under it."""
     with LocalStudio(older) as studio:

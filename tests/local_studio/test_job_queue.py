@@ -248,6 +248,7 @@ def test_turn_does_not_wait_beyond_the_limit(tmp_path: Path) -> None:
         cold.hang_up()
 
 
+@pytest.mark.sqlite
 def test_secrets_are_not_in_the_file(tmp_path: Path) -> None:
     """The database holds hashes: neither a worker's token nor its secret can be read from it."""
     database = tmp_path / "studio.sqlite3"

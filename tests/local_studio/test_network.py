@@ -296,6 +296,7 @@ def full_disk(descriptor: int) -> None:
 
 
 @pytest.mark.parametrize("full", ["database", "folder"])
+@pytest.mark.sqlite
 def test_full_disk_is_507_and_the_picture_comes_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, full: str
 ) -> None:

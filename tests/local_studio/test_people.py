@@ -580,12 +580,14 @@ def test_address_of_another_machine_is_a_clear_mistake(tmp_path: Path) -> None:
         LocalStudio(tmp_path / "studio.sqlite3", door=Door("192.0.2.1", token=TOKEN, is_plain=True)).start()
 
 
-def test_database_in_use_is_a_clear_mistake(studio: LocalStudio) -> None:
+@pytest.mark.sqlite
+def test_database_in_use_is_a_clear_mistake(tmp_path: Path, studio: LocalStudio) -> None:
     """Two studios never share one database."""
     with pytest.raises(ConfigError, match="another local studio"):
-        LocalStudio(studio.database.path)
+        LocalStudio(tmp_path / "studio.sqlite3")
 
 
+@pytest.mark.sqlite
 def test_database_of_something_else_is_a_clear_mistake(tmp_path: Path) -> None:
     """A file that is no database, or of another version, is left alone and named."""
     path = tmp_path / "studio.sqlite3"
@@ -594,6 +596,7 @@ def test_database_of_something_else_is_a_clear_mistake(tmp_path: Path) -> None:
         LocalStudio(path)
 
 
+@pytest.mark.sqlite
 def test_data_folder_that_cannot_be_made_is_a_clear_mistake(tmp_path: Path) -> None:
     """A data folder that cannot be written is named with its cure."""
     (tmp_path / "file").write_text("in the way")

@@ -107,12 +107,12 @@ def test_upload_is_kept_with_all_facts(studio: LocalStudio, machine: Machine) ->
     assert studio.result(job_id) == PICTURE
 
 
-def test_pictures_lie_in_a_folder(studio: LocalStudio, machine: Machine) -> None:
+def test_pictures_lie_in_a_folder(tmp_path: Path, studio: LocalStudio, machine: Machine) -> None:
     """A picture is a file beside the database, named by its job, the owner's alone; it goes with the job."""
     job_id = queue(studio)
     machine.take()
     assert machine.upload(job_id, ext="png").status_code == 200
-    folder = studio.database.path.parent / "pictures"
+    folder = tmp_path / "pictures"
     (file,) = folder.iterdir()
     assert (file.name[:36], file.suffix, file.read_bytes()) == (job_id, ".png", PICTURE)
     assert (folder.stat().st_mode | file.stat().st_mode) & 0o077 == 0
@@ -123,6 +123,7 @@ def test_pictures_lie_in_a_folder(studio: LocalStudio, machine: Machine) -> None
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.sqlite
 def test_pictures_that_no_row_names_go_at_the_start(tmp_path: Path) -> None:
     """What a crash left between a picture and its row is gone after the next start; nothing else is."""
     database = tmp_path / "studio.sqlite3"
@@ -153,12 +154,14 @@ def test_pictures_stay_where_the_database_was_taken_away(tmp_path: Path) -> None
             assert picture.read_bytes() == png()
 
 
-def test_pictures_that_were_taken_away_are_told(studio: LocalStudio, machine: Machine) -> None:
+def test_pictures_that_were_taken_away_are_told(
+    tmp_path: Path, studio: LocalStudio, machine: Machine
+) -> None:
     """A file that somebody has removed from the folder is 404 with a sentence, and costs nothing else."""
     job_id = queue(studio)
     machine.take()
     assert machine.upload(job_id).status_code == 200
-    for file in (studio.database.path.parent / "pictures").iterdir():
+    for file in (tmp_path / "pictures").iterdir():
         file.unlink()
     answer = requests.get(f"{studio.base_url}/api/jobs/{job_id}/result", timeout=WAIT_S)
     assert (answer.status_code, "not in the studio's folder" in answer.json()["error"]) == (404, True)
@@ -175,7 +178,7 @@ def test_upload_counts_once(studio: LocalStudio, machine: Machine) -> None:
     assert (studio.job(job_id).completions, studio.job(job_id).refused_uploads) == (1, 1)
 
 
-def test_upload_race_completes_once(studio: LocalStudio, machine: Machine) -> None:
+def test_upload_race_completes_once(tmp_path: Path, studio: LocalStudio, machine: Machine) -> None:
     """Of many deliveries of one job at the same moment exactly one is taken."""
     job_id = queue(studio)
     machine.take()
@@ -188,7 +191,7 @@ def test_upload_race_completes_once(studio: LocalStudio, machine: Machine) -> No
     for thread in threads:
         thread.join()
     assert sorted(statuses) == [200, 409, 409, 409, 409, 409]
-    assert len(list((studio.database.path.parent / "pictures").iterdir())) == 1
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
     assert studio.job(job_id).completions == 1
 
 

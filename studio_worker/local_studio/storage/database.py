@@ -34,6 +34,12 @@ class Database:
         translated: turns what the driver raises into this package's errors.
     """
 
+    is_shared = False
+    """Whether other studio processes have it open at the same time."""
+
+    last_opened_at = float("inf")
+    """When a studio opened it before this one; infinitely late where none did, or others have it open."""
+
     def __init__(
         self,
         engine: Engine,
@@ -93,8 +99,10 @@ def upsert(connection: Connection, table: Table, values: Mapping[str, Any], keep
 
 def insert_new(connection: Connection, table: Table, values: Mapping[str, Any]) -> bool:
     """Insert a row unless there is one of the same primary key; whether there was none."""
-    statement = _INSERTS[connection.dialect.name](table).on_conflict_do_nothing()
-    return connection.execute(statement, dict(values)).rowcount == 1
+    statement = (
+        _INSERTS[connection.dialect.name](table).on_conflict_do_nothing().returning(*table.primary_key)
+    )
+    return connection.execute(statement, dict(values)).first() is not None
 
 
 @cache

@@ -47,9 +47,7 @@ class SqliteFile(Database):
     """
 
     def __init__(self, path: Path, on_change: Callable[[], None], pictures: Pictures) -> None:
-        self.path = path
         self.last_opened_at = _changed_at(_lock_of(path))
-        """When a studio opened it before this one; infinitely late where none did."""
         self._held = _hold(path)
         engine = _engine(path)
         try:
@@ -91,6 +89,7 @@ def _engine(path: Path) -> Engine:
         pool_size=1,
         max_overflow=0,
         pool_timeout=_WAIT_S,
+        hide_parameters=True,  # of errors in the log: there are prompts among them
     )
 
     @event.listens_for(engine, "connect")

@@ -1,0 +1,121 @@
+"""A studio's PostgreSQL database, which any number of studio processes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import URL, Engine, create_engine, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, TimeoutError
+
+from studio_worker.errors import ConfigError
+from studio_worker.local_studio.pictures import CannotStore, StorageAway, StorageFull
+from studio_worker.local_studio.storage.database import Database
+from studio_worker.local_studio.storage.locks import Lock, take
+from studio_worker.local_studio.storage.migrating import migrate
+
+SCHEMES = ("postgresql://", "postgres://")
+
+_CONNECTIONS = 8
+"""Of one studio process: most steps take a millisecond, and a server has a hundred by default."""
+
+_WAIT_S = 10
+"""For one of them."""
+
+_OPTIONS = {
+    "application_name": "studio-worker",
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}
+"""A server that vanished without a word is noticed within half a minute (libpq's parameters)."""
+
+_DISK_FULL = "53100"
+_READ_ONLY = "25006"
+"""https://www.postgresql.org/docs/current/errcodes-appendix.html; the latter is what a standby says."""
+
+
+class PostgresDatabase(Database):
+    """One PostgreSQL database. Connections that broke are made again by themselves.
+
+    Args:
+        address: ``postgresql://USER:PASSWORD@HOST:PORT/NAME``; what it leaves out libpq takes from its
+            environment (``PGPASSFILE``, ``PGSSLMODE``).
+        on_change: called after every committed write.
+
+    Raises:
+        ConfigError: it cannot be reached or used, a later version of this program has been here, or its
+            driver is not installed. The password is not in it.
+    """
+
+    is_shared = True
+
+    def __init__(self, address: str, on_change: Callable[[], None]) -> None:
+        self.url = _url(address)
+        engine = _engine(self.url)
+        name = f"{self.url.host or self.url.query.get('host', 'localhost')}/{self.url.database or ''}"
+        try:
+            with _translated():
+                with engine.begin() as connection:
+                    take(connection, Lock.MIGRATION)
+                    migrate(connection, name)
+                super().__init__(engine, on_change, _translated)
+        except BaseException as error:
+            engine.dispose()
+            if isinstance(error, CannotStore | DBAPIError):
+                raise ConfigError(
+                    f"cannot be used as a database ({getattr(error, 'orig', error)})".replace("\n", " "),
+                    cure="see that the server runs, and that the user may make tables in this database",
+                    source=name,
+                ) from None
+            raise
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError as error:
+        raise StorageAway("the database is too busy") from error
+    except DBAPIError as error:
+        code = getattr(error.orig, "sqlstate", None)
+        if code == _DISK_FULL:
+            raise StorageFull(f"the database takes no more data ({error.orig})") from error
+        if isinstance(error, OperationalError | InterfaceError) or code == _READ_ONLY:
+            raise StorageAway(f"the database does not answer ({error.orig})") from error
+        raise
+
+
+def _url(address: str) -> URL:
+    try:
+        url = make_url(address.replace("postgres://", "postgresql://", 1))
+    except ArgumentError:
+        url = URL.create("")
+    if url.drivername != "postgresql":
+        raise ConfigError(
+            "is no address of a database",
+            cure="write postgresql://USER@HOST/NAME",
+            key="--database",
+        )
+    return url.set(drivername="postgresql+psycopg")
+
+
+def _engine(url: URL) -> Engine:
+    try:
+        return create_engine(
+            url,
+            connect_args={name: value for name, value in _OPTIONS.items() if name not in url.query},
+            pool_size=_CONNECTIONS,
+            max_overflow=0,
+            pool_timeout=_WAIT_S,
+            pool_pre_ping=True,
+            hide_parameters=True,  # of errors in the log: there are prompts among them
+        )
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "PostgreSQL's driver is not installed",
+            cure="install the package studio-worker-farm, or studio-worker[farm] with pip",
+            key="--database",
+        ) from error
