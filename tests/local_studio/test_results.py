@@ -154,9 +154,7 @@ def test_pictures_stay_where_the_database_was_taken_away(tmp_path: Path) -> None
             assert picture.read_bytes() == png()
 
 
-def test_pictures_that_were_taken_away_are_told(
-    tmp_path: Path, studio: LocalStudio, machine: Machine
-) -> None:
+def test_picture_that_was_taken_away_is_told(tmp_path: Path, studio: LocalStudio, machine: Machine) -> None:
     """A file that somebody has removed from the folder is 404 with a sentence, and costs nothing else."""
     job_id = queue(studio)
     machine.take()
