@@ -48,7 +48,7 @@ class Studio:
     """The studio without its server. All methods may be called from any thread.
 
     Args:
-        places: a SQLite file, which is made with its folder where it is missing; or what says where all is kept.
+        places: a SQLite file, made with its folder where it is missing; or what says where all is kept.
 
     Raises:
         ConfigError: the database cannot be used, or what keeps the pictures.
