@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Self
 
 from sqlalchemy import NullPool, create_engine, make_url
-from studio_worker.local_studio.storage.place import PICTURES_FOLDER, Places, open_places
 
 from studio_worker.local_studio.pictures import Folder, Pictures
+from studio_worker.local_studio.places import PICTURES_FOLDER, Places, open_places
 from studio_worker.local_studio.storage.database import Database
 from studio_worker.local_studio.storage.migrating import migrate
 from tests.farm.postgres import Cluster
