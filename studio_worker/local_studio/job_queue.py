@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields, replace
 from typing import IO, Any
 
-from sqlalchemy import Connection, Select, bindparam, delete, func, insert, literal, or_, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, literal, select
 
 from studio_worker.local_studio import line, rules
+from studio_worker.local_studio.job_rows import (
+    ALL,
+    FREE,
+    HELD_BY,
+    LOCKED,
+    NUMBERED,
+    ONE,
+    add,
+    find,
+    job_of,
+    require,
+    save,
+)
 from studio_worker.local_studio.leases import Loss
-from studio_worker.local_studio.pictures import Pictures, StoredBytes
+from studio_worker.local_studio.pictures import Pictures, StorageAway, StoredBytes
 from studio_worker.local_studio.rules import JobStatus, QueuedJob, Rejection
 from studio_worker.local_studio.storage import locks
 from studio_worker.local_studio.storage.database import Database
@@ -19,19 +32,8 @@ from studio_worker.local_studio.storage.locks import Lock
 from studio_worker.local_studio.storage.tables import jobs, results
 from studio_worker.local_studio.turns import PATIENCE, Patience
 
-_COLUMNS = tuple(field.name for field in fields(QueuedJob))
-_JOBS = select(*(jobs.c[name] for name in _COLUMNS))
-_IS_HELD = or_(*(jobs.c.status == status for status in rules.HELD))
-
-# Made once: to make a statement costs more than to run it.
-_JOB = _JOBS.where(jobs.c.job_id == bindparam("wanted"))
-_LOCKED = _JOB.with_for_update()
-_FREE = _JOB.where(jobs.c.status == JobStatus.QUEUED).with_for_update(skip_locked=True)
-_NUMBERED = _JOBS.where(jobs.c.seq == bindparam("wanted"))
-_HELD_BY = _JOBS.where(jobs.c.worker_id == bindparam("wanted"), _IS_HELD)
 _WAITING = select(literal(1)).where(jobs.c.status == JobStatus.QUEUED).limit(1)
 _KEY = select(results.c.key).where(results.c.job_id == bindparam("wanted"))
-_CHANGE = update(jobs).where(jobs.c.job_id == bindparam("changed"))
 
 _TRIES = 3
 """How many jobs that somebody is changing at this moment are passed over for one offer."""
@@ -75,28 +77,28 @@ class JobQueue:
     def add(self, job: QueuedJob) -> None:
         """Put a new job at the end of the queue."""
         with self._database.writing() as connection:
-            connection.execute(insert(jobs), _values(job))
+            add(connection, job)
         self._on_step(None, job)
 
     def get(self, job_id: str) -> QueuedJob | None:
         """One job, or ``None`` where the id is unknown."""
         with self._database.reading() as connection:
-            return _find(connection, _JOB, job_id)
+            return find(connection, ONE, job_id)
 
     def listed(self, status: JobStatus | None = None, limit: int = 100, offset: int = 0) -> list[QueuedJob]:
         """Jobs, the queued ones in the order they will be offered, all others newest first."""
-        page = _JOBS.limit(limit).offset(offset)
+        page = ALL.limit(limit).offset(offset)
         with self._database.reading() as connection:
             if status is JobStatus.QUEUED:
                 numbers = line.in_turn(connection, limit, offset)
-                found = (_find(connection, _NUMBERED, number) for number in numbers)
+                found = (find(connection, NUMBERED, number) for number in numbers)
                 return [job for job in found if job is not None]
             if status is None:
                 page = page.order_by(jobs.c.seq.desc())
             else:
                 page = page.where(jobs.c.status == status)
                 page = page.order_by(jobs.c.finished_at.desc(), jobs.c.seq.desc())
-            return [_job(row) for row in connection.execute(page).mappings()]
+            return [job_of(row) for row in connection.execute(page).mappings()]
 
     def counts(self) -> dict[str, int]:
         """How many jobs stand where; every status is named."""
@@ -107,7 +109,7 @@ class JobQueue:
     def held_by(self, worker_id: str) -> QueuedJob | None:
         """The job this worker has been offered or is running."""
         with self._database.reading() as connection:
-            return _find(connection, _HELD_BY, worker_id)
+            return find(connection, HELD_BY, worker_id)
 
     def take_next(
         self, worker_id: str, ready: Collection[str] = (), *, session_no: int = 0
@@ -123,7 +125,7 @@ class JobQueue:
                 return None  # the usual case at every idle heartbeat: write nothing, wake nobody
         with self._database.writing() as connection:
             locks.take(connection, Lock.TURNS)
-            if _find(connection, _HELD_BY, worker_id) is not None:
+            if find(connection, HELD_BY, worker_id) is not None:
                 return None
             now = self._clock()
             lines = line.Lines(connection, ready)
@@ -131,13 +133,13 @@ class JobQueue:
                 job_id = lines.choose(worker_id, now, self._patience)
                 if job_id is None:
                     return None
-                chosen = _find(connection, _FREE, job_id)
+                chosen = find(connection, FREE, job_id)
                 if chosen is not None:
                     break
                 lines.leave_out(job_id)
             else:
                 return None
-            job = _save(connection, chosen, rules.offered(chosen, worker_id, now, session_no))
+            job = save(connection, chosen, rules.offered(chosen, worker_id, now, session_no))
             lines.take_turn(job)
         self._on_step(chosen, job)
         return job
@@ -175,12 +177,12 @@ class JobQueue:
             judge: whether it is lost; asked within the transaction that has the job.
         """
         with self._database.writing() as connection:
-            before = _find(connection, _LOCKED, job_id)
+            before = find(connection, LOCKED, job_id)
             loss = judge(connection, before) if before is not None and before.status in rules.HELD else None
             if before is None or loss is None:
                 return None
             free = rules.released(before, loss.reason, self._clock(), counts=loss.counts)
-            after = _save(connection, before, free)
+            after = save(connection, before, free)
         self._on_step(before, after)
         return after
 
@@ -202,10 +204,12 @@ class JobQueue:
             meta: the worker's ``generationMeta``, any JSON.
         """
         with self._database.reading() as connection:  # nothing is written for a late one
-            rules.delivered(_require(connection, job_id, _JOB), worker_id, self._clock())
+            rules.delivered(require(connection, job_id, ONE), worker_id, self._clock())
         stored = self._pictures.put(content, job_id, ext)
         try:
             return self._record(job_id, worker_id, stored, ext, prompt, meta)
+        except StorageAway:
+            raise  # it may have been committed all the same; bytes that no row names are swept one day
         except BaseException:
             self._pictures.delete(stored.key)
             raise
@@ -215,8 +219,8 @@ class JobQueue:
     ) -> Result:
         now = self._clock()
         with self._database.writing() as connection:
-            before = _require(connection, job_id)
-            job = _save(connection, before, rules.delivered(before, worker_id, now))
+            before = require(connection, job_id)
+            job = save(connection, before, rules.delivered(before, worker_id, now))
             began = before.started_at or before.offered_at or now
             result = Result(
                 job_id=job_id,
@@ -244,7 +248,7 @@ class JobQueue:
     def delete(self, job_id: str) -> None:
         """Remove a job and what it brought. Raises RuleBroken for one that a worker holds."""
         with self._database.writing() as connection:
-            job = _require(connection, job_id)
+            job = require(connection, job_id)
             if job.status in rules.HELD:
                 raise rules.RuleBroken(f"job {job_id} is {job.status}; it can be deleted when that is over")
             key = _key(connection, job_id)
@@ -267,42 +271,11 @@ class JobQueue:
 
     def _change(self, job_id: str, rule: Callable[[QueuedJob], QueuedJob]) -> QueuedJob:
         with self._database.writing() as connection:
-            before = _require(connection, job_id)
-            after = _save(connection, before, rule(before))
+            before = require(connection, job_id)
+            after = save(connection, before, rule(before))
         self._on_step(before, after)
         return after
 
 
-def _find(connection: Connection, query: Select[Any], wanted: str | int) -> QueuedJob | None:
-    row = connection.execute(query, {"wanted": wanted}).mappings().first()
-    return None if row is None else _job(row)
-
-
-def _require(connection: Connection, job_id: str, query: Select[Any] = _LOCKED) -> QueuedJob:
-    job = _find(connection, query, job_id)
-    if job is None:
-        raise rules.RuleBroken(f"job {job_id} is unknown")
-    return job
-
-
 def _key(connection: Connection, job_id: str) -> str | None:
     return connection.execute(_KEY, {"wanted": job_id}).scalar()
-
-
-def _save(connection: Connection, before: QueuedJob, after: QueuedJob) -> QueuedJob:
-    # Only inside writing(), with the row locked: reading and writing are one step.
-    was, is_now = _values(before), _values(after)
-    changes = {name: value for name, value in is_now.items() if value != was[name]}
-    if changes:
-        connection.execute(_CHANGE, changes | {"changed": after.job_id})
-    return after
-
-
-def _values(job: QueuedJob) -> dict[str, Any]:
-    facts = {name: getattr(job, name) for name in _COLUMNS}
-    return facts | {"rejections": {who: asdict(said) for who, said in job.rejections.items()}}
-
-
-def _job(row: Mapping[Any, Any]) -> QueuedJob:
-    facts = {name: row[name] for name in _COLUMNS}
-    return QueuedJob(**facts | {"status": JobStatus(row["status"]), "rejections": line.rejections_of(row)})

@@ -1,0 +1,67 @@
+"""One job as a row: how it is found, locked and written. What becomes of it is the queue's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from sqlalchemy import Connection, Select, bindparam, insert, or_, select, update
+
+from studio_worker.local_studio import rules
+from studio_worker.local_studio.line import rejections_of
+from studio_worker.local_studio.rules import JobStatus, QueuedJob
+from studio_worker.local_studio.storage.tables import jobs
+
+_COLUMNS = tuple(field.name for field in fields(QueuedJob))
+
+# Made once: to make a statement costs more than to run it. "wanted" is what the job is known by.
+ALL = select(*(jobs.c[name] for name in _COLUMNS))
+ONE = ALL.where(jobs.c.job_id == bindparam("wanted"))
+LOCKED = ONE.with_for_update()
+FREE = ONE.where(jobs.c.status == JobStatus.QUEUED).with_for_update(skip_locked=True)
+"""If it is queued, and nobody is changing it at this moment."""
+NUMBERED = ALL.where(jobs.c.seq == bindparam("wanted"))
+HELD_BY = ALL.where(
+    jobs.c.worker_id == bindparam("wanted"), or_(*(jobs.c.status == status for status in rules.HELD))
+)
+_CHANGE = update(jobs).where(jobs.c.job_id == bindparam("changed"))
+
+
+def find(connection: Connection, query: Select[Any], wanted: str | int) -> QueuedJob | None:
+    """The job that a query of this module finds."""
+    row = connection.execute(query, {"wanted": wanted}).mappings().first()
+    return None if row is None else job_of(row)
+
+
+def require(connection: Connection, job_id: str, query: Select[Any] = LOCKED) -> QueuedJob:
+    """The job of this id. Raises RuleBroken where it is unknown."""
+    job = find(connection, query, job_id)
+    if job is None:
+        raise rules.RuleBroken(f"job {job_id} is unknown")
+    return job
+
+
+def add(connection: Connection, job: QueuedJob) -> None:
+    """A new row, the last of all."""
+    connection.execute(insert(jobs), _values(job))
+
+
+def save(connection: Connection, before: QueuedJob, after: QueuedJob) -> QueuedJob:
+    """Write what has changed. Only within ``writing()``, with the row locked: a step is one thing."""
+    was, is_now = _values(before), _values(after)
+    changes = {name: value for name, value in is_now.items() if value != was[name]}
+    if changes:
+        connection.execute(_CHANGE, changes | {"changed": after.job_id})
+    return after
+
+
+def job_of(row: Mapping[Any, Any]) -> QueuedJob:
+    """The job in a row of ALL."""
+    facts = {name: row[name] for name in _COLUMNS}
+    return QueuedJob(**facts | {"status": JobStatus(row["status"]), "rejections": rejections_of(row)})
+
+
+def _values(job: QueuedJob) -> dict[str, Any]:
+    facts = {name: getattr(job, name) for name in _COLUMNS}
+    return facts | {"rejections": {who: asdict(said) for who, said in job.rejections.items()}}
