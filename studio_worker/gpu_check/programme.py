@@ -64,6 +64,8 @@ def _speed() -> Iterator[Row]:
         yield Row(f"{case}: files and first job", "full_size:first_job", given, limit_s=90)
         yield Row(f"{case}: beside the plain pipeline", "full_size:beside_plain", given, limit_s=90)
         yield Row(f"{case}: 30 jobs in a row", "full_size:in_a_row", given, limit_s=120)
+        if case == "z-image":
+            yield Row(f"{case}: lanes behind a slow link", "lanes:slow_link", given, limit_s=60)
         yield Row(f"{case}: inside the steps", "full_size:inside", given, limit_s=60)
         if case == "z-image":
             yield Row(f"{case}: packed beside unpacked", "full_size:packed", given, limit_s=60)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from studio_worker.models import LocalFile, ModelFile
+from studio_worker.network.uplink import Uplink
 from studio_worker.store.at_once import do_all
 from studio_worker.store.ledger import content_key
 from studio_worker.store.terms import AskTerms
@@ -120,6 +121,7 @@ class Previews:
             connect_s=min(policy.connect_s, self._within_s),
             first_byte_s=min(policy.first_byte_s, self._within_s),
             stall_s=min(policy.stall_s, self._within_s),
+            uplink=Uplink(),  # an offer waits for it: it gives way to no upload
         )
         found[content_key(file)] = fetch_beginning(file.url, hurried, over, most_bytes=most_bytes)
 

@@ -24,6 +24,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -188,7 +189,7 @@ def switches(lanes: int, *, has_rule: bool = True, jobs: int = 100) -> int:
                 model = next(coming, None)
             if model is None:
                 return
-            turns.ask(lambda model=model: make(model), model).result()
+            turns.ask(partial(make, model), model).result()
             at_device.wait(0.002)  # delivered
 
     threads = [threading.Thread(target=lane) for _ in range(lanes)]

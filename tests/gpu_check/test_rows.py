@@ -18,7 +18,7 @@ from studio_worker.engine.loading import empty_model
 from studio_worker.gpu_check.devices import Cpu, Cuda
 from studio_worker.gpu_check.gpu import Shares
 from studio_worker.gpu_check.rows import Missed, Skipped
-from studio_worker.gpu_check.subjects import bench, full_size, matrix, returning
+from studio_worker.gpu_check.subjects import bench, full_size, lanes, matrix, returning
 from studio_worker.gpu_check.subjects.lab import Lab
 from studio_worker.gpu_check.subjects.random_weights import Drawn, shapes, write_plain, write_q4_k
 from studio_worker.gpu_check.tiny import layouts
@@ -163,6 +163,19 @@ def test_host_that_waits_inside_the_steps_is_found(lab: Lab, notes: Notes) -> No
     with pytest.raises(Missed, match="the host waits 2 times in 2 steps: aten::item >"):
         full_size.inside(lab, "sdxl")
     assert (notes["launches_per_step"], notes["gpu_share_inside"]) == (20.0, 0.8)
+
+
+def test_device_that_waits_for_the_link_is_found(
+    lab: Lab, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two lanes leave the device idle the row fails, with the share of the time that it worked."""
+    monkeypatch.setattr(lanes, "SENDING_SHARE", 3.0)  # which two lanes cannot hide
+    monkeypatch.setattr(lanes, "JOBS", 4)
+    bench.bench(lab, "z-image")
+    lab.small = False
+    with pytest.raises(Missed, match=r"two_lanes_share is 0\.\d+, and should be 0\.98 at least"):
+        lanes.slow_link(lab, "z-image")
+    assert notes["one_lane_share"] < notes["two_lanes_share"]
 
 
 class _Given:

@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from studio_worker import sample_model
-from studio_worker.engine import Inputs, Request, StepProgress
-from studio_worker.engine.diffusion import DiffusionEngine
+from studio_worker.engine import Engine, Inputs, Request, StepProgress
 from studio_worker.engine.families.family import Family
 from studio_worker.jobs import Cancel, ImageTask, Picture
 from studio_worker.models import CliDefaults, LocalFile
@@ -41,7 +40,7 @@ def nothing(_done: int, _total: int) -> None:
 
 
 def make(
-    engine: DiffusionEngine,
+    engine: Engine,
     files: Sequence[LocalFile],
     kind: Kind = "text",
     *,

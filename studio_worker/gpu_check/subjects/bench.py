@@ -15,6 +15,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from studio_worker import sample_model
+from studio_worker.engine import Engine
 from studio_worker.engine.diffusion import DiffusionEngine
 from studio_worker.engine.loading import load_scheduler, load_tokenizer
 from studio_worker.gpu_check.subjects.asking import make
@@ -51,7 +52,7 @@ class Bench:
     def new_engine(self, **options: Any) -> DiffusionEngine:
         return DiffusionEngine(self.device, families=(self.case.family,), **options)
 
-    def job(self, seed: int, engine: DiffusionEngine | None = None, **asked: Any) -> Picture:
+    def job(self, seed: int, engine: Engine | None = None, **asked: Any) -> Picture:
         """One picture, with other words for every seed, so that none that were kept are of use."""
         own = {"width": self.case.side, "height": self.case.side, "steps": self.case.steps}
         task: dict[str, Any] = {"ext": "webp", "cfg_scale": self.case.guidance, **own, **asked}
