@@ -36,6 +36,7 @@ class Faults:
 
     refused: float = 0.0
     cut: float = 0.0
+    cut_after_bytes: tuple[int, ...] = (0, 100, 1000, 10_000)
     is_down: bool = False
     is_silent: bool = False
 
@@ -131,7 +132,7 @@ class S3Proxy:
     ) -> None:
         left_bytes: float = float("inf")
         if self._random.random() < self.faults.cut:
-            left_bytes = self._random.choice((0, 100, 1000, 10_000))
+            left_bytes = self._random.choice(self.faults.cut_after_bytes)
         head = re.sub(rb"(?i)\r\nconnection:[^\r]*", b"", head)
         upstream.write(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
         sending = asyncio.create_task(_pump(reader, upstream, left_bytes))

@@ -216,3 +216,23 @@ def test_command_ends_with_78_and_the_cure(
     assert done.returncode == 78
     assert said in done.stderr
     assert SECRET not in done.stderr
+
+
+def test_picture_that_breaks_off_is_told_as_broken(
+    studio: LocalStudio, machine: Machine, proxy: S3Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the storage breaks off in the middle nobody takes the half for a whole, and it is no fault of the
+    studio's that wants a traceback.
+    """
+    job_id = queue(studio)
+    machine.take()
+    large = PICTURE * 30_000
+    assert machine.upload(job_id, large).status_code == 200
+    url = f"{studio.base_url}/api/jobs/{job_id}/result"
+    proxy.faults.cut, proxy.faults.cut_after_bytes = 1.0, (200_000,)
+    with pytest.raises(requests.RequestException):
+        requests.get(url, timeout=WAIT_S)
+    assert proxy.counts["cut"] == 1
+    proxy.faults.cut = 0.0
+    assert requests.get(url, timeout=WAIT_S).content == large
+    assert [record.message for record in caplog.records if record.exc_info] == []

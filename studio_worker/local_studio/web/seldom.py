@@ -14,6 +14,7 @@ _LIMITS = {
     "uvicorn.error": 20,
     f"{__package__}.app": 20,
     f"{__package__}.worker_routes": 100,
+    f"{__package__}.stored": 20,
     f"{__package__}.visit": 1,
     "studio_worker.local_studio.attendance": 1,
 }

@@ -6,6 +6,7 @@ no address of it, and no cookie of the studio's can reach it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.types import Send
 
-from studio_worker.local_studio.pictures import PictureGone, Pictures, RangeRefused, Reading
+from studio_worker.local_studio.pictures import CannotStore, PictureGone, Pictures, RangeRefused, Reading
 from studio_worker.local_studio.web.access import CONTENT_CSP
+
+logger = logging.getLogger(__name__)
 
 _FOREVER = {"Cache-Control": "private, max-age=31536000, immutable", "Content-Security-Policy": CONTENT_CSP}
 """Headers of stored pictures: an id never gets other bytes."""
@@ -49,7 +53,20 @@ async def picture(
     if request.method == "HEAD":
         reading.content.close()
         return Response(None, status, headers, media_type)
-    return StreamingResponse(_pieces(reading), status, headers, media_type)
+    return _InPieces(_pieces(reading), status, headers, media_type)
+
+
+class _InPieces(StreamingResponse):
+    """Left unfinished where the storage breaks off: the server closes the connection then, and nobody takes a
+    part for the whole.
+    """
+
+    async def stream_response(self, send: Send) -> None:
+        """As Starlette does, but for that."""
+        try:
+            await super().stream_response(send)
+        except CannotStore as error:
+            logger.error("answer broken off", extra={"error": str(error)})
 
 
 def _pieces(reading: Reading) -> Iterator[bytes]:
