@@ -69,13 +69,15 @@ class Housekeeping:
         self._pictures = pictures
         self._retention = retention
         self._clock = clock
+        # Where others deliver at the same time, what no row names yet is looked at once it is old.
+        self._is_shared = pictures.is_shared or database.is_shared
         self._swept_at = 0.0
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin, where anything is to be done at all."""
-        if self._retention.is_limited or self._pictures.is_shared:
+        if self._retention.is_limited or self._is_shared:
             self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
             self._thread.start()
 
@@ -89,7 +91,7 @@ class Housekeeping:
         """What is due now. Raises CannotStore."""
         if self._retention.is_limited:
             self.tidy()
-        if self._pictures.is_shared and self._clock() - self._swept_at >= DAY_S:
+        if self._is_shared and self._clock() - self._swept_at >= DAY_S:
             self._swept_at = self._clock()
             self.sweep(0.0, self._swept_at - DAY_S)
 
