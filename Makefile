@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := packaging/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: docs house help demo test test-deb test-fleet cuda-build cuda-deb lint bench gpu-check soak chaos fuzz check venv clean deb lock \
+.PHONY: docs house help demo test test-farm test-deb test-fleet cuda-build cuda-deb lint bench gpu-check soak chaos fuzz check venv clean deb lock \
   apt-repo apt-promote apt-withdraw release
 
 help: ## Show this list
@@ -21,6 +21,9 @@ demo: $(STAMP) ## Make a dozen pictures with torch: studio, service and all (KEE
 
 test: $(STAMP) ## Run the whole test suite (no root needed)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
+test-farm: $(STAMP) ## The local studio's tests on PostgreSQL, and those of S3 (installs Debian's servers, as root)
+	packaging/test-farm
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .

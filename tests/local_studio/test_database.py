@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, inspect
 
 from studio_worker.errors import ConfigError
-from studio_worker.local_studio import LocalStudio
+from studio_worker.local_studio import LocalStudio, Places
+from studio_worker.local_studio.pictures import Folder
 from studio_worker.local_studio.rules import JobStatus
 from studio_worker.local_studio.storage.tables import METADATA
 from tests.fakes.machine import PICTURE, Machine
@@ -100,3 +102,25 @@ def test_file_is_of_a_later_version_for_programs_of_before(tmp_path: Path) -> No
     LocalStudio(path).stop()
     with sqlite3.connect(path) as connection:
         assert connection.execute("PRAGMA user_version").fetchone() > (3,)
+
+
+@pytest.mark.parametrize("address", ["mysql://host/farm", "postgresql:/host", "farm"])
+def test_address_that_is_none_of_a_database_is_a_clear_mistake(tmp_path: Path, address: str) -> None:
+    """What is no address of PostgreSQL is refused, with what one looks like."""
+    with pytest.raises(ConfigError, match="postgresql://"):
+        LocalStudio(Places(address, Folder(tmp_path)))
+
+
+def test_database_without_its_driver_is_a_clear_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where PostgreSQL's driver is not installed the package that has it is named."""
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ConfigError, match="studio-worker-farm"):
+        LocalStudio(Places("postgresql://host/farm", Folder(tmp_path)))
+
+
+def test_database_that_has_no_folder_wants_to_know_where_pictures_go() -> None:
+    """On PostgreSQL there is no folder beside the database, and none is invented."""
+    with pytest.raises(ConfigError, match="--pictures"):
+        LocalStudio(Places("postgresql://host/farm"))
