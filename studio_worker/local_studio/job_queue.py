@@ -196,7 +196,7 @@ class JobQueue:
         prompt: str | None,
         meta: Any = None,
     ) -> Result:
-        """Keep a result and mark its job done, once. Raises RuleBroken where it comes too late, StorageFull.
+        """Keep a result and mark its job done, once. Raises RuleBroken where it comes too late, CannotStore.
 
         Args:
             content: the bytes, as they are served later.

@@ -74,10 +74,26 @@ def test_result_is_an_object_that_goes_with_its_job(
     assert (part.status_code, part.content) == (206, b"WEBP")
     assert part.headers["Content-Range"] == f"bytes 8-11/{len(PICTURE)}"
     assert requests.get(url, headers={"Range": "bytes=999-"}, timeout=WAIT_S).status_code == 416
+    unsure = requests.get(url, headers={"Range": "bytes=8-11", "If-Range": '"older"'}, timeout=WAIT_S)
+    assert (unsure.status_code, unsure.content) == (200, PICTURE)
     head = requests.head(url, timeout=WAIT_S)
     assert (head.status_code, head.headers["Content-Length"]) == (200, str(len(PICTURE)))
     assert requests.delete(f"{studio.base_url}/api/jobs/{job_id}", timeout=WAIT_S).status_code == 204
     assert pictures_in(s3_server, bucket) == []
+
+
+def test_picture_that_was_taken_away_is_told(
+    studio: LocalStudio, machine: Machine, s3_server: S3Server, bucket: str
+) -> None:
+    """An object that somebody has removed is 404 with a sentence, and its job can still be deleted."""
+    job_id = queue(studio)
+    machine.take()
+    assert machine.upload(job_id).status_code == 200
+    for key in pictures_in(s3_server, bucket):
+        s3_server.client().delete_object(Bucket=bucket, Key=key)
+    answer = requests.get(f"{studio.base_url}/api/jobs/{job_id}/result", timeout=WAIT_S)
+    assert (answer.status_code, "not in the studio's storage" in answer.json()["error"]) == (404, True)
+    assert requests.delete(f"{studio.base_url}/api/jobs/{job_id}", timeout=WAIT_S).status_code == 204
 
 
 def test_storage_that_is_away_costs_no_picture(
