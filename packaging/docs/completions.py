@@ -45,9 +45,13 @@ class Completions:
             '    case "$path" in',
         ]
         for group, names in self.groups.items():
-            lines.append(f'        "{" " + group if group else ""}") choices="{" ".join(names)} --help" ;;')
+            if group not in self.commands:
+                lines.append(
+                    f'        "{" " + group if group else ""}") choices="{" ".join(names)} --help" ;;'
+                )
         for path, command in self.commands.items():
-            names = [name for param in options(command) for name in (*param.opts, *param.secondary_opts)]
+            names = [*self.groups.get(path, ())]
+            names += [name for param in options(command) for name in (*param.opts, *param.secondary_opts)]
             lines.append(f'        " {path}") choices="{" ".join([*names, "--help"])}" ;;')
         lines += [
             "    esac",
@@ -77,7 +81,7 @@ class Completions:
                 continue
             lines += [
                 f"                {name})",
-                "                    _arguments -C '1: :->sub' '*:: :->subrest'",
+                f"                    _arguments -C {self._own_options(name)}'1: :->sub' '*:: :->subrest'",
             ]
             lines += ["                    case $state in", "                        sub)"]
             lines += ["                            local -a subs=("]
@@ -110,6 +114,12 @@ class Completions:
                     value = f":{message}:{action}"
                 specs.append(quoted(f"{name}[{text}]{value}"))
         return " ".join([*specs, "'*:file:_files'"])
+
+    def _own_options(self, group: str) -> str:
+        """Those of a group that does something itself."""
+        if group not in self.commands:
+            return ""
+        return self._zsh_options(self.commands[group]).removesuffix("'*:file:_files'")
 
     def fish(self) -> str:
         """See complete(1) of fish."""

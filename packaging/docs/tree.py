@@ -17,8 +17,10 @@ def root() -> Any:
 
 
 def commands(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command that does something, with its words."""
+    """Every command that does something, with its words; some have commands of their own besides."""
     if subs := getattr(command, "commands", None):
+        if path and command.invoke_without_command:
+            yield path, command
         for name, sub in subs.items():
             yield from commands(sub, f"{path} {name}".strip())
     else:

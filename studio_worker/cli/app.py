@@ -16,7 +16,7 @@ from studio_worker.cli.control import pause, resume, status
 from studio_worker.cli.doctor import check_config, doctor
 from studio_worker.cli.generate import generate
 from studio_worker.cli.gpu_check import gpu_check
-from studio_worker.cli.local_studio import local_studio
+from studio_worker.cli.local_studio import local_studio_app
 from studio_worker.cli.models import models_app
 from studio_worker.cli.options import ConfigDir
 from studio_worker.cli.register import register
@@ -85,7 +85,7 @@ def run(directory: ConfigDir = config.DEFAULT_DIR) -> None:
 
 
 app.command()(register)
-app.command("local-studio")(local_studio)
+app.add_typer(local_studio_app, name="local-studio")
 
 
 @app.command()

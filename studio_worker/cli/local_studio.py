@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from studio_worker.cli.options import read_token
+from studio_worker.cli.options import read_token, say
 from studio_worker.errors import ConfigError
 from studio_worker.report import logs
 
@@ -21,6 +21,14 @@ _Pictures = Annotated[
         metavar="PLACE",
         help="S3 storage for the pictures, s3://BUCKET/PREFIX, found by the usual AWS_* variables; or another"
         " folder. Default: pictures in the data folder.",
+    ),
+]
+_Database = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="postgresql://USER@HOST/NAME, with the password in ~/.pgpass or PGPASSWORD; or a SQLite file."
+        " Default: a file in the data folder.",
     ),
 ]
 _Models = Annotated[
@@ -75,10 +83,16 @@ _KeepGb = Annotated[
 ]
 
 
+local_studio_app = typer.Typer(invoke_without_command=True)
+
+
+@local_studio_app.callback()
 def local_studio(
+    context: typer.Context,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: _Port = 8765,
     data: _Data = Path("studio-data"),
+    database: _Database = None,
     pictures: _Pictures = None,
     models: _Models = None,
     token_file: _TokenFile = None,
@@ -94,27 +108,20 @@ def local_studio(
 
     Off loopback it wants a token, and https: a certificate of its own, or a proxy in front that has one.
     """
+    if context.invoked_subcommand is not None:
+        _refuse_options(context)
+        return
     logs.configure(fmt="text")  # it is a person who runs it
     token = read_token(token_file) if token_file is not None else None
-
     if key is not None and certificate is None:
         raise ConfigError("is the key of no certificate", key="--key", cure="name its --certificate too")
 
-    from studio_worker.local_studio import (
-        DATABASE_NAME,
-        MODELS_FOLDER,
-        Door,
-        Places,
-        Retention,
-        Tls,
-        pictures_at,
-        run_local_studio,
-    )
+    from studio_worker.local_studio import MODELS_FOLDER, Door, Retention, Tls, places_of, run_local_studio
 
     tls = None if certificate is None else Tls(certificate, key)
     models = models or data / MODELS_FOLDER
     run_local_studio(
-        Places(data / DATABASE_NAME, None if pictures is None else pictures_at(pictures)),
+        places_of(data, database, pictures),
         Door(host, port, token, tls, tuple(behind_proxy or ()), plain_http),
         models_dir=models,
         auto_approve=approve_all,
@@ -124,6 +131,42 @@ def local_studio(
         ),
         on_ready=lambda studio: _say_where(studio.base_url, models),
     )
+
+
+@local_studio_app.command()
+def carry(
+    source: Annotated[
+        Path,
+        typer.Option(
+            "--from", metavar="DIR", help="Data folder of the studio, which stands still.", readable=False
+        ),
+    ],
+    database: Annotated[
+        str,
+        typer.Option(metavar="URL", help="Empty database: postgresql://USER@HOST/NAME, or a SQLite file."),
+    ],
+    pictures: Annotated[
+        str | None,
+        typer.Option(metavar="PLACE", help="Where its pictures go: a folder, or s3://BUCKET/PREFIX."),
+    ] = None,
+) -> None:
+    """Carry a studio from its SQLite file to another database, which must be empty.
+
+    Jobs, workers, models, logs and pictures; the folder is only read, and afterwards not needed any more. One
+    that was ended on its way can be repeated.
+    """
+    from studio_worker.local_studio import carry_studio, places_of
+
+    carry_studio(source, places_of(source, database, pictures), say)
+    say(f"carried; start studios with --database {database}")
+
+
+def _refuse_options(context: typer.Context) -> None:
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"{option} is an option of the studio that runs: leave it out here")
 
 
 def _say_where(address: str, models: Path) -> None:

@@ -20,6 +20,7 @@ from sqlalchemy import Connection, Table, delete, func, insert, select
 
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio.pictures import CannotStore, Folder, PictureGone, Pictures
+from studio_worker.local_studio.places import DATABASE_NAME, PICTURES_FOLDER, Places, open_places, owner_of
 from studio_worker.local_studio.storage.database import Database
 from studio_worker.local_studio.storage.sqlite import SqliteFile
 from studio_worker.local_studio.storage.tables import METADATA, files, meta, results
@@ -27,10 +28,23 @@ from studio_worker.local_studio.storage.tables import METADATA, files, meta, res
 _ROWS = 500
 """At a time in memory."""
 _TOLD_EVERY = 100
-_OF_NOW = ("processes", "sessions")
-"""Tables about who is connected; nobody is while a studio is carried."""
+_OF_NOW = ("processes",)
+"""Tables about studio processes; none is at work while a studio is carried. Who had a job goes on with it."""
 
 Tell = Callable[[str], None]
+
+
+def carry_studio(folder: Path, places: Places, tell: Tell) -> None:
+    """Carry the studio of a data folder to ``places``, which must be empty; ``tell`` hears how far it is.
+
+    Raises:
+        ConfigError: there is no studio, it is at work, or the new places cannot be used.
+        CannotStore: they take no more.
+    """
+    with standing_still(folder / DATABASE_NAME) as copy:
+        database, store = open_places(places, lambda: None)
+        with closing(database):
+            carry(copy, Folder(folder / PICTURES_FOLDER), database, store, tell)
 
 
 @contextmanager
@@ -75,6 +89,7 @@ def carry(copy: Path, pictures: Folder, target: Database, store: Pictures, tell:
     with closing(source), source.reading() as reading:
         with target.reading() as connection:
             _require_empty(connection)
+        store.check(owner_of(source.salt))
         moved: dict[str, str] = {}
         try:
             _carry_pictures(reading, (taken_out, pictures), store, moved, tell)

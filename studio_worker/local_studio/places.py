@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from studio_worker.local_studio.pictures import Folder, Pictures
 from studio_worker.local_studio.storage.database import Database
 from studio_worker.local_studio.storage.postgres import PostgresDatabase
 from studio_worker.local_studio.storage.sqlite import SqliteFile
+
+DATABASE_NAME = "studio.sqlite3"
+"""In the data folder."""
 
 PICTURES_FOLDER = "pictures"
 """Beside a SQLite file."""
@@ -44,3 +48,8 @@ def open_places(places: Places, on_change: Callable[[], None]) -> tuple[Database
     if isinstance(places.database, Path):
         return SqliteFile(places.database, on_change, pictures), pictures
     return PostgresDatabase(places.database, on_change), pictures
+
+
+def owner_of(salt: str) -> str:
+    """Names the database to whatever keeps its pictures, and tells nothing else of it."""
+    return hashlib.sha256(f"pictures of {salt}".encode()).hexdigest()

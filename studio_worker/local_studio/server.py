@@ -32,7 +32,6 @@ from studio_worker.network.crowd import most_connections
 
 logger = logging.getLogger(__name__)
 
-DATABASE_NAME = "studio.sqlite3"
 MODELS_FOLDER = "models"
 MIN_TOKEN_CHARS = 16
 MAX_FRAME_BYTES = 1 << 20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 import uuid
@@ -20,7 +19,7 @@ from studio_worker.local_studio.housekeeping import FOR_EVER, Housekeeping, Rete
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.limits import Limits
 from studio_worker.local_studio.metrics import Metrics
-from studio_worker.local_studio.places import Places, open_places
+from studio_worker.local_studio.places import Places, open_places, owner_of
 from studio_worker.local_studio.presence import Presence
 from studio_worker.local_studio.pulse import Pulse
 from studio_worker.local_studio.registry import Registration, Registry
@@ -62,7 +61,7 @@ class Studio:
         self.changes = Changes()
         self.database, self.pictures = open_places(places, self.changes.bump)
         try:
-            self.pictures.check(_owner(self.database.salt))
+            self.pictures.check(owner_of(self.database.salt))
         except ConfigError:
             self.database.close()
             raise
@@ -247,8 +246,3 @@ class Studio:
     def wait_for(self, predicate: Callable[[], bool], timeout_s: float = 10.0) -> None:
         """Block until the predicate holds; it is asked again at every change. Raises TimeoutError."""
         self.changes.wait_for(predicate, timeout_s)
-
-
-def _owner(salt: str) -> str:
-    """Names the database to whatever keeps its pictures, and tells nothing else of it."""
-    return hashlib.sha256(f"pictures of {salt}".encode()).hexdigest()

@@ -36,8 +36,8 @@ LogFormat = Literal["auto", "json", "text"]
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 """Syslog priorities for the ``<N>`` prefix that journald reads (sd-daemon(3))."""
 
-_NOISY = ("urllib3", "websockets", "uvicorn", "asyncio", "httpx", "httpcore", "PIL", "filelock", "diffusers",
-          "transformers", "huggingface_hub", "accelerate", "torch")  # fmt: skip
+_NOISY = ("alembic", "urllib3", "websockets", "uvicorn", "asyncio", "httpx", "httpcore", "PIL", "filelock",
+          "diffusers", "transformers", "huggingface_hub", "accelerate", "torch")  # fmt: skip
 """Libraries whose warnings would be noise or, in diffusers' and transformers' case, quote the prompt."""
 
 _RESERVED = [*RESERVED_ATTRS, "color_message"]

@@ -37,9 +37,8 @@ from studio_worker import sample_model
 from studio_worker.demo import MODEL_ID, sample_source, write_configuration
 from studio_worker.demo.service_process import ServiceProcess, ServiceProcessError
 from studio_worker.errors import ControlError, StateUnavailable
-from studio_worker.local_studio import LocalStudio
+from studio_worker.local_studio import DATABASE_NAME, LocalStudio
 from studio_worker.local_studio.rules import JobStatus
-from studio_worker.local_studio.server import DATABASE_NAME
 from studio_worker.report.control import ask
 from studio_worker.spool.in_hand import poisoned_jobs
 from tests.chaos.disk import StateDisk

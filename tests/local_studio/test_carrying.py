@@ -4,41 +4,56 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from studio_worker.errors import ConfigError
-from studio_worker.local_studio import LocalStudio
-from studio_worker.local_studio.carrying import carry, standing_still
+from studio_worker.local_studio import LocalStudio, Places, carry_studio
+from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.pictures import Folder, StorageFull, StoredBytes
-from studio_worker.local_studio.rules import JobStatus
+from studio_worker.local_studio.places import open_places
+from studio_worker.local_studio.rules import QueuedJob
 from studio_worker.local_studio.storage.database import Database
 from studio_worker.local_studio.storage.sqlite import SqliteFile
 from studio_worker.local_studio.storage.tables import METADATA, files, jobs, meta, results
 from tests.fakes.machine import PICTURE, Machine, queue
+
+if TYPE_CHECKING:
+    from tests.local_studio.on_postgres import OnPostgres
 
 
 def nothing() -> None:
     pass
 
 
-def carried(source: Path, there: Path, store: Folder | None = None) -> list[str]:
-    """Carry a studio's file into a folder; returns what was told."""
+def carried(source: Path, there: Places) -> list[str]:
+    """Carry the studio of a file; returns what was told."""
     told: list[str] = []
-    kept = Folder(there / "pictures")
-    with (
-        closing(SqliteFile(there / "studio.sqlite3", nothing, kept)) as target,
-        standing_still(source) as copy,
-    ):
-        carry(copy, Folder(source.parent / "pictures"), target, store or kept, told.append)
+    carry_studio(source.parent, there, told.append)
     return told
+
+
+@contextmanager
+def opened(there: Places) -> Iterator[Database]:
+    database, _ = open_places(there, nothing)
+    with closing(database):
+        yield database
+
+
+@pytest.fixture
+def there(tmp_path: Path, on_postgres: OnPostgres | None) -> Places:
+    """A new place: a SQLite file or, for `make test-farm`, a PostgreSQL database; and a folder."""
+    folder = tmp_path / "there"
+    file = folder / "studio.sqlite3"
+    return Places(file if on_postgres is None else on_postgres.url(file), Folder(folder / "pictures"))
 
 
 def rows_of(database: Database) -> dict[str, list[dict[str, Any]]]:
@@ -81,20 +96,19 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return here / path.name
 
 
-def test_everything_arrives_and_the_source_is_as_it_was(source: Path, tmp_path: Path) -> None:
+def test_everything_arrives_and_the_source_is_as_it_was(source: Path, there: Places) -> None:
     """Each row and picture of a studio of any form is in the new place, and the old one is as it was."""
     before = prints(source.parent)
-    carried(source, tmp_path / "there")
+    carried(source, there)
     assert prints(source.parent) == before
-    file, folder = tmp_path / "there" / "studio.sqlite3", Folder(tmp_path / "there" / "pictures")
-    with closing(SqliteFile(file, nothing, folder)) as target:
+    with opened(there) as target:
         arrived = rows_of(target)
         with target.reading() as connection:
             keys = connection.execute(select(results.c.key)).scalars().all()
             keys += connection.execute(select(files.c.key)).scalars().all()
     contents = []
     for key in keys:
-        with folder.open(key).content as content:
+        with there.open_pictures().open(key).content as content:
             contents.append(content.read())
     assert contents == [PICTURE, b"\x89PNG\r\n\x1a\n"]
     with closing(SqliteFile(source, nothing, Folder(source.parent / "pictures"))) as was:
@@ -103,7 +117,7 @@ def test_everything_arrives_and_the_source_is_as_it_was(source: Path, tmp_path: 
 
 
 @pytest.mark.sqlite
-def test_carried_studio_goes_on(tmp_path: Path) -> None:
+def test_carried_studio_goes_on(tmp_path: Path, there: Places) -> None:
     """An approved worker needs no new approval; what waited is offered, and what was done is there."""
     with LocalStudio(tmp_path / "here" / "studio.sqlite3") as studio:
         machine = Machine(studio).connect()
@@ -111,8 +125,8 @@ def test_carried_studio_goes_on(tmp_path: Path) -> None:
         machine.take()
         assert machine.upload(done).status_code == 200
         machine.hang_up()
-    carried(tmp_path / "here" / "studio.sqlite3", tmp_path / "there")
-    with LocalStudio(tmp_path / "there" / "studio.sqlite3") as studio:
+    carried(tmp_path / "here" / "studio.sqlite3", there)
+    with LocalStudio(there) as studio:
         assert studio.result(done) == PICTURE
         machine.studio, machine.api = studio, f"{studio.base_url}/graphics/api"
         machine.connect()
@@ -121,31 +135,31 @@ def test_carried_studio_goes_on(tmp_path: Path) -> None:
         machine.hang_up()
 
 
-def test_target_with_anything_in_it_is_refused(source: Path, tmp_path: Path) -> None:
+def test_target_with_anything_in_it_is_refused(source: Path, tmp_path: Path, there: Places) -> None:
     """What is in the new place already is neither mixed up nor lost."""
-    carried(source, tmp_path / "there")
+    carried(source, there)
     before = prints(tmp_path / "there" / "pictures")
     with pytest.raises(ConfigError, match=r"the database there is not empty: it has .*; name a new one"):
-        carried(source, tmp_path / "there")
+        carried(source, there)
     assert prints(tmp_path / "there" / "pictures") == before
 
 
 @pytest.mark.sqlite
-def test_studio_at_work_is_not_carried(tmp_path: Path) -> None:
+def test_studio_at_work_is_not_carried(tmp_path: Path, there: Places) -> None:
     """A studio that runs would go on writing to what is left behind."""
     with LocalStudio(tmp_path / "here" / "studio.sqlite3") as studio:
         with pytest.raises(ConfigError, match="--from: a studio is at work there; stop it first"):
-            carried(tmp_path / "here" / "studio.sqlite3", tmp_path / "there")
+            carried(tmp_path / "here" / "studio.sqlite3", there)
         queue(studio)
 
 
-def test_folder_without_a_studio_is_a_clear_mistake(tmp_path: Path) -> None:
+def test_folder_without_a_studio_is_a_clear_mistake(tmp_path: Path, there: Places) -> None:
     """A folder with no studio in it, or a file that is none, is named."""
     with pytest.raises(ConfigError, match="holds no studio that can be read"):
-        carried(tmp_path / "nowhere" / "studio.sqlite3", tmp_path / "there")
+        carried(tmp_path / "nowhere" / "studio.sqlite3", there)
     (tmp_path / "studio.sqlite3").write_bytes(b"no database at all, and long enough to look like none" * 20)
     with pytest.raises(ConfigError, match="file is not a database"):
-        carried(tmp_path / "studio.sqlite3", tmp_path / "there")
+        carried(tmp_path / "studio.sqlite3", there)
 
 
 class Filling(Folder):
@@ -160,55 +174,65 @@ class Filling(Folder):
         return super().put(content, name, ext)
 
 
-def test_storage_that_fills_up_leaves_nothing(older: Path, tmp_path: Path) -> None:
+def test_storage_that_fills_up_leaves_nothing(older: Path, tmp_path: Path, there: Places) -> None:
     """Where pictures do not all go in, none stays, no row goes, and a second attempt succeeds."""
-    there = tmp_path / "there"
     with pytest.raises(StorageFull):
-        carried(older, there, Filling(there / "pictures"))
-    assert prints(there / "pictures") == {}
+        carried(older, replace(there, pictures=Filling(tmp_path / "there" / "pictures")))
+    assert prints(tmp_path / "there" / "pictures") == {}
     carried(older, there)
-    assert len(prints(there / "pictures")) == 2
+    assert len(prints(tmp_path / "there" / "pictures")) == 2
+
+
+def test_rows_that_come_later_have_numbers_of_their_own(older: Path, there: Places) -> None:
+    """A job that is queued in the new place comes behind those that were carried."""
+    carried(older, there)
+    with opened(there) as target:
+        queue_of(target).add(QueuedJob("new", "m", {}, {}, created_at=1.0))
+        with target.reading() as connection:
+            highest = connection.execute(select(func.max(jobs.c.seq))).scalar_one()
+            number = select(jobs.c.seq).where(jobs.c.job_id == "new")
+            assert connection.execute(number).scalar_one() == highest == 5
+
+
+def queue_of(database: Database) -> JobQueue:
+    return JobQueue(database, Folder(Path("nowhere")))
 
 
 _KILLED = """
 import os, signal, sys
-from contextlib import closing
 from pathlib import Path
-from studio_worker.local_studio.carrying import carry, standing_still
+from studio_worker.local_studio import Places, carry_studio
+from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.pictures import Folder
-from studio_worker.local_studio.storage.sqlite import SqliteFile
-source, there = Path(sys.argv[1]), Path(sys.argv[2])
+folder, database, pictures, stage = sys.argv[1:]
 def tell(text):
-    if text.startswith(sys.argv[3]):
+    if text.startswith(stage):
         os.kill(os.getpid(), signal.SIGKILL)
-store = Folder(there / "pictures")
-target = SqliteFile(there / "studio.sqlite3", lambda: None, store)
-with standing_still(source) as copy:
-    carry(copy, Folder(source.parent / "pictures"), target, store, tell)
+carry_studio(
+    Path(folder), Places(database if "://" in database else Path(database), Folder(Path(pictures))), tell
+)
 """
 
 
 @pytest.mark.parametrize("stage", ["pictures: 2", "jobs: 4", "results: 1"])
-def test_killed_attempt_leaves_an_empty_target(older: Path, tmp_path: Path, stage: str) -> None:
+def test_killed_attempt_leaves_an_empty_target(
+    older: Path, tmp_path: Path, there: Places, stage: str
+) -> None:
     """Killed at any point the new database is as empty as before, and the next attempt carries everything."""
     before = prints(older.parent)
-    there = tmp_path / "there"
-    there.mkdir()
-    command = [sys.executable, "-c", _KILLED, older, there, stage]
-    environment = {**os.environ, "TMPDIR": str(there)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    (tmp_path / "scratch").mkdir()
+    given = (older.parent, there.database, tmp_path / "there" / "pictures", stage)
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, *map(str, given)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path / "scratch")},
+    )
     assert done.returncode == -9, done.stderr
     assert before.items() <= prints(older.parent).items()
-    with closing(sqlite3.connect(there / "studio.sqlite3")) as connection:
-        for table in METADATA.sorted_tables:
-            assert (
-                connection.execute(f"SELECT count(*) FROM {table.name}").fetchone()[0] == 0
-            ) or table is meta
+    with opened(there) as target:
+        assert {name for name, rows in rows_of(target).items() if rows} == {meta.name}
     carried(older, there)
-    with closing(SqliteFile(there / "studio.sqlite3", nothing, Folder(there / "pictures"))) as target:
-        assert len(rows_of(target)[jobs.name]) == 4
-        assert {row["status"] for row in rows_of(target)[jobs.name]} == {
-            JobStatus.DONE,
-            JobStatus.FAILED,
-            JobStatus.QUEUED,
-        }
+    with opened(there) as target:
+        statuses = [row["status"] for row in rows_of(target)[jobs.name]]
+    assert sorted(statuses) == ["done", "failed", "queued", "queued"]

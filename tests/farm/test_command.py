@@ -1,0 +1,80 @@
+"""The command on PostgreSQL, and the backup that docs/farm.md describes."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from studio_worker.local_studio import LocalStudio, Places
+from studio_worker.local_studio.pictures import Folder
+from tests.fakes.machine import PICTURE, Machine, queue
+from tests.farm.postgres import Cluster, programs
+
+WAIT_S = 60
+
+
+def studio_worker(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "studio_worker", *map(str, words)]
+
+
+def test_command_runs_a_studio_on_postgresql(database_url: str, tmp_path: Path) -> None:
+    """--database and --pictures are enough: scripts queue jobs, and a restart has them still."""
+    command = studio_worker(
+        "local-studio",
+        "--port",
+        0,
+        "--data",
+        tmp_path / "data",
+        "--database",
+        database_url,
+        "--pictures",
+        tmp_path,
+    )
+    for _ in range(2):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as studio:
+            assert studio.stdout is not None
+            address = studio.stdout.readline().rpartition(" ")[2].strip()
+            submitted = subprocess.run(
+                studio_worker("submit", "a red potion", "-m", "placeholder", "--studio", address),
+                capture_output=True,
+                text=True,
+                timeout=WAIT_S,
+            )
+            assert submitted.returncode == 0, submitted.stderr
+            studio.send_signal(signal.SIGTERM)
+            _, said = studio.communicate(timeout=WAIT_S)
+        assert studio.returncode == 0
+        assert "Traceback" not in said
+    with LocalStudio(Places(database_url, Folder(tmp_path))) as again:
+        assert [job.model for job in again.jobs()] == ["placeholder", "placeholder"]
+    assert not (tmp_path / "data" / "studio.sqlite3").exists()
+
+
+def test_backup_of_a_studio_at_work_is_a_studio(postgres: Cluster, database_url: str, tmp_path: Path) -> None:
+    """pg_dump and a copy of the pictures, taken while a studio runs, make a studio in another database: jobs,
+    pictures and approved workers are there.
+    """
+    dump = tmp_path / "studio.dump"
+    with LocalStudio(Places(database_url, Folder(tmp_path / "pictures"))) as studio:
+        machine = Machine(studio).connect()
+        done = queue(studio)
+        machine.take()
+        assert machine.upload(done).status_code == 200
+        waiting = queue(studio)
+        command = [programs() / "pg_dump", "--format=custom", f"--file={dump}", database_url]
+        subprocess.run(command, check=True, timeout=WAIT_S)
+        shutil.copytree(tmp_path / "pictures", tmp_path / "copy")
+        queue(studio)
+        machine.hang_up()
+    restored = postgres.url(postgres.create())
+    command = [programs() / "pg_restore", "--no-owner", f"--dbname={restored}", dump]
+    subprocess.run(command, check=True, timeout=WAIT_S)
+    with LocalStudio(Places(restored, Folder(tmp_path / "copy"))) as studio:
+        assert studio.result(done) == PICTURE
+        machine.studio, machine.api = studio, f"{studio.base_url}/graphics/api"
+        machine.connect()
+        assert machine.take()["jobId"] == waiting
+        machine.hang_up()
