@@ -1,7 +1,8 @@
 """Renew the lock files beside this script: exact versions and hashes of what goes into the packages.
 
 Run by ``make lock``. pip resolves as it would for an installation, within ``packaging/constraints.txt``, and
-reports what it chose; nothing is installed. What only torch needs is locked with torch, once for each build:
+reports what it chose; nothing is installed. ``farm.txt`` has what the extra of that name adds. What only torch
+needs is locked with torch, once for each build:
 ``torch-cpu.txt`` and ``torch-cuda12.txt`` want the index or folder with these builds in pip's configuration
 (the wheels' versions end in ``+cpu`` and ``+cu126``), ``torch-cuda.txt`` takes the wheel without such an
 ending. With names of locks as arguments it renews those alone.
@@ -17,6 +18,7 @@ import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -92,9 +94,28 @@ def write(name: str, chosen: Iterable[Chosen], says: str) -> None:
     print(f"{name}: {len(lines) - 2} distributions")
 
 
+def project() -> dict[str, Any]:
+    """What pyproject.toml declares."""
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return found
+
+
+def packaged() -> set[str]:
+    """The worker's own libraries, as they are locked."""
+    lines = (HERE / "libraries.txt").read_text().splitlines()
+    return {line.partition("==")[0] for line in lines}
+
+
+def lock_farm(pins: list[str]) -> None:
+    """What the extra ``farm`` adds to the worker's own libraries."""
+    chosen = resolve(*project()["optional-dependencies"]["farm"], constraints=pins)
+    added = (chosen[each] for each in chosen.keys() - packaged())
+    write("farm.txt", added, "What a studio on PostgreSQL and S3 needs beside them.")
+
+
 def lock_cpu(version: str, pins: list[str]) -> None:
     """What the worker needs, and torch for the CPU."""
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    wanted = project()["dependencies"]
     chosen = resolve(*wanted, f"{TORCH}=={version}+cpu", constraints=pins)
     ours = reachable(chosen, map(Requirement, wanted))
     write("libraries.txt", (chosen[name] for name in ours), "What studio-worker needs, apart from torch.")
@@ -106,8 +127,7 @@ def lock_cuda(name: str, wanted: str, pins: list[str]) -> None:
     """torch with CUDA, and what is not among the worker's own libraries."""
     pins = [pin for pin in pins if not pin.startswith(f"{TORCH}==")]
     chosen = resolve(wanted, constraints=pins)
-    ours = {line.partition("==")[0] for line in (HERE / "libraries.txt").read_text().splitlines()}
-    only_torch = (chosen[each] for each in chosen.keys() - ours)
+    only_torch = (chosen[each] for each in chosen.keys() - packaged())
     write(name, only_torch, "torch with CUDA, and what only it needs.")
 
 
@@ -121,6 +141,7 @@ def main() -> None:
         # "===" is pip's exact match: "==" would take the CPU build as well, if it is at hand.
         "torch-cuda": lambda: lock_cuda("torch-cuda.txt", f"{TORCH}==={version}", pins),
         "torch-cuda12": lambda: lock_cuda("torch-cuda12.txt", f"{TORCH}=={version}+cu126", pins),
+        "farm": lambda: lock_farm(pins),
         "release": lambda: write("release.txt", resolve(*RELEASE, constraints=pins).values(), tools),
         "build": lambda: write(
             "build.txt", resolve(*BUILD).values(), "What builds the wheels; no package contains it."

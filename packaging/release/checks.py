@@ -83,13 +83,13 @@ def _of_locks() -> Iterator[str]:
             if not re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", line):
                 yield f"{lock.name}: no version or hash in {line!r}: make lock"
         for name, locked in pins(lock).items():
-            if (name in tested or lock.stem == "libraries") and tested.get(name) != locked.partition("+")[0]:
+            if (name in tested or lock.stem in {"libraries", "farm"}) and tested.get(name) != locked.partition("+")[0]:
                 yield f"{lock.name} has {name} {locked}, the tests ran with {tested.get(name)}: make lock"
 
 
 def packaged_locks() -> list[Path]:
     """The lock files of what goes into packages."""
-    return [LOCK / "libraries.txt", *sorted(LOCK.glob("torch-*.txt"))]
+    return [LOCK / "libraries.txt", LOCK / "farm.txt", *sorted(LOCK.glob("torch-*.txt"))]
 
 
 def pins(file: Path) -> dict[str, str]:

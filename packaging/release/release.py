@@ -126,9 +126,10 @@ def describe(debs: Sequence[Path]) -> None:
     """What is in each package, beside it."""
     for deb in debs:
         name = deb.name.partition("_")[0]
-        lock, changelog = LOCK / f"{name.removeprefix('studio-worker-')}.txt", "debian/torch.changelog"
+        lock = LOCK / f"{name.removeprefix('studio-worker-')}.txt"
         if not lock.exists():
-            lock, changelog = LOCK / "libraries.txt", "debian/changelog"
+            lock = LOCK / "libraries.txt"
+        changelog = "debian/torch.changelog" if lock.stem.startswith("torch-") else "debian/changelog"
         day = output("dpkg-parsechangelog", f"--file={changelog}", "--show-field=Timestamp")
         output(TOOLS / "bin/python", HERE / "sbom.py", deb, lock, day, deb.with_suffix(".cdx.json"))
     say("ok", "what is in them is written beside them (CycloneDX)")

@@ -15,6 +15,7 @@ TESTS_OF = ("mpmath", "networkx", "numpy", "sympy")
 
 REMOVED = (
     "bin",  # commands of the libraries, for the interpreter that built the package
+    "boto3/examples",
     "share",  # their manuals
     # Half of it: the module for Python brings the runtime itself; the others convert and quantise graphs.
     "onnxruntime/capi/libonnxruntime.so.*",
@@ -27,6 +28,9 @@ REMOVED = (
     "torch/test",
     "tqdm/completion.sh",  # for a command of its own
 )
+
+SERVICES = {"s3", "signin", "sso", "sso-oidc", "sts"}
+"""Of the 400 that botocore describes in 26 MB: storage, and where its credentials come from."""
 
 KEPT_COMMANDS = {"torch_shm_manager"}
 """Of ``torch/bin``, which holds torch's own tests beside it: what ``import torch`` looks for."""
@@ -44,6 +48,9 @@ def main(folder: Path) -> None:
             shutil.rmtree(command)
         elif command.name not in KEPT_COMMANDS:
             command.unlink()
+    for service in (folder / "botocore" / "data").glob("*"):
+        if service.is_dir() and service.name not in SERVICES:
+            shutil.rmtree(service)
     for library in TESTS_OF:
         for tests in sorted((folder / library).rglob("tests")):
             shutil.rmtree(tests, ignore_errors=True)
