@@ -46,7 +46,16 @@ def test_lock_of_torch_is_the_version_that_was_tested(build: str) -> None:
     assert changelog.startswith(f"studio-worker ({tested['torch']}-")
 
 
-@pytest.mark.parametrize("lock", ["build", "libraries", "release", "torch-cpu", "torch-cuda"])
+def test_lock_of_the_farm_is_what_was_tested_and_nothing_of_the_worker() -> None:
+    """The drivers that a package carries are those that the tests ran with, beside the worker's libraries."""
+    tested = _pins((ROOT / "packaging" / "constraints.txt").read_text())
+    locked = _pins((LOCK / "farm.txt").read_text())
+    assert locked.items() <= tested.items()
+    assert {"boto3", "psycopg", "psycopg-binary"} <= locked.keys()
+    assert not locked.keys() & _pins((LOCK / "libraries.txt").read_text()).keys()
+
+
+@pytest.mark.parametrize("lock", ["build", "farm", "libraries", "release", "torch-cpu", "torch-cuda"])
 def test_lock_has_a_hash_for_everything(lock: str) -> None:
     """No byte comes into a package that is not known beforehand."""
     lines = [line for line in (LOCK / f"{lock}.txt").read_text().splitlines() if not line.startswith("#")]

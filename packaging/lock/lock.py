@@ -1,11 +1,11 @@
 """Renew the lock files beside this script: exact versions and hashes of what goes into the packages.
 
 Run by ``make lock``. pip resolves as it would for an installation, within ``packaging/constraints.txt``, and
-reports what it chose; nothing is installed. ``farm.txt`` has what the extra of that name adds. What only torch
-needs is locked with torch, once for each build:
-``torch-cpu.txt`` and ``torch-cuda12.txt`` want the index or folder with these builds in pip's configuration
-(the wheels' versions end in ``+cpu`` and ``+cu126``), ``torch-cuda.txt`` takes the wheel without such an
-ending. With names of locks as arguments it renews those alone.
+reports what it chose; nothing is installed. ``farm.txt`` has what the extra of that name adds. What only
+torch needs is locked with torch, once for each build: ``torch-cpu.txt`` and ``torch-cuda12.txt`` want the
+index or folder with these builds in pip's configuration (the wheels' versions end in ``+cpu`` and
+``+cu126``), ``torch-cuda.txt`` takes the wheel without such an ending. With names of locks as arguments it
+renews those alone.
 """
 
 from __future__ import annotations

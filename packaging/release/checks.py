@@ -82,8 +82,9 @@ def _of_locks() -> Iterator[str]:
         for line in lines:
             if not re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", line):
                 yield f"{lock.name}: no version or hash in {line!r}: make lock"
+        is_ours = lock.stem in {"libraries", "farm"}
         for name, locked in pins(lock).items():
-            if (name in tested or lock.stem in {"libraries", "farm"}) and tested.get(name) != locked.partition("+")[0]:
+            if (name in tested or is_ours) and tested.get(name) != locked.partition("+")[0]:
                 yield f"{lock.name} has {name} {locked}, the tests ran with {tested.get(name)}: make lock"
 
 

@@ -31,14 +31,16 @@ class Debs:
 
     worker: Path
     torch: Path
+    farm: Path
 
 
 @pytest.fixture(scope="session")
 def debs() -> Debs:
-    """The two packages of a box without GPU."""
+    """The two packages of a box without GPU, and the one of a farm's studio."""
     (worker,) = PACKAGES.glob("studio-worker_*.deb")
     (torch,) = PACKAGES.glob("studio-worker-torch-cpu_*.deb")
-    return Debs(worker, torch)
+    (farm,) = PACKAGES.glob("studio-worker-farm_*.deb")
+    return Debs(worker, torch, farm)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,8 @@ def test_sizes_are_known(debs: Debs) -> None:
     """The worker's package is a fraction of torch's; an upgrade fetches the former alone."""
     if build_s := os.environ.get("STUDIO_WORKER_BUILD_S"):
         figures.note("make deb", f"{build_s} s")
-    for name, deb in (("studio-worker", debs.worker), ("studio-worker-torch-cpu", debs.torch)):
+    for deb in (debs.worker, debs.torch, debs.farm):
+        name = deb.name.partition("_")[0]
         packed, unpacked = sizes(deb)
         figures.note(f"size of {name}", f"{packed:.0f} MB, {unpacked:.0f} MB installed")
     assert debs.worker.stat().st_size < debs.torch.stat().st_size
@@ -51,10 +52,10 @@ def test_build_is_reproducible(debs: Debs, work: Path) -> None:
         ["dpkg-buildpackage", "-us", "-uc", "-b"], cwd=again, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for deb in (debs.worker, debs.torch):
+    for deb in (debs.worker, debs.torch, debs.farm):
         other = again.parent / deb.name
         assert _sha256(other) == _sha256(deb), f"{deb} and {other} differ"
-    figures.note("build again, both packages", f"{time.monotonic() - began:.0f} s, same bytes")
+    figures.note("build again, all packages", f"{time.monotonic() - began:.0f} s, same bytes")
     shutil.rmtree(again.parent)
 
 
@@ -68,7 +69,7 @@ def test_lintian_has_nothing_to_say(debs: Debs, work: Path) -> None:
     """Debian's own checker finds neither errors nor warnings; what is overridden is explained beside it."""
     began = time.monotonic()
     done = subprocess.run(
-        ["lintian", "--allow-root", "--fail-on=error,warning", str(debs.worker), str(debs.torch)],
+        ["lintian", "--allow-root", "--fail-on=error,warning", debs.worker, debs.torch, debs.farm],
         env={**os.environ, "TMPDIR": str(work)}, capture_output=True, text=True,  # it leaves files behind
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -79,7 +80,7 @@ def test_lintian_has_nothing_to_say(debs: Debs, work: Path) -> None:
 def test_same_rules_build_torch_with_cuda() -> None:
     """Build profiles select the CUDA packages and their lock files, and all else of theirs is alike."""
     listed, plan = _planned("pkg.studio-worker.cuda pkg.studio-worker.nocpu")
-    assert listed == ["studio-worker", "studio-worker-torch-cuda"]
+    assert listed == ["studio-worker", "studio-worker-farm", "studio-worker-torch-cuda"]
     assert "-r packaging/lock/torch-cuda.txt" in plan
     assert "torch-cpu" not in plan
     locked = (ROOT / "packaging/lock/torch-cuda.txt").read_text()
@@ -87,14 +88,14 @@ def test_same_rules_build_torch_with_cuda() -> None:
     assert "+cpu" not in locked
     assert "\nnvidia-cudnn-cu13==" in locked
     listed, plan = _planned("pkg.studio-worker.cuda12 pkg.studio-worker.nocpu")
-    assert listed == ["studio-worker", "studio-worker-torch-cuda12"]
+    assert listed == ["studio-worker", "studio-worker-farm", "studio-worker-torch-cuda12"]
     assert "-r packaging/lock/torch-cuda12.txt" in plan
     assert "-r packaging/lock/torch-cuda.txt" not in plan
     for suffix in ("install", "postinst", "prerm", "changelog", "lintian-overrides"):
         others = (ROOT / "debian" / f"studio-worker-torch-cuda.{suffix}").read_bytes()
         assert (ROOT / "debian" / f"studio-worker-torch-cuda12.{suffix}").read_bytes() == others
     listed, _ = _planned("")
-    assert listed == ["studio-worker", "studio-worker-torch-cpu"]
+    assert listed == ["studio-worker", "studio-worker-farm", "studio-worker-torch-cpu"]
 
 
 def _planned(profiles: str) -> tuple[list[str], str]:
@@ -121,7 +122,7 @@ def test_piuparts_passes(debs: Debs, base: Path, work: Path) -> None:
             "piuparts", "--existing-chroot", str(chroot), f"--distribution={SUITE}", "--keep-sources-list",
             "--no-upgrade-test", "--warn-on-debsums-errors", "--tmpdir", str(work), "--no-eatmydata",
             "--ignore=/var/cache/debconf/tmp.ci/",  # apt-utils leaves it
-            str(debs.worker), str(debs.torch),
+            str(debs.worker), str(debs.torch), str(debs.farm),
         ],
         capture_output=True, text=True,
     )  # fmt: skip

@@ -167,6 +167,7 @@ def ready(tree: Tree, tools: None, debs: Debs, tmp_path: Path) -> Iterator[tuple
     (tmp_path / "built").mkdir()
     stand_in(debs.worker, tmp_path / "built", Version=VERSION)
     stand_in(debs.torch, tmp_path / "built")
+    stand_in(debs.farm, tmp_path / "built", Version=VERSION)
     database = Database()
     threading.Thread(target=database.serve_forever, daemon=True).start()
     tree.environment |= {
@@ -185,7 +186,7 @@ def test_release_is_made(ready: tuple[Tree, Database]) -> None:
     tree, database = ready
     done = tree.release("--key", tree.keys.key)
     assert done.returncode == 0, done.stdout
-    assert {"pillow", "torch", "nvidia-cublas"} <= database.asked
+    assert {"pillow", "torch", "nvidia-cublas", "psycopg-binary"} <= database.asked
     folder = tree.folder / "build" / "release" / VERSION
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True)
     tree.keys.gpg("--verify", str(folder / "SHA256SUMS.asc"), str(folder / "SHA256SUMS"))
@@ -202,7 +203,10 @@ def test_release_is_made(ready: tuple[Tree, Database]) -> None:
     pillow = found["pillow"]
     assert f"pillow=={pillow['version']} --hash=sha256:{pillow['hashes'][0]['content']}\n" in locked
     assert found["python3.11"]["purl"].startswith("pkg:deb/debian/python3.11@3.11.")
-    assert "torch" not in found
+    assert not {"torch", "psycopg"} & found.keys()
+    (path,) = folder.glob("studio-worker-farm_*.cdx.json")
+    _validate(path)
+    assert {"psycopg", "boto3"} < {each["name"] for each in json.loads(path.read_text())["components"]}
     (path,) = folder.glob("studio-worker-torch-cpu_*.cdx.json")
     _validate(path)
     assert "torch" in {each["name"] for each in json.loads(path.read_text())["components"]}

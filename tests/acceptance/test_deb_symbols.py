@@ -15,6 +15,7 @@ import pytest
 
 from tests.acceptance import figures
 from tests.acceptance.bases import BUILT_ON, SUITE
+from tests.acceptance.conftest import Debs
 
 pytestmark = pytest.mark.skipif(SUITE != BUILT_ON, reason="of the packages alone: checked once")
 
@@ -78,9 +79,20 @@ class Package:
 
 
 @pytest.fixture(scope="module")
-def packages(installed: Path) -> list[Package]:
-    """The packages as they lie installed in the machine's layer."""
-    return [read_package(installed, name) for name in ("studio-worker", "studio-worker-torch-cpu")]
+def packages(installed: Path, debs: Debs, tmp_path_factory: pytest.TempPathFactory) -> list[Package]:
+    """The packages as they lie installed in the machine's layer, and the farm's unpacked."""
+    here = [read_package(installed, name) for name in ("studio-worker", "studio-worker-torch-cpu")]
+    return [*here, unpacked(debs.farm, tmp_path_factory.mktemp("farm"))]
+
+
+def unpacked(deb: Path, folder: Path) -> Package:
+    """A package that is installed nowhere."""
+    subprocess.run(["dpkg-deb", "--extract", deb, folder], check=True)
+    name, depends = (
+        subprocess.run(["dpkg-deb", "--field", deb, field], capture_output=True, text=True, check=True).stdout
+        for field in ("Package", "Depends")
+    )
+    return _package(name.strip(), depends.strip(), sorted(folder.rglob("*")), folder)
 
 
 def read_package(root: Path, name: str) -> Package:
@@ -90,7 +102,10 @@ def read_package(root: Path, name: str) -> Package:
         subprocess.run([*query, *asked, name], capture_output=True, text=True, check=True).stdout
         for asked in (["--listfiles"], ["--show", "--showformat=${Depends}"])
     )
-    paths = [root / line.lstrip("/") for line in listed.splitlines()]
+    return _package(name, depends, [root / line.lstrip("/") for line in listed.splitlines()], root)
+
+
+def _package(name: str, depends: str, paths: list[Path], root: Path) -> Package:
     code = [path for path in paths if path.is_file() and not path.is_symlink() and _is_code(path)]
     libraries = frozenset(path.name for path in paths if ".so" in path.name)
     return Package(name, depends, libraries, _read(code, root))
