@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
+import io
 import itertools
 import os
 import selectors
@@ -28,6 +29,8 @@ ATTEMPT_DELAY_S = 0.25
 _MOST_INTERIM = 100
 """Answers before the answer: 103 comes once or twice."""
 _MOST_REMEMBERED = 256
+_LEAST_S = 0.001
+"""0 would mean not to wait at all, which ends in another error."""
 _WAITING_BYTES = 128 * 1024
 """So much of what is sent waits here for the network at most, not the MBs that the system would take: what
 was taken for sending is then all but sent. It keeps 5 Mbit/s busy for 0.2 s."""
@@ -156,13 +159,48 @@ def _pools(adapter: Adapter, check: Callable[[str, int, str], None] | None) -> d
     }
 
 
+class _Arriving(io.RawIOBase):
+    """What arrives at a socket. Until ``until`` is taken away all of it has that long together, where the
+    socket's own limit is one for each piece: a head that drips would be waited for without an end.
+    """
+
+    def __init__(self, connected: socket.socket) -> None:
+        limit_s = connected.gettimeout()
+        self.until = None if limit_s is None else time.monotonic() + limit_s
+        self._socket = connected
+        self._raw = connected.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self.until is not None:
+            self._socket.settimeout(max(_LEAST_S, self.until - time.monotonic()))
+        return self._raw.readinto(buffer)
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._raw.close()
+        super().close()
+
+
 class _Response(http.client.HTTPResponse):
     """Reads past every interim answer, not 100 alone: 103 tells what a page will need (RFC 9110, 15.2)."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp.close()
+        self._arriving = _Arriving(sock)
+        self.fp = io.BufferedReader(self._arriving)
 
     def begin(self) -> None:
         super().begin()
         for _ in range(_MOST_INTERIM):
             if not 100 < self.status < 200 or self.status == http.HTTPStatus.SWITCHING_PROTOCOLS:
+                self._arriving.until = None
                 return
             self.headers = self.msg = None  # type: ignore[assignment]  # begin anew
             super().begin()

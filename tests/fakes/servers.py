@@ -52,6 +52,7 @@ class ServedFile:
         hold_after: the connection is held after so many bytes of body (0: after the head) until
             :meth:`release` or :meth:`hang_up`; ``held`` is set then.
         hold_head: the connection is held before the answer's first byte.
+        drip_head: the head comes a byte at a time, so many seconds apart, and has no end.
         range_shift: ``Content-Range`` names a start that is so much off.
         bare_ranges: a 206 does not repeat the file's validators.
         range_status: what a range is answered with.
@@ -79,6 +80,7 @@ class ServedFile:
     drop_after: int | None = None
     hold_after: int | None = None
     hold_head: bool = False
+    drip_head: float | None = None
     range_shift: int = 0
     bare_ranges: bool = False
     range_status: int = 206
@@ -97,7 +99,7 @@ class ServedFile:
     """Of the file itself."""
     held: threading.Event = field(default_factory=threading.Event)
     pause: threading.Event = field(default_factory=threading.Event)
-    """Never set: what a slow connection waits on."""
+    """Set at the end alone: what a slow connection waits on."""
     _counting: threading.Lock = field(default_factory=threading.Lock)
     _hangs_up: bool = False
     _released: threading.Event = field(default_factory=threading.Event)
@@ -199,6 +201,7 @@ class FileServer:
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
             file.release()
+            file.pause.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -232,6 +235,10 @@ class _Handler(BaseHTTPRequestHandler):
             is_next = file.hold_every is not None and earlier % file.hold_every == 0
             if file.hold_head or earlier == file.hold_request or is_next:
                 file.hold()
+            if file.drip_head is not None:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Endless: ")
+                while not file.pause.wait(file.drip_head):
+                    self.wfile.write(b"x")
             self._answer(file)
 
     def log_message(self, format: str, *args: object) -> None:

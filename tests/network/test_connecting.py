@@ -116,6 +116,14 @@ def test_first_byte_that_never_comes_is_given_up(server: FileServer, tmp_path: P
         download_file(file.url, tmp_path / "m", policy=Policy(first_byte_s=0.2, delays_s=()))
 
 
+def test_head_that_drips_is_given_up(server: FileServer, tmp_path: Path) -> None:
+    """A head of which a byte comes now and then has the time that its first byte has, and no more."""
+    file = server.serve("/m", BODY, drip_head=0.02)
+
+    with given_up_when_it_hangs() as cancel, pytest.raises(DownloadError, match="TimeoutError"):
+        download_file(file.url, tmp_path / "m", cancel=cancel, policy=Policy(first_byte_s=0.3, delays_s=()))
+
+
 def test_body_that_stalls_is_given_up_however_late_a_first_byte_may_be(
     server: FileServer, tmp_path: Path
 ) -> None:
