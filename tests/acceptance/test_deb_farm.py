@@ -35,15 +35,8 @@ def test_farm_package_brings_the_drivers(box: Box, debs: Debs) -> None:
     drivers work in the worker's own Python; removed, it leaves nothing, and the worker as it was.
     """
     machine = box.machine
-    storage = (
-        "studio-worker",
-        "local-studio",
-        "--state",
-        "/tmp/studio",
-        "--pictures",
-        "s3://pictures/of-ours",
-    )
-    refused = machine.run(*storage, check=False)
+    storage = ("--data", "/tmp/studio", "--pictures", "s3://pictures/of-ours")
+    refused = machine.run("studio-worker", "local-studio", *storage, check=False)
     assert refused.returncode == 78, refused.stderr
     assert "apt install studio-worker-farm" in refused.stderr
     machine.copy_in(debs.farm, "/root/debs")
