@@ -48,6 +48,7 @@ _UNLESS_SET = {
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
+_M_ARENA_MAX = -8
 """glibc's malloc.h."""
 
 
@@ -81,6 +82,8 @@ def keep_freed_memory() -> None:
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(_M_MMAP_MAX, 0)  # large blocks, too, come from the memory that is kept
         mallopt(_M_TRIM_THRESHOLD, -1)  # and stay in it
+        # Which is one for all threads: what a thread of its own has kept is not given back by malloc_trim(3).
+        mallopt(_M_ARENA_MAX, 1)
 
 
 @contextmanager

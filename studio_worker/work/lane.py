@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from functools import partial
 
+from studio_worker.box.process import give_memory_back
 from studio_worker.context import called
 from studio_worker.engine import Inputs, Made, Request
 from studio_worker.errors import (
@@ -157,6 +158,8 @@ class Lane:
             self._is_making = False
             if not has_crashed:
                 self._in_hand.end()
+            if self._turns.is_free():  # else whoever has the device does so afterwards
+                give_memory_back()
             self._source.finished(job)
             # Delivery starts only now: the studio answers it with the next offer, and a desk that is not
             # clear yet would have to refuse that one as busy.
