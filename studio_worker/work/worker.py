@@ -3,9 +3,9 @@
 The thread that runs it, the main one, has the device: it loads models and gives turns, and the lanes, each on
 a thread of its own, do all else. A lost device, and a lane that crashes, end the work of all.
 
-In RAM a lane has one job's inputs or its picture, never both: until its turn at most 3 times 64 MiB as fetched,
-or as they are decoded; afterwards 18 bytes a pixel while it is encoded, 0.15 GB for the largest picture of a
-model and 1.2 GB for one of 64 million pixels from which an object is removed. One lane at a time decodes, which
+In RAM a lane has one job's inputs or its picture, never both: until its turn 3 times 64 MiB at most, or what
+they are decoded; afterwards 18 bytes a pixel while it is encoded, 0.15 GB for the largest picture of a model
+and 1.2 GB for one of 64 million pixels from which an object is removed. One lane at a time decodes, which
 takes another 0.4 GB. What is kept is on disk, and is uploaded from there.
 """
 

@@ -125,7 +125,7 @@ def most_bytes(folder: Path, lanes: int) -> int:
 
     task = ImageTask(prompt="a castle", width=WIDTH, height=HEIGHT, steps=1, ext="webp")
     sources = [
-        Source(*(Job(f"{lane} {n}", "m", task, ModelSource(engine="synthetic")) for n in range(6)))
+        Source(*(Job(f"{lane} {n}", "m", task, ModelSource(engine="synthetic")) for n in range(3)))
         for lane in range(lanes)
     ]
     engines, outbox = Router({"synthetic": Measured}), Outbox(folder / "outbox")
