@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, extract, func, or_, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, delete, extract, func, or_, select, update
 
 from studio_worker.local_studio import leases
 from studio_worker.local_studio.leases import DEAD_S, LEASE_S, Loss, Session
@@ -20,6 +20,33 @@ from studio_worker.local_studio.storage.database import Database, insert_new, up
 from studio_worker.local_studio.storage.tables import jobs, processes, sessions
 from studio_worker.local_studio.workers import note_seen
 from studio_worker.studio import wire
+
+# Made once: to make a statement costs more than to run it.
+_OF = select(sessions).where(sessions.c.worker_id == bindparam("who"))
+_LOCKED = _OF.with_for_update()
+_CHANGE = update(sessions).where(sessions.c.worker_id == bindparam("who"))
+_CHANGE_PRESENT = _CHANGE.where(sessions.c.number == bindparam("present"))
+_IS_FRESH = processes.c.beat_at >= bindparam("since")
+_LIVING = select(processes.c.process_id).where(_IS_FRESH)
+_CONNECTED = (
+    select(sessions)
+    .join_from(sessions, processes, sessions.c.process_id == processes.c.process_id, isouter=True)
+    .where(or_(sessions.c.process_id == bindparam("here"), _IS_FRESH))
+)
+_IS_HELD = jobs.c.status.in_(HELD)
+_LOST = (
+    select(jobs.c.job_id)
+    .join_from(jobs, sessions, jobs.c.worker_id == sessions.c.worker_id, isouter=True)
+    .where(
+        _IS_HELD,
+        or_(
+            sessions.c.worker_id.is_(None),
+            sessions.c.lease_until < bindparam("now"),
+            sessions.c.number > jobs.c.session_no,
+        ),
+    )
+)
+_NOW = select(extract("epoch", func.clock_timestamp()))
 
 _NOBODY = {"number": 0, "lease_until": 0.0, "is_paused": False, "heartbeat_at": 0.0}
 
@@ -77,11 +104,11 @@ class Presence:
         """This process lives, and listens there; those that are long dead are forgotten."""
         with self._database.writing() as connection:
             if connection.dialect.name == "postgresql":
-                now = connection.execute(select(extract("epoch", func.clock_timestamp()))).scalar_one()
+                now = connection.execute(_NOW).scalar_one()
                 self._offset_s = float(now) - self._clock()
             here = {"process_id": self.process_id, "address": address, "beat_at": self._now()}
             upsert(connection, processes, {**here, "started_at": self._now()}, keep=("started_at",))
-            connection.execute(delete(processes).where(processes.c.beat_at < self._now() - DEAD_S))
+            connection.execute(delete(processes).where(processes.c.beat_at < self._since()))
 
     def end_process(self) -> None:
         """This process is stopped, and its workers are to come back to another."""
@@ -95,12 +122,12 @@ class Presence:
         with self._database.writing() as connection:
             # A row to lock, so that of two that begin at once one is the second.
             insert_new(connection, sessions, {"worker_id": worker_id, **_NOBODY})
-            row = connection.execute(_of(worker_id).with_for_update()).one()
+            row = connection.execute(_LOCKED, {"who": worker_id}).one()
             before, living = _session(row), self._living(connection)
             after = leases.begun(before, self.process_id, self._now(), self._lease_s)
             self._save(connection, worker_id, after, _said(capabilities, None, self._now()))
             note_seen(connection, worker_id, capabilities, self._now())
-            is_its_claim = and_(jobs.c.worker_id == worker_id, jobs.c.status.in_(HELD))
+            is_its_claim = and_(jobs.c.worker_id == worker_id, _IS_HELD)
             connection.execute(update(jobs).where(is_its_claim).values(session_no=after.number))
             job_id = connection.execute(select(jobs.c.job_id).where(is_its_claim)).scalar()
         inherited = None if job_id is None else Inherited(job_id, leases.loss_on_return(before, living))
@@ -113,7 +140,7 @@ class Presence:
         now = self._now()
         said = {"lease_until": now + self._lease_s, **_said(capabilities, current_job_id, now)}
         with self._database.writing() as connection:
-            changed = connection.execute(update(sessions).where(_is(worker_id, number)).values(said))
+            changed = connection.execute(_CHANGE_PRESENT, {"who": worker_id, "present": number, **said})
             if changed.rowcount == 0:
                 leases.renewed(_session_of(connection, worker_id), number, now)
             note_seen(connection, worker_id, capabilities, now)
@@ -133,7 +160,7 @@ class Presence:
     def leave(self, worker_id: str, number: int) -> None:
         """The session is over, and its claims were released."""
         with self._database.writing() as connection:
-            connection.execute(update(sessions).where(_is(worker_id, number)).values(process_id=None))
+            connection.execute(_CHANGE_PRESENT, {"who": worker_id, "present": number, "process_id": None})
 
     def dismiss(self, worker_id: str, code: wire.ErrorCode) -> None:
         """The studio ends this worker's session, whichever process has it."""
@@ -144,33 +171,16 @@ class Presence:
 
     def connected(self) -> dict[str, Seat]:
         """All workers that have a session with a living process, by their ids."""
-        query = (
-            select(sessions)
-            .join_from(sessions, processes, sessions.c.process_id == processes.c.process_id, isouter=True)
-            .where(or_(sessions.c.process_id == self.process_id, self._is_fresh()))
-        )
         with self._database.reading() as connection:
-            rows = connection.execute(query).all()
+            rows = connection.execute(_CONNECTED, {"here": self.process_id, "since": self._since()}).all()
         return {row.worker_id: Seat(row.is_paused, row.current_job_id, row.heartbeat_at) for row in rows}
 
     # --- claims -------------------------------------------------------------------------------------
 
     def lost(self) -> list[str]:
         """The ids of all jobs whose lease has run out, or that no session has."""
-        query = (
-            select(jobs.c.job_id)
-            .join_from(jobs, sessions, jobs.c.worker_id == sessions.c.worker_id, isouter=True)
-            .where(
-                jobs.c.status.in_(HELD),
-                or_(
-                    sessions.c.worker_id.is_(None),
-                    sessions.c.lease_until < self._now(),
-                    sessions.c.number > jobs.c.session_no,
-                ),
-            )
-        )
         with self._database.reading() as connection:
-            return list(connection.execute(query).scalars())
+            return list(connection.execute(_LOST, {"now": self._now()}).scalars())
 
     def loss(self, connection: Connection, job: QueuedJob) -> Loss | None:
         """Whether this job, locked by the transaction under way, is lost by now."""
@@ -182,12 +192,13 @@ class Presence:
     def _now(self) -> float:
         return self._clock() + self._offset_s
 
-    def _is_fresh(self) -> ColumnElement[bool]:
-        return processes.c.beat_at >= self._now() - DEAD_S
+    def _since(self) -> float:
+        """Whoever has not beaten since then is dead."""
+        return self._now() - DEAD_S
 
     def _living(self, connection: Connection) -> set[str]:
         # This process lives, whether or not it could say so lately.
-        others = connection.execute(select(processes.c.process_id).where(self._is_fresh())).scalars()
+        others = connection.execute(_LIVING, {"since": self._since()}).scalars()
         return {self.process_id, *others}
 
     def _save(
@@ -200,20 +211,11 @@ class Presence:
             "end_code": session.end_code,
             **(said or {}),
         }
-        connection.execute(update(sessions).where(sessions.c.worker_id == worker_id).values(values))
-
-
-def _of(worker_id: str) -> Any:
-    return select(sessions).where(sessions.c.worker_id == worker_id)
-
-
-def _is(worker_id: str, number: int) -> ColumnElement[bool]:
-    return and_(sessions.c.worker_id == worker_id, sessions.c.number == number)
+        connection.execute(_CHANGE, {"who": worker_id, **values})
 
 
 def _session_of(connection: Connection, worker_id: str, *, is_to_change: bool = False) -> Session | None:
-    query = _of(worker_id)
-    row = connection.execute(query.with_for_update() if is_to_change else query).one_or_none()
+    row = connection.execute(_LOCKED if is_to_change else _OF, {"who": worker_id}).one_or_none()
     return None if row is None else _session(row)
 
 

@@ -26,7 +26,8 @@ from studio_worker.local_studio.registry import Registration, Registry
 from studio_worker.local_studio.rules import JobExtras, JobStatus, QueuedJob
 from studio_worker.local_studio.sessions import Sessions
 from studio_worker.local_studio.shelf import LogLine, Model, Shelf
-from studio_worker.local_studio.wake import Alone, Hint, Wake
+from studio_worker.local_studio.storage.postgres import PostgresDatabase
+from studio_worker.local_studio.wake import Alone, Hint, Listening, Wake
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.views import Views
 from studio_worker.local_studio.workers import RegisteredWorker
@@ -59,7 +60,10 @@ class Studio:
         places = places if isinstance(places, Places) else Places(places)
         self.limits = limits or Limits()
         self.changes = Changes()
-        self.database, self.pictures = open_places(places, self.changes.bump)
+        self.wake: Wake = Alone()
+        self.database, self.pictures = open_places(places, self._changed)
+        if isinstance(self.database, PostgresDatabase):
+            self.wake = Listening(self.database.url)
         try:
             self.pictures.check(owner_of(self.database.salt))
         except ConfigError:
@@ -74,7 +78,6 @@ class Studio:
         self.housekeeping = Housekeeping(self.database, self.queue, self.shelf, self.pictures, retention)
         self.presence = Presence(self.database, uuid.uuid4().hex, self.limits.lease_s)
         self.pulse = Pulse(self.presence, self.queue, self.limits.lease_s)
-        self.wake: Wake = Alone()
         self.attendance = Attendance(self.queue, self.presence, self.wake)
         self.sessions = Sessions(
             self.registry.workers,
@@ -96,6 +99,10 @@ class Studio:
         if hint.kind in {"change", "look"}:
             self.changes.bump()
         self.attendance.hear(hint)
+
+    def _changed(self) -> None:
+        self.changes.bump()
+        self.wake.tell(Hint("change"))
 
     def facts(self) -> Facts:
         """For the metrics, at the moment of asking."""

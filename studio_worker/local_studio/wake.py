@@ -23,14 +23,14 @@ from typing import Any, Literal, Protocol, get_args
 import sqlalchemy
 from sqlalchemy.pool import NullPool
 
+from studio_worker.local_studio.storage.postgres import options_of
+
 logger = logging.getLogger(__name__)
 
 CHANNEL = "studio"
 CHANGES_S = 0.1
 _RETRY_S = 1.0
 _KEPT_HINTS = 1000
-_CONNECTION = {"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
-"""A server that vanished without a word is noticed within half a minute (libpq's parameters)."""
 
 Kind = Literal["change", "end", "offer", "offer_others", "look"]
 
@@ -95,7 +95,7 @@ class Listening:
     """
 
     def __init__(self, url: sqlalchemy.URL) -> None:
-        self._engine = sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=_CONNECTION)
+        self._engine = sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=options_of(url))
         self._errors = (self._engine.dialect.loaded_dbapi.Error, sqlalchemy.exc.SQLAlchemyError, OSError)
         self._hints: deque[Hint] = deque(maxlen=_KEPT_HINTS)
         self._has_changed = False
@@ -114,6 +114,8 @@ class Listening:
     def tell(self, hint: Hint) -> None:
         """Say it soon; hints are kept while there is no connection."""
         if hint.kind == "change":
+            if self._has_changed:
+                return
             self._has_changed = True
         else:
             self._hints.append(hint)

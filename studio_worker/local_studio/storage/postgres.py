@@ -102,11 +102,16 @@ def _url(address: str) -> URL:
     return url.set(drivername="postgresql+psycopg")
 
 
+def options_of(url: URL) -> dict[str, object]:
+    """How a connection is made and watched over, where the address does not say so itself."""
+    return {name: value for name, value in _OPTIONS.items() if name not in url.query}
+
+
 def _engine(url: URL) -> Engine:
     try:
         return create_engine(
             url,
-            connect_args={name: value for name, value in _OPTIONS.items() if name not in url.query},
+            connect_args=options_of(url),
             pool_size=_CONNECTIONS,
             max_overflow=0,
             pool_timeout=_WAIT_S,

@@ -1,0 +1,269 @@
+"""Several studio processes on one database, seen by their workers and by people."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from studio_worker.local_studio import Limits, LocalStudio, Places
+from studio_worker.local_studio.pictures import Folder
+from studio_worker.local_studio.turns import Patience
+from tests.fakes.machine import PICTURE, WAIT_S, Machine, queue
+from tests.farm.postgres import Cluster
+
+HASTY = Limits(lease_s=1.0)
+"""A lease that runs out while a test waits."""
+
+
+class Studios:
+    """Processes of one studio, as far as they know: each has its own connections, sessions and page."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self._places = Places(url, Folder(folder / "pictures"))
+
+    def open(self, limits: Limits | None = None) -> LocalStudio:
+        return LocalStudio(self._places, limits=limits)
+
+
+@pytest.fixture
+def studios(database_url: str, tmp_path: Path) -> Studios:
+    return Studios(database_url, tmp_path)
+
+
+@pytest.fixture
+def north(studios: Studios) -> Iterator[LocalStudio]:
+    with studios.open() as running:
+        yield running
+
+
+@pytest.fixture
+def south(studios: Studios, north: LocalStudio) -> Iterator[LocalStudio]:
+    with studios.open() as running:
+        yield running
+
+
+@pytest.fixture
+def machine(north: LocalStudio) -> Iterator[Machine]:
+    """A worker whose session is with north."""
+    worker = Machine(north).connect()
+    yield worker
+    assert worker.socket is not None
+    worker.socket.close()
+
+
+def turn_to(machine: Machine, studio: LocalStudio) -> Machine:
+    """From now on the worker dials this process."""
+    machine.studio, machine.api = studio, f"{studio.base_url}/graphics/api"
+    return machine
+
+
+# --- what one process says, all obey ----------------------------------------------------------------
+
+
+def test_approval_is_obeyed_by_all(north: LocalStudio, south: LocalStudio) -> None:
+    """A machine that asked one process, and was approved at another, gets its token from either."""
+    machine = Machine(north, approve=False)
+    assert [entry.request_id for entry in south.pending()] == [machine.request_id]
+    south.approve(machine.request_id)
+    machine.fetch_token()
+    token = machine.token
+    turn_to(machine, south).fetch_token()
+    assert machine.token == token
+    machine.connect().hang_up()
+
+
+def test_deletion_ends_the_session_wherever_it_is(
+    north: LocalStudio, south: LocalStudio, machine: Machine
+) -> None:
+    """A worker that is deleted at one process is told so by the other, and its job is free again."""
+    job_id = queue(south)
+    machine.take()
+    south.delete_worker(machine.worker_id)
+    frames, code = machine.closing()
+    assert ([frame["code"] for frame in frames], code) == (["worker_deleted"], 4004)
+    south.wait_for(lambda: south.job(job_id).status == "queued", WAIT_S)
+    assert not south.is_online(machine.worker_id)
+
+
+def test_pause_is_seen_by_all(north: LocalStudio, south: LocalStudio, machine: Machine) -> None:
+    """The page of every process shows who is connected to any, and what they do."""
+
+    def state() -> str:
+        (worker,) = south.workers()
+        said: str = south.views.worker(worker, south.presence.connected())["state"]
+        return said
+
+    assert state() == "idle"
+    machine.beat(autoEnabled=False)
+    assert state() == "paused"
+    machine.beat("a job")
+    assert state() == "working"
+    machine.hang_up()
+    assert state() == "offline"
+    machine.connect()
+
+
+def test_change_rings_at_every_process(north: LocalStudio, south: LocalStudio) -> None:
+    """Whoever waits at one process is woken by what is done at another."""
+    seen = south.changes.version
+    job_id = queue(north)
+    south.wait_for(lambda: south.changes.version > seen, WAIT_S)
+    waiting = threading.Thread(target=south.wait_for, args=(lambda: south.queue.get(job_id) is None, WAIT_S))
+    waiting.start()
+    north.queue.delete(job_id)
+    waiting.join()
+    assert south.queue.get(job_id) is None
+
+
+# --- one worker, one session ------------------------------------------------------------------------
+
+
+def test_second_session_elsewhere_ends_the_first(
+    north: LocalStudio, south: LocalStudio, machine: Machine
+) -> None:
+    """A worker that dials another process keeps its job; its older session ends with duplicate_worker."""
+    job_id = queue(north)
+    machine.take()
+    machine.beat(job_id)
+    older = machine.socket
+    turn_to(machine, south).connect().beat(job_id)
+    newer, machine.socket = machine.socket, older
+    frames, code = machine.closing()
+    assert ([frame["code"] for frame in frames], code) == (["duplicate_worker"], 4003)
+    machine.socket = newer
+    machine.beat(job_id)
+    assert (south.job(job_id).status, south.job(job_id).attempts) == ("running", 1)
+    assert machine.upload(job_id).status_code == 200
+    assert north.result(job_id) == PICTURE
+
+
+def test_late_word_of_an_older_session_changes_nothing(
+    north: LocalStudio, south: LocalStudio, machine: Machine
+) -> None:
+    """What still comes over an older session, before its process heard that it is over, is dropped."""
+    job_id = queue(north)
+    machine.take()
+    machine.beat(job_id)
+    older = machine.socket
+    north.wake.stop()
+    turn_to(machine, south).connect().beat(job_id)
+    newer, machine.socket = machine.socket, older
+    machine.say("fail", jobId=job_id, error="late", retryable=False)
+    frames, code = machine.closing()
+    assert ([frame["code"] for frame in frames], code) == (["duplicate_worker"], 4003)
+    machine.socket = newer
+    assert (south.job(job_id).status, south.job(job_id).attempts) == ("running", 1)
+
+
+# --- offers -----------------------------------------------------------------------------------------
+
+
+def test_upload_at_another_process_brings_the_next_offer(
+    north: LocalStudio, south: LocalStudio, machine: Machine
+) -> None:
+    """A picture may arrive at any process; the next offer comes over the session by itself."""
+    first, second = queue(north), queue(north)
+    machine.take()
+    machine.beat(first)
+    turn_to(machine, south)
+    assert machine.upload(first).status_code == 200
+    assert machine.hear()["claim"]["jobId"] == second
+
+
+def test_rejected_job_is_offered_to_a_worker_of_another_process(
+    north: LocalStudio, south: LocalStudio, machine: Machine
+) -> None:
+    """A job that one worker will not do goes at once to an idle one, whichever process has that."""
+    other = Machine(south, name="other").connect()
+    job_id = queue(north)
+    assert machine.offered()["jobId"] == job_id
+    machine.say("reject", jobId=job_id, reason="needs 40 GB")
+    assert other.hear()["claim"]["jobId"] == job_id
+    other.hang_up()
+
+
+def test_job_fails_where_the_workers_of_all_processes_have_rejected_it(studios: Studios) -> None:
+    """A job that nobody can do goes from one to the other, twice, and fails with the reasons of all."""
+    at_once = Limits(patience=Patience(ask_again_s=0.0))
+    with studios.open(at_once) as north, studios.open(at_once) as south:
+        box, other = Machine(north).connect(), Machine(south, name="other").connect()
+        job_id = queue(north)
+        assert box.offered()["jobId"] == job_id
+        box.say("reject", jobId=job_id, reason="needs 40 GB")
+        for asked in (other, box):
+            assert asked.hear()["claim"]["jobId"] == job_id
+            asked.say("reject", jobId=job_id, reason=f"{asked.capabilities['machineName']} cannot")
+        assert other.hear()["claim"]["jobId"] == job_id
+        other.say("reject", jobId=job_id, reason="never")
+        south.wait_for(lambda: south.job(job_id).status == "failed", WAIT_S)
+        assert north.job(job_id).reason == "no worker can do it (box: box cannot; other: never)"
+        box.hang_up()
+        other.hang_up()
+
+
+# --- processes that end -----------------------------------------------------------------------------
+
+
+def test_job_in_hand_goes_on_when_its_process_is_stopped(studios: Studios, south: LocalStudio) -> None:
+    """A process that is stopped hands its sessions over: workers go on at another, no attempt is counted."""
+    leaving = studios.open().start()
+    machine = Machine(leaving).connect()
+    job_id = queue(south)
+    machine.take()
+    machine.beat(job_id)
+    leaving.stop()
+    assert machine.closing()[1] == 1012
+    assert (south.job(job_id).status, south.is_online(machine.worker_id)) == ("running", False)
+    turn_to(machine, south).connect().beat(job_id)
+    assert (south.job(job_id).status, south.job(job_id).attempts) == ("running", 1)
+    assert machine.upload(job_id).status_code == 200
+    machine.hang_up()
+
+
+def test_claim_is_released_once(studios: Studios) -> None:
+    """Of all processes that see a lost claim at the same moment one releases it, and it costs nothing."""
+    leaving = studios.open(HASTY).start()
+    machine = Machine(leaving).connect()
+    job_id = queue(leaving)
+    machine.take()
+    machine.beat(job_id)
+    leaving.stop()
+    processes = [studios.open(HASTY) for _ in range(4)]
+    released: list[object] = []
+    ready = threading.Barrier(len(processes))
+
+    def release(studio: LocalStudio) -> None:
+        while job_id not in studio.presence.lost():
+            pass
+        ready.wait()
+        released.append(studio.queue.let_go(job_id, studio.presence.loss))
+
+    threads = [threading.Thread(target=release, args=(studio,)) for studio in processes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [each is None for each in released].count(False) == 1
+    job = processes[0].job(job_id)
+    assert (job.status, job.attempts, job.dropped_by) == ("queued", 0, machine.worker_id)
+    assert job.reason == "the studio was restarted"
+    for studio in processes:
+        studio.stop()
+
+
+def test_database_that_restarts_costs_no_claim(
+    postgres: Cluster, north: LocalStudio, machine: Machine
+) -> None:
+    """While the database is away heartbeats are acknowledged; afterwards the job is still its worker's."""
+    job_id = queue(north)
+    machine.take()
+    machine.beat(job_id)
+    postgres.stop()
+    machine.beat(job_id)
+    postgres.start()
+    machine.beat(job_id)
+    assert (north.job(job_id).status, north.job(job_id).attempts) == ("running", 1)
+    assert machine.upload(job_id).status_code == 200
