@@ -123,11 +123,17 @@ def test_storage_that_is_away_costs_no_picture(
 
 
 def test_storage_that_hangs_takes_nothing_else_with_it(
-    studio: LocalStudio, machine: Machine, proxy: S3Proxy, s3_server: S3Server, bucket: str
+    studio: LocalStudio,
+    machine: Machine,
+    proxy: S3Proxy,
+    s3_server: S3Server,
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """However many deliveries wait for a storage that says nothing, the page and the probes answer."""
     job_id = queue(studio)
     machine.take()
+    monkeypatch.setattr("tests.fakes.machine.WAIT_S", 2 * WAIT_S)  # 45 at once take their time
     proxy.faults.is_silent = True
     statuses: list[int] = []
     threads = [
@@ -136,7 +142,7 @@ def test_storage_that_hangs_takes_nothing_else_with_it(
     ]
     for thread in threads:
         thread.start()
-    assert proxy.wait_for("PUT", UPLOADS + 1, WAIT_S)  # and that of the start
+    assert proxy.wait_for("PUT", UPLOADS + 1, 2 * WAIT_S)  # and that of the start
     for path in ("/", "/api/state", "/health/ready"):
         assert requests.get(f"{studio.base_url}{path}", timeout=WAIT_S).status_code == 200
     proxy.faults.is_silent = False
