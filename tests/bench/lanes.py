@@ -6,6 +6,9 @@ behind its end. Counted is from when all lanes are at work to the last picture t
 neither the start nor the last uploads are in it. Beside it stands what the link itself allows: for one lane
 making and sending one after the other, for more the slower of the two.
 
+Beside that: what an upload takes and waits for other uploads, how long the device is idle between two
+pictures (the median), and how many of them were encoded on the main thread, which has the device.
+
 Each row is printed when it is measured. ``LANES=3`` measures that number alone, ``JOBS=8`` so many pictures.
 ``BEFORE=FOLDER`` measures one lane also with the sources there, of a version before lanes. Then, without a
 studio: how often the model changes where two alternate, by the rule of work/order.py and first come, first
@@ -16,15 +19,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from datetime import datetime
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -45,16 +47,33 @@ PICTURE = {"kind": "image", "prompt": sample_model.prompt("red", "potion", "gras
            "height": 192, "steps": 14, "ext": "png"}  # fmt: skip
 PICTURE_BYTES = 1_500_000
 SPY = f"""
-import dataclasses, logging, os, threading
+import dataclasses, logging, os, sys, threading, time
 from PIL import Image
 from studio_worker.spool.outbox import Outbox
 
+log = logging.getLogger("bench")
 save, add = Image.Image.save, Outbox.add
 
 def noted(self, *args, **kwargs):
-    is_main = threading.current_thread() is threading.main_thread()
-    logging.getLogger("bench").info("encoding", extra={{"is_main": is_main}})
+    log.info("encoding", extra={{"is_main": threading.current_thread() is threading.main_thread()}})
+    time_engine()
     return save(self, *args, **kwargs)
+
+def time_engine():
+    # Not before: torch, imported too early, has threads that a signal ends.
+    engine = sys.modules["studio_worker.engine.diffusion"].DiffusionEngine
+    name = "make" if hasattr(engine, "make") else "generate"  # which encoded, too
+    make = getattr(engine, name)
+    if make.__name__ == "timed":
+        return
+
+    def timed(self, *args, **kwargs):
+        began = time.monotonic()
+        made = make(self, *args, **kwargs)
+        log.info("at the device", extra={{"began": began, "ended": time.monotonic()}})
+        return made
+
+    setattr(engine, name, timed)
 
 def padded(self, job, picture, *args, **kwargs):
     data = picture.data + os.urandom({PICTURE_BYTES} - len(picture.data))
@@ -63,7 +82,7 @@ def padded(self, job, picture, *args, **kwargs):
 Image.Image.save, Outbox.add = noted, padded
 """
 """Run in the service before anything else."""
-ROW = "{:36} {:>12} {:>13} {:>16} {:>10} {:>9} {:>9} {:>18}"
+ROW = "{:32} {:>9} {:>13} {:>16} {:>10} {:>8} {:>8} {:>9} {:>16}"
 
 
 class Link(NamedTuple):
@@ -79,7 +98,7 @@ class Link(NamedTuple):
 def main() -> None:
     """Measure and print."""
     say(ROW.format("link", "lanes", "engine works", "the link allows", "a picture", "upload", "waits",
-                   "encoded on main"))  # fmt: skip
+                   "idle then", "encoded on main"))  # fmt: skip
     for delay_s, bits_s in LINKS:
         link = Link(delay_s, bits_s / 8)
         if BEFORE:
@@ -137,23 +156,23 @@ def work(studio: LocalStudio, lanes: int) -> None:
 def figures(lines: list[dict[str, Any]], lanes: int, link: Link) -> tuple[str, ...]:
     """The row of one measurement."""
     done = {line["job_id"]: line for line in lines if line["message"] == "job done"}
-    left_device = sorted(
-        (datetime.fromisoformat(line["timestamp"]).timestamp() - done[line["job_id"]]["encode_ms"] / 1000,
-         line["job_id"])
-        for line in lines if line["message"] == "picture made" and line["job_id"] in done
-    )  # fmt: skip
-    (began_at, _), *counted = left_device[lanes - 1 :]
-    made = [done[job_id] for _, job_id in counted]
+    turns = sorted(
+        (line["began"], line["ended"], line["job_id"]) for line in lines if line["message"] == "at the device"
+    )
+    (_, began_at, _), *counted = turns[lanes - 1 :]
+    made = [done[job_id] for _, _, job_id in counted]
+    idle_s = [begin - end for (_, end, _), (begin, _, _) in pairwise(turns[lanes - 1 :])]
     engine_s = sum(line["load_ms"] + line["generate_ms"] for line in made) / 1000
     picture_s, sending_s = engine_s / len(made), PICTURE_BYTES / link.bytes_s
     allowed = picture_s / (picture_s + sending_s) if lanes == 1 else min(1.0, picture_s / sending_s)
     on_main = [line["is_main"] for line in lines if line["message"] == "encoding"]
     return (
-        f"{100 * engine_s / (counted[-1][0] - began_at):.1f}%",
+        f"{100 * engine_s / (counted[-1][1] - began_at):.1f}%",
         f"{100 * allowed:.1f}%",
         f"{picture_s:.2f} s",
         f"{statistics.mean(line['upload_ms'] for line in made) / 1000:.2f} s",
         f"{statistics.mean(line.get('uplink_ms', 0) for line in made) / 1000:.2f} s",
+        f"{1000 * statistics.median(idle_s):.0f} ms",
         f"{sum(on_main)} of {len(on_main)}",
     )
 
@@ -166,7 +185,7 @@ def relayed(studio: LocalStudio, link: Link) -> Iterator[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-        process.send_signal(signal.SIGINT)
+        process.terminate()
 
 
 def switches(lanes: int, *, has_rule: bool = True, jobs: int = 100) -> int:

@@ -87,5 +87,4 @@ async def _carried(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, l
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(relay(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])))
+    asyncio.run(relay(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])))
