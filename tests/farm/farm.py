@@ -7,7 +7,7 @@ import collections
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,22 +57,14 @@ class Farm:
 
     Args:
         folder: for the logs of the studio processes.
-        more: faults of the database and the picture store, by their kind: given how long they last.
     """
 
-    def __init__(
-        self,
-        size: Size,
-        store: Store,
-        folder: Path,
-        more: Mapping[str, Callable[[float], Awaitable[None]]] | None = None,
-    ) -> None:
+    def __init__(self, size: Size, store: Store, folder: Path) -> None:
         self._size = size
         self._store = store
-        self._more = more or {}
         self._book = Book()
         names = [f"studio-{number}" for number in range(1, size.processes + 1)]
-        self._processes = [StudioProcess(name, folder, store.options) for name in names]
+        self._processes = [StudioProcess(name, folder, store.options, store.environment) for name in names]
         self._balancer = Balancer(self._processes)
         self._workers = [
             Worker(f"box {size.seed} {number}", manner, self._book, self._balancer.port, people.picture)
@@ -98,8 +90,8 @@ class Farm:
         self._store.watch()
         for begin in range(0, len(self._workers), 20):
             await asyncio.gather(*(worker.register() for worker in self._workers[begin : begin + 20]))
-        trouble = faults.Faults(self._processes, self._balancer, self._workers, self._more)
-        kinds = [*faults.OF_ALL, *self._more]
+        trouble = faults.Faults(self._processes, self._balancer, self._workers, self._store.faults)
+        kinds = [*faults.OF_ALL, *self._store.faults]
         script = faults.script(self._size.seed, self._size.jobs, self._size.faults, kinds)
         # Who is still in the middle of something when all is over is sent home.
         at_work = [asyncio.create_task(worker.run()) for worker in self._workers]

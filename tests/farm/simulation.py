@@ -1,26 +1,39 @@
 """A farm in simulation: ``make farm``.
 
-Studio processes on one database, a crowd of workers in one event loop, people who queue jobs, and everything
-that goes wrong between them, by a script from a seed. A verdict, and figures beside a studio of one desk and
-beside a bare queue of the same database.
+Studio processes on one PostgreSQL database and one S3 storage, a crowd of workers in one event loop, people
+who queue jobs, and everything that goes wrong between them, by a script from a seed: a verdict.
+
+Then figures, without faults, of as many workers that take as long for a picture: the same farm, a studio of
+one desk (SQLite, a folder, one process), and a bare queue in the same database server, whose clients claim
+with ``SKIP LOCKED``, wait as long as a picture takes, and note that it is done. Their pictures go nowhere,
+they load no models and know no turns. The bare queue is run without the work, too: what its server can do.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from tests.farm.bare_loop import jobs_per_second
 from tests.farm.farm import Farm, Outcome, Size
-from tests.farm.stores import OneDesk
+from tests.farm.postgres import Cluster
+from tests.farm.s3 import S3Server
+from tests.farm.s3_proxy import S3Proxy
+from tests.farm.stores import Bucket, OneDatabase, OneDesk, SharedFolder, Shelves
 
 _SHOWN = 10
+GOAL = 0.5
+"""Of the bare queue's jobs a second."""
 
 
 def one_desk(folder: Path, size: Size) -> Outcome:
@@ -29,25 +42,78 @@ def one_desk(folder: Path, size: Size) -> Outcome:
     return Farm(size, OneDesk(folder), folder).run()
 
 
+def one_farm(folder: Path, size: Size, cluster: Cluster, shelves: Shelves) -> Outcome:
+    """Several processes on one database."""
+    folder.mkdir()
+    with ThreadPoolExecutor(1) as hands:
+        store = OneDatabase(cluster, folder, shelves, hands)
+        outcome = Farm(size, store, folder).run()
+    return outcome
+
+
+@contextlib.contextmanager
+def bucket(seed: int) -> Iterator[Bucket]:
+    """Of an S3 server that starts now, behind a proxy that fails on order."""
+    with S3Server() as server, S3Proxy(server.port, seed) as proxy:
+        yield Bucket(server, proxy)
+
+
 def main() -> int:
     """Run the farm and print its account; exit status 1 where a promise was broken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=20_000)
     parser.add_argument("--workers", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--faults", type=int, default=40)
+    parser.add_argument("--makes", type=float, default=2.0, metavar="SECONDS", help="for a picture")
+    parser.add_argument("--folder", action="store_true", help="pictures in a folder, and not in S3")
+    parser.add_argument("--figures", type=int, default=4_000, metavar="JOBS", help="without faults; 0: none")
     parser.add_argument("--keep", type=Path, help="a folder for what the studios leave")
     given = parser.parse_args()
     console = Console()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = given.keep or Path(temporary)
+    size = Size(
+        given.seed, given.jobs, workers=given.workers, processes=given.processes, faults=given.faults,
+        makes_s=given.makes,
+    )  # fmt: skip
+    outcomes: list[Outcome] = []
+    with contextlib.ExitStack() as stack:
+        folder = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        desk = one_desk(
-            folder / "desk",
-            Size(given.seed, given.jobs, workers=given.workers, processes=1, faults=given.faults),
-        )
-        console.print(table("one desk: SQLite", desk))
-    return 0 if is_clean(desk) else 1
+        cluster = stack.enter_context(Cluster())
+        with contextlib.ExitStack() as while_failing:
+            shelves: Shelves = SharedFolder(folder / "pictures")
+            if not given.folder:
+                shelves = while_failing.enter_context(bucket(given.seed))
+            outcomes.append(one_farm(folder / "farm", size, cluster, shelves))
+        console.print(table("the farm while everything fails", outcomes[-1]))
+        if given.figures:
+            calm = replace(size, jobs=given.figures, faults=0)
+            shelves = SharedFolder(folder / "pictures of the calm farm")
+            outcomes.append(one_farm(folder / "calm", calm, cluster, shelves))
+            outcomes.append(one_desk(folder / "desk", replace(calm, processes=1)))
+            console.print(_figures(cluster, *outcomes[1:]))
+    return 0 if all(is_clean(outcome) for outcome in outcomes) else 1
+
+
+def _figures(cluster: Cluster, farm: Outcome, desk: Outcome) -> Table:
+    size = farm.size
+    loop, idle = (
+        jobs_per_second(cluster.url(), jobs=size.jobs, clients=size.workers, makes_s=makes_s)
+        for makes_s in (size.makes_s, 0.0)
+    )
+    made = Table(title=f"{size.jobs} jobs, {size.workers} workers, {size.makes_s:g} s a picture, no faults")
+    for column in ("", "jobs/s", "of the loop", "queue to offer, p50", "p99"):
+        made.add_column(column)
+    for name, outcome in ((f"farm of {size.processes} processes", farm), ("one desk, SQLite", desk)):
+        ratio, (p50, p99) = outcome.jobs_per_s / loop, waits(outcome)
+        goal = f" (goal {GOAL})" if outcome is farm else ""
+        made.add_row(name, f"{outcome.jobs_per_s:.1f}", f"{ratio:.2f}{goal}", f"{p50:.2f} s", f"{p99:.2f} s")
+        if outcome.wrong or not outcome.verdict.is_clean:
+            made.add_row("", "this run broke promises:", str(outcome.wrong[:1]), str(outcome.verdict)[:200])
+    made.add_row("bare SKIP LOCKED loop", f"{loop:.1f}", "1", "", "")
+    made.add_row("the same without the work", f"{idle:.0f}", f"{idle / loop:.1f}", "", "")
+    return made
 
 
 def is_clean(outcome: Outcome) -> bool:
@@ -55,25 +121,27 @@ def is_clean(outcome: Outcome) -> bool:
     return outcome.verdict.is_clean and not outcome.wrong
 
 
+def waits(outcome: Outcome) -> tuple[float, float]:
+    """Seconds from queue to offer: p50 and p99."""
+    each = sorted(outcome.verdict.waits.values()) or [0.0]
+    return statistics.median(each), each[int(len(each) * 0.99)]
+
+
 def table(title: str, outcome: Outcome) -> Table:
     """The account of one run."""
-    made = Table(title=f"{title}, seed {outcome.size.seed}, {outcome.seconds:.0f} s", show_header=False)
-    book, verdict = outcome.book, outcome.verdict
+    size, book, verdict = outcome.size, outcome.book, outcome.verdict
+    made = Table(title=f"{title}, seed {size.seed}, {outcome.seconds:.0f} s", show_header=False)
     account = book.account
-    waits = sorted(verdict.waits.values()) or [0.0]
+    p50, p99 = waits(outcome)
     faults = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.faults.items()))
+    done = f"{len(account.delivered)} done, {len(account.hopeless)} given up"
     for name, text in (
-        (
-            "jobs",
-            f"{len(account.delivered)} done, {len(account.hopeless)} given up; {outcome.jobs_per_s:.1f}/s",
-        ),
-        ("workers", f"{outcome.size.workers}; {book.sessions} sessions, {book.offers} offers"),
+        ("jobs", f"{done}, of {size.people} people; {outcome.jobs_per_s:.1f}/s"),
+        ("studio processes", str(size.processes)),
+        ("workers", f"{size.workers}; {book.sessions} sessions, {book.offers} offers"),
         ("pictures", f"{book.made} made, {account.refused.total()} refused, {book.uploads_again} sent again"),
         ("faults", f"{outcome.faults.total()}: {faults}"),
-        (
-            "queue to offer",
-            f"p50 {statistics.median(waits):.2f} s, p99 {waits[int(len(waits) * 0.99)]:.2f} s",
-        ),
+        ("queue to offer", f"p50 {p50:.2f} s, p99 {p99:.2f} s"),
         ("lost", _told(verdict.lost)),
         ("recorded or held twice", _told(verdict.twice)),
         ("unfair", _told(verdict.unfair)),

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import Protocol
+from typing import LiteralString, Protocol
+
+import psycopg
 
 from studio_worker.local_studio.server import DATABASE_NAME
 from tests.farm import history
 from tests.farm.history import History
 from tests.farm.people import picture
+from tests.farm.postgres import Cluster
+from tests.farm.s3 import S3Server
+from tests.farm.s3_proxy import S3Proxy
 
-_UNFINISHED = "SELECT count(*) FROM jobs WHERE status IN ('queued', 'offered', 'running')"
+_UNFINISHED = "SELECT count(*), '' FROM jobs WHERE status IN ('queued', 'offered', 'running')"
 _KEYS = "SELECT job_id, key FROM results"
 
 
@@ -22,6 +29,14 @@ class Store(Protocol):
     @property
     def options(self) -> Sequence[str]:
         """Of ``studio-worker local-studio``."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What its processes find in their environment besides."""
+
+    @property
+    def faults(self) -> Mapping[str, Callable[[float], Awaitable[None]]]:
+        """What can be done to database and pictures, by kind: given for how long."""
 
     def watch(self) -> None:
         """Have the steps of jobs noted; the tables are there."""
@@ -47,6 +62,14 @@ class OneDesk:
     def options(self) -> Sequence[str]:
         return ["--data", str(self._folder)]
 
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return {}
+
+    @property
+    def faults(self) -> Mapping[str, Callable[[float], Awaitable[None]]]:
+        return {}
+
     def watch(self) -> None:
         history.watch_sqlite(self._file)
 
@@ -66,6 +89,127 @@ class OneDesk:
             return connection.execute(query).fetchall()
         finally:
             connection.close()
+
+
+class Shelves(Protocol):
+    """Where a farm's pictures lie."""
+
+    @property
+    def address(self) -> str:
+        """What ``--pictures`` is given."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """See :class:`Store`."""
+
+    @property
+    def faults(self) -> Mapping[str, Callable[[float], Awaitable[None]]]:
+        """See :class:`Store`."""
+
+    def whole(self, keys: Sequence[tuple[str, str]]) -> set[str]:
+        """The jobs, given with their keys, whose picture is there as their worker made it."""
+
+
+class OneDatabase:
+    """A PostgreSQL database that all processes share.
+
+    Args:
+        hands: a thread that lives as long as the cluster, which ends with whoever started it.
+    """
+
+    def __init__(self, cluster: Cluster, folder: Path, shelves: Shelves, hands: Executor) -> None:
+        self._cluster = cluster
+        self._url = cluster.url(cluster.create())
+        self._folder = folder
+        self._shelves = shelves
+        self._hands = hands
+
+    @property
+    def options(self) -> Sequence[str]:
+        given = ["--database", self._url, "--pictures", self._shelves.address]
+        return ["--data", str(self._folder), *given]
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return self._shelves.environment
+
+    @property
+    def faults(self) -> Mapping[str, Callable[[float], Awaitable[None]]]:
+        own = {"restart database": self._restart, "crash database": self._crash}
+        return own | dict(self._shelves.faults)
+
+    def watch(self) -> None:
+        history.watch_postgres(self._url)
+
+    def unfinished(self) -> int | None:
+        try:
+            ((count, _),) = self._rows(_UNFINISHED)
+        except psycopg.OperationalError:
+            return None
+        return int(count)
+
+    def history(self) -> History:
+        return history.read_postgres(self._url)
+
+    def stored(self) -> Collection[str]:
+        return self._shelves.whole(self._rows(_KEYS))
+
+    async def _restart(self, seconds: float) -> None:
+        await self._away(self._cluster.stop, seconds)
+
+    async def _crash(self, seconds: float) -> None:
+        await self._away(self._cluster.kill, seconds)
+
+    async def _away(self, end: Callable[[], None], seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._hands, end)
+        await asyncio.sleep(seconds)
+        await loop.run_in_executor(self._hands, self._cluster.start)
+
+    def _rows(self, query: LiteralString) -> list[tuple[str, str]]:
+        with psycopg.connect(self._url) as connection:
+            return connection.execute(query).fetchall()
+
+
+class SharedFolder:
+    """A folder that all processes have."""
+
+    environment: Mapping[str, str] = {}
+    faults: Mapping[str, Callable[[float], Awaitable[None]]] = {}
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.address = str(folder)
+
+    def whole(self, keys: Sequence[tuple[str, str]]) -> set[str]:
+        return whole(keys, self._folder)
+
+
+class Bucket:
+    """A bucket of an S3 server, which a proxy before it refuses with 503 and takes away at times."""
+
+    def __init__(self, server: S3Server, proxy: S3Proxy) -> None:
+        self._server = server
+        self._proxy = proxy
+        self._bucket = server.bucket()
+        self.address = f"s3://{self._bucket}/farm"
+        self.environment: Mapping[str, str] = server.environment(proxy.url)
+        self.faults: Mapping[str, Callable[[float], Awaitable[None]]] = {"no store": self._refuse}
+
+    def whole(self, keys: Sequence[tuple[str, str]]) -> set[str]:
+        client = self._server.client()
+
+        def is_whole(job_id: str, key: str) -> bool:
+            found = client.get_object(Bucket=self._bucket, Key=f"farm/{key}")["Body"].read()
+            return bool(found == picture(job_id))
+
+        there = set(self._server.keys(self._bucket))
+        return {job_id for job_id, key in keys if f"farm/{key}" in there and is_whole(job_id, key)}
+
+    async def _refuse(self, seconds: float) -> None:
+        self._proxy.faults.refused = 1.0 if seconds < 2.0 else 0.5
+        await asyncio.sleep(2 * seconds)
+        self._proxy.faults.refused = 0.0
 
 
 def whole(keys: Sequence[tuple[str, str]], folder: Path) -> set[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests.farm.calls import NoAnswer, send
@@ -24,14 +25,18 @@ class StudioProcess:
 
     Args:
         options: of ``studio-worker local-studio``, besides the port.
+        environment: what it finds in its environment besides.
     """
 
-    def __init__(self, name: str, folder: Path, options: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, folder: Path, options: Sequence[str], environment: Mapping[str, str]
+    ) -> None:
         self.name = name
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         self.log_path = folder / f"{name}.log"
         self._options = options
+        self._environment = {**os.environ, **environment}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -39,6 +44,7 @@ class StudioProcess:
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [*COMMAND, "--port", str(self.port), "--approve-all", *self._options],
+                env=self._environment,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
             )
