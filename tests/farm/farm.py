@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import random
+import resource
 import signal
 import time
 from collections.abc import Awaitable, Sequence
@@ -37,12 +38,18 @@ class Size:
 
 @dataclass
 class Outcome:
-    """What came of it; everything in ``wrong`` is a broken promise that is not the judge's."""
+    """What came of it; everything in ``wrong`` is a broken promise that is not the judge's.
+
+    ``studios_cpu_s`` is the processor time of all studio processes, from their start to their end;
+    ``crowd_cpu_s`` that of this one, with workers and people.
+    """
 
     size: Size
     verdict: Verdict
     book: Book
     seconds: float
+    studios_cpu_s: float
+    crowd_cpu_s: float
     faults: collections.Counter[str] = field(default_factory=collections.Counter)
     wrong: list[str] = field(default_factory=list)
 
@@ -75,13 +82,16 @@ class Farm:
 
     def run(self) -> Outcome:
         """From the first process to the verdict."""
+        before, studios_before = time.process_time(), _cpu_s_of_children()
         try:
             done = asyncio.run(self._run())
         finally:
             for process in self._processes:
                 process.send(signal.SIGKILL)
+        crowd_s, studios_s = time.process_time() - before, _cpu_s_of_children() - studios_before
         verdict = judge(self._store.history(), self._book.account, self._store.stored(), self._book.offline)
-        return Outcome(self._size, verdict, self._book, self._seconds, done, self._wrong + self._book.wrong)
+        wrong = self._wrong + self._book.wrong
+        return Outcome(self._size, verdict, self._book, self._seconds, studios_s, crowd_s, done, wrong)
 
     async def _run(self) -> collections.Counter[str]:
         for process in self._processes:
@@ -167,6 +177,11 @@ def manners(size: Size) -> list[Manner]:
             )
         )
     return made
+
+
+def _cpu_s_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 async def _awaited(something: Awaitable[None]) -> None:

@@ -103,12 +103,15 @@ def _figures(cluster: Cluster, farm: Outcome, desk: Outcome) -> Table:
         for makes_s in (size.makes_s, 0.0)
     )
     made = Table(title=f"{size.jobs} jobs, {size.workers} workers, {size.makes_s:g} s a picture, no faults")
-    for column in ("", "jobs/s", "of the loop", "queue to offer, p50", "p99"):
+    columns = ("jobs/s", "of the loop", "queue to offer, p50", "p99", "studios' CPU", "the crowd's")
+    for column in ("", *columns):
         made.add_column(column)
     for name, outcome in ((f"farm of {size.processes} processes", farm), ("one desk, SQLite", desk)):
         ratio, (p50, p99) = outcome.jobs_per_s / loop, waits(outcome)
         goal = f" (goal {GOAL})" if outcome is farm else ""
-        made.add_row(name, f"{outcome.jobs_per_s:.1f}", f"{ratio:.2f}{goal}", f"{p50:.2f} s", f"{p99:.2f} s")
+        cpu = [f"{cpu_s / size.jobs * 1000:.1f} ms" for cpu_s in (outcome.studios_cpu_s, outcome.crowd_cpu_s)]
+        told = (f"{outcome.jobs_per_s:.1f}", f"{ratio:.2f}{goal}", f"{p50:.2f} s", f"{p99:.2f} s")
+        made.add_row(name, *told, *cpu)
         if outcome.wrong or not outcome.verdict.is_clean:
             made.add_row("", "this run broke promises:", str(outcome.wrong[:1]), str(outcome.verdict)[:200])
     made.add_row("bare SKIP LOCKED loop", f"{loop:.1f}", "1", "", "")

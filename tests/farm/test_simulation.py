@@ -29,7 +29,7 @@ def test_one_desk_loses_nothing_while_everything_fails(tmp_path: Path) -> None:
 def test_farm_loses_nothing_while_everything_fails(
     tmp_path: Path, postgres: Cluster, s3_server: S3Server
 ) -> None:
-    """Studio processes die, database and picture store go away, sessions drop: each job ends once, in turn."""
+    """Studios die, database and picture store go away, sessions drop: each job ends once, and in turn."""
     size = Size(seed=1, jobs=300, people=12, workers=20, processes=2, faults=7, makes_s=0.2)
     with S3Proxy(s3_server.port, seed=1) as proxy:
         outcome = one_farm(tmp_path / "farm", size, postgres, Bucket(s3_server, proxy))
