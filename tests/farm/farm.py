@@ -46,6 +46,7 @@ class Outcome:
 
     size: Size
     verdict: Verdict
+    done: int
     book: Book
     seconds: float
     studios_cpu_s: float
@@ -55,8 +56,8 @@ class Outcome:
 
     @property
     def jobs_per_s(self) -> float:
-        """Pictures that were delivered, by second."""
-        return len(self.book.account.delivered) / self.seconds
+        """Jobs that were done, by second."""
+        return self.done / self.seconds
 
 
 class Farm:
@@ -84,14 +85,23 @@ class Farm:
         """From the first process to the verdict."""
         before, studios_before = time.process_time(), _cpu_s_of_children()
         try:
-            done = asyncio.run(self._run())
+            faults_done = asyncio.run(self._run())
         finally:
             for process in self._processes:
                 process.send(signal.SIGKILL)
         crowd_s, studios_s = time.process_time() - before, _cpu_s_of_children() - studios_before
-        verdict = judge(self._store.history(), self._book.account, self._store.stored(), self._book.offline)
-        wrong = self._wrong + self._book.wrong
-        return Outcome(self._size, verdict, self._book, self._seconds, studios_s, crowd_s, done, wrong)
+        history = self._store.history()
+        return Outcome(
+            size=self._size,
+            verdict=judge(history, self._book.account, self._store.stored(), self._book.offline),
+            done=sum(job.status == "done" for job in history.jobs),
+            book=self._book,
+            seconds=self._seconds,
+            studios_cpu_s=studios_s,
+            crowd_cpu_s=crowd_s,
+            faults=faults_done,
+            wrong=self._wrong + self._book.wrong,
+        )
 
     async def _run(self) -> collections.Counter[str]:
         for process in self._processes:
@@ -107,7 +117,7 @@ class Farm:
         at_work = [asyncio.create_task(worker.run()) for worker in self._workers]
         at_work.append(asyncio.create_task(self._balancer.look()))
         try:
-            await self._work(trouble.run(script, self._delivered), at_work)
+            await self._work(trouble.run(script, self._ended), at_work)
         finally:
             for task in at_work:
                 task.cancel()
@@ -145,11 +155,12 @@ class Farm:
             worker.has_pictures for worker in self._workers
         )
 
-    def _delivered(self) -> int:
-        return len(self._book.account.delivered)
-
     def _ended(self) -> int:
-        return self._delivered() + len(self._book.account.hopeless)
+        """About so many jobs have ended; a picture whose answer was lost is refused when it comes again."""
+        account = self._book.account
+        return (
+            len(account.delivered) + len(account.hopeless) + len(account.refused.keys() - account.delivered)
+        )
 
     async def _stop(self) -> None:
         for process in self._processes:

@@ -1,4 +1,4 @@
-"""What goes wrong in a farm, by a script made from a seed: which fault comes after how many pictures."""
+"""What goes wrong in a farm, by a script made from a seed: which fault comes after how many jobs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OF_ALL = ("kill studio", "stop studio", "freeze studio", "drop sessions")
 
 @dataclass(frozen=True)
 class Fault:
-    """One entry of the script: after so many pictures, for so long; ``lot`` chooses whom it meets."""
+    """One entry of the script: after so many jobs, for so long; ``lot`` chooses whom it meets."""
 
     kind: str
     after: int
@@ -63,10 +63,10 @@ class Faults:
         self._more = more
         self.done: collections.Counter[str] = collections.Counter()
 
-    async def run(self, faults: Sequence[Fault], delivered: Callable[[], int]) -> None:
-        """All of them, one at a time, each once so many pictures are delivered."""
+    async def run(self, faults: Sequence[Fault], ended: Callable[[], int]) -> None:
+        """All of them, one at a time, each once so many jobs have ended."""
         for fault in faults:
-            while delivered() < fault.after:
+            while ended() < fault.after:
                 await asyncio.sleep(0.05)
             await self._do(fault)
             self.done[fault.kind] += 1

@@ -137,7 +137,7 @@ def table(title: str, outcome: Outcome) -> Table:
     account = book.account
     p50, p99 = waits(outcome)
     faults = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.faults.items()))
-    done = f"{len(account.delivered)} done, {len(account.hopeless)} given up"
+    done = f"{outcome.done} done, {len(account.hopeless)} given up"
     for name, text in (
         ("jobs", f"{done}, of {size.people} people; {outcome.jobs_per_s:.1f}/s"),
         ("studio processes", str(size.processes)),

@@ -23,7 +23,7 @@ def test_one_desk_loses_nothing_while_everything_fails(tmp_path: Path) -> None:
     assert is_clean(outcome), table("one desk", outcome)
     assert outcome.faults.total() == 5
     assert len(outcome.verdict.waits) == 200
-    assert len(outcome.book.account.delivered) + len(outcome.book.account.hopeless) == 200
+    assert outcome.done + len(outcome.book.account.hopeless) == 200
 
 
 def test_farm_loses_nothing_while_everything_fails(
@@ -36,7 +36,7 @@ def test_farm_loses_nothing_while_everything_fails(
     assert is_clean(outcome), table("the farm", outcome)
     assert set(outcome.faults) == set(faults.WEIGHTS)
     assert len(outcome.verdict.waits) == 300
-    assert len(outcome.book.account.delivered) + len(outcome.book.account.hopeless) == 300
+    assert outcome.done + len(outcome.book.account.hopeless) == 300
 
 
 def test_bare_loop_does_every_job_once(database_url: str) -> None:
