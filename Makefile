@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := packaging/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: docs house help demo test test-farm test-deb test-fleet cuda-build cuda-deb lint bench gpu-check soak chaos fuzz check venv clean deb lock \
+.PHONY: docs house help demo test test-farm farm test-deb test-fleet cuda-build cuda-deb lint bench gpu-check soak chaos fuzz check venv clean deb lock \
   apt-repo apt-promote apt-withdraw release
 
 help: ## Show this list
@@ -24,6 +24,9 @@ test: $(STAMP) ## Run the whole test suite (no root needed)
 
 test-farm: $(STAMP) ## The local studio's tests on PostgreSQL, and those of S3 (installs Debian's servers, as root)
 	packaging/test-farm
+
+farm: $(STAMP) ## A farm in simulation: 200 workers, 20,000 jobs, everything fails (SEED=1; about 10 minutes)
+	packaging/test-farm simulation --seed $(or $(SEED),1)
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .

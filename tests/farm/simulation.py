@@ -17,7 +17,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,10 +44,7 @@ def one_desk(folder: Path, size: Size) -> Outcome:
 def one_farm(folder: Path, size: Size, cluster: Cluster, shelves: Shelves) -> Outcome:
     """Several processes on one database."""
     folder.mkdir()
-    with ThreadPoolExecutor(1) as hands:
-        store = OneDatabase(cluster, folder, shelves, hands)
-        outcome = Farm(size, store, folder).run()
-    return outcome
+    return Farm(size, OneDatabase(cluster, folder, shelves), folder).run()
 
 
 @contextlib.contextmanager

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import LiteralString, Protocol
 
 import psycopg
 
-from studio_worker.local_studio.server import DATABASE_NAME
+from studio_worker.local_studio.places import DATABASE_NAME
 from tests.farm import history
 from tests.farm.history import History
 from tests.farm.people import picture
@@ -111,18 +110,13 @@ class Shelves(Protocol):
 
 
 class OneDatabase:
-    """A PostgreSQL database that all processes share.
+    """A PostgreSQL database that all processes share."""
 
-    Args:
-        hands: a thread that lives as long as the cluster, which ends with whoever started it.
-    """
-
-    def __init__(self, cluster: Cluster, folder: Path, shelves: Shelves, hands: Executor) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, shelves: Shelves) -> None:
         self._cluster = cluster
         self._url = cluster.url(cluster.create())
         self._folder = folder
         self._shelves = shelves
-        self._hands = hands
 
     @property
     def options(self) -> Sequence[str]:
@@ -161,10 +155,11 @@ class OneDatabase:
         await self._away(self._cluster.kill, seconds)
 
     async def _away(self, end: Callable[[], None], seconds: float) -> None:
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._hands, end)
+        # In the loop's own thread, which holds the crowd up for as long: the server ends with the thread that
+        # started it.
+        end()
         await asyncio.sleep(seconds)
-        await loop.run_in_executor(self._hands, self._cluster.start)
+        self._cluster.start()
 
     def _rows(self, query: LiteralString) -> list[tuple[str, str]]:
         with psycopg.connect(self._url) as connection:

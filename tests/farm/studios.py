@@ -41,9 +41,11 @@ class StudioProcess:
 
     def start(self) -> None:
         """Run it; the balancer says when it is ready."""
+        options = ["--port", str(self.port), "--approve-all", *self._options]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [*COMMAND, "--port", str(self.port), "--approve-all", *self._options],
+                # The signal comes when the thread ends that started it: here the one of the event loop.
+                ["setpriv", "--pdeathsig=KILL", *COMMAND, *options],
                 env=self._environment,
                 stdout=subprocess.DEVNULL,
                 stderr=log,

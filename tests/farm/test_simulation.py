@@ -30,13 +30,13 @@ def test_farm_loses_nothing_while_everything_fails(
     tmp_path: Path, postgres: Cluster, s3_server: S3Server
 ) -> None:
     """Studios die, database and picture store go away, sessions drop: each job ends once, and in turn."""
-    size = Size(seed=1, jobs=300, people=12, workers=20, processes=2, faults=7, makes_s=0.2)
+    size = Size(seed=1, jobs=200, people=12, workers=20, processes=2, faults=7, makes_s=0.2)
     with S3Proxy(s3_server.port, seed=1) as proxy:
         outcome = one_farm(tmp_path / "farm", size, postgres, Bucket(s3_server, proxy))
     assert is_clean(outcome), table("the farm", outcome)
     assert set(outcome.faults) == set(faults.WEIGHTS)
-    assert len(outcome.verdict.waits) == 300
-    assert outcome.done + len(outcome.book.account.hopeless) == 300
+    assert len(outcome.verdict.waits) == 200
+    assert outcome.done + len(outcome.book.account.hopeless) == 200
 
 
 def test_bare_loop_does_every_job_once(database_url: str) -> None:
