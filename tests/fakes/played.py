@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from studio_worker.engine import Engine, Made, Request, StepProgress
-from studio_worker.errors import JobError, JobImpossible
+from studio_worker.errors import DeviceError, JobError, JobImpossible
 from studio_worker.jobs import Cancel, Picture
 from studio_worker.models import LocalFile, ModelFile
 from studio_worker.spool.failures import Failures
@@ -59,6 +59,8 @@ class GatedEngine(Engine):
                 return Encoding(Picture(b"picture", "png", {"seed": 1}))
             if end == "bug":
                 raise RuntimeError("a bug")
+            if end == "lost":
+                raise DeviceError("GPU lost; reboot")
             raise (JobError if end == "may pass" else JobImpossible)("it failed")
         finally:
             self.at_work -= 1

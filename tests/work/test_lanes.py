@@ -1,5 +1,6 @@
 """Sequences of events that nobody would think of, over three lanes: one device, and every job in one lane.
 
+Connections that drop, pauses, kills, stop signals, a lost device and lanes that end come in any order.
 Desks, lanes, outbox, sessions and couriers are real; played are the sockets, the uploads, the engine's work,
 and a studio that gives jobs to its three workers. ``SEQUENCES=10000`` runs so many. Which of several lanes
 comes to the device first is theirs to settle, so one seed may go several ways.
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 
 from studio_worker.engine import Router
-from studio_worker.errors import DeliveryRefused, StudioUnavailable
+from studio_worker.errors import DeliveryRefused, DeviceError, StudioUnavailable
 from studio_worker.jobs import Job
 from studio_worker.report.activity import Activity
 from studio_worker.report.logs import ShippingBuffer
@@ -86,14 +87,21 @@ class Studio(StudioApi):
 
 
 class TellingDesk(Desk):
-    """Tells the test which job has ended."""
+    """Tells the test which job has ended, and counts those that were taken and that have ended."""
 
     def __init__(self, hands: Hands, finished: queue.SimpleQueue[str]) -> None:
         super().__init__(hands)
         self._finished = finished
+        self.taken = self.ended = 0
+
+    def put(self, job: Job) -> bool:
+        is_here = super().put(job)
+        self.taken += is_here
+        return is_here
 
     def finished(self, job: Job) -> None:
         super().finished(job)
+        self.ended += 1
         self._finished.put(job.job_id)
 
 
@@ -125,7 +133,7 @@ class Lane:
         played.lanes = box.lanes
         self.session = InlineSession(played, self.desk, self.uploads, box.failures, played)
         self.courier = Courier(studio, self.part, self.uploads, self.session, Activity())
-        self.is_connected = False
+        self.is_connected = self.has_ended = False
         self.frames: list[dict[str, Any]] = []
 
     def send(self, frame: Body) -> None:
@@ -146,14 +154,22 @@ class Process:
         self.outbox.lanes.update(LANES)
         self.finished: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.engine = GatedEngine()
+        self._at_device: str | None = None
         self.lanes: list[Lane] = []
         hands = Hands()
         for number in LANES:
             self.lanes.append(Lane(number, self, hands, studio))
         engines = Router({"sd-cpp": lambda: self.engine})
         self.worker = Worker([self._ports(lane, engines) for lane in self.lanes], lambda: 60.0)
-        self.thread = threading.Thread(target=self.worker.run, daemon=True)
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.worker.run()
+        except BaseException as error:
+            self.error = error
 
     def _ports(self, lane: Lane, engines: Router) -> Ports:
         return Ports(
@@ -168,13 +184,36 @@ class Process:
             fetch=lambda url, cancel: b"",
         )
 
+    @property
+    def is_idle(self) -> bool:
+        return all(lane.desk.is_idle() for lane in self.lanes)
+
+    def at_device(self) -> str:
+        """The job that has the device, where a lane has one; which, they have settled between them."""
+        if self._at_device is None:
+            self._at_device = self.engine.entered.get(timeout=LIMIT_S)
+        return self._at_device
+
+    def end_job(self, end: str) -> str:
+        """Have the job at the device end so."""
+        job_id = self.at_device()
+        self.engine.ends.put(end)
+        self._at_device = None
+        return job_id
+
     def leave(self) -> None:
+        """Hand all back and end."""
         self.worker.hand_back("the test is over")
         for lane in self.lanes:
             lane.desk.close()
             self.engine.ends.put("picture")
+        self.ended()
+
+    def ended(self) -> None:
+        """All of it has come to its end, and every job that was taken."""
         self.thread.join(LIMIT_S)
         assert not self.thread.is_alive()
+        assert [lane.desk.taken for lane in self.lanes] == [lane.desk.ended for lane in self.lanes]
 
 
 class Scene:
@@ -198,7 +237,7 @@ class Scene:
 
     def connect(self, number: int) -> None:
         lane = self.lane(number)
-        if lane.is_connected:
+        if lane.is_connected or lane.has_ended:
             return
         lane.is_connected = True
         exchange = Exchange(SessionProtocol(0.0), Shipping(ShippingBuffer()))
@@ -221,7 +260,11 @@ class Scene:
         self.offer_to([each for each in in_turn if self.lane(each).is_connected], place)
 
     def offer_to(self, lanes: list[int], place: int) -> None:
-        free = [number for number in lanes if number not in self.studio.claims.values()]
+        free = [
+            number
+            for number in lanes
+            if self.lane(number).is_connected and number not in self.studio.claims.values()
+        ]
         queued = self.studio.queued()
         if not free or not queued:
             return
@@ -241,6 +284,8 @@ class Scene:
 
     def deliver(self, number: int, is_reached: bool) -> None:
         lane = self.lane(number)
+        if lane.has_ended:
+            return
         self.studio.is_reached = is_reached
         lane.courier._round(Credentials(str(number), "token"))
         self.studio.is_reached = True
@@ -249,14 +294,16 @@ class Scene:
     # --- the engine and the power ---
 
     def job_ends(self, end: str) -> None:
-        """The job at the device ends, if there is one; which, the lanes have settled between them."""
-        if all(lane.desk.is_idle() for lane in self.box.lanes):
+        """The job at the device ends, if there is one."""
+        if self.box.is_idle:
             return
-        at_device = self.box.engine.entered.get(timeout=LIMIT_S)
-        self.box.engine.ends.put(end)
+        job_id = self.box.end_job(end)
         if end == "picture":
-            self.pictures.append(at_device)
-        assert self.box.finished.get(timeout=LIMIT_S) == at_device
+            self.pictures.append(job_id)
+        assert self.box.finished.get(timeout=LIMIT_S) == job_id
+        self.read_all()
+
+    def read_all(self) -> None:
         for lane in self.box.lanes:
             self.read(lane)
 
@@ -269,8 +316,77 @@ class Scene:
         self.box.leave()
         shutil.rmtree(self.folder)
         remains.rename(self.folder)
+        self.start_again()
+
+    def start_again(self) -> None:
+        for number in LANES:
+            self.drop(number, returns=False)
         shutil.rmtree(self.folder / "spool")  # crashes are others' tests; here no job is given up for them
         self.start()
+
+    def notes(self) -> list[str]:
+        """The jobs that are noted as in hand."""
+        found = (self.folder / "spool").glob("job-in-hand*.json")
+        return sorted(json.loads(note.read_text())["job_id"] for note in found)
+
+    # --- the operator, and the end ---
+
+    def pause(self, is_over: bool) -> None:
+        for lane in self.box.lanes:
+            lane.desk.resume() if is_over else lane.desk.pause()
+
+    def stop(self, is_second: bool, is_reached: bool) -> None:
+        """A stop signal: what is in hand is made, and each lane delivers once more. At the second it is
+        handed back, wherever it is.
+        """
+        for lane in self.box.lanes:
+            lane.desk.close()
+        if is_second:
+            self.box.leave()
+            self.read_all()
+        while not self.box.is_idle:
+            self.job_ends("picture")
+        self.box.ended()
+        assert self.notes() == []
+        for number in LANES:
+            self.deliver(number, is_reached)
+        self.start_again()
+
+    def lose_device(self) -> None:
+        """The job at the device is reported and stays noted, for the next start to count; all others are
+        handed back.
+        """
+        if self.box.is_idle:
+            return
+        job_id = self.box.end_job("lost")
+        self.box.ended()
+        assert isinstance(self.box.error, DeviceError)
+        assert self.notes() == [job_id]
+        self.read_all()
+        assert not set(self.studio.claims) & {job_id}
+        self.start_again()
+
+    def end_lane(self, number: int) -> None:
+        """The studio deletes a lane's worker: its job is handed back, and its pictures wait for another lane.
+        The last one's end is the service's; the operator has all of them approved anew.
+        """
+        lane = self.lane(number)
+        if sum(not each.has_ended for each in self.box.lanes) == 1:
+            self.stop(True, False)
+            return
+        if lane.has_ended:
+            return
+        job_id = lane.desk.current_job_id
+        has_device = job_id is not None and self.box.at_device() == job_id
+        self.drop(number, returns=False)
+        lane.has_ended = True
+        self.box.worker.leave(number, "deleted at the studio")
+        self.box.outbox.lanes.discard(number)
+        if has_device:
+            self.box.end_job("picture")
+        if job_id is not None:
+            assert self.box.finished.get(timeout=LIMIT_S) == job_id
+        lane.frames.clear()
 
     # --- what holds, always ---
 
@@ -291,6 +407,7 @@ class Scene:
 
     def finish(self) -> None:
         """When nothing goes wrong any more, every job is made: none was lost, and no lane is stuck."""
+        self.pause(is_over=True)
         for number in LANES:
             self.connect(number)
         for round_ in range(ROUNDS):
@@ -310,7 +427,9 @@ def play(scene: Scene, chance: random.Random) -> None:
     """One event after the other."""
     for _ in range(EVENTS):
         lane = chance.choice(LANES)
-        match chance.choice(["offer", "offer", "ends", "ends", "deliver", "drop", "kill"]):
+        match chance.choice(
+            [*["offer"] * 5, *["ends"] * 5, "deliver", "deliver", "drop", "drop", "rare", "pause"]
+        ):
             case "offer":
                 scene.offer(lane, chance.randrange(len(JOBS)))
             case "ends":
@@ -319,12 +438,28 @@ def play(scene: Scene, chance: random.Random) -> None:
                 scene.deliver(lane, chance.random() < 0.7)
             case "drop":
                 scene.drop(lane, chance.random() < 0.5)
-            case "kill":
-                if chance.random() < 0.1:
-                    scene.kill()
+            case "pause":
+                scene.pause(is_over=chance.random() < 0.7)
+            case "rare":
+                _rare(scene, lane, chance)
         scene.one_job_is_at_the_device()
         scene.no_job_is_on_two_lanes()
         scene.nothing_is_made_or_arrives_twice()
+
+
+def _rare(scene: Scene, lane: int, chance: random.Random) -> None:
+    """What ends a process, or a lane."""
+    match chance.choice(["kill", "stop", "hand back", "lose device", "end lane", "end lane"]):
+        case "kill":
+            scene.kill()
+        case "stop":
+            scene.stop(is_second=False, is_reached=chance.random() < 0.5)
+        case "hand back":
+            scene.stop(is_second=True, is_reached=chance.random() < 0.5)
+        case "lose device":
+            scene.lose_device()
+        case "end lane":
+            scene.end_lane(lane)
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("SEQUENCES", "12"))))
