@@ -28,13 +28,17 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Facts:
-    """How the studio stands. ``queue`` is by model, ``jobs`` by status, ``sessions`` by state."""
+    """How the studio stands. ``queue`` is by model, ``jobs`` by status, ``sessions`` by state.
+
+    Where the database does not answer, what would be in it is missing.
+    """
 
     queue: Mapping[str, Waiting] = field(default_factory=dict)
     jobs: Mapping[str, int] = field(default_factory=dict)
     sessions: Mapping[str, int] = field(default_factory=dict)
-    registrations: int = 0
+    registrations: int | None = None
     certificate_ends_at: float | None = None
+    has_database: bool = True
 
 
 def waiting_in(database: Database) -> dict[str, Waiting]:

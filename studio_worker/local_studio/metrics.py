@@ -96,13 +96,15 @@ class _Asked(Collector):
     def collect(self) -> Iterator[Metric]:
         now = self._facts()
         yield _gauge("build_info", "The version that runs.", {__version__: 1}, "version")
+        yield _gauge("database_up", "Whether the database answers.", now.has_database)
         lengths = {model: waiting.jobs for model, waiting in now.queue.items()}
         yield _gauge("queue_jobs", "Jobs that wait, by model.", lengths, "model")
         oldest = {model: waiting.oldest_at for model, waiting in now.queue.items()}
         yield _gauge("queue_oldest_timestamp_seconds", "When the oldest of them was queued.", oldest, "model")
         yield _gauge("jobs", "Jobs that the studio has, by status.", now.jobs, "status")
         yield _gauge("sessions", "Workers that are connected here, by state.", now.sessions, "state")
-        yield _gauge("registrations_pending", "Machines that wait for approval.", now.registrations)
+        if now.registrations is not None:
+            yield _gauge("registrations_pending", "Machines that wait for approval.", now.registrations)
         if (ends_at := now.certificate_ends_at) is not None:
             yield _gauge("certificate_end_timestamp_seconds", "When the certificate ends.", ends_at)
 

@@ -19,6 +19,7 @@ from studio_worker.local_studio.housekeeping import FOR_EVER, Housekeeping, Rete
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.limits import Limits
 from studio_worker.local_studio.metrics import Metrics
+from studio_worker.local_studio.pictures import CannotStore
 from studio_worker.local_studio.places import Places, open_places, owner_of
 from studio_worker.local_studio.presence import Presence
 from studio_worker.local_studio.pulse import Pulse
@@ -107,12 +108,11 @@ class Studio:
     def facts(self) -> Facts:
         """For the metrics, at the moment of asking."""
         states = Counter(session.state for session in list(self.attendance.live.values()))
-        return Facts(
-            queue=waiting_in(self.database),
-            jobs=self.queue.counts(),
-            sessions={"idle": 0, "working": 0, "paused": 0} | states,
-            registrations=len(self.pending()),
-        )
+        sessions = {"idle": 0, "working": 0, "paused": 0} | states
+        try:
+            return Facts(waiting_in(self.database), self.queue.counts(), sessions, len(self.pending()))
+        except CannotStore:
+            return Facts(sessions=sessions, has_database=False)
 
     # --- workers ------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from studio_worker.local_studio import LocalStudio, Places
+from studio_worker.local_studio import LocalStudio, Places, places_of
 from studio_worker.local_studio.pictures import Folder
 from tests.fakes.machine import PICTURE, Machine, queue
 from tests.farm.postgres import Cluster, programs
@@ -77,4 +77,30 @@ def test_backup_of_a_studio_at_work_is_a_studio(postgres: Cluster, database_url:
         machine.studio, machine.api = studio, f"{studio.base_url}/graphics/api"
         machine.connect()
         assert machine.take()["jobId"] == waiting
+        machine.hang_up()
+
+
+def test_studio_is_carried_to_postgresql_and_s3(database_url: str, bucket: str, tmp_path: Path) -> None:
+    """The command takes a SQLite studio and its pictures to PostgreSQL and S3, where it goes on at once."""
+    with LocalStudio(tmp_path / "studio.sqlite3") as studio:
+        machine = Machine(studio).connect()
+        done = queue(studio)
+        machine.take()
+        assert machine.upload(done).status_code == 200
+        waiting = queue(studio)
+        machine.hang_up()
+    there = ("--database", database_url, "--pictures", f"s3://{bucket}/studio")
+    carried = subprocess.run(
+        studio_worker("local-studio", "carry", "--from", tmp_path, *there),
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+    assert (carried.returncode, carried.stderr) == (0, "")
+    with LocalStudio(places_of(tmp_path, database_url, f"s3://{bucket}/studio")) as studio:
+        assert studio.result(done) == PICTURE
+        machine.studio, machine.api = studio, f"{studio.base_url}/graphics/api"
+        machine.connect()
+        assert machine.take()["jobId"] == waiting
+        assert machine.upload(waiting).status_code == 200
         machine.hang_up()

@@ -18,6 +18,7 @@ import yaml
 
 from studio_worker.local_studio import Door, LocalStudio, Tls
 from studio_worker.local_studio.metrics import Metrics
+from studio_worker.local_studio.pictures import StorageAway
 from studio_worker.local_studio.rules import (
     LOST_CONNECTION,
     JobStatus,
@@ -124,6 +125,26 @@ def test_answers_of_our_mistakes_are_counted(studio: LocalStudio, monkeypatch: p
     assert scrape(studio)["local_studio_http_answers_total part=api status=500"] == 1
 
 
+def test_metrics_go_on_without_the_database(studio: LocalStudio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the database does not answer the process tells that, and everything that it knows itself."""
+    machine = Machine(studio).connect()
+    queue(studio)
+
+    def away(*_: object) -> None:
+        raise StorageAway("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(studio.queue, "counts", away)
+        found = scrape(studio)
+    assert found["local_studio_database_up"] == 0
+    assert found["local_studio_sessions state=idle"] == 1
+    assert found["local_studio_jobs_queued_total"] == 1
+    assert "local_studio_queue_jobs model=test" not in found
+    assert "local_studio_registrations_pending" not in found
+    assert scrape(studio)["local_studio_database_up"] == 1
+    machine.hang_up()
+
+
 def test_metrics_want_the_token_as_everything_does(tmp_path: Path) -> None:
     """Prometheus brings the token as bearer; without it there are no numbers, the certificate's end say."""
     made = certificate(tmp_path, "20200101000000Z", "20990101000000Z")
@@ -176,6 +197,7 @@ def test_examples_use_metrics_that_exist(tmp_path: Path, example: Path) -> None:
 
 
 WELL = {
+    "local_studio_database_up": "1x240",
     'up{job="local-studio"}': "1x240",
     "local_studio_build_info": "1x240",
     'local_studio_queue_jobs{model="m"}': "5x240",
@@ -200,6 +222,7 @@ WELL = {
 
 TROUBLES: dict[str, Mapping[str, str]] = {
     "LocalStudioDown": {'up{job="local-studio"}': "1x200 0x40"},
+    "LocalStudioDatabaseAway": {"local_studio_database_up": "1x200 0x40"},
     "LocalStudioNobodyWorks": {
         'local_studio_sessions{state="working"}': "2x200 0x40",
         'local_studio_sessions{state="idle"}': "1x200 0x40",
