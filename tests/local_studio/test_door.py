@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import select
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from studio_worker.demo import write_configuration
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio import Door, LocalStudio, Tls
+from studio_worker.local_studio.web.visit import Visit
 from studio_worker.studio import wire
 from tests.fakes.certificates import Certificate, certificate
 from tests.fakes.machine import PICTURE, Machine, queue
@@ -267,6 +270,34 @@ def test_handshake_that_does_not_come_is_not_waited_for(
         with socket.create_connection(("127.0.0.1", studio.port), WAIT_S) as silent:
             silent.sendall(begin)
             assert silent.recv(1) == b""
+
+
+def test_connection_that_is_closed_twice_ends_no_studio(
+    studio: LocalStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The web server closes some connections twice; what it asks of them afterwards is answered."""
+    came: Queue[tuple[Visit, asyncio.AbstractEventLoop]] = Queue()
+    made = Visit.connection_made
+
+    def connection_made(visit: Visit, transport: Any) -> None:
+        made(visit, transport)
+        came.put((visit, asyncio.get_running_loop()))
+
+    monkeypatch.setattr(Visit, "connection_made", connection_made)
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with socket.create_connection(("127.0.0.1", studio.port), WAIT_S) as plain, context.wrap_socket(plain):
+        visit, loop = came.get(timeout=WAIT_S)
+
+        async def close_twice() -> bool:
+            visit.transport.close()
+            visit.transport.close()
+            visit.shutdown()
+            waits = visit.waits_since is not None
+            visit.drop()
+            return waits or visit.is_gone
+
+        assert asyncio.run_coroutine_threadsafe(close_twice(), loop).result(WAIT_S)
 
 
 def test_renewed_certificate_is_shown_after_sighup(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from typing import Any, cast
 
 from studio_worker.local_studio.tls import Tls
 from studio_worker.local_studio.web.visit import HEAD_S, Visit
@@ -84,9 +84,23 @@ class Handshake(asyncio.Protocol):
             return
         visit = self.visits(**self._wishes)
         transport.set_protocol(visit)
-        visit.connection_made(transport)
+        visit.connection_made(cast(asyncio.Transport, _ClosedOnce(transport)))
         if early.came:
             visit.data_received(bytes(early.came))
+
+
+class _ClosedOnce:
+    """asyncio's encrypted transport, which after a second ``close`` answers nothing any more (in 3.11)."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def close(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 class _Early(asyncio.Protocol):

@@ -104,8 +104,9 @@ class Visit(H11Protocol):
 
     def drop(self) -> None:
         """Close it at once, whatever is under way."""
-        if self._blocked_at is not None:  # or the system goes on offering what nobody takes
-            connection = self.transport.get_extra_info("socket")
+        connection = self.transport.get_extra_info("socket")
+        if self._blocked_at is not None and connection is not None:
+            # Or the system goes on offering what nobody takes.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         self.transport.abort()
 
