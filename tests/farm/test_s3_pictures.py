@@ -81,7 +81,7 @@ import io, resource, sys
 from studio_worker.local_studio.pictures.s3 import S3
 
 class Zeros(io.RawIOBase):
-    size, at = 200 << 20, 0
+    def __init__(self, size): self.size, self.at = size, 0
     def readable(self): return True
     def seekable(self): return True
     def tell(self): return self.at
@@ -98,10 +98,10 @@ def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 pictures = S3(sys.argv[1])
-pictures.put(io.BytesIO(bytes(10 << 20)), "small", "bin")  # two parts: all that is loaded late is there
+pictures.put(io.BufferedReader(Zeros(9 << 20)), "small", "bin")  # two parts: all that is loaded late is there
 pictures.open(pictures.put(io.BytesIO(bytes(1000)), "small", "bin").key).content.read()
 before = peak_bytes()
-stored = pictures.put(io.BufferedReader(Zeros()), "large", "bin")
+stored = pictures.put(io.BufferedReader(Zeros(200 << 20)), "large", "bin")
 with pictures.open(stored.key).content as content:
     read = sum(len(piece) for piece in iter(lambda: content.read(1 << 16), b""))
 print(stored.size_bytes, read, peak_bytes() - before)
