@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from studio_worker.local_studio import Door, Limits, LocalStudio
+from studio_worker.local_studio.pulse import Pulse
 from tests.fakes.machine import PICTURE, WAIT_S, Machine, queue
 
 HASTY = Limits(lease_s=0.4)
@@ -107,3 +108,21 @@ def test_newcomer_goes_on_with_the_job_that_it_names(studio: LocalStudio, machin
     machine.beat(job_id=job_id)
     assert studio.job(job_id).status == "running"
     assert machine.upload(job_id).status_code == 200
+
+
+def test_pulse_gives_workers_the_time_to_come_back(tmp_path: Path) -> None:
+    """A process lets go of nothing before it has seen the database for a lease's length without a gap: after
+    a start, or when the database was away, no worker could have renewed its lease.
+    """
+    now = 0.0
+    with LocalStudio(tmp_path / "studio.sqlite3") as studio:
+        job_id = queue(studio)
+        studio.queue.take_next("gone")
+        pulse = Pulse(studio.presence, studio.queue, clock=lambda: now)
+        for moment in (*range(0, 45, 5), *range(100, 145, 5)):
+            now = float(moment)
+            pulse.beat()
+            assert studio.job(job_id).status == "offered"
+        now = 145.0
+        pulse.beat()
+        assert studio.job(job_id).status == "queued"
