@@ -17,6 +17,7 @@ class Front:
 
     def __init__(self) -> None:
         self._ports: list[int] = []
+        self.dialled = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="front", daemon=True)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -24,12 +25,17 @@ class Front:
 
     @property
     def base_url(self) -> str:
-        """The address."""
+        """The address of what speaks HTTP."""
         return f"http://127.0.0.1:{self.port}"
 
     def serve(self, ports: Sequence[int]) -> None:
         """From now on connections go to processes that listen there."""
         self._ports = list(ports)
+
+    def cut(self) -> None:
+        """All connections break, and nobody listens any more."""
+        self._ports = []
+        asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -50,6 +56,9 @@ class Front:
 
     async def _close(self) -> None:
         self._server.close()
+        await self._hang_up()
+
+    async def _hang_up(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -58,6 +67,7 @@ class Front:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self.dialled += 1
         try:
             there, back = await self._dialled()
             await asyncio.gather(_carried(reader, back), _carried(there, writer))

@@ -11,6 +11,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio.pictures import CannotStore, StorageAway, StorageFull
 from studio_worker.local_studio.storage.database import Database
+from studio_worker.local_studio.storage.gate import Gate
 from studio_worker.local_studio.storage.locks import Lock, take
 from studio_worker.local_studio.storage.migrating import migrate
 
@@ -24,13 +25,16 @@ _WAIT_S = 10
 
 _OPTIONS = {
     "application_name": "studio-worker",
-    "connect_timeout": 5,
+    "connect_timeout": 3,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
-    "tcp_user_timeout": 25_000,
+    "tcp_user_timeout": 5_000,
+    "options": "-c lock_timeout=5s",
 }
-"""A server that vanished without a word is noticed within half a minute (libpq's parameters)."""
+"""A server that vanished without a word is noticed within seconds, and so is a row that another process holds
+and does not let go of: sessions wait for it on the event loop (libpq's parameters).
+"""
 
 _DISK_FULL = "53100"
 _READ_ONLY = "25006"
@@ -59,6 +63,7 @@ class PostgresDatabase(Database):
         try:
             with _translated():
                 with engine.begin() as connection:
+                    connection.exec_driver_sql("SET LOCAL lock_timeout = 0")  # another may have much to do
                     take(connection, Lock.MIGRATION)
                     migrate(connection, name)
                 super().__init__(engine, on_change, _translated)
@@ -109,7 +114,7 @@ def options_of(url: URL) -> dict[str, object]:
 
 def _engine(url: URL) -> Engine:
     try:
-        return create_engine(
+        engine = create_engine(
             url,
             connect_args=options_of(url),
             pool_size=_CONNECTIONS,
@@ -124,3 +129,5 @@ def _engine(url: URL) -> Engine:
             cure="install the package studio-worker-farm, or studio-worker[farm] with pip",
             key="--database",
         ) from error
+    Gate(engine)
+    return engine
