@@ -19,6 +19,7 @@ from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.wire import SUBPROTOCOL, Hello, RegisterRequest
+from tests.chaos.proxy import ChaosProxy
 from tests.fakes.servers import FileServer, ServedFile
 from tests.lab.frames import CAPABILITIES
 from tests.lab.service import (
@@ -316,3 +317,21 @@ def test_lanes_fetch_nothing_before_a_job_wants_it(tmp_path: Path, studio: Local
             assert running.stop() == 0
         assert statuses == ["running"]
         assert [len(file.requests) for file in (*held, later, unwanted)] == [1, 1, 1, 0]
+
+
+@pytest.mark.welcoming_studio
+def test_each_lane_speaks_as_a_worker_does(tmp_path: Path, studio: LocalStudio, site: Path) -> None:
+    """A studio hears of two lanes what it hears of two workers: one hello each and nothing before welcome,
+    an answer to each offer, one upload for each job, and no session that it has to end.
+    """
+    with ChaosProxy(int(studio.base_url.rpartition(":")[2].strip("/"))) as proxy:
+        override(site, f'{TWO}[studio]\napi_base_url = "{proxy.url}"\n')
+        with ServiceProcess(site, tmp_path / "log", hurried(tmp_path, 30.0)) as running:
+            await_lanes(studio)
+            for job_id in [queue_synthetic(studio) for _ in range(8)]:
+                await_status(studio, job_id, "done")
+            assert running.stop() == 0
+        assert proxy.violations == []
+        counts = proxy.counts
+        assert (counts["hello"], counts["welcome"], counts["accept"], counts["upload"]) == (2, 2, 8, 8)
+        assert counts["offer"] == counts["accept"] + counts["reject"]
