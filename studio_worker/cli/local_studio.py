@@ -107,6 +107,7 @@ def local_studio(
     """Run a small studio of your own: queue, approval, gallery.
 
     Off loopback it wants a token, and https: a certificate of its own, or a proxy in front that has one.
+    Several with one PostgreSQL database are one studio.
     """
     if context.invoked_subcommand is not None:
         _refuse_options(context)

@@ -35,6 +35,7 @@ from tests.lab.service import samples
 
 EXAMPLES = Path(__file__).parents[2] / "packaging" / "examples"
 ALERTS = EXAMPLES / "local-studio-alerts.yml"
+PAGE = Path(__file__).parents[2] / "docs" / "farm.md"
 DASHBOARD = EXAMPLES / "local-studio-dashboard.json"
 TOKEN = "a token of sufficient length"
 
@@ -171,12 +172,14 @@ def test_metrics_want_the_token_as_everything_does(tmp_path: Path) -> None:
 
 def expressions(example: Path) -> list[str]:
     text = example.read_text()
+    if example.suffix == ".md":
+        return [text]
     if example.suffix == ".json":
         return [each["expr"] for panel in json.loads(text)["panels"] for each in panel["targets"]]
     return [rule["expr"] for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
 
 
-@pytest.mark.parametrize("example", [ALERTS, DASHBOARD], ids=["alerts", "dashboard"])
+@pytest.mark.parametrize("example", [ALERTS, DASHBOARD, PAGE], ids=["alerts", "dashboard", "page"])
 def test_examples_use_metrics_that_exist(tmp_path: Path, example: Path) -> None:
     """No rule and no panel of the examples asks for a name or a label that a studio does not export."""
     made = certificate(tmp_path, "20200101000000Z", "20990101000000Z")
@@ -185,7 +188,7 @@ def test_examples_use_metrics_that_exist(tmp_path: Path, example: Path) -> None:
         text = requests.get(f"{studio.base_url}/metrics", verify=str(made.authority), timeout=WAIT_S).text
     found = samples(text)
     used = expressions(example)
-    names = {name for expr in used for name in re.findall(r"\b(?:local_studio|process)_\w+", expr)}
+    names = {name for expr in used for name in re.findall(r"\b(?:local_studio|process)_[a-z]\w+", expr)}
     assert len(names) > 5
     assert names <= {name.split(" ")[0] for name in found}
     matched = {label for expr in used for label in re.findall(r'(\w+)=~?"', expr)}
