@@ -20,10 +20,12 @@ from studio_worker.local_studio.job_rows import (
     add,
     find,
     job_of,
+    remove,
     require,
     save,
 )
 from studio_worker.local_studio.leases import Loss
+from studio_worker.local_studio.line import Ready
 from studio_worker.local_studio.pictures import Pictures, StorageAway, StoredBytes
 from studio_worker.local_studio.rules import JobStatus, QueuedJob, Rejection
 from studio_worker.local_studio.storage import locks
@@ -55,6 +57,10 @@ class Result:
 
 OnStep = Callable[[QueuedJob | None, QueuedJob], None]
 """Told of each step after its commit: the job before, ``None`` for a new one, and the job as it is now."""
+
+
+def _nobody(_connection: Connection) -> Collection[str]:
+    return ()
 
 
 class JobQueue:
@@ -111,13 +117,11 @@ class JobQueue:
         with self._database.reading() as connection:
             return find(connection, HELD_BY, worker_id)
 
-    def take_next(
-        self, worker_id: str, ready: Collection[str] = (), *, session_no: int = 0
-    ) -> QueuedJob | None:
+    def take_next(self, worker_id: str, ready: Ready = _nobody, *, session_no: int = 0) -> QueuedJob | None:
         """Offer this worker the job whose turn it is, if there is one and it holds none.
 
         Args:
-            ready: who else could take a job now.
+            ready: who could take a job now, asked within the step.
             session_no: which session of the worker is to hold it.
         """
         with self._database.reading() as connection:
@@ -128,9 +132,9 @@ class JobQueue:
             if find(connection, HELD_BY, worker_id) is not None:
                 return None
             now = self._clock()
-            lines = line.Lines(connection, ready)
+            lines = line.Lines(connection, worker_id, ready)
             for _ in range(_TRIES):
-                job_id = lines.choose(worker_id, now, self._patience)
+                job_id = lines.choose(now, self._patience)
                 if job_id is None:
                     return None
                 chosen = find(connection, FREE, job_id)
@@ -253,7 +257,7 @@ class JobQueue:
                 raise rules.RuleBroken(f"job {job_id} is {job.status}; it can be deleted when that is over")
             key = _key(connection, job_id)
             connection.execute(delete(results).where(results.c.job_id == job_id))
-            connection.execute(delete(jobs).where(jobs.c.job_id == job_id))
+            remove(connection, job)
         if key is not None:
             self._pictures.delete(key)
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from sqlalchemy import Connection, Select, bindparam, insert, or_, select, update
+from sqlalchemy import Connection, Select, bindparam, delete, insert, or_, select, update
 
 from studio_worker.local_studio import rules
 from studio_worker.local_studio.line import rejections_of
 from studio_worker.local_studio.rules import JobStatus, QueuedJob
-from studio_worker.local_studio.storage.tables import jobs
+from studio_worker.local_studio.storage.database import upsert
+from studio_worker.local_studio.storage.tables import jobs, lines
 
 _COLUMNS = tuple(field.name for field in fields(QueuedJob))
 
@@ -25,6 +26,14 @@ NUMBERED = ALL.where(jobs.c.seq == bindparam("wanted"))
 HELD_BY = ALL.where(
     jobs.c.worker_id == bindparam("wanted"), or_(*(jobs.c.status == status for status in rules.HELD))
 )
+_LINE = ("priority", "submitter", "model")
+_FEWER = (
+    update(lines)
+    .where(*(lines.c[name] == bindparam(f"its_{name}") for name in _LINE))
+    .values(length=lines.c.length - 1)
+    .returning(lines.c.length)
+)
+_NO_MORE = delete(lines).where(*(lines.c[name] == bindparam(name) for name in _LINE), lines.c.length == 0)
 _CHANGE = update(jobs).where(jobs.c.job_id == bindparam("changed"))
 
 
@@ -45,6 +54,7 @@ def require(connection: Connection, job_id: str, query: Select[Any] = LOCKED) ->
 def add(connection: Connection, job: QueuedJob) -> None:
     """A new row, the last of all."""
     connection.execute(insert(jobs), _values(job))
+    _count(connection, None, job)
 
 
 def save(connection: Connection, before: QueuedJob, after: QueuedJob) -> QueuedJob:
@@ -53,13 +63,35 @@ def save(connection: Connection, before: QueuedJob, after: QueuedJob) -> QueuedJ
     changes = {name: value for name, value in is_now.items() if value != was[name]}
     if changes:
         connection.execute(_CHANGE, changes | {"changed": after.job_id})
+    _count(connection, before, after)
     return after
+
+
+def remove(connection: Connection, job: QueuedJob) -> None:
+    """Its row goes. Only within ``writing()``, with the row locked."""
+    connection.execute(delete(jobs).where(jobs.c.job_id == job.job_id))
+    _count(connection, job, None)
 
 
 def job_of(row: Mapping[Any, Any]) -> QueuedJob:
     """The job in a row of ALL."""
     facts = {name: row[name] for name in _COLUMNS}
     return QueuedJob(**facts | {"status": JobStatus(row["status"]), "rejections": rejections_of(row)})
+
+
+def _count(connection: Connection, before: QueuedJob | None, after: QueuedJob | None) -> None:
+    """Keep the length of the job's line. After the job's own row, so that all lock in one order."""
+    if _is_in_line(before) == _is_in_line(after):
+        return
+    line = {name: getattr(after or before, name) for name in _LINE}
+    if _is_in_line(after):
+        upsert(connection, lines, {**line, "length": 1}, add=("length",))
+    elif connection.execute(_FEWER, {f"its_{name}": said for name, said in line.items()}).scalar() == 0:
+        connection.execute(_NO_MORE, line)
+
+
+def _is_in_line(job: QueuedJob | None) -> bool:
+    return job is not None and job.status is JobStatus.QUEUED and not job.rejections
 
 
 def _values(job: QueuedJob) -> dict[str, Any]:

@@ -6,7 +6,7 @@ hands its connection on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import groupby, islice
 from typing import Any
 
@@ -15,33 +15,47 @@ from sqlalchemy import Connection, bindparam, delete, func, literal_column, sele
 from studio_worker.local_studio import turns
 from studio_worker.local_studio.rules import QueuedJob, Rejection
 from studio_worker.local_studio.storage.database import upsert
-from studio_worker.local_studio.storage.tables import IS_REJECTED, IS_UNREJECTED, jobs, last_made
+from studio_worker.local_studio.storage.tables import IS_REJECTED, IS_UNREJECTED, jobs, last_made, lines
 from studio_worker.local_studio.storage.tables import turns as turns_table
 from studio_worker.local_studio.turns import Crew, Patience, Waiting
 
 _TURNS_KEPT = 1000
-"""Whoever has not been served for so many turns counts as new."""
+"""Whoever has not been served for so many turns, or twice as many, counts as new."""
+
+_ABOVE_ALL = 1 << 30
+"""More than any priority."""
 
 _LINE = (jobs.c.priority, jobs.c.submitter)
 _IS_QUEUED = jobs.c.status == "queued"
 
-# Of each priority, submitter and model the oldest, and how many it stands for; all that were rejected, for
-# turns.next_for() needs them.
-_heads = union_all(
-    select(func.min(jobs.c.seq).label("seq"), func.count().label("alike"))
-    .where(_IS_QUEUED, IS_UNREJECTED)
-    .group_by(*_LINE, jobs.c.model),
-    select(jobs.c.seq, literal_column("1")).where(_IS_QUEUED, IS_REJECTED),
-).subquery()
-_HEADS = select(
-    jobs.c.seq,
-    jobs.c.job_id,
-    jobs.c.model,
-    *_LINE,
-    jobs.c.passed_at,
-    jobs.c.rejections,
-    _heads.c.alike,
-).join_from(_heads, jobs, jobs.c.seq == _heads.c.seq)
+_any = jobs.alias("any_job")
+_priority = (
+    select(func.max(_any.c.priority))
+    .where(_any.c.status == "queued", _any.c.priority < bindparam("below"))
+    .scalar_subquery()
+)
+_mate = jobs.alias("mate")
+_oldest = (
+    select(func.min(_mate.c.seq))
+    .where(_mate.c.status == "queued", IS_UNREJECTED)
+    .where(*(_mate.c[name] == lines.c[name] for name in ("priority", "submitter", "model")))
+    .correlate(lines)
+    .scalar_subquery()
+)
+_head = (jobs.c.seq, jobs.c.job_id, jobs.c.model, *_LINE, jobs.c.passed_at, jobs.c.rejections)
+_turn = (turns_table.c.priority == jobs.c.priority) & (turns_table.c.submitter == jobs.c.submitter)
+
+# Of the highest priority below some other: of each submitter and model the oldest, with how many it stands
+# for; and all that were rejected, for turns.next_for() needs them.
+_HEADS = union_all(
+    select(*_head, lines.c.length.label("alike"), turns_table.c.number)
+    .select_from(lines.join(jobs, jobs.c.seq == _oldest).outerjoin(turns_table, _turn))
+    .where(lines.c.priority == _priority),
+    select(*_head, literal_column("1"), turns_table.c.number)
+    .select_from(jobs.outerjoin(turns_table, _turn))
+    # Not by the index of all that wait in this priority (+ 0): there is one of the few that were rejected.
+    .where(_IS_QUEUED, IS_REJECTED, jobs.c.priority + 0 == _priority),
+)
 
 _lengths = (
     select(*_LINE, func.count().label("length"), func.min(jobs.c.seq).label("first"))
@@ -60,9 +74,10 @@ _LINES = (
 )
 
 # Made once: to make a statement costs more than to run it.
+_LOADED = select(last_made.c.model).where(last_made.c.worker_id == bindparam("worker"))
 _MADE = select(last_made.c.worker_id, last_made.c.model)
-_SERVED = select(turns_table)
 _PASS = update(jobs).where(jobs.c.job_id.in_(bindparam("passed", expanding=True)))
+_NEXT_NUMBER = select(func.coalesce(func.max(turns_table.c.number), 0) + 1)
 _FORGET = delete(turns_table).where(turns_table.c.number <= bindparam("last"))
 _NUMBERS = (
     select(jobs.c.seq)
@@ -72,36 +87,57 @@ _NUMBERS = (
 )
 
 
+Ready = Callable[[Connection], Collection[str]]
+"""Who could take a job now; asked only where it matters."""
+
+
 class Lines:
     """All lines as they are within one step, and whose turn it is."""
 
-    def __init__(self, connection: Connection, ready: Collection[str]) -> None:
+    def __init__(self, connection: Connection, worker_id: str, ready: Ready) -> None:
         self._connection = connection
-        loaded = connection.execute(_MADE).all()
-        self._crew = Crew(frozenset(ready), {row.worker_id: row.model for row in loaded})
-        served = connection.execute(_SERVED).all()
-        self._numbers = {(row.priority, row.submitter): row.number for row in served}
-        self._waiting = [_waiting(row) for row in connection.execute(_HEADS).mappings().all()]
+        self._worker_id = worker_id
+        self._ready = ready
+        self._loaded: str | None = connection.execute(_LOADED, {"worker": worker_id}).scalar()
+        self._crew: Crew | None = None
+        self._left_out: set[str] = set()
 
-    def choose(self, worker_id: str, now: float, patience: Patience) -> str | None:
+    def choose(self, now: float, patience: Patience) -> str | None:
         """The id of the job that this worker is to be offered; notes whose turn was passed over for it."""
-        choice = turns.next_for(worker_id, self._waiting, self._crew, self._numbers, now, patience)
-        if choice.passed:
-            self._connection.execute(_PASS, {"passed": choice.passed, "passed_at": now})
-        return choice.job_id
+        below = _ABOVE_ALL
+        while rows := self._connection.execute(_HEADS, {"below": below}).mappings().all():
+            waiting = [_waiting(row) for row in rows if row["job_id"] not in self._left_out]
+            numbers = {(row["priority"], row["submitter"]): row["number"] or 0 for row in rows}
+            crew = self._crew_for(waiting)
+            choice = turns.next_for(self._worker_id, waiting, crew, numbers, now, patience)
+            if choice.passed:
+                self._connection.execute(_PASS, {"passed": choice.passed, "passed_at": now})
+            if choice.job_id is not None:
+                return choice.job_id
+            below = rows[0]["priority"]
+        return None
 
     def leave_out(self, job_id: str) -> None:
         """Somebody is changing this job at the moment."""
-        self._waiting = [job for job in self._waiting if job.job_id != job_id]
+        self._left_out.add(job_id)
 
     def take_turn(self, job: QueuedJob) -> None:
         """Whoever queued this job was served."""
-        number = max(self._numbers.values(), default=0) + 1
+        number = self._connection.execute(_NEXT_NUMBER).scalar_one()
         turn = {"priority": job.priority, "submitter": job.submitter, "number": number}
         upsert(self._connection, turns_table, turn)
-        last = number - _TURNS_KEPT
-        if any(before <= last for before in self._numbers.values()):
-            self._connection.execute(_FORGET, {"last": last})
+        if number % _TURNS_KEPT == 0:
+            self._connection.execute(_FORGET, {"last": number - _TURNS_KEPT})
+
+    def _crew_for(self, waiting: Collection[Waiting]) -> Crew:
+        """The others matter only where none has this worker's model, or somebody has rejected one."""
+        is_enough = any(job.model == self._loaded and not job.rejections for job in waiting)
+        if is_enough and self._loaded is not None and not any(job.rejections for job in waiting):
+            return Crew(last_made={self._worker_id: self._loaded})
+        if self._crew is None:
+            loaded = {row.worker_id: row.model for row in self._connection.execute(_MADE)}
+            self._crew = Crew(frozenset(self._ready(self._connection)), loaded)
+        return self._crew
 
 
 def made(connection: Connection, worker_id: str, model: str) -> None:

@@ -175,6 +175,11 @@ class Presence:
             rows = connection.execute(_CONNECTED, {"here": self.process_id, "since": self._since()}).all()
         return {row.worker_id: Seat(row.is_paused, row.current_job_id, row.heartbeat_at) for row in rows}
 
+    def ready(self, connection: Connection) -> list[str]:
+        """Of those the ones that could take a job, as part of a step."""
+        rows = connection.execute(_CONNECTED, {"here": self.process_id, "since": self._since()}).all()
+        return [row.worker_id for row in rows if not row.is_paused]
+
     # --- claims -------------------------------------------------------------------------------------
 
     def lost(self) -> list[str]:

@@ -226,8 +226,7 @@ class Sessions:
         # A paused worker is not asked: it would only say so again, at every heartbeat.
         if session.is_paused:
             return
-        ready = [worker_id for worker_id, seat in self._presence.connected().items() if not seat.is_paused]
-        job = self._queue.take_next(session.worker_id, ready, session_no=session.number)
+        job = self._queue.take_next(session.worker_id, self._presence.ready, session_no=session.number)
         if job is not None:
             logger.info("job offered", extra={"worker_id": session.worker_id, "job_id": job.job_id})
             await session.send(wire.Offer(claim=claim_of(self._shelf.addressed(job), session.base_url)))

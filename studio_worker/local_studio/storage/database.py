@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Table, literal, select
+from sqlalchemy import ColumnElement, Connection, Engine, Table, literal, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from studio_worker.local_studio.pictures import StorageAway
@@ -87,13 +87,21 @@ class Database:
             raise StorageAway("the studio was stopped")
 
 
-def upsert(connection: Connection, table: Table, values: Mapping[str, Any], keep: Sequence[str] = ()) -> None:
+def upsert(
+    connection: Connection,
+    table: Table,
+    values: Mapping[str, Any],
+    *,
+    keep: Sequence[str] = (),
+    add: Sequence[str] = (),
+) -> None:
     """Insert a row, or change the one of the same primary key.
 
     Args:
         keep: columns that stay as they are in a row that is there.
+        add: columns whose value is added to what is there.
     """
-    statement = _upsert(connection.dialect.name, table, tuple(values), tuple(keep))
+    statement = _upsert(connection.dialect.name, table, tuple(values), tuple(keep), tuple(add))
     connection.execute(statement, dict(values))
 
 
@@ -106,8 +114,13 @@ def insert_new(connection: Connection, table: Table, values: Mapping[str, Any]) 
 
 
 @cache
-def _upsert(dialect: str, table: Table, names: tuple[str, ...], keep: tuple[str, ...]) -> _Insert:
+def _upsert(
+    dialect: str, table: Table, names: tuple[str, ...], keep: tuple[str, ...], add: tuple[str, ...]
+) -> _Insert:
     key = [column.name for column in table.primary_key]
     statement = _INSERTS[dialect](table)
-    changed = {name: statement.excluded[name] for name in names if name not in (*key, *keep)}
+    changed: dict[str, ColumnElement[Any]] = {
+        name: statement.excluded[name] for name in names if name not in (*key, *keep)
+    }
+    changed |= {name: table.c[name] + statement.excluded[name] for name in add}
     return statement.on_conflict_do_update(index_elements=key, set_=changed)

@@ -139,6 +139,16 @@ turns = Table(
     Column("number", NUMBER, nullable=False),
 )
 
+lines = Table(
+    "lines",
+    METADATA,
+    Column("priority", Integer, primary_key=True, autoincrement=False),
+    Column("submitter", Words, primary_key=True),
+    Column("model", Words, primary_key=True),
+    Column("length", NUMBER, nullable=False),
+)
+"""How many jobs wait that nobody has rejected: what :mod:`job_rows` counts with each step."""
+
 last_made = Table(
     "last_made",
     METADATA,
