@@ -13,6 +13,7 @@ from studio_worker.local_studio import line, rules
 from studio_worker.local_studio.job_rows import (
     ALL,
     FREE,
+    HAS_NONE,
     HELD_BY,
     LOCKED,
     NUMBERED,
@@ -34,7 +35,7 @@ from studio_worker.local_studio.storage.locks import Lock
 from studio_worker.local_studio.storage.tables import jobs, results
 from studio_worker.local_studio.turns import PATIENCE, Patience
 
-_WAITING = select(literal(1)).where(jobs.c.status == JobStatus.QUEUED).limit(1)
+_WAITING = select(literal(1)).where(jobs.c.status == JobStatus.QUEUED, HAS_NONE).limit(1)
 _KEY = select(results.c.key).where(results.c.job_id == bindparam("wanted"))
 
 _TRIES = 3
@@ -125,19 +126,17 @@ class JobQueue:
             session_no: which session of the worker is to hold it.
         """
         with self._database.reading() as connection:
-            if connection.execute(_WAITING).first() is None:
-                return None  # the usual case at every idle heartbeat: write nothing, wake nobody
+            if connection.execute(_WAITING, {"for_whom": worker_id}).first() is None:
+                return None  # the usual case at every heartbeat: write nothing, wake nobody
         with self._database.writing() as connection:
             locks.take(connection, Lock.TURNS)
-            if find(connection, HELD_BY, worker_id) is not None:
-                return None
             now = self._clock()
             lines = line.Lines(connection, worker_id, ready)
             for _ in range(_TRIES):
                 job_id = lines.choose(now, self._patience)
                 if job_id is None:
                     return None
-                chosen = find(connection, FREE, job_id)
+                chosen = find(connection, FREE, job_id, for_whom=worker_id)
                 if chosen is not None:
                     break
                 lines.leave_out(job_id)

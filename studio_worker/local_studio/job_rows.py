@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from sqlalchemy import Connection, Select, bindparam, delete, insert, or_, select, update
+from sqlalchemy import Connection, Select, bindparam, delete, exists, insert, or_, select, update
 
 from studio_worker.local_studio import rules
 from studio_worker.local_studio.line import rejections_of
@@ -20,12 +20,18 @@ _COLUMNS = tuple(field.name for field in fields(QueuedJob))
 ALL = select(*(jobs.c[name] for name in _COLUMNS))
 ONE = ALL.where(jobs.c.job_id == bindparam("wanted"))
 LOCKED = ONE.with_for_update()
-FREE = ONE.where(jobs.c.status == JobStatus.QUEUED).with_for_update(skip_locked=True)
-"""If it is queued, and nobody is changing it at this moment."""
 NUMBERED = ALL.where(jobs.c.seq == bindparam("wanted"))
 HELD_BY = ALL.where(
     jobs.c.worker_id == bindparam("wanted"), or_(*(jobs.c.status == status for status in rules.HELD))
 )
+_in_hand = jobs.alias("in_hand")
+HAS_NONE = ~exists().where(
+    _in_hand.c.worker_id == bindparam("for_whom"),
+    or_(*(_in_hand.c.status == status for status in rules.HELD)),
+)
+"""The worker for whom it is holds no job."""
+FREE = ONE.where(jobs.c.status == JobStatus.QUEUED, HAS_NONE).with_for_update(skip_locked=True)
+"""If it is queued, nobody is changing it at this moment, and the worker holds none."""
 _LINE = ("priority", "submitter", "model")
 _FEWER = (
     update(lines)
@@ -37,9 +43,9 @@ _NO_MORE = delete(lines).where(*(lines.c[name] == bindparam(name) for name in _L
 _CHANGE = update(jobs).where(jobs.c.job_id == bindparam("changed"))
 
 
-def find(connection: Connection, query: Select[Any], wanted: str | int) -> QueuedJob | None:
+def find(connection: Connection, query: Select[Any], wanted: str | int, **besides: str) -> QueuedJob | None:
     """The job that a query of this module finds."""
-    row = connection.execute(query, {"wanted": wanted}).mappings().first()
+    row = connection.execute(query, {"wanted": wanted, **besides}).mappings().first()
     return None if row is None else job_of(row)
 
 

@@ -42,16 +42,26 @@ _oldest = (
     .correlate(lines)
     .scalar_subquery()
 )
-_head = (jobs.c.seq, jobs.c.job_id, jobs.c.model, *_LINE, jobs.c.passed_at, jobs.c.rejections)
+_loaded = select(last_made.c.model).where(last_made.c.worker_id == bindparam("worker")).scalar_subquery()
+_head = (
+    *(jobs.c.seq, jobs.c.job_id, jobs.c.model, *_LINE, jobs.c.passed_at, jobs.c.rejections),
+    turns_table.c.number,
+    # What is asked besides goes along: each statement is a way to the server and back.
+    select(func.max(turns_table.alias().c.number)).scalar_subquery().label("last_number"),
+    select(last_made.c.model)
+    .where(last_made.c.worker_id == bindparam("worker"))
+    .scalar_subquery()
+    .label("loaded"),
+)
 _turn = (turns_table.c.priority == jobs.c.priority) & (turns_table.c.submitter == jobs.c.submitter)
 
 # Of the highest priority below some other: of each submitter and model the oldest, with how many it stands
 # for; and all that were rejected, for turns.next_for() needs them.
 _HEADS = union_all(
-    select(*_head, lines.c.length.label("alike"), turns_table.c.number)
+    select(*_head, lines.c.length.label("alike"))
     .select_from(lines.join(jobs, jobs.c.seq == _oldest).outerjoin(turns_table, _turn))
     .where(lines.c.priority == _priority),
-    select(*_head, literal_column("1"), turns_table.c.number)
+    select(*_head, literal_column("1"))
     .select_from(jobs.outerjoin(turns_table, _turn))
     # Not by the index of all that wait in this priority (+ 0): there is one of the few that were rejected.
     .where(_IS_QUEUED, IS_REJECTED, jobs.c.priority + 0 == _priority),
@@ -74,10 +84,8 @@ _LINES = (
 )
 
 # Made once: to make a statement costs more than to run it.
-_LOADED = select(last_made.c.model).where(last_made.c.worker_id == bindparam("worker"))
 _MADE = select(last_made.c.worker_id, last_made.c.model)
 _PASS = update(jobs).where(jobs.c.job_id.in_(bindparam("passed", expanding=True)))
-_NEXT_NUMBER = select(func.coalesce(func.max(turns_table.c.number), 0) + 1)
 _FORGET = delete(turns_table).where(turns_table.c.number <= bindparam("last"))
 _NUMBERS = (
     select(jobs.c.seq)
@@ -98,23 +106,24 @@ class Lines:
         self._connection = connection
         self._worker_id = worker_id
         self._ready = ready
-        self._loaded: str | None = connection.execute(_LOADED, {"worker": worker_id}).scalar()
+        self._last_number = 0
         self._crew: Crew | None = None
         self._left_out: set[str] = set()
 
     def choose(self, now: float, patience: Patience) -> str | None:
         """The id of the job that this worker is to be offered; notes whose turn was passed over for it."""
-        below = _ABOVE_ALL
-        while rows := self._connection.execute(_HEADS, {"below": below}).mappings().all():
+        asked = {"worker": self._worker_id, "below": _ABOVE_ALL}
+        while rows := self._connection.execute(_HEADS, asked).mappings().all():
+            self._last_number = rows[0]["last_number"] or 0
             waiting = [_waiting(row) for row in rows if row["job_id"] not in self._left_out]
             numbers = {(row["priority"], row["submitter"]): row["number"] or 0 for row in rows}
-            crew = self._crew_for(waiting)
+            crew = self._crew_for(waiting, rows[0]["loaded"])
             choice = turns.next_for(self._worker_id, waiting, crew, numbers, now, patience)
             if choice.passed:
                 self._connection.execute(_PASS, {"passed": choice.passed, "passed_at": now})
             if choice.job_id is not None:
                 return choice.job_id
-            below = rows[0]["priority"]
+            asked["below"] = rows[0]["priority"]
         return None
 
     def leave_out(self, job_id: str) -> None:
@@ -123,20 +132,20 @@ class Lines:
 
     def take_turn(self, job: QueuedJob) -> None:
         """Whoever queued this job was served."""
-        number = self._connection.execute(_NEXT_NUMBER).scalar_one()
+        number = self._last_number + 1
         turn = {"priority": job.priority, "submitter": job.submitter, "number": number}
         upsert(self._connection, turns_table, turn)
         if number % _TURNS_KEPT == 0:
             self._connection.execute(_FORGET, {"last": number - _TURNS_KEPT})
 
-    def _crew_for(self, waiting: Collection[Waiting]) -> Crew:
-        """The others matter only where none has this worker's model, or somebody has rejected one."""
-        is_enough = any(job.model == self._loaded and not job.rejections for job in waiting)
-        if is_enough and self._loaded is not None and not any(job.rejections for job in waiting):
-            return Crew(last_made={self._worker_id: self._loaded})
+    def _crew_for(self, waiting: Collection[Waiting], loaded: str | None) -> Crew:
+        """The others matter only where none waits of this worker's model, or somebody has rejected one."""
+        is_own = loaded is not None and any(job.model == loaded for job in waiting)
+        if loaded is not None and is_own and not any(job.rejections for job in waiting):
+            return Crew(last_made={self._worker_id: loaded})
         if self._crew is None:
-            loaded = {row.worker_id: row.model for row in self._connection.execute(_MADE)}
-            self._crew = Crew(frozenset(self._ready(self._connection)), loaded)
+            made = {row.worker_id: row.model for row in self._connection.execute(_MADE)}
+            self._crew = Crew(frozenset(self._ready(self._connection)), made)
         return self._crew
 
 

@@ -32,6 +32,7 @@ class Database:
         engine: knows how to connect; the tables are there and in their present form.
         on_change: called after every committed write, when no connection is held.
         translated: turns what the driver raises into this package's errors.
+        reader: the same where nothing is written.
     """
 
     is_shared = False
@@ -45,9 +46,11 @@ class Database:
         engine: Engine,
         on_change: Callable[[], None],
         translated: Callable[[], AbstractContextManager[None]],
+        reader: Engine | None = None,
     ) -> None:
         self.on_change = on_change
         self._engine = engine
+        self._reader = reader or engine
         self._writer = engine.execution_options(**{WRITES: True})
         self._translated = translated
         self._is_closed = False
@@ -64,7 +67,7 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection that sees what was committed."""
-        with self._translated(), self._engine.connect() as connection:
+        with self._translated(), self._reader.connect() as connection:
             self._require_open()
             yield connection
 

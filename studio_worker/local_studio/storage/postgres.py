@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from sqlalchemy import URL, Engine, create_engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, TimeoutError
+from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    DisconnectionError,
+    InterfaceError,
+    OperationalError,
+    TimeoutError,
+)
 
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio.pictures import CannotStore, StorageAway, StorageFull
@@ -66,7 +75,9 @@ class PostgresDatabase(Database):
                     connection.exec_driver_sql("SET LOCAL lock_timeout = 0")  # another may have much to do
                     take(connection, Lock.MIGRATION)
                     migrate(connection, name)
-                super().__init__(engine, on_change, _translated)
+                # Each query by itself: no way to the server and back for its beginning and its end.
+                reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+                super().__init__(engine, on_change, _translated, reader)
         except BaseException as error:
             engine.dispose()
             if isinstance(error, CannotStore | DBAPIError):
@@ -120,7 +131,6 @@ def _engine(url: URL) -> Engine:
             pool_size=_CONNECTIONS,
             max_overflow=0,
             pool_timeout=_WAIT_S,
-            pool_pre_ping=True,
             hide_parameters=True,  # of errors in the log: there are prompts among them
         )
     except ModuleNotFoundError as error:
@@ -129,5 +139,17 @@ def _engine(url: URL) -> Engine:
             cure="install the package studio-worker-farm, or studio-worker[farm] with pip",
             key="--database",
         ) from error
+    event.listen(engine, "checkout", _look)
     Gate(engine)
     return engine
+
+
+def _look(connection: Any, _record: object, _fairy: object) -> None:
+    """Whether the server has gone since: what comes unasked is its farewell. To ask it, as SQLAlchemy would, is
+    one more way there and back for each step.
+    """
+    unasked = select.poll()
+    if not connection.closed:
+        unasked.register(connection, select.POLLIN)
+    if connection.closed or unasked.poll(0):
+        raise DisconnectionError("the server has gone")
