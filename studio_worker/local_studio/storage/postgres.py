@@ -145,7 +145,7 @@ def _engine(url: URL) -> Engine:
 
 
 def _look(connection: Any, _record: object, _fairy: object) -> None:
-    """Whether the server has gone since: what comes unasked is its farewell. To ask it, as SQLAlchemy would, is
+    """Whether the server has gone since: what comes unasked is its farewell. To ask, as SQLAlchemy would, is
     one more way there and back for each step.
     """
     unasked = select.poll()
