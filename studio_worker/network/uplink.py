@@ -23,8 +23,8 @@ LONGEST_S = 15.0
 on beside the next."""
 ROUND_S = 4.0
 REST_S = 3.0
-"""So long of each round downloads rest while an upload is under way: less than any connection of theirs is
-taken for dead in."""
+"""So long of each round downloads rest while an upload is under way: less than a connection may be silent for
+(``stall_timeout_s``, 15 s where nobody says otherwise)."""
 
 
 class Turn:
