@@ -64,7 +64,8 @@ class WorkerSection(_Section):
         "How many jobs this box has in hand at once. One at a time is on the device; meanwhile the others' "
         "files are fetched, their pictures encoded and uploaded, so that the device need not wait for the "
         "network. To the studio each lane is a worker of its own, and is approved by itself: NAME, NAME "
-        "(lane 2), and so on. Two for most networks, three where the studio is far away.",
+        "(lane 2), and so on. Two for most networks, three where an upload takes longer than a picture; each "
+        "takes 20 MB of RAM more for a picture of 1024 pixels a side, and no memory of the GPU.",
         live=False,
         ge=1,
         le=8,

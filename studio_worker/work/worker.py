@@ -4,9 +4,9 @@ The thread that runs it, the main one, has the device: it loads models and gives
 a thread of its own, do all else. A lost device, and a lane that crashes, end the work of all.
 
 In RAM a lane has one job's inputs or its picture, never both: until its turn 3 times 64 MiB at most, or what
-they are decoded; afterwards 18 bytes a pixel while it is encoded, 0.15 GB for the largest picture of a model
-and 1.2 GB for one of 64 million pixels from which an object is removed. One lane at a time decodes, which
-takes another 0.4 GB. What is kept is on disk, and is uploaded from there.
+they are decoded; afterwards 18 bytes a pixel while it is encoded, 0.15 GB for the largest picture of a model;
+as lossless WebP, which is for removed objects, 30, or 1.9 GB for 64 million pixels. One lane at a time has
+its inputs decoded, which takes another 0.4 GB. What is kept is on disk, and is uploaded from there.
 """
 
 from __future__ import annotations
