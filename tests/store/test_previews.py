@@ -10,6 +10,7 @@ import pytest
 
 from studio_worker.errors import DownloadError
 from studio_worker.models import ModelFile
+from studio_worker.network.uplink import Uplink
 from studio_worker.store import Store
 from studio_worker.store.previews import MOST_OF_MODEL_BYTES, Previews
 from studio_worker.store.terms import Terms, fixed
@@ -99,6 +100,17 @@ def test_one_server_that_hangs_ends_the_look_at_all_files(server: FileServer) ->
     files = [model_file(server.serve(f"/{n}.safetensors", LARGE, hold_head=n > 1)) for n in range(20)]
     with pytest.raises(DownloadError), previews.shown(files):
         pytest.fail("it was shown")
+
+
+def test_headers_come_while_pictures_are_uploaded(server: FileServer, tmp_path: Path) -> None:
+    """What is small and waited for does not give way to uploads, as models do: over a thin link one upload
+    follows the other, and every offer would be answered late and without a look.
+    """
+    uplink = Uplink(clock=lambda: 0.0)  # time stands still, in a rest of downloads
+    store = Store(tmp_path / "models", fixed(Policy(uplink=uplink)))
+    file = model_file(server.serve("/m.safetensors", LARGE))
+    with uplink.turn(), store.previews.shown([file]) as preview:
+        assert preview.received_bytes > 0
 
 
 def test_model_of_many_files_costs_no_more_than_one(server: FileServer, store: Store) -> None:
