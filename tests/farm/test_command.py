@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from studio_worker.local_studio import LocalStudio, Places, places_of
 from studio_worker.local_studio.pictures import Folder
+from studio_worker.local_studio.places import open_places
 from tests.fakes.machine import PICTURE, Machine, queue
 from tests.farm.postgres import Cluster, programs
 
@@ -80,8 +83,12 @@ def test_backup_of_a_studio_at_work_is_a_studio(postgres: Cluster, database_url:
         machine.hang_up()
 
 
-def test_studio_is_carried_to_postgresql_and_s3(database_url: str, bucket: str, tmp_path: Path) -> None:
+def test_studio_is_carried_to_postgresql_and_s3(
+    database_url: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The command takes a SQLite studio and its pictures to PostgreSQL and S3, where it goes on at once."""
+    # The local studio's own tests, in the same run, have files stand for databases.
+    monkeypatch.setattr("studio_worker.local_studio.studio.open_places", open_places)
     with LocalStudio(tmp_path / "studio.sqlite3") as studio:
         machine = Machine(studio).connect()
         done = queue(studio)
