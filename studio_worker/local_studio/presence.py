@@ -7,7 +7,7 @@ database's clock is from this machine's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,10 @@ _LIVING = select(processes.c.process_id).where(_IS_FRESH)
 _CONNECTED = (
     select(sessions)
     .join_from(sessions, processes, sessions.c.process_id == processes.c.process_id, isouter=True)
-    .where(or_(sessions.c.process_id == bindparam("here"), _IS_FRESH))
+    .where(
+        or_(sessions.c.process_id == bindparam("here"), _IS_FRESH),
+        sessions.c.lease_until >= bindparam("now"),  # an end may not have been written down
+    )
 )
 _IS_HELD = jobs.c.status.in_(HELD)
 _LOST = (
@@ -172,13 +175,12 @@ class Presence:
     def connected(self) -> dict[str, Seat]:
         """All workers that have a session with a living process, by their ids."""
         with self._database.reading() as connection:
-            rows = connection.execute(_CONNECTED, {"here": self.process_id, "since": self._since()}).all()
+            rows = self._connected(connection)
         return {row.worker_id: Seat(row.is_paused, row.current_job_id, row.heartbeat_at) for row in rows}
 
     def ready(self, connection: Connection) -> list[str]:
         """Of those the ones that could take a job, as part of a step."""
-        rows = connection.execute(_CONNECTED, {"here": self.process_id, "since": self._since()}).all()
-        return [row.worker_id for row in rows if not row.is_paused]
+        return [row.worker_id for row in self._connected(connection) if not row.is_paused]
 
     # --- claims -------------------------------------------------------------------------------------
 
@@ -200,6 +202,10 @@ class Presence:
     def _since(self) -> float:
         """Whoever has not beaten since then is dead."""
         return self._now() - DEAD_S
+
+    def _connected(self, connection: Connection) -> Sequence[Row[Any]]:
+        asked = {"here": self.process_id, "since": self._since(), "now": self._now()}
+        return connection.execute(_CONNECTED, asked).all()
 
     def _living(self, connection: Connection) -> set[str]:
         # This process lives, whether or not it could say so lately.

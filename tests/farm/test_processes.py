@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from studio_worker.local_studio import Limits, LocalStudio, Places
-from studio_worker.local_studio.pictures import Folder
+from studio_worker.local_studio.pictures import Folder, StorageAway
 from studio_worker.local_studio.turns import Patience
 from tests.fakes.machine import PICTURE, WAIT_S, Machine, queue
 from tests.farm.postgres import Cluster
@@ -58,6 +59,16 @@ def turn_to(machine: Machine, studio: LocalStudio) -> Machine:
     """From now on the worker dials this process."""
     machine.studio, machine.api = studio, f"{studio.base_url}/graphics/api"
     return machine
+
+
+def await_answer(studio: LocalStudio) -> None:
+    """Until the process has its database again; it is tried once a second."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        try:
+            return studio.database.check()
+        except StorageAway:
+            assert time.monotonic() < deadline
 
 
 # --- what one process says, all obey ----------------------------------------------------------------
@@ -264,6 +275,7 @@ def test_database_that_restarts_costs_no_claim(
     postgres.stop()
     machine.beat(job_id)
     postgres.start()
+    await_answer(north)
     machine.beat(job_id)
     assert (north.job(job_id).status, north.job(job_id).attempts) == ("running", 1)
     assert machine.upload(job_id).status_code == 200

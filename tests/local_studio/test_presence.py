@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from studio_worker.local_studio import Door, Limits, LocalStudio
+from studio_worker.local_studio.presence import Presence
 from studio_worker.local_studio.pulse import Pulse
-from tests.fakes.machine import PICTURE, WAIT_S, Machine, queue
+from studio_worker.studio import wire
+from tests.fakes.machine import CAPABILITIES, PICTURE, WAIT_S, Machine, queue
 
 HASTY = Limits(lease_s=0.4)
 
@@ -126,3 +128,17 @@ def test_pulse_gives_workers_the_time_to_come_back(tmp_path: Path) -> None:
         now = 145.0
         pulse.beat()
         assert studio.job(job_id).status == "queued"
+
+
+def test_worker_whose_end_was_not_written_down_is_not_shown_for_ever(studio: LocalStudio) -> None:
+    """A session that ended while the database took nothing is over with its lease."""
+    now = 0.0
+    presence = Presence(studio.database, "a process", clock=lambda: now)
+    capabilities = wire.Capabilities.model_validate(CAPABILITIES)
+    number = presence.enter("gone", capabilities).number
+    now = 40.0
+    presence.renew("gone", number, capabilities, None)
+    now = 80.0
+    assert "gone" in presence.connected()
+    now = 86.0
+    assert presence.connected() == {}
