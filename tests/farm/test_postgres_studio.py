@@ -12,6 +12,8 @@ from pathlib import Path
 import psycopg
 import pytest
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util.retry import Retry
 
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio import LocalStudio, Places
@@ -169,7 +171,11 @@ def test_server_that_is_away_is_503_until_it_is_back(
             machine.beat(job_id)
         finally:
             postgres.start()
-        assert requests.get(f"{studio.base_url}/health/ready", timeout=WAIT_S).status_code == 200
+        with requests.Session() as client:  # that comes again, as it is told
+            client.mount(
+                "http://", HTTPAdapter(max_retries=Retry(8, status_forcelist={503}, backoff_factor=0.2))
+            )
+            assert client.get(f"{studio.base_url}/health/ready", timeout=WAIT_S).status_code == 200
         assert machine.upload(job_id).status_code == 200
         assert studio.result(job_id) == PICTURE
         machine.hang_up()
