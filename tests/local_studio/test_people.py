@@ -19,7 +19,7 @@ import requests
 from PIL import Image
 
 from studio_worker.errors import ConfigError
-from studio_worker.local_studio import Door, LocalStudio, run_local_studio
+from studio_worker.local_studio import Door, LocalStudio, Places, run_local_studio
 from tests.fakes.machine import PICTURE, SOURCE, WAIT_S, Machine, queue
 
 TOKEN = "a token of sufficient length"
@@ -601,13 +601,13 @@ def test_data_folder_that_cannot_be_made_is_a_clear_mistake(tmp_path: Path) -> N
     """A data folder that cannot be written is named with its cure."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="cannot be written"):
-        run_local_studio(tmp_path / "file" / "data", Door())
+        run_local_studio(Places(tmp_path / "file" / "data" / "studio.sqlite3"), Door(), models_dir=tmp_path)
 
 
 def test_short_token_is_a_clear_mistake(tmp_path: Path) -> None:
     """A token that could be guessed is refused before anything is opened."""
     with pytest.raises(ConfigError, match="fewer than 16"):
-        run_local_studio(tmp_path, Door(token="short"))
+        run_local_studio(Places(tmp_path / "studio.sqlite3"), Door(token="short"), models_dir=tmp_path)
 
 
 def test_stop_does_not_wait_for_open_pages(tmp_path: Path) -> None:
@@ -628,8 +628,9 @@ def test_command_runs_until_a_signal(tmp_path: Path, number: signal.Signals) -> 
     """The command says where it listens, and ends in order at SIGINT and SIGTERM."""
     script = (
         "import sys; from pathlib import Path\n"
-        "from studio_worker.local_studio import Door, run_local_studio\n"
-        "run_local_studio(Path(sys.argv[1]), Door(),"
+        "from studio_worker.local_studio import Door, Places, run_local_studio\n"
+        "folder = Path(sys.argv[1])\n"
+        "run_local_studio(Places(folder / 'studio.sqlite3'), Door(), models_dir=folder,"
         " on_ready=lambda studio: print(studio.base_url, flush=True))\n"
         "print('ended in order')"
     )
