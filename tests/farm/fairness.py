@@ -58,16 +58,14 @@ def broken_turns(history: History, offline: Offline | None = None) -> Broken:
     return _Check(history, offline or {}).run()
 
 
-class _Place(NamedTuple):
-    """A job that waits, where it stands: the oldest of its submitter and model that the worker may have.
+_ENOUGH = 200
+"""So many offers that were not right are told: each costs a look at many moments."""
 
-    ``alike`` is how many of its model wait in this priority.
-    """
+_Place = tuple[int, int, int]
+"""A job that waits, where it stands: its submitter's last turn and first job, and its number.
 
-    turn: int
-    submitters_first: int
-    number: int
-    alike: int
+It is the oldest of its submitter and model that the worker may have.
+"""
 
 
 class _Fault(NamedTuple):
@@ -84,6 +82,7 @@ class _Check:
         self._broken = Broken()
         # What everybody could see, after the events so far:
         self._waiting: dict[int, dict[str, dict[str, list[int]]]] = {}
+        self._alike: collections.Counter[tuple[int, str]] = collections.Counter()  # by priority and model
         self._queued: set[str] = set()
         self._turn: dict[tuple[int, str], int] = {}
         self._served = 0
@@ -98,7 +97,7 @@ class _Check:
         for event in self._events:
             if event.job_id not in self._jobs:
                 continue  # deleted; the verdict tells of it
-            if event.became == "offered":
+            if event.became == "offered" and len(self._broken.unfair + self._broken.overtaken) < _ENOUGH:
                 if event.job_id not in self._queued:
                     self._broken.held_twice.append(
                         f"job {event.job_id} was offered to {event.worker_id} while another worker held it"
@@ -165,6 +164,7 @@ class _Check:
             return
         models = self._waiting.setdefault(job.priority, {}).setdefault(job.submitter, {})
         numbers = models.setdefault(job.model, [])
+        self._alike[job.priority, job.model] += 1 if is_queued else -1
         if is_queued:
             self._queued.add(job.job_id)
             bisect.insort(numbers, job.number)
@@ -196,37 +196,43 @@ class _Check:
                 continue
             if why := self._is_wanted(line, event):
                 return _Fault(True, self._told(event, line[0], why))
-            passed.append(line[0].number)
+            passed.append(line[0][2])
         line = self._line(job.priority, event)
-        mine = next((place for place in line if place.number == job.number), None)
+        mine = next((place for place in line if place[2] == job.number), None)
         if mine is None:
             return _Fault(False, f"job {job.job_id} was offered before an older one of its person and model")
         if mine is not line[0]:
             if why := self._is_unfair(line, mine, event):
                 return _Fault(False, self._told(event, line[0], why))
-            passed.append(line[0].number)
+            passed.append(line[0][2])
         for number in passed:
             self._passed.setdefault(number, event.at)
         return None
 
     def _line(self, priority: int, event: Event) -> list[_Place]:
         places = []
-        alike: collections.Counter[str] = collections.Counter()
+        refused = self._refusals[event.worker_id]
         for submitter, models in self._waiting.get(priority, {}).items():
             served = self._turn.get((priority, submitter), 0)
             turn = served if served > self._served - _TURNS_KEPT else 0
-            heads = []
-            for model, numbers in models.items():
-                allowed = self._allowed(numbers, event)
-                alike[model] += len(allowed)
-                heads += allowed[:1]
-            places += [_Place(turn, min(heads), number, 0) for number in heads]
-        return [place._replace(alike=alike[self._model(place)]) for place in sorted(places)]
+            if refused:
+                firsts = (next((n for n in numbers if n not in refused), None) for numbers in models.values())
+                heads = [number for number in firsts if number is not None]
+            else:
+                heads = [numbers[0] for numbers in models.values()]
+            if heads:
+                first = min(heads)
+                places += [(turn, first, number) for number in heads]
+        return sorted(places)
 
-    def _allowed(self, numbers: Sequence[int], event: Event) -> Sequence[int]:
-        """Those of them that this worker has not rejected."""
-        refused = self._refusals[event.worker_id]
-        return [number for number in numbers if number not in refused] if refused else numbers
+    def _allowed_alike(self, job: Job, event: Event) -> int:
+        """How many jobs of its priority and model this worker may have."""
+        alike = self._alike[job.priority, job.model]
+        for number in self._refusals[event.worker_id]:
+            other = self._numbered[number]
+            if (other.priority, other.model) == (job.priority, job.model) and other.job_id in self._queued:
+                alike -= 1
+        return alike
 
     def _is_wanted(self, line: Sequence[_Place], event: Event) -> str:
         """Why this worker should have had a job of this higher priority; empty where all wait rightly."""
@@ -251,13 +257,14 @@ class _Check:
         return "was first, and one before it was of a model that too few had loaded"
 
     def _is_out_of_patience(self, place: _Place, event: Event) -> bool:
-        passed_at = self._passed.get(place.number)
+        passed_at = self._passed.get(place[2])
         return passed_at is not None and event.began - passed_at >= PATIENCE_S + _SLACK_S
 
     def _is_waited_for(self, place: _Place, event: Event) -> bool:
-        rejected = self._rejected.get(self._numbered[place.number].job_id, set())
-        others = self._makers[self._model(place)] - {event.worker_id} - rejected
-        return sum(self._may_be_ready(worker_id, event) for worker_id in others) >= place.alike
+        job = self._numbered[place[2]]
+        others = self._makers[job.model] - {event.worker_id} - self._rejected.get(job.job_id, set())
+        alike = self._allowed_alike(job, event)
+        return len(others) >= alike and sum(self._may_be_ready(each, event) for each in others) >= alike
 
     def _may_be_ready(self, worker_id: str, event: Event) -> bool:
         return not any(
@@ -266,10 +273,10 @@ class _Check:
         )
 
     def _model(self, place: _Place) -> str:
-        return self._numbered[place.number].model
+        return self._numbered[place[2]].model
 
     def _told(self, event: Event, first: _Place, why: str) -> str:
-        job, other = self._jobs[event.job_id], self._numbered[first.number]
+        job, other = self._jobs[event.job_id], self._numbered[first[2]]
         return (
             f"job {job.job_id} ({job.priority}, {job.submitter}, {job.model}) was offered to"
             f" {event.worker_id[:8]}, which has {self._loaded.get(event.worker_id)} loaded, while"
