@@ -123,6 +123,13 @@ class Studio:
                 stderr=log_file,
             )  # fmt: skip
 
+    def await_answer(self) -> None:
+        deadline = time.monotonic() + STALLED_S
+        while not self.counts():
+            if time.monotonic() > deadline:
+                raise ServiceProcessError("the studio does not answer")
+            time.sleep(0.1)
+
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -178,7 +185,9 @@ class Soak:
                 for number in range(self._jobs):
                     self._queue(studio, number)
                 studio.stop()
-                self._soak(proxy, Studio(self._folder, port))
+                process = Studio(self._folder, port)
+                process.await_answer()  # a worker whose first model cannot be had ends, as it should
+                self._soak(proxy, process)
                 self._account.wrong += proxy.violations
         with LocalStudio(self._folder / DATABASE_NAME) as studio:
             self._judge(studio)
