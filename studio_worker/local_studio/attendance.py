@@ -110,7 +110,7 @@ class Attendance:
             self._wake.tell(Hint("end", session.worker_id))
 
     def heard(self, session: WorkerSession, heartbeat: wire.Heartbeat) -> None:
-        """A heartbeat renews the lease; the first one says whether the job in hand was brought along.
+        """A heartbeat renews the lease, and says whether the job of the last session is still in hand.
 
         Raises:
             Replaced: the session is not its worker's any more.
@@ -122,8 +122,9 @@ class Attendance:
             )
             inherited = session.inherited
             if inherited is not None and inherited.job_id != heartbeat.current_job_id:
-                self._release(session, inherited.loss)
-            session.inherited = None
+                # It has forgotten the job, or has failed, which it says when the job is offered again.
+                self._release(session, inherited.job_id, inherited.loss)
+                session.inherited = None
         except CannotStore as error:  # the worker is here all the same
             cannot_store(session, error)
 
@@ -137,23 +138,23 @@ class Attendance:
                 self._presence.hand_over(worker_id, number)
             else:
                 # In this order: whoever sees the worker offline finds its job released already.
-                self._release(session, WORKER_LEFT)
+                held = self._queue.held_by(worker_id)
+                if held is not None:
+                    self._release(session, held.job_id, WORKER_LEFT)
                 self._presence.leave(worker_id, number)
         except CannotStore as error:  # the claim stays until its lease runs out, or the worker is back
             cannot_store(session, error)
         finally:
             del self.live[worker_id]
 
-    def _release(self, session: WorkerSession, loss: Loss) -> None:
+    def _release(self, session: WorkerSession, job_id: str, loss: Loss) -> None:
         """Let go of what this session holds: what the worker's next one has taken over is that one's."""
 
         def judge(_connection: Connection, job: QueuedJob) -> Loss | None:
             is_its_own = (job.worker_id, job.session_no) == (session.worker_id, session.number)
             return loss if is_its_own else None
 
-        held = self._queue.held_by(session.worker_id)
-        if held is not None:
-            self._queue.let_go(held.job_id, judge)
+        self._queue.let_go(job_id, judge)
 
 
 def ended(over: Replaced) -> EndSession:

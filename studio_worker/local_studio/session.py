@@ -46,8 +46,8 @@ _Command = Literal["offer"] | EndSession
 class WorkerSession:
     """One connected worker. ``base_url`` is the studio's address as this worker reached it.
 
-    ``number`` counts this worker's sessions; ``inherited`` is what it had in hand in the one before, until
-    its first heartbeat says whether it still has.
+    ``number`` counts this worker's sessions; ``inherited`` is what it had in hand in the one before, for as
+    long as its heartbeats name it.
     """
 
     worker_id: str

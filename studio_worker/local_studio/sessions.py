@@ -8,7 +8,7 @@ A second session of the same worker ends the *first* with ``duplicate_worker``. 
 it: a worker gives a silent connection up after 20 s and comes back, while the studio notices only after
 30 s; were the newcomer turned away with 4003, which is final, a short network outage would end a worker for
 good. Of two machines that share one identity, the older session ends, and its operator learns why. The job in
-hand is the newcomer's, if it knows of it: that is what its first heartbeat tells.
+hand is the newcomer's, for as long as its heartbeats name it.
 """
 
 from __future__ import annotations
@@ -228,6 +228,7 @@ class Sessions:
             return
         job = self._queue.take_next(session.worker_id, self._presence.ready, session_no=session.number)
         if job is not None:
+            session.inherited = None
             logger.info("job offered", extra={"worker_id": session.worker_id, "job_id": job.job_id})
             await session.send(wire.Offer(claim=claim_of(self._shelf.addressed(job), session.base_url)))
 

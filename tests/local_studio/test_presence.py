@@ -67,6 +67,27 @@ def test_restart_offers_again_what_the_worker_does_not_know_of(tmp_path: Path) -
         machine.hang_up()
 
 
+def test_restart_offers_again_what_failed_after_it(tmp_path: Path) -> None:
+    """A worker that took its job over a restart, and failed, is offered it again: then it says so."""
+    database = tmp_path / "studio.sqlite3"
+    with LocalStudio(database) as studio:
+        machine = Machine(studio).connect()
+        job_id = queue(studio)
+        machine.take()
+        machine.beat(job_id=job_id)
+        port = studio.port
+    with LocalStudio(database, door=Door(port=port)) as studio:
+        machine.studio = studio
+        machine.connect().beat(job_id=job_id)
+        machine.beat(job_id=job_id)
+        assert studio.job(job_id).status == "running"
+        assert machine.offered()["jobId"] == job_id
+        assert studio.job(job_id).attempts == 1
+        machine.beat()
+        assert studio.job(job_id).status == "offered"
+        machine.hang_up()
+
+
 def test_restart_gives_to_others_what_nobody_comes_back_for(tmp_path: Path) -> None:
     """A job whose worker stays away after a restart is queued again, at no cost."""
     database = tmp_path / "studio.sqlite3"
