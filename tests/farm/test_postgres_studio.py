@@ -20,6 +20,7 @@ from studio_worker.local_studio import LocalStudio, Places
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.pictures import Folder, StorageAway
 from studio_worker.local_studio.rules import QueuedJob, RuleBroken
+from studio_worker.local_studio.storage.locks import Lock
 from studio_worker.local_studio.storage.postgres import PostgresDatabase
 from tests.fakes.machine import PICTURE, WAIT_S, Machine, queue
 from tests.farm.postgres import Cluster
@@ -109,6 +110,22 @@ def test_claims_of_several_processes_are_one_queue(queues: list[JobQueue]) -> No
     in_order = sorted(offered, key=lambda each: each.offered_at or 0)
     rounds = [int(each.job_id.rpartition("-")[2]) for each in in_order]
     assert rounds == sorted(rounds), "nobody has a second turn before all had their first"
+
+
+def test_offers_are_made_one_at_a_time(queues: list[JobQueue], database_url: str) -> None:
+    """While one process decides whose turn it is the others wait: nobody has two turns of one round."""
+    queues[0].add(job(0))
+    waits = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    with psycopg.connect(database_url, autocommit=True) as other:
+        other.execute("SELECT pg_advisory_lock(%s)", (int(Lock.TURNS),))
+        taken: list[QueuedJob | None] = []
+        offer = threading.Thread(target=lambda: taken.append(queues[0].take_next("worker")))
+        offer.start()
+        while other.execute(waits).fetchone() is None:
+            assert offer.is_alive(), "it did not wait"
+        other.execute("SELECT pg_advisory_unlock(%s)", (int(Lock.TURNS),))
+        offer.join()
+    assert [each and each.job_id for each in taken] == ["-0"]
 
 
 def test_job_that_is_being_changed_is_passed_over(queues: list[JobQueue], database_url: str) -> None:
