@@ -88,6 +88,27 @@ def test_restart_offers_again_what_failed_after_it(tmp_path: Path) -> None:
         machine.hang_up()
 
 
+def test_restart_lets_go_of_no_job_that_was_offered_after_it(tmp_path: Path) -> None:
+    """A picture that comes before its worker's first heartbeat brings the next job, which stays."""
+    database = tmp_path / "studio.sqlite3"
+    with LocalStudio(database) as studio:
+        machine = Machine(studio).connect()
+        first, second = queue(studio), queue(studio)
+        machine.take()
+        machine.beat(job_id=first)
+        port = studio.port
+    with LocalStudio(database, door=Door(port=port)) as studio:
+        machine.studio = studio
+        machine.connect()
+        assert machine.upload(first).status_code == 200
+        assert machine.hear()["claim"]["jobId"] == second
+        machine.beat()
+        machine.say("accept", jobId=second)
+        machine.beat(job_id=second)
+        assert (studio.job(second).status, studio.job(second).attempts) == ("running", 1)
+        machine.hang_up()
+
+
 def test_restart_gives_to_others_what_nobody_comes_back_for(tmp_path: Path) -> None:
     """A job whose worker stays away after a restart is queued again, at no cost."""
     database = tmp_path / "studio.sqlite3"
