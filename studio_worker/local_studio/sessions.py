@@ -73,7 +73,7 @@ class Sessions:
         try:
             standing = self._workers.standing(worker_id, bearer(socket.headers))
         except CannotStore as error:
-            await socket.send_denial_response(error_response(503, str(error)))
+            await socket.send_denial_response(error_response(503, error.for_strangers))
             return
         if standing is Standing.REFUSED:
             await socket.send_denial_response(error_response(401, "unknown worker or wrong token"))
@@ -95,7 +95,7 @@ class Sessions:
             await session.close(end)
         except CannotStore as error:
             cannot_store(session, error)
-            await session.close(EndSession("internal_error", str(error)))
+            await session.close(EndSession("internal_error", error.for_strangers))
         except Exception:
             logger.exception("session failed", extra={"worker_id": worker_id})
             await session.close(EndSession("internal_error", "the studio made a mistake"))
@@ -151,7 +151,7 @@ class Sessions:
         except CannotStore as error:
             cannot_store(session, error)
             if isinstance(event, wire.Fail | wire.CompleteJson):  # without an answer the worker says it again
-                raise EndSession("internal_error", str(error)) from error
+                raise EndSession("internal_error", error.for_strangers) from error
 
     async def _act(self, session: WorkerSession, event: wire.WorkerFrame | Literal["offer"]) -> None:
         match event:

@@ -14,6 +14,7 @@ import pytest
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
+from websockets.exceptions import InvalidStatus
 
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio import LocalStudio, Places
@@ -186,6 +187,10 @@ def test_server_that_is_away_is_503_until_it_is_back(
             assert int(answers[0].headers["Retry-After"]) > 0
             assert machine.upload(job_id).status_code == 503
             machine.beat(job_id)
+            with pytest.raises(InvalidStatus) as refused:
+                machine.dial()
+            assert refused.value.response.status_code == 503
+            assert "postgres" not in refused.value.response.body.decode().lower()  # where it is: nobody's matter
         finally:
             postgres.start()
         with requests.Session() as client:  # that comes again, as it is told

@@ -21,15 +21,24 @@ _KEY = re.compile(rf".+-[0-9a-f]{{{2 * _KEY_BYTES}}}\.[a-z0-9]+")
 
 
 class CannotStore(ProtocolError):
-    """What the studio keeps its data in takes or gives none now; nothing of this step was kept."""
+    """What the studio keeps its data in takes or gives none now; nothing of this step was kept.
+
+    Its text is for the log: it may name servers. ``for_strangers`` is what may be said to anybody.
+    """
+
+    for_strangers = "the studio cannot store anything now"
 
 
 class StorageFull(CannotStore):
     """The disk takes no more of the studio's data."""
 
+    for_strangers = "the studio's disk is full or cannot be written"
+
 
 class StorageAway(CannotStore):
     """A storage on the network does not answer, or says that it cannot now."""
+
+    for_strangers = "what the studio keeps its data in does not answer"
 
 
 class PictureGone(ProtocolError):

@@ -121,9 +121,7 @@ async def _client_left(_request: Request, _error: Exception) -> Response:
 
 async def _storage_away(request: Request, error: Exception) -> Response:
     logger.error("storage away", extra={"path": request.url.path[:_PATH_CHARS], "error": str(error)})
-    return error_response(
-        503, "what the studio keeps its data in does not answer", {"Retry-After": str(AWAY_RETRY_S)}
-    )
+    return error_response(503, StorageAway.for_strangers, {"Retry-After": str(AWAY_RETRY_S)})
 
 
 async def _storage_full(request: Request, error: Exception) -> Response:
@@ -131,7 +129,7 @@ async def _storage_full(request: Request, error: Exception) -> Response:
         return await _unexpected(request, error)
     # The worker keeps its picture and comes again.
     logger.error("nothing can be stored", extra={"path": request.url.path[:_PATH_CHARS], "error": str(error)})
-    return error_response(507, "the studio's disk is full or cannot be written")
+    return error_response(507, StorageFull.for_strangers)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
