@@ -39,7 +39,7 @@ _WAITING = select(literal(1)).where(jobs.c.status == JobStatus.QUEUED, HAS_NONE)
 _KEY = select(results.c.key).where(results.c.job_id == bindparam("wanted"))
 
 _TRIES = 3
-"""How many jobs that somebody is changing at this moment are passed over for one offer."""
+"""How many jobs that somebody is changing at this moment are looked at for one offer."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,9 @@ class JobQueue:
                 chosen = find(connection, FREE, job_id, for_whom=worker_id)
                 if chosen is not None:
                     break
-                lines.leave_out(job_id)
+                # Its turn is not lost because, say, a picture of it comes too late and is turned away.
+                if not locks.settled(connection, LOCKED, {"wanted": job_id}):
+                    lines.leave_out(job_id)
             else:
                 return None
             job = save(connection, chosen, rules.offered(chosen, worker_id, now, session_no))

@@ -112,6 +112,7 @@ class Lines:
 
     def choose(self, now: float, patience: Patience) -> str | None:
         """The id of the job that this worker is to be offered; notes whose turn was passed over for it."""
+        self._crew = None  # as old as the lines at most
         asked = {"worker": self._worker_id, "below": _ABOVE_ALL}
         while rows := self._connection.execute(_HEADS, asked).mappings().all():
             self._last_number = rows[0]["last_number"] or 0
@@ -127,7 +128,7 @@ class Lines:
         return None
 
     def leave_out(self, job_id: str) -> None:
-        """Somebody is changing this job at the moment."""
+        """Somebody has this job in hand, and keeps it."""
         self._left_out.add(job_id)
 
     def take_turn(self, job: QueuedJob) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import LiteralString
 
 import psycopg
 import pytest
@@ -130,8 +131,31 @@ def test_offers_are_made_one_at_a_time(queues: list[JobQueue], database_url: str
     assert [each and each.job_id for each in taken] == ["-0"]
 
 
-def test_job_that_is_being_changed_is_passed_over(queues: list[JobQueue], database_url: str) -> None:
-    """An offer does not wait for whoever has the job whose turn it is: the next one goes out."""
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [("refused_uploads = 1", "person 0-0"), ("status = 'done'", "person 0-1")],
+    ids=["it stays", "it is done"],
+)
+def test_job_that_is_being_changed_has_its_turn(
+    queues: list[JobQueue], database_url: str, step: LiteralString, expected: str
+) -> None:
+    """A late picture of the job whose turn it is costs nobody a turn: the offer waits for its end."""
+    for number, person in enumerate(["person 0", "person 0", "person 1"]):
+        queues[0].add(job(number, person))
+    waits = "SELECT 1 FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted"
+    taken: list[QueuedJob | None] = []
+    offer = threading.Thread(target=lambda: taken.append(queues[0].take_next("worker")))
+    with psycopg.connect(database_url) as somebody, psycopg.connect(database_url, autocommit=True) as other:
+        somebody.execute(f"UPDATE jobs SET {step} WHERE job_id = 'person 0-0'")
+        offer.start()
+        while offer.is_alive() and other.execute(waits).fetchone() is None:
+            pass
+    offer.join()
+    assert [each and each.job_id for each in taken] == [expected]
+
+
+def test_job_that_somebody_keeps_is_passed_over(queues: list[JobQueue], database_url: str) -> None:
+    """A process that hangs with a job in hand does not hold up the others: the next one goes out."""
     for number in range(2):
         queues[0].add(job(number, f"person {number}"))
     with psycopg.connect(database_url) as somebody:

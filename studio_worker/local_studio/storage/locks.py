@@ -1,10 +1,13 @@
-"""What only one studio process at a time may do, however many have the same database."""
+"""What one studio process at a time may do, however many have the same database, and how others wait."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
+from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, select
+from sqlalchemy import Connection, Select, bindparam, func, select
+from sqlalchemy.exc import OperationalError
 
 
 class Lock(IntEnum):
@@ -22,3 +25,32 @@ def take(connection: Connection, lock: Lock) -> None:
     """Wait for it; it is given back with the end of the transaction. SQLite has one that writes at a time."""
     if connection.dialect.name == "postgresql":
         connection.execute(_TAKE, {"number": int(lock)})
+
+
+_SETTLES_S = 1
+"""Most steps take a millisecond; a process that hangs in one of its own is not to hold up all others."""
+
+_LOCK_NOT_AVAILABLE = "55P03"
+"""https://www.postgresql.org/docs/current/errcodes-appendix.html"""
+
+
+def settled(connection: Connection, locked: Select[Any], asked: Mapping[str, Any]) -> bool:
+    """Wait until the steps that have these rows in hand are through; the rows are this transaction's then.
+
+    Returns:
+        Whether they are; not, where somebody keeps one for long.
+    """
+    if connection.dialect.name != "postgresql":
+        return True  # nobody else writes
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_SETTLES_S}s'")
+    try:
+        with connection.begin_nested():
+            connection.execute(locked, asked)
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+            raise
+        is_settled = False
+    else:
+        is_settled = True
+    connection.exec_driver_sql("SET LOCAL lock_timeout TO DEFAULT")
+    return is_settled
