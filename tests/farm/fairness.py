@@ -17,7 +17,9 @@ So one person's thousand jobs never hold up another's one, except for a model th
 
 Processes that choose at the same time cannot see each other's choice before it is committed, so an offer is
 right if it was right by what was committed at any one moment between the begin and the end of its
-transaction. A worker counts as one that a job may wait for unless it was away for the whole of the last
+transaction. The time that a commit bears is a little before the moment when others see it, and two are not
+always seen in the order of these times: so an offer is right, too, if it was right without one step of the
+last 50 ms, though later ones count. No offer is such a step, for these are made one at a time. A worker counts as one that a job may wait for unless it was away for the whole of the last
 minute.
 """
 
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -68,9 +71,24 @@ It is the oldest of its submitter and model that the worker may have.
 """
 
 
+_Step = tuple[Event, Callable[[], None]]
+"""Something that happened, and what takes it back."""
+
+
 class _Fault(NamedTuple):
     is_overtaken: bool
     text: str
+
+
+def _is_seen_late(step: Event, moment: float) -> bool:
+    """Whether this step may not have been seen at that moment."""
+    return step.committed >= moment - _SEEN_LATE_S
+
+
+def _may_be_missing(step: Event, seen: Sequence[Event]) -> bool:
+    """Whether these later ones, the newest first, may have been seen without it."""
+    is_followed = any(each.job_id == step.job_id for each in seen)
+    return step.became != "offered" and not is_followed and _is_seen_late(step, seen[0].committed)
 
 
 class _Check:
@@ -93,7 +111,7 @@ class _Check:
         self._passed: dict[int, float] = {}
 
     def run(self) -> Broken:
-        undone: collections.deque[tuple[Event, Callable[[], None]]] = collections.deque(maxlen=500)
+        undone: collections.deque[_Step] = collections.deque(maxlen=500)
         for event in self._events:
             if event.job_id not in self._jobs:
                 continue  # deleted; the verdict tells of it
@@ -107,23 +125,34 @@ class _Check:
             undone.append((event, self._apply(event)))
         return self._broken
 
-    def _judge(self, event: Event, undone: Sequence[tuple[Event, Callable[[], None]]]) -> None:
+    def _judge(self, event: Event, undone: Sequence[_Step]) -> None:
         fault = self._fault(event)
-        if fault is None:
-            return
-        again: list[Event] = []
-        for earlier, undo in reversed(undone):
-            if earlier.committed < event.began - _SEEN_LATE_S:
-                break
-            undo()
-            again.append(earlier)
-            if event.job_id in self._queued and self._fault(event) is None:
-                fault = None
-                break
-        for earlier in reversed(again):
-            self._apply(earlier)
-        if fault is not None:
+        if fault is not None and not self._was_right(event, undone):
             (self._broken.overtaken if fault.is_overtaken else self._broken.unfair).append(fault.text)
+
+    def _was_right(self, event: Event, undone: Sequence[_Step]) -> bool:
+        """Whether this offer was right at an earlier moment of its transaction, or without one late step."""
+        new = list(itertools.takewhile(lambda step: _is_seen_late(step[0], event.began), reversed(undone)))
+        if any(self._is_right(event, new[:count]) for count in range(1, len(new) + 1)):
+            return True
+        for late, (step, _) in enumerate(new):
+            for count in range(late):
+                seen = [each for each, _ in new[count:late]]
+                if _may_be_missing(step, seen) and self._is_right(event, new[: late + 1], seen):
+                    return True
+        return False
+
+    def _is_right(self, event: Event, back: Sequence[_Step], seen: Sequence[Event] = ()) -> bool:
+        """Whether it was right before the steps ``back`` but for those ``seen``, all with the newest first."""
+        for _, undo in back:
+            undo()
+        again = [self._apply(step) for step in reversed(seen)]
+        is_right = event.job_id in self._queued and self._fault(event) is None
+        for undo in reversed(again):
+            undo()
+        for step, _ in reversed(back):
+            self._apply(step)
+        return is_right
 
     # --- the history as it goes on -----------------------------------------------------------------
 

@@ -203,6 +203,24 @@ def test_judge_allows_what_could_not_be_seen_yet() -> None:
     assert unfair(began=11.0) == 1
 
 
+@pytest.mark.parametrize(
+    ("late", "came", "unfair"),
+    [(["b1"], 9.999, 0), (["b1"], 9.8, 1), (["b1", "c1"], 9.999, 1), ([], 9.999, 0)],
+    ids=["just now", "long ago", "two of them", "none"],
+)
+def test_judge_allows_one_commit_that_was_seen_after_a_later_one(
+    late: list[str], came: float, unfair: int
+) -> None:
+    """Commits are not always seen in the order of their times, but within a moment, and one in the midst."""
+    names = ["a1", "a2", *late]
+    jobs = [Job(name, number, "A", 0, name[0], "done") for number, name in enumerate(names, start=1)]
+    queued = [Event(name, "queued", "", False, 1.0, 1.0, 1.0) for name in ("a1", "a2")]
+    queued += [Event(name, "queued", "", False, came, came, came) for name in late]
+    first = Event("a1", "offered", "w", False, 9.7, 9.98, 10.0)
+    second = Event("a2", "offered", "v", False, 10.01, 10.02, 10.03)
+    assert len(judge(History(jobs, [*queued, first, second]), Account()).unfair) == unfair
+
+
 def test_judge_finds_a_job_that_two_workers_had() -> None:
     """A claim is given back before somebody else gets it."""
     jobs = "a1 ann A 0"
