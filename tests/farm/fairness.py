@@ -17,10 +17,10 @@ So one person's thousand jobs never hold up another's one, except for a model th
 
 Processes that choose at the same time cannot see each other's choice before it is committed, so an offer is
 right if it was right by what was committed at any one moment between the begin and the end of its
-transaction. The time that a commit bears is a little before the moment when others see it, and two are not
-always seen in the order of these times: so an offer is right, too, if it was right without one step of the
-last 50 ms, though later ones count. No offer is such a step, for these are made one at a time. A worker counts as one that a job may wait for unless it was away for the whole of the last
-minute.
+transaction. A commit bears a time a little before others see it, and two are not always seen in the order of
+these times; so an offer is right, too, if it was right without one step of the last 50 ms, though later ones
+count. No offer is such a step: these are made one at a time. A worker counts as one that a job may wait for
+unless it was away for the whole of the last minute.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class _Check:
         return False
 
     def _is_right(self, event: Event, back: Sequence[_Step], seen: Sequence[Event] = ()) -> bool:
-        """Whether it was right before the steps ``back`` but for those ``seen``, all with the newest first."""
+        """Whether it was right before the steps ``back``, but for those ``seen``; the newest comes first."""
         for _, undo in back:
             undo()
         again = [self._apply(step) for step in reversed(seen)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.farm import faults, people
-from tests.farm.judge import Verdict, judge
+from tests.farm.judge import Verdict, judge_and_keep
 from tests.farm.stores import Store
 from tests.farm.studios import Balancer, StudioProcess
 from tests.farm.worker import Book, Manner, Worker
@@ -64,12 +64,13 @@ class Farm:
     """One run.
 
     Args:
-        folder: for the logs of the studio processes.
+        folder: for the logs of the studio processes, and the evidence of broken promises.
     """
 
     def __init__(self, size: Size, store: Store, folder: Path) -> None:
         self._size = size
         self._store = store
+        self._folder = folder
         self._book = Book()
         names = [f"studio-{number}" for number in range(1, size.processes + 1)]
         self._processes = [StudioProcess(name, folder, store.options, store.environment) for name in names]
@@ -90,10 +91,10 @@ class Farm:
             for process in self._processes:
                 process.send(signal.SIGKILL)
         crowd_s, studios_s = time.process_time() - before, _cpu_s_of_children() - studios_before
-        history = self._store.history()
+        history, stored, book = self._store.history(), self._store.stored(), self._book
         return Outcome(
             size=self._size,
-            verdict=judge(history, self._book.account, self._store.stored(), self._book.offline),
+            verdict=judge_and_keep(self._folder, history, book.account, stored, book.offline),
             done=sum(job.status == "done" for job in history.jobs),
             book=self._book,
             seconds=self._seconds,

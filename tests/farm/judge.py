@@ -8,9 +8,11 @@ counts against turns and priorities says :mod:`fairness`.
 from __future__ import annotations
 
 import collections
+import pickle
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tests.farm.fairness import Offline, broken_turns
 from tests.farm.history import Event, History, Job
@@ -67,6 +69,24 @@ def judge(
         overtaken=turns.overtaken,
         waits=_waits(history.events),
     )
+
+
+EVIDENCE = "evidence.pickle"
+
+
+def judge_and_keep(
+    folder: Path, history: History, account: Account, stored: Collection[str] | None, offline: Offline
+) -> Verdict:
+    """The verdict; what it was found by is kept where it is not clean, and :func:`judge_again` takes it."""
+    verdict = judge(history, account, stored, offline)
+    if not verdict.is_clean:
+        (folder / EVIDENCE).write_bytes(pickle.dumps((history, account, stored, dict(offline))))
+    return verdict
+
+
+def judge_again(folder: Path) -> Verdict:
+    """The verdict on a run whose evidence lies in this folder."""
+    return judge(*pickle.loads((folder / EVIDENCE).read_bytes()))  # noqa: S301  (written above)
 
 
 def _lost(history: History, account: Account, stored: Collection[str] | None) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import statistics
 import sys
 import tempfile
@@ -74,8 +75,9 @@ def main() -> int:
     )  # fmt: skip
     outcomes: list[Outcome] = []
     with contextlib.ExitStack() as stack:
-        folder = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder: Path = given.keep or Path(tempfile.mkdtemp(prefix="farm-"))
         folder.mkdir(parents=True, exist_ok=True)
+        stack.callback(_clear, folder, outcomes, is_kept=given.keep is not None)
         cluster = stack.enter_context(Cluster())
         with contextlib.ExitStack() as while_failing:
             shelves: Shelves = SharedFolder(folder / "pictures")
@@ -90,6 +92,14 @@ def main() -> int:
             outcomes.append(one_desk(folder / "desk", replace(calm, processes=1)))
             console.print(_figures(cluster, *outcomes[1:]))
     return 0 if all(is_clean(outcome) for outcome in outcomes) else 1
+
+
+def _clear(folder: Path, outcomes: Sequence[Outcome], *, is_kept: bool) -> None:
+    """Remove what the studios left, unless somebody asked for it, or to see what broke a promise."""
+    if not outcomes or not all(is_clean(outcome) for outcome in outcomes):
+        sys.stdout.write(f"what the studios left, and what the verdict was found by: {folder}\n")
+    elif not is_kept:
+        shutil.rmtree(folder)
 
 
 def _figures(cluster: Cluster, farm: Outcome, desk: Outcome) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from studio_worker.local_studio.rules import Rejection
 from studio_worker.local_studio.turns import PATIENCE, Choice, Crew, Waiting, next_for
 from tests.farm.fairness import PATIENCE_S
 from tests.farm.history import Event, History, Job
-from tests.farm.judge import Account, Verdict, judge
+from tests.farm.judge import Account, Verdict, judge, judge_again, judge_and_keep
 
 WORKERS = [f"worker {number}" for number in range(6)]
 
@@ -267,3 +268,17 @@ def test_judge_finds_a_job_recorded_twice() -> None:
     account.delivered[done.job_id] += 1
     assert len(played.verdict(account).twice) == 1
     assert not played.verdict().twice
+
+
+def test_judge_keeps_what_a_broken_promise_was_found_by(tmp_path: Path) -> None:
+    """A run that was not clean can be judged again; one that was leaves nothing."""
+    right = Played(3).play(600)
+    wrong = history("a2 offered w", "a1 offered v", jobs="a1 ann A 0, a2 ann A 0")
+    clean = judge_and_keep(
+        tmp_path, History(list(right.jobs.values()), right.events), right.account(), None, {}
+    )
+    assert clean.is_clean
+    assert list(tmp_path.iterdir()) == []
+    found_first = judge_and_keep(tmp_path, wrong, Account(taken={"a1", "a2"}), None, {"w": [(1.0, 2.0)]})
+    assert judge_again(tmp_path) == found_first
+    assert found_first.unfair
