@@ -27,6 +27,7 @@ from studio_worker.local_studio.web.access import Access
 from studio_worker.local_studio.web.app import build_app
 from studio_worker.local_studio.web.handshake import secured
 from studio_worker.local_studio.web.proxy import Proxied
+from studio_worker.local_studio.web.upgrade import Upgrade
 from studio_worker.local_studio.web.visit import visits_of
 from studio_worker.network.crowd import most_connections
 
@@ -87,7 +88,7 @@ class LocalStudio(Studio):
                 log_level="warning",
                 server_header=False,
                 timeout_graceful_shutdown=SHUTDOWN_S,
-                ws="websockets-sansio",
+                ws=Upgrade,
                 ws_max_size=MAX_FRAME_BYTES,
                 # Heartbeats are the protocol's signs of life; pings would be a second opinion.
                 ws_ping_interval=None,

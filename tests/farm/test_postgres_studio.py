@@ -228,6 +228,7 @@ def test_server_that_is_away_is_503_until_it_is_back(
         assert studio.result(job_id) == PICTURE
         machine.hang_up()
     assert "a secret fox" not in caplog.text
+    assert "handshake" not in caplog.text
 
 
 def test_server_that_was_restarted_is_not_noticed(postgres: Cluster, queues: list[JobQueue]) -> None:

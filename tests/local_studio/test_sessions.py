@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def test_session_without_subprotocol_is_refused(anywhere: LocalStudio) -> None:
         with pytest.raises(InvalidStatus) as refused:
             machine.dial(subprotocol=subprotocol)
         assert refused.value.response.status_code == 400
+
+
+def test_session_that_is_refused_is_no_error_of_the_studio(
+    anywhere: LocalStudio, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An upgrade that is answered with a status leaves no line of a fault in the operator's log."""
+    machine = Machine(anywhere)
+    for wrong in ({"token": "wrong"}, {"subprotocol": None}):
+        with pytest.raises(InvalidStatus) as refused:
+            machine.dial(**wrong)  # type: ignore[arg-type]
+        assert refused.value.response.body
+    assert machine.upload("unknown").status_code in {404, 409}  # by when the others are over
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_session_wrong_token_in_hello_is_auth_failed(anywhere: LocalStudio) -> None:
