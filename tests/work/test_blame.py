@@ -349,25 +349,46 @@ def engine_that_is_not_here(scene: Scene) -> Job:
     return scene.job(engine="parakeet")
 
 
-KNOWN_LACKS = [kind_of_job_that_is_not_served, engine_that_is_not_here]
-
-
-def family_that_is_not_served(scene: Scene) -> Job:
+def family_that_is_not_served(scene: Scene, *, ranges: bool = True) -> Job:
     path = write_header(
         scene.folder / "wan.safetensors", {"head.modulation": (1, 2), "patch_embedding.weight": (4, 4)}
     )
-    return scene.job(path.read_bytes())
+    return scene.job(
+        url=scene.server.serve("/wan.safetensors", path.read_bytes(), ranges=ranges).url, sha256=""
+    )
 
 
-def pickled_model(scene: Scene) -> Job:
-    return scene.job(b"\x80\x04\x95pickle" * 9, filename="model.ckpt")
+def pickled_model(scene: Scene, *, ranges: bool = True) -> Job:
+    url = scene.server.serve("/model.ckpt", b"\x80\x04\x95pickle" * 9, ranges=ranges).url
+    return scene.job(url=url, sha256="", filename="model.ckpt")
+
+
+KNOWN_LACKS = [
+    kind_of_job_that_is_not_served,
+    engine_that_is_not_here,
+    family_that_is_not_served,
+    pickled_model,
+]
+
+
+def family_that_only_the_whole_file_tells(scene: Scene) -> Job:
+    """Its server knows no ranges, so that its header comes with all the rest."""
+    return family_that_is_not_served(scene, ranges=False)
+
+
+def pickled_model_that_only_the_whole_file_tells(scene: Scene) -> Job:
+    return pickled_model(scene, ranges=False)
 
 
 def kind_of_job_that_the_family_has_not(scene: Scene) -> Job:
     return scene.job(refImageUrl=scene.input(PICTURE.getvalue()))
 
 
-LATE_LACKS = [family_that_is_not_served, pickled_model, kind_of_job_that_the_family_has_not]
+LATE_LACKS = [
+    family_that_only_the_whole_file_tells,
+    pickled_model_that_only_the_whole_file_tells,
+    kind_of_job_that_the_family_has_not,
+]
 
 
 # --- one box, from the studio's frames to the engine ---
@@ -483,7 +504,7 @@ def test_what_this_worker_lacks_is_rejected(scene: Scene, cause: Callable[[Scene
 def test_what_turns_out_to_be_lacking_is_rejected_from_then_on(
     scene: Scene, cause: Callable[[Scene], Job]
 ) -> None:
-    """What only a model's file tells costs one try of one job; later ones with that source are given back."""
+    """What only a model's whole file tells costs one try; later jobs with that source are given back."""
     first, second = answers(scene, cause, offers=2)
     assert first[:2] == ("fail", True), first
     assert second[:2] == ("reject", None), second
@@ -499,7 +520,7 @@ def test_file_that_this_disk_changed_is_fetched_again(scene: Scene) -> None:
 
 def test_family_that_is_lacking_is_known_after_a_restart(scene: Scene) -> None:
     """Where the files are here a new process knows at the offer what the last one found out too late."""
-    job = family_that_is_not_served(scene)
+    job = family_that_only_the_whole_file_tells(scene)
     ((frame, retryable, error),) = answers(scene, lambda _: dict(job))
     assert (frame, retryable) == ("fail", True)
     ((frame, code, reason),) = answers(scene, lambda _: dict(job))
