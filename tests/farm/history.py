@@ -38,7 +38,7 @@ class Event:
     """One step of one job. Times are Unix seconds.
 
     ``worker_id`` is who got it, made it, or gave it back. ``began`` is when the transaction began, so nothing
-    that it read is older; ``at`` when it wrote; ``committed`` when everybody could see it.
+    that it read is older; ``at`` when it wrote; ``committed`` when others could see it, as far as is known.
     """
 
     job_id: str
@@ -79,7 +79,8 @@ CREATE TABLE witness (
     n bigint GENERATED ALWAYS AS IDENTITY, job_id text, became text, worker_id text, is_rejected boolean,
     began double precision DEFAULT extract(epoch FROM now()),
     at double precision DEFAULT extract(epoch FROM clock_timestamp()),
-    transaction xid DEFAULT pg_current_xact_id()::xid);
+    transaction xid8 DEFAULT pg_current_xact_id(), seen pg_snapshot DEFAULT pg_current_snapshot());
+CREATE INDEX ON witness (at);
 CREATE FUNCTION witness_insert() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     INSERT INTO witness (job_id, became, is_rejected) VALUES (NEW.job_id, NEW.status, false);
     RETURN NULL;
@@ -99,10 +100,16 @@ SELECT job_id, seq, model, priority, submitter, status, reason, completions,
     (SELECT count(*) FROM results WHERE results.job_id = jobs.job_id) FROM jobs ORDER BY seq"""
 _SQLITE_EVENTS = """
 SELECT job_id, became, coalesce(worker_id, ''), is_rejected, at, at, at FROM witness ORDER BY n"""
+# The time that a commit bears is that of its writing down, before others see it: a step that was taken later
+# and did not see it knows better.
 _POSTGRES_EVENTS = """
+WITH written AS MATERIALIZED (SELECT *,
+    extract(epoch FROM pg_xact_commit_timestamp(transaction::xid))::double precision AS written FROM witness)
 SELECT job_id, became, coalesce(worker_id, ''), is_rejected, began, at,
-    extract(epoch FROM pg_xact_commit_timestamp(transaction))::double precision AS committed
-FROM witness ORDER BY committed, n"""
+    greatest(written, (SELECT max(later.at) FROM witness later
+        WHERE later.at > written AND later.at < written + 0.5 AND later.transaction <> written.transaction
+        AND NOT pg_visible_in_snapshot(written.transaction, later.seen))) AS committed
+FROM written ORDER BY committed, n"""
 
 
 def watch_sqlite(path: Path) -> None:
