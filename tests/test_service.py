@@ -195,7 +195,7 @@ def test_service_paints_within_a_mask_that_came_in_the_offer(
 def test_service_logs_one_summary_line_a_job_with_every_stage(
     site: Path, studio: LocalStudio, tmp_path: Path
 ) -> None:
-    """A finished job is one line with wait, file, load, generation, encode and upload times."""
+    """A finished job is one line with wait, file, preparation, load, generation, encode and upload times."""
     with ServiceProcess(site, tmp_path / "log") as running:
         job_id = queue_synthetic(studio)
         await_status(studio, job_id, "done")
@@ -203,7 +203,7 @@ def test_service_logs_one_summary_line_a_job_with_every_stage(
     lines = [line for line in running.log_lines() if line["message"] == "job done"]
     assert [line["job_id"] for line in lines] == [job_id]
     stages = {key.removesuffix("_ms") for key in lines[0] if key.endswith("_ms")}
-    assert stages == {"wait", "files", "load", "generate", "encode", "upload"}
+    assert stages == {"wait", "files", "prepare", "load", "generate", "encode", "upload"}
 
 
 def test_service_told_to_stop_finishes_the_job_in_hand(
@@ -387,7 +387,9 @@ def test_status_shows_what_the_service_has_done(site: Path, studio: LocalStudio,
     assert facts["session"]["state"] == "connected"
     assert facts["jobs"] == {"done": 1, "failed": 1, "handed_back": 0, "refused": 0, "unconfirmed": 0}
     ends = {job["job_id"]: job for job in facts["last_jobs"]}
-    assert ends[good]["stages_s"].keys() == {"wait", "files", "load", "generate", "encode", "upload"}
+    assert ends[good]["stages_s"].keys() == {
+        "wait", "files", "prepare", "load", "generate", "encode", "upload",
+    }  # fmt: skip
     assert "is not an http(s) URL" in ends[bad]["reason"]
     assert facts["outbox"]["count"] == 0
     assert facts["device"]["name"] == "cpu"

@@ -106,7 +106,7 @@ class LaneNews:
     def ended(self, why: str) -> None:
         """The studio takes nothing from this lane any more; others go on."""
         self.record.registration("ended", detail=why)
-        self.record.session("reconnecting")
+        self.record.session("none")
         self._say(f"ended: {why[:_WHY_CHARS]}")
 
     def offer_answered(self, judgement: Judgement, model: str) -> None:

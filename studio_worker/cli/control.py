@@ -150,6 +150,7 @@ def _standing(lane: LaneFacts, now: float) -> str:
 
 _STAGES = {
     "files": "fetching files",
+    "prepare": "preparing the request",
     "turn": "waiting for its turn at the device",
     "load": "loading the model",
 }

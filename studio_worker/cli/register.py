@@ -65,8 +65,10 @@ def _show(state: Path, lanes: int) -> None:
         say(_NOBODY)
         return
     first = IdentityFile(state / identity_name(1)).found()
-    say("not registered" if first is None else another_machine.told(first, machine_mark(), state))
-    for path in lane_identities(state):
+    told = "not registered" if first is None else another_machine.told(first, machine_mark(), state)
+    others = lane_identities(state)
+    say(f"lane 1: {told}" if others or lanes > 1 else told)
+    for path in others:
         if (found := IdentityFile(path).found()) is not None:
             is_used = lane_of(path) <= lanes
             besides = "" if is_used else f" (not in use: [worker] lanes = {lanes})"

@@ -6,8 +6,9 @@ A new key is declared here and nowhere else; ``make docs`` writes it into config
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from studio_worker.config.declaration import setting
 from studio_worker.config.values import (
@@ -24,6 +25,15 @@ from studio_worker.config.values import (
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_is_true(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:  # pydantic takes it for 1
+            raise ValueError("must be a number, not true or false")
+        return value
 
 
 class StudioSection(_Section):

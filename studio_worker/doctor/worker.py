@@ -56,8 +56,8 @@ def check_registration(box: Box) -> Result:
     told = "; ".join(f"lane {lane}: {each.text}" for lane, each in found.items())
     worst = next(level for level in _WORST_FIRST if any(each.level == level for each in found.values()))
     cures: dict[str, list[str]] = {}
-    for lane, each in found.items():
-        if each.level == worst and each.cure:
+    for lane, each in sorted(found.items(), key=lambda one: _WORST_FIRST.index(one[1].level)):
+        if each.cure:
             cures.setdefault(each.cure, []).append(f"{lane}")
     return Result(worst, told, "; ".join(f"lane {', '.join(each)}: {cure}" for cure, each in cures.items()))
 
@@ -131,7 +131,7 @@ def check_service(box: Box) -> Result:
 
 
 def check_last_errors(box: Box) -> Result:
-    """Crashes, jobs that were given up for them, pictures set aside, and the last jobs that failed."""
+    """Crashes, jobs that were given up for them, pictures set aside; jobs that failed, lanes that ended."""
     state = box.config.settings.state.dir
     try:
         problems = list(_from_state(state))
@@ -140,6 +140,8 @@ def check_last_errors(box: Box) -> Result:
     if box.service is not None:
         failed = [job for job in box.service.last_jobs if job.outcome in {"failed", "refused"}]
         problems += [f"job {job.job_id} {job.outcome}: {job.reason}" for job in failed[:3]]
+        ended = [lane for lane in box.service.lanes if lane.registration.state == "ended"]
+        problems += [f"lane {lane.lane} ended: {lane.registration.detail}" for lane in ended]
     if problems:
         return warning("; ".join(problems), "journalctl -u studio-worker -p warning")
     return ok("none")

@@ -70,7 +70,7 @@ class LaneRecord:
         with self._guard:
             self._registration = RegistrationFacts(state=state, worker_id=worker_id, detail=detail)
 
-    def session(self, state: Literal["connected", "reconnecting"]) -> None:
+    def session(self, state: Literal["none", "connected", "reconnecting"]) -> None:
         """The session has come to ``state``; said again it changes nothing."""
         with self._guard:
             before = self._session
@@ -87,6 +87,10 @@ class LaneRecord:
             self._job = JobFacts(job_id=job_id, model=model[:NAME_CHARS], began_at=self._clock())
             self._job_began = self._monotonic()
             self._first_step = None
+
+    def job_prepares(self) -> None:
+        """Its files and input pictures are there; the engine's libraries are loaded, and they are decoded."""
+        self._change_job(stage="prepare")
 
     def job_waits(self) -> None:
         """Its files are there; the device is another lane's, or free in a moment."""
@@ -123,14 +127,14 @@ class LaneRecord:
 
 
 def registration_of(lanes: Sequence[LaneFacts]) -> RegistrationFacts:
-    """That of the first lane that is approved, or else of the first."""
-    found = [lane.registration for lane in lanes]
+    """That of the first lane that is approved, or else of the first that has not ended."""
+    found = sorted((lane.registration for lane in lanes), key=lambda each: each.state == "ended")
     return next((each for each in found if each.state == "approved"), found[0])
 
 
 def session_of(lanes: Sequence[LaneFacts]) -> SessionFacts:
-    """That of the first lane that is connected, or else of the first; reconnects are of all."""
-    found = [lane.session for lane in lanes]
+    """That of the first lane that is connected, or else that wants to be; reconnects are of all."""
+    found = sorted((lane.session for lane in lanes), key=lambda each: each.state == "none")
     best = next((each for each in found if each.state == "connected"), found[0])
     return best.model_copy(update={"reconnects": sum(each.reconnects for each in found)})
 
@@ -138,4 +142,5 @@ def session_of(lanes: Sequence[LaneFacts]) -> SessionFacts:
 def job_of(lanes: Sequence[LaneFacts]) -> JobFacts | None:
     """The job at the device, or else the first in hand."""
     found = [lane.job for lane in lanes if lane.job is not None]
-    return next((job for job in found if job.stage not in {"files", "turn"}), found[0] if found else None)
+    at_device = (job for job in found if job.stage not in {"files", "prepare", "turn"})
+    return next(at_device, found[0] if found else None)

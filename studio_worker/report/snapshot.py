@@ -48,7 +48,9 @@ class RegistrationFacts(_Facts):
 
 
 class SessionFacts(_Facts):
-    """The connection to the studio; ``reconnects`` counts the times it had to be made anew."""
+    """The connection to the studio, ``none`` before the first and of a lane that ended; ``reconnects`` counts
+    the times it had to be made anew.
+    """
 
     state: Literal["none", "connected", "reconnecting"] = "none"
     since_at: float | None = None
@@ -56,8 +58,9 @@ class SessionFacts(_Facts):
 
 
 class JobFacts(_Facts):
-    """The job in hand. ``stage``: ``files``, ``turn`` (until it has the device), ``load`` (until the first
-    step) or ``generate``.
+    """The job in hand. ``stage``: ``files``, ``prepare`` (its input pictures are decoded, and for the first
+    job the engine's libraries loaded), ``turn`` (until it has the device), ``load`` (until the first step) or
+    ``generate``.
     """
 
     job_id: str
@@ -80,8 +83,8 @@ class LaneFacts(_Facts):
 
 
 class EndedJob(_Facts):
-    """A job that is over. ``stages_s`` maps wait, files, turn (where another lane had the device), load,
-    generate, encode and upload to seconds.
+    """A job that is over. ``stages_s`` maps wait, files, prepare, turn (where another lane had the device),
+    load, generate, encode and upload to seconds.
     """
 
     job_id: str

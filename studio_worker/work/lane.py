@@ -199,17 +199,21 @@ class Lane:
         with self._files.taken(
             job.model, job.source.files, progress=self._stride.moved, cancel=self._cancel_download
         ) as files:
-            request = self._prepared(job, files)
+            request = self._brought(job, files)
+            there = time.monotonic()
+            self._reports.job_prepares()
+            request = self._engines.prepared(job.source, request, self._cancel.check)
             ready = time.monotonic()
             self._cancel.check()
             is_free = self._turns.is_free()
             self._reports.job_waits()
             made = self._at_the_device(partial(self._paint, job, request), job.model)
             waited_s = {} if is_free else {"turn": self._painting_at - ready}  # for another lane's picture
-            return made, {"wait": began - job.taken_at, "files": ready - began, **waited_s}
+            before_s = {"wait": began - job.taken_at, "files": there - began, "prepare": ready - there}
+            return made, before_s | waited_s
 
-    def _prepared(self, job: Job, files: tuple[LocalFile, ...]) -> Request:
-        """All that the engine needs, its input pictures decoded. As fetched they are gone by then."""
+    def _brought(self, job: Job, files: tuple[LocalFile, ...]) -> Request:
+        """All that the engine needs, its input pictures as fetched."""
         inputs = Inputs(
             init_image=self._fetched(job.task.init_image_url),
             mask=self._fetched(job.task.mask_url),
@@ -224,7 +228,7 @@ class Lane:
             inputs=inputs,
         )
         self._stride.moved()
-        return self._engines.prepared(job.source, request, self._cancel.check)
+        return request
 
     def _at_the_device(self, paint: Callable[[], Made], model: str) -> Made:
         """What ``paint`` gives when it is this lane's turn. What is waited for meanwhile is not this job."""

@@ -477,15 +477,21 @@ def test_models_list_tells_what_the_service_has_loaded(folder: Path, required: P
     assert row["in_memory"] == "ram"
 
 
-def test_status_tells_that_a_job_waits_for_its_turn(folder: Path, tmp_path: Path) -> None:
-    """A job that has its files and waits for the device is not shown as fetching them."""
-    waiting = Snapshot(job=JobFacts(job_id="j1", model="m", stage="turn"))
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [("prepare", "preparing the request"), ("turn", "waiting for its turn at the device")],
+)
+def test_status_tells_what_a_job_that_has_its_files_waits_for(
+    folder: Path, tmp_path: Path, stage: str, words: str
+) -> None:
+    """A job that has its files, and is prepared or waits for the device, is not shown as fetching them."""
+    waiting = Snapshot(job=JobFacts(job_id="j1", model="m", stage=stage))
     with (folder / "config.toml").open("a") as file:
         file.write(f'runtime_dir = "{tmp_path}/run"\n')
     handlers = {"status": lambda: waiting.model_dump(mode="json")}
     with contextlib.closing(ControlServer(tmp_path / "run", handlers)):
         shown = command("status", "--config", folder).stdout
-    assert "j1 (m), waiting for its turn at the device; " in " ".join(shown.split())
+    assert f"j1 (m), {words}; " in " ".join(shown.split())
 
 
 def test_status_tells_how_models_are_loaded(folder: Path, tmp_path: Path) -> None:

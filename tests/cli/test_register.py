@@ -170,7 +170,7 @@ def test_identities_of_further_lanes_are_shown_without_the_first(site: Configure
     etc = site(2)
     known(tmp_path / "state", 2)
     shown = command("register", "--config", etc).stdout
-    assert shown == "not registered\nlane 2: approved as worker w2\n"
+    assert shown == "lane 1: not registered\nlane 2: approved as worker w2\n"
 
 
 def test_lanes_beyond_the_configured_ones_are_marked(site: Configured, tmp_path: Path) -> None:
@@ -216,6 +216,22 @@ def test_doctor_names_the_lane_and_its_cure(site: Configured, tmp_path: Path) ->
     assert registration["level"] == "failure"
     assert registration["cure"] == (
         "lane 2: talk to whoever runs the studio, then: studio-worker register --reset --lane 2"
+    )
+
+
+def test_doctor_tells_what_helps_a_lane_beside_one_that_is_worse_off(
+    site: Configured, tmp_path: Path
+) -> None:
+    """A lane that waits for its approval has its cure also beside a rejected one, which comes first."""
+    etc = site(2)
+    known(tmp_path / "state", 1, secret="s" * 20, request_id="r1")
+    known(tmp_path / "state", 2, rejected="no")
+    found = json.loads(command("doctor", "--json", "--config", etc).stdout)["findings"]
+    (registration,) = (each for each in found if each["check"] == "registration")
+    assert registration["level"] == "failure"
+    assert registration["cure"] == (
+        "lane 2: talk to whoever runs the studio, then: studio-worker register --reset --lane 2; "
+        "lane 1: approve this worker on the studio's page"
     )
 
 

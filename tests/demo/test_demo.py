@@ -84,7 +84,7 @@ def test_demo_logs_are_json_with_constant_messages(demo: Ran) -> None:
     summaries = [line for line in demo.log if line["message"] == "job done"]
     assert len(summaries) == sum(not shown.must_fail for shown in shown_jobs("", ""))
     for line in summaries:
-        stages = {"wait_ms", "files_ms", "load_ms", "generate_ms", "encode_ms", "upload_ms"}
+        stages = {"wait_ms", "files_ms", "prepare_ms", "load_ms", "generate_ms", "encode_ms", "upload_ms"}
         assert stages <= set(line)
 
 

@@ -44,7 +44,9 @@ from studio_worker.report.snapshot import (
     EndedJob,
     HealthFacts,
     HeldFacts,
+    LaneFacts,
     ProcessFacts,
+    RegistrationFacts,
     SessionFacts,
     Snapshot,
 )
@@ -429,3 +431,12 @@ def test_last_errors_are_told(tmp_path: Path) -> None:
     result = check_last_errors(box)
     told(result, "warning", "1 crash(es)", "job j1 is refused", "1 picture(s)", "job j9 failed: disk full")
     assert "j2" not in result.text
+
+
+def test_lane_that_ended_is_an_error_to_be_told(tmp_path: Path) -> None:
+    """Why a lane ended is among the last errors, also where nothing else is."""
+    gone = RegistrationFacts(state="ended", detail="deleted at the studio")
+    box = box_with(
+        tmp_path, service=Snapshot(lanes=(LaneFacts(lane=1), LaneFacts(lane=2, registration=gone)))
+    )
+    told(check_last_errors(box), "warning", "lane 2 ended: deleted at the studio")

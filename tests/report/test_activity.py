@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from studio_worker.appliance.news import News
 from studio_worker.errors import DeviceError
 from studio_worker.report.activity import Activity
 from studio_worker.report.snapshot import EndedJob, Snapshot
@@ -34,6 +35,10 @@ def activity(clock: Clock) -> Activity:
 def test_activity_follows_a_job_to_its_delivery(activity: Activity, clock: Clock) -> None:
     """The job in hand shows stage, step and rate; once delivered it is among the last ones, with stages."""
     activity.lane(1).job_began("j1", "m")
+    activity.lane(1).job_prepares()
+    preparing = activity.snapshot().job
+    assert preparing is not None
+    assert preparing.stage == "prepare"
     activity.lane(1).job_waits()
     waiting = activity.snapshot().job
     assert waiting is not None
@@ -124,6 +129,18 @@ def test_activity_counts_reconnects(activity: Activity, clock: Clock) -> None:
     activity.lane(1).session("connected")
     session = activity.snapshot().session
     assert (session.state, session.since_at, session.reconnects) == ("connected", 230.0, 1)
+
+
+def test_lane_that_ended_has_no_session_any_more() -> None:
+    """An ended lane is not said to reconnect, and the box is said to do what those do that go on."""
+    news = News()
+    first, second = news.lane(1), news.lane(2)
+    first.connected()
+    first.ended("deleted at the studio")
+    second.reconnecting("connection lost")
+    snapshot = news.activity.snapshot()
+    assert [lane.session.state for lane in snapshot.lanes] == ["none", "reconnecting"]
+    assert (snapshot.session.state, snapshot.registration.state) == ("reconnecting", "unknown")
 
 
 def test_activity_counts_answers_to_offers(activity: Activity) -> None:

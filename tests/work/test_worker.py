@@ -37,7 +37,7 @@ def test_worker_puts_finished_pictures_into_the_outbox(tmp_path: Path) -> None:
     first = outbox.oldest()[0]
     assert first.data_path.read_bytes() == b"picture"
     assert (first.prompt, first.meta, first.ext) == ("a hidden castle", {"seed": 1}, "png")
-    assert set(first.timings_s) == {"wait", "files", "load", "generate"}
+    assert set(first.timings_s) == {"wait", "files", "prepare", "load", "generate"}
     assert source.finished_jobs == ["a", "b"]
     assert source.failures == []
 
