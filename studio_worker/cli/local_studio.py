@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,16 @@ import typer
 from studio_worker.cli.options import read_token, say
 from studio_worker.errors import ConfigError
 from studio_worker.report import logs
+
+
+def _up_to(most: float) -> Callable[[float | None], float | None]:
+    def check(value: float | None) -> float | None:
+        if value is not None and not 0 <= value <= most:  # and nan is neither
+            raise typer.BadParameter(f"{value:g} is not from 0 to {most:g}")
+        return value
+
+    return check
+
 
 _Port = Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)]
 _Data = Annotated[
@@ -75,11 +86,17 @@ _ApproveAll = Annotated[
 ]
 _KeepDays = Annotated[
     float | None,
-    typer.Option(metavar="DAYS", min=0, help="Remove finished and failed jobs that are older."),
+    typer.Option(
+        metavar="DAYS", callback=_up_to(36_500), help="Remove finished and failed jobs that are older."
+    ),
 ]
 _KeepGb = Annotated[
     float | None,
-    typer.Option(metavar="GB", min=0, help="Keep so much of results; the oldest are removed first."),
+    typer.Option(
+        metavar="GB",
+        callback=_up_to(1_000_000_000),
+        help="Keep so much of results; the oldest are removed first.",
+    ),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import signal
 import socket
 import threading
@@ -147,7 +148,8 @@ class LocalStudio(Studio):
         logger.debug("local studio stopped")
 
     def serve_forever(self, on_ready: Callable[[Self], None] | None = None) -> None:
-        """Listen until SIGINT or SIGTERM. Only from the main thread. SIGHUP renews a certificate of its own.
+        """Listen until SIGINT or SIGTERM. Only from the main thread. SIGHUP renews a certificate of its own;
+        without one it ends a studio whose terminal was closed.
 
         Args:
             on_ready: called once connections are taken.
@@ -161,13 +163,17 @@ class LocalStudio(Studio):
         def stop(_signal: int, _frame: FrameType | None) -> None:
             over.set()
 
+        had_terminal = _has_terminal()
+
         def renew(_signal: int, _frame: FrameType | None) -> None:
             if self.door.tls is not None:
                 self.door.tls.renew()
+            elif had_terminal and not _has_terminal():  # it was closed, with what was started in it
+                over.set()
+            else:
+                logger.info("SIGHUP without effect: there is no certificate to read")
 
-        handlers = {signal.SIGINT: stop, signal.SIGTERM: stop}
-        if self.door.tls is not None:  # else a terminal that is closed ends what was started in it
-            handlers[signal.SIGHUP] = renew
+        handlers = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: renew}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             with self:
@@ -246,6 +252,14 @@ class _Server(uvicorn.Server):
     def stop_soon(self) -> None:
         """From any thread."""
         self.should_exit = True
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
+import signal
+import socket
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -79,3 +84,85 @@ def test_options_of_the_studio_are_not_lost_before_carry(tmp_path: Path) -> None
     assert said.returncode == 2
     assert "--data" in said.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_disk_without_room_is_told_as_what_may_pass(tmp_path: Path) -> None:
+    """A studio on a full disk is not to be moved away: room is asked for, and a later start goes on."""
+    LocalStudio(tmp_path / "studio.sqlite3").stop()
+    said = subprocess.run(
+        [sys.executable, "-m", "studio_worker", "local-studio", "--port", "0", "--data", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+    )
+    assert said.returncode == 75
+    assert "make room on its disk" in said.stderr
+    assert "move the file" not in said.stderr
+    LocalStudio(tmp_path / "studio.sqlite3").stop()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "cure"),
+    [
+        (("--database", ""), 78, "name a file"),
+        (("--database", "/tmp"), 78, "name it with --data"),
+        (("--database", "postgresql://studio@host:port/db"), 78, "write postgresql://USER@HOST/NAME"),
+        (("--database", "postgresql://studio@[::1/db"), 78, "write postgresql://USER@HOST/NAME"),
+        (("--database", "mysql://studio@host/db"), 78, "write postgresql://USER@HOST/NAME"),
+        (("--database", "postgresql:/host/db"), 78, "write postgresql://USER@HOST/NAME"),
+        (("--keep-gb", "inf"), 2, "from 0 to"),
+        (("--keep-days", "nan"), 2, "from 0 to"),
+        (("--keep-days", "1e308"), 2, "from 0 to"),
+    ],
+    ids=["none", "folder", "port", "bracket", "mysql", "slash", "inf", "nan", "days"],
+)
+def test_option_that_means_nothing_is_a_clear_mistake(
+    tmp_path: Path, words: tuple[str, str], status: int, cure: str
+) -> None:
+    """What no studio can be started with is one message, with what to write instead."""
+    said = local_studio("--port", "0", "--data", tmp_path, *words)
+    assert said.returncode == status
+    assert cure in " ".join(said.stderr.split())
+    assert "Traceback" not in said.stderr
+
+
+def test_database_and_storage_that_are_away_may_come_back(tmp_path: Path) -> None:
+    """Where nothing listens the status says that a later start may succeed, and no credentials are blamed."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    pytest.importorskip("psycopg")
+    said = local_studio("--database", f"postgresql://studio@127.0.0.1:{port}/db", "--pictures", tmp_path)
+    assert (said.returncode, "see that the server runs" in said.stderr) == (75, True), said.stderr
+    pytest.importorskip("boto3")
+    said = local_studio(
+        "--data", tmp_path, "--pictures", "s3://bucket/prefix", AWS_MAX_ATTEMPTS="1",
+        AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x", AWS_ENDPOINT_URL_S3=f"http://127.0.0.1:{port}",
+    )  # fmt: skip
+    assert (said.returncode, "does not answer" in said.stderr) == (75, True), said.stderr
+
+
+@pytest.mark.parametrize("has_terminal", [False, True], ids=["service", "terminal"])
+def test_sighup_ends_what_lost_its_terminal_alone(tmp_path: Path, has_terminal: bool) -> None:
+    """SIGHUP without a certificate is told in the log and does nothing; a closed terminal ends the studio."""
+    command = [sys.executable, "-m", "studio_worker", "local-studio", "--port", "0", "--data", str(tmp_path)]
+    controller, terminal = os.openpty()
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=(lambda: fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)) if has_terminal else None,
+    ) as studio:
+        os.close(terminal)
+        assert studio.stdout is not None
+        assert studio.stderr is not None
+        assert "local studio" in studio.stdout.readline()
+        studio.send_signal(signal.SIGHUP)
+        assert "SIGHUP without effect" in studio.stderr.readline()
+        os.close(controller)
+        if not has_terminal:
+            studio.send_signal(signal.SIGTERM)
+        studio.communicate(timeout=60)
+    assert studio.returncode == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError, SSLError
 
 from studio_worker.errors import ConfigError, StateUnavailable
 from studio_worker.local_studio.pictures.port import PictureGone, RangeRefused, StorageAway
@@ -35,7 +35,13 @@ def telling() -> Iterator[None]:
 def misconfigured(error: Exception, place: Place | None = None) -> ConfigError:
     """What is wrong at the start, with its cure."""
     status = _status(error) if isinstance(error, ClientError) else 0
-    if isinstance(error, HTTPClientError) or status >= 500 or status == 429:
+    if isinstance(error, SSLError):
+        return ConfigError(
+            f"the S3 storage shows a certificate that is not believed ({_reason(error)})",
+            cure="name its authority in AWS_CA_BUNDLE, and see to the clock of this machine",
+            key=OPTION,
+        )
+    if isinstance(error, HTTPClientError | ConnectionError) or status >= 500 or status == 429:
         return StateUnavailable(
             f"the S3 storage does not answer ({_reason(error)})",
             cure="see to it and to the network; AWS_ENDPOINT_URL_S3 names it where it is not AWS's",

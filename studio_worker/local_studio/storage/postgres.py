@@ -23,6 +23,12 @@ from studio_worker.local_studio.storage.database import Database
 from studio_worker.local_studio.storage.gate import Gate
 from studio_worker.local_studio.storage.locks import Lock, take
 from studio_worker.local_studio.storage.migrating import migrate
+from studio_worker.local_studio.storage.postgres_trouble import (
+    DISK_FULL,
+    READ_ONLY,
+    require_unicode,
+    unusable,
+)
 
 SCHEMES = ("postgresql://", "postgres://")
 
@@ -34,6 +40,7 @@ _WAIT_S = 10
 
 _OPTIONS = {
     "application_name": "studio-worker",
+    "client_encoding": "utf8",
     "connect_timeout": 3,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -45,10 +52,6 @@ _OPTIONS = {
 and does not let go of: sessions wait for it on the event loop (libpq's parameters).
 """
 
-_DISK_FULL = "53100"
-_READ_ONLY = "25006"
-"""https://www.postgresql.org/docs/current/errcodes-appendix.html; the latter is what a standby says."""
-
 
 class PostgresDatabase(Database):
     """One PostgreSQL database. Connections that broke are made again by themselves.
@@ -59,34 +62,40 @@ class PostgresDatabase(Database):
         on_change: called after every committed write.
 
     Raises:
-        ConfigError: it cannot be reached or used, a later version of this program has been here, or its
-            driver is not installed. The password is not in it.
+        ConfigError: it cannot be used, a later version of this program has been here, or its driver is not
+            installed. The password is not in it.
+        StateUnavailable: it does not answer, or takes nothing now.
     """
 
     is_shared = True
 
     def __init__(self, address: str, on_change: Callable[[], None]) -> None:
-        self.url = _url(address)
+        self.url = url_of(address)
         engine = _engine(self.url)
         name = f"{self.url.host or self.url.query.get('host', 'localhost')}/{self.url.database or ''}"
         try:
-            with _translated():
+            with _at_the_start(name):
                 with engine.begin() as connection:
+                    require_unicode(connection, name)
                     connection.exec_driver_sql("SET LOCAL lock_timeout = 0")  # another may have much to do
                     take(connection, Lock.MIGRATION)
                     migrate(connection, name)
                 # Each query by itself: no way to the server and back for its beginning and its end.
                 reader = engine.execution_options(isolation_level="AUTOCOMMIT")
                 super().__init__(engine, on_change, _translated, reader)
-        except BaseException as error:
+        except BaseException:
             engine.dispose()
-            if isinstance(error, CannotStore | DBAPIError):
-                raise ConfigError(
-                    f"cannot be used as a database ({getattr(error, 'orig', error)})".replace("\n", " "),
-                    cure="see that the server runs, and that the user may make tables in this database",
-                    source=name,
-                ) from None
             raise
+
+
+@contextmanager
+def _at_the_start(name: str) -> Iterator[None]:
+    try:
+        yield
+    except CannotStore as error:  # of the first step, told as below
+        raise unusable(error.__cause__ or error, name) from None
+    except (DBAPIError, TimeoutError) as error:
+        raise unusable(error, name) from None
 
 
 @contextmanager
@@ -97,17 +106,18 @@ def _translated() -> Iterator[None]:
         raise StorageAway("the database is too busy") from error
     except DBAPIError as error:
         code = getattr(error.orig, "sqlstate", None)
-        if code == _DISK_FULL:
+        if code == DISK_FULL:
             raise StorageFull(f"the database takes no more data ({error.orig})") from error
-        if isinstance(error, OperationalError | InterfaceError) or code == _READ_ONLY:
+        if isinstance(error, OperationalError | InterfaceError) or code == READ_ONLY:
             raise StorageAway(f"the database does not answer ({error.orig})") from error
         raise
 
 
-def _url(address: str) -> URL:
+def url_of(address: str) -> URL:
+    """What an operator wrote, for the driver. Raises ConfigError where it is no address of PostgreSQL."""
     try:
         url = make_url(address.replace("postgres://", "postgresql://", 1))
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter of a port that is no number
         url = URL.create("")
     if url.drivername != "postgresql":
         raise ConfigError(

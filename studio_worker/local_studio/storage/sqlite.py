@@ -16,7 +16,8 @@ from typing import IO
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from studio_worker.errors import ConfigError
+from studio_worker.errors import ConfigError, StateUnavailable
+from studio_worker.files import DISK_TROUBLES
 from studio_worker.local_studio.pictures import Pictures, StorageFull
 from studio_worker.local_studio.storage.database import WRITES, Database
 from studio_worker.local_studio.storage.migrating import migrate
@@ -27,6 +28,9 @@ _WITH_REVISIONS = max(STEPS) + 1
 
 _NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 """What a full, read-only or failing disk is called; the low byte of SQLite's result code."""
+
+_HELD = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+"""What it is called that another program reads or writes the file for so long."""
 
 _WAIT_S = 300
 """For the one connection. Only a fault in here could hold it for so long."""
@@ -44,6 +48,7 @@ class SqliteFile(Database):
     Raises:
         ConfigError: the folder cannot be written, the file is no database of this program, or another
             local studio has it open.
+        StateUnavailable: its disk is full, read-only or failing, or another program holds it.
     """
 
     def __init__(self, path: Path, on_change: Callable[[], None], pictures: Pictures) -> None:
@@ -76,9 +81,8 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        reason = error.orig
-        if isinstance(reason, sqlite3.OperationalError) and reason.sqlite_errorcode & 0xFF in _NO_ROOM:
-            raise StorageFull(f"the studio's disk takes no more data ({reason})") from error
+        if _code_of(error) in _NO_ROOM:
+            raise StorageFull(f"the studio's disk takes no more data ({error.orig})") from error
         raise
 
 
@@ -143,17 +147,36 @@ def _telling_of(path: Path) -> Iterator[None]:
     try:
         yield
     except StorageFull as error:
-        raise ConfigError(
-            f"cannot be brought up to date ({error})",
-            cure="make room on its disk; it is as it was",
-            source=str(path),
-        ) from error
+        raise _no_room(path, error) from error
     except (DBAPIError, sqlite3.Error) as error:
+        reason = error.orig if isinstance(error, DBAPIError) else error
+        code = _code_of(error)
+        if code in _NO_ROOM:
+            raise _no_room(path, reason) from error
+        if code in _HELD:
+            raise StateUnavailable(
+                f"another program holds it ({reason})", cure="end that program, or wait", source=str(path)
+            ) from error
         raise ConfigError(
-            f"cannot be opened as a database ({error.orig if isinstance(error, DBAPIError) else error})",
+            f"cannot be opened as a database ({reason})",
             cure="move the file away, or choose another data folder",
             source=str(path),
         ) from error
+
+
+def _code_of(error: DBAPIError | sqlite3.Error) -> int:
+    """SQLite's own, without what it adds; -1 where the error is not SQLite's."""
+    reason = error.orig if isinstance(error, DBAPIError) else error
+    code = getattr(reason, "sqlite_errorcode", None)
+    return -1 if code is None else int(code) & 0xFF
+
+
+def _no_room(path: Path, reason: object) -> StateUnavailable:
+    return StateUnavailable(
+        f"its disk takes no more data, or fails ({reason})",
+        cure="make room on its disk, or see to it; the studio is as it was",
+        source=str(path),
+    )
 
 
 def _lock_of(path: Path) -> Path:
@@ -176,7 +199,16 @@ def _hold(path: Path) -> IO[bytes]:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         held = _lock_of(path).open("wb")
         os.utime(_lock_of(path))
+    except IsADirectoryError as error:
+        raise ConfigError(
+            "is a folder",
+            cure="name a file in it, or name it with --data",
+            source=str(path),
+            key="--database",
+        ) from error
     except OSError as error:
+        if error.errno in DISK_TROUBLES:
+            raise _no_room(path, error.strerror) from error
         raise ConfigError(
             f"the data folder cannot be written ({error.strerror})",
             cure="make it writable for this user, or choose another one",
