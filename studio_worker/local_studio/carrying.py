@@ -12,6 +12,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote
@@ -41,10 +42,19 @@ def carry_studio(folder: Path, places: Places, tell: Tell) -> None:
         ConfigError: there is no studio, it is at work, or the new places cannot be used.
         CannotStore: they take no more.
     """
+    pictures = Folder(folder / PICTURES_FOLDER)
+    store = places.open_pictures()
+    if isinstance(store, Folder) and store.path.resolve() == pictures.path.resolve():
+        raise ConfigError(
+            "is the folder of the studio that is carried",
+            cure="choose another folder: the old one stays as it is",
+            key="--pictures",
+            source=str(store.path),
+        )
     with standing_still(folder / DATABASE_NAME) as copy:
-        database, store = open_places(places, lambda: None)
+        database, _ = open_places(replace(places, pictures=store), lambda: None)
         with closing(database):
-            carry(copy, Folder(folder / PICTURES_FOLDER), database, store, tell)
+            carry(copy, pictures, database, store, tell)
 
 
 @contextmanager
@@ -89,7 +99,9 @@ def carry(copy: Path, pictures: Folder, target: Database, store: Pictures, tell:
     with closing(source), source.reading() as reading:
         with target.reading() as connection:
             _require_empty(connection)
-        store.check(owner_of(source.salt))
+        owner = owner_of(source.salt)
+        if not store.check(owner):
+            store.claim(owner, None, is_first=True)
         moved: dict[str, str] = {}
         try:
             _carry_pictures(reading, (taken_out, pictures), store, moved, tell)

@@ -21,7 +21,7 @@ from studio_worker.local_studio.pictures import CannotStore, Pictures
 from studio_worker.local_studio.rules import JobStatus, RuleBroken
 from studio_worker.local_studio.shelf import Shelf
 from studio_worker.local_studio.storage.columns import Words
-from studio_worker.local_studio.storage.database import Database
+from studio_worker.local_studio.storage.database import SERVER_TIME, Database
 from studio_worker.local_studio.storage.tables import files, jobs, results
 
 logger = logging.getLogger(__name__)
@@ -91,16 +91,16 @@ class Housekeeping:
         """What is due now. Raises CannotStore."""
         if self._retention.is_limited:
             self.tidy()
-        if self._is_shared and self._clock() - self._swept_at >= DAY_S:
-            self._swept_at = self._clock()
-            self.sweep(0.0, self._swept_at - DAY_S)
+        if self._is_shared and (now := self._now()) - self._swept_at >= DAY_S:
+            self._swept_at = now
+            self.sweep(0.0, now - DAY_S)
 
     def tidy(self) -> None:
         """Let go of what is beyond the limits. Raises CannotStore."""
         jobs = sum(self._forget(job_id) for job_id in [*self._too_old(), *self._too_many()])
         inputs = sum(self._shelf.delete_picture(file_id) for file_id in self._unnamed_inputs())
         if self._retention.keep_s is not None:
-            before = datetime.fromtimestamp(self._clock() - self._retention.keep_s, UTC)
+            before = datetime.fromtimestamp(self._now() - self._retention.keep_s, UTC)
             self._shelf.delete_logs(before.isoformat(timespec="seconds"))
         if jobs or inputs:
             logger.info("tidied up", extra={"jobs": jobs, "inputs": inputs})
@@ -137,7 +137,7 @@ class Housekeeping:
     def _too_old(self) -> Iterator[str]:
         if self._retention.keep_s is None:
             return
-        before = self._clock() - self._retention.keep_s
+        before = self._now() - self._retention.keep_s
         ended = jobs.c.status.in_((JobStatus.DONE, JobStatus.FAILED))
         for row in self._rows(select(jobs.c.job_id).where(ended, jobs.c.finished_at < before)):
             yield row.job_id
@@ -153,7 +153,7 @@ class Housekeeping:
                 yield row.job_id
 
     def _unnamed_inputs(self) -> list[str]:
-        before = self._clock() - INPUT_S
+        before = self._now() - INPUT_S
         old = self._rows(select(files.c.file_id).where(files.c.created_at < before))
         if not old:
             return []
@@ -161,6 +161,13 @@ class Housekeeping:
         for row in self._rows(select(_TASK_TEXT).where(_TASK_TEXT.like("%/files/%"))):
             named.update(_FILE_IN_TASK.findall(row.task))
         return [row.file_id for row in old if row.file_id not in named]
+
+    def _now(self) -> float:
+        """The database's time where it has its own: one machine's wrong clock removes nothing early."""
+        if not self._database.is_shared:
+            return self._clock()
+        with self._database.reading() as connection:
+            return float(connection.execute(SERVER_TIME).scalar_one())
 
     def _rows(self, query: Select[Any] | CompoundSelect[Any]) -> Sequence[Row[Any]]:
         with self._database.reading() as connection:

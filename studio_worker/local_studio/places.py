@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy import select, union_all
+
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio.pictures import Folder, Pictures
-from studio_worker.local_studio.storage.database import Database
+from studio_worker.local_studio.storage.database import Database, insert_new
 from studio_worker.local_studio.storage.postgres import PostgresDatabase
 from studio_worker.local_studio.storage.sqlite import SqliteFile
+from studio_worker.local_studio.storage.tables import files, meta, results
 
 DATABASE_NAME = "studio.sqlite3"
 """In the data folder."""
@@ -34,7 +37,7 @@ class Places:
         if self.pictures is not None:
             return self.pictures
         if isinstance(self.database, Path):
-            return Folder(self.database.parent / PICTURES_FOLDER)
+            return Folder(self.database.parent / PICTURES_FOLDER, is_beside=True)
         raise ConfigError(
             "a studio on PostgreSQL has no folder of its own for pictures",
             cure="say where they go: S3 storage, or a folder that all its processes have",
@@ -48,6 +51,20 @@ def open_places(places: Places, on_change: Callable[[], None]) -> tuple[Database
     if isinstance(places.database, Path):
         return SqliteFile(places.database, on_change, pictures), pictures
     return PostgresDatabase(places.database, on_change), pictures
+
+
+def claim_pictures(database: Database, pictures: Pictures) -> None:
+    """Have the pictures marked as this database's, once for all its processes. Raises ConfigError."""
+    owner = owner_of(database.salt)
+    pictures.check(owner)  # by itself: a storage may take its time
+    with database.writing() as connection:
+        # Of two processes that start at once the second waits here, and finds the mark of the first.
+        is_first = insert_new(connection, meta, {"key": "pictures", "value": "marked"})
+        keys = union_all(*(select(table.c.key, table.c.created_at) for table in (results, files))).subquery()
+        newest_key = connection.execute(
+            select(keys.c.key).order_by(keys.c.created_at.desc()).limit(1)
+        ).scalar()
+        pictures.claim(owner, newest_key, is_first=is_first)
 
 
 def owner_of(salt: str) -> str:

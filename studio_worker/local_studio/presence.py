@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, bindparam, delete, extract, func, or_, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, delete, or_, select, update
 
 from studio_worker.local_studio import leases
 from studio_worker.local_studio.leases import DEAD_S, LEASE_S, Loss, Session
 from studio_worker.local_studio.rules import HELD, QueuedJob
-from studio_worker.local_studio.storage.database import Database, insert_new, upsert
+from studio_worker.local_studio.storage.database import SERVER_TIME, Database, insert_new, upsert
 from studio_worker.local_studio.storage.tables import jobs, processes, sessions
 from studio_worker.local_studio.workers import note_seen
 from studio_worker.studio import wire
@@ -49,7 +49,6 @@ _LOST = (
         ),
     )
 )
-_NOW = select(extract("epoch", func.clock_timestamp()))
 
 _NOBODY = {"number": 0, "lease_until": 0.0, "is_paused": False, "heartbeat_at": 0.0}
 
@@ -107,7 +106,7 @@ class Presence:
         """This process lives, and listens there; those that are long dead are forgotten."""
         with self._database.writing() as connection:
             if connection.dialect.name == "postgresql":
-                now = connection.execute(_NOW).scalar_one()
+                now = connection.execute(SERVER_TIME).scalar_one()
                 self._offset_s = float(now) - self._clock()
             here = {"process_id": self.process_id, "address": address, "beat_at": self._now()}
             upsert(connection, processes, {**here, "started_at": self._now()}, keep=("started_at",))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from studio_worker.errors import ConfigError
 from studio_worker.jobs import ImageTask
 from studio_worker.local_studio.attendance import Attendance
 from studio_worker.local_studio.changes import Changes
@@ -20,7 +19,7 @@ from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.limits import Limits
 from studio_worker.local_studio.metrics import Metrics
 from studio_worker.local_studio.pictures import CannotStore
-from studio_worker.local_studio.places import Places, open_places, owner_of
+from studio_worker.local_studio.places import Places, claim_pictures, open_places
 from studio_worker.local_studio.presence import Presence
 from studio_worker.local_studio.pulse import Pulse
 from studio_worker.local_studio.registry import Registration, Registry
@@ -66,10 +65,12 @@ class Studio:
         if isinstance(self.database, PostgresDatabase):
             self.wake = Listening(self.database.url)
         try:
-            self.pictures.check(owner_of(self.database.salt))
-        except ConfigError:
+            claim_pictures(self.database, self.pictures)
+        except BaseException:
             self.database.close()
             raise
+        if not self.pictures.is_shared and not self.database.is_shared:
+            self.pictures.clear_unfinished()
         self.registry = Registry(self.database)
         self.metrics = Metrics()
         self.queue = JobQueue(

@@ -9,8 +9,8 @@ from typing import Self
 
 from sqlalchemy import NullPool, create_engine, make_url
 
-from studio_worker.local_studio.pictures import Folder, Pictures
-from studio_worker.local_studio.places import PICTURES_FOLDER, Places, open_places
+from studio_worker.local_studio.pictures import Pictures
+from studio_worker.local_studio.places import Places, open_places
 from studio_worker.local_studio.storage.database import Database
 from studio_worker.local_studio.storage.migrating import migrate
 from tests.farm.postgres import Cluster
@@ -33,7 +33,7 @@ class OnPostgres(ExitStack):
     def open(self, places: Places, on_change: Callable[[], None]) -> tuple[Database, Pictures]:
         """What ``open_places`` does."""
         if isinstance(places.database, Path):
-            pictures = places.pictures or Folder(places.database.parent / PICTURES_FOLDER)
+            pictures = places.open_pictures()
             places = Places(self.url(places.database), pictures)
         return open_places(places, on_change)
 

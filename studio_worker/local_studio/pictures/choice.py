@@ -12,6 +12,10 @@ from studio_worker.local_studio.pictures.port import Pictures
 
 def pictures_at(place: str) -> Pictures:
     """S3 storage for ``s3://BUCKET/PREFIX``, else a folder. Raises ConfigError."""
+    if not place.strip():
+        raise ConfigError(
+            "names no place", cure="write a folder, or s3://BUCKET/PREFIX, or leave it out", key="--pictures"
+        )
     if "://" not in place:
         return Folder(Path(place))
     try:

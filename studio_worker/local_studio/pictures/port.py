@@ -77,14 +77,22 @@ class Pictures(Protocol):
     def is_shared(self) -> bool:
         """Whether other studio processes put pictures here at the same time."""
 
-    def check(self, owner: str, /) -> None:
-        """Try out at the start what pictures will need.
+    def check(self, owner: str, /) -> bool:
+        """Try out at the start what pictures will need; whether they are marked as this owner's.
 
         Args:
             owner: what only the studio of this database says; pictures of another owner are not shared.
 
         Raises:
             ConfigError: a mistake of the operator; StateUnavailable for what may pass.
+        """
+
+    def claim(self, owner: str, newest_key: str | None, *, is_first: bool) -> None:
+        """Mark what lies there as this owner's, unless that could be another's. Raises ConfigError.
+
+        Args:
+            newest_key: of the pictures that its database names.
+            is_first: the database has no place for pictures yet.
         """
 
     def put(self, content: IO[bytes], name: str, ext: str) -> StoredBytes:

@@ -66,7 +66,7 @@ class S3:
             raise misconfigured(error) from error
         self._has_addresses = False
 
-    def check(self, owner: str) -> None:
+    def check(self, owner: str) -> bool:
         key = self._place.prefix + MARK
         try:
             self._claim(key, owner)
@@ -76,6 +76,10 @@ class S3:
         self._has_addresses = self._place.inputs == "presigned" or (
             self._place.inputs == "auto" and is_public(url)
         )
+        return True
+
+    def claim(self, _owner: str, _newest_key: str | None, *, is_first: bool) -> None:
+        """Nothing: :meth:`check` has marked the prefix."""
 
     def _claim(self, key: str, owner: str) -> None:
         try:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, Table, literal, select
+from sqlalchemy import ColumnElement, Connection, Engine, Table, extract, func, literal, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from studio_worker.local_studio.pictures import StorageAway
@@ -20,6 +20,9 @@ from studio_worker.local_studio.storage.tables import meta
 
 _Insert = sqlite.Insert | postgresql.Insert
 _INSERTS: dict[str, Callable[[Table], _Insert]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+
+SERVER_TIME = select(extract("epoch", func.clock_timestamp()))
+"""What PostgreSQL's own clock says: several machines need not agree on theirs."""
 
 WRITES = "studio_writes"
 """The option of connections that have a transaction which changes something."""

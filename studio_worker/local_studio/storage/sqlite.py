@@ -57,7 +57,6 @@ class SqliteFile(Database):
         engine = _engine(path)
         try:
             with _telling_of(path):
-                pictures.clear_unfinished()
                 _bring_up_to_date(engine, path, pictures)
                 super().__init__(engine, on_change, _translated)
         except BaseException:
