@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -170,13 +173,21 @@ def carry(
 ) -> None:
     """Carry a studio from its SQLite file to another database, which must be empty.
 
-    Jobs, workers, models, logs and pictures; the folder is only read, and afterwards not needed any more. One
+    Jobs, workers, models, logs and pictures; the folder is only read. Model files in it stay there. One
     that was ended on its way can be repeated.
     """
-    from studio_worker.local_studio import carry_studio, places_of
+    from studio_worker.local_studio import MODELS_FOLDER, carry_studio, places_of
 
+    signal.signal(signal.SIGTERM, _end)
     carry_studio(source, places_of(source, database, pictures), say)
-    say(f"carried; start studios with --database {database}")
+    there = f"--database {database}" + ("" if pictures is None else f" --pictures {pictures}")
+    say(f"carried; start studios with {there}")
+    if (source / MODELS_FOLDER).is_dir():
+        say(f"model files were not carried: --models {source / MODELS_FOLDER} serves them")
+
+
+def _end(_signal: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + signal.SIGTERM)  # by way of what removes the copy
 
 
 def _refuse_options(context: typer.Context) -> None:

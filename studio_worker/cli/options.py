@@ -102,7 +102,7 @@ def read_token(path: Path) -> str:
     try:
         if others_can_read(path):
             raise ConfigError("others can read it", source=str(path), cure=f"chmod 600 {path}")
-        return path.read_text(encoding="utf-8").strip()
+        token = path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise ConfigError(
             f"cannot be read: {error.strerror}", source=str(path), cure="name another --token-file"
@@ -111,6 +111,13 @@ def read_token(path: Path) -> str:
         raise ConfigError(
             "is not UTF-8 text", source=str(path), cure="make one with: openssl rand -hex 32"
         ) from error
+    if not (token.isascii() and token.isprintable()):  # no header could carry it
+        raise ConfigError(
+            "holds more than one line of plain letters and digits",
+            source=str(path),
+            cure="make one with: openssl rand -hex 32",
+        )
+    return token
 
 
 Negative = Annotated[str, typer.Option(help="What the picture must not show.")]

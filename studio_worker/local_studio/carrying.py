@@ -170,7 +170,7 @@ def _require_empty(connection: Connection) -> None:
         if table is not meta and connection.execute(select(table).limit(1)).first() is not None:
             raise ConfigError(
                 f"the database there is not empty: it has {table.name}",
-                cure="name a new one; a studio that was only tried out is best dropped",
+                cure="name a new one; where a studio was only started, drop the database and make it anew",
                 key="--database",
             )
 

@@ -39,11 +39,13 @@ def test_carry_takes_a_studio_to_another_place(tmp_path: Path) -> None:
         machine.take()
         assert machine.upload(done).status_code == 200
         machine.hang_up()
+    (here / "models").mkdir()
     command = ("carry", "--from", here, "--database", file, "--pictures", folder)
     carried = local_studio(*command)
     assert (carried.returncode, carried.stderr) == (0, "")
     assert {"pictures: 1 of 1", "jobs: 1", "workers: 1"} < set(carried.stdout.splitlines())
-    assert f"start studios with --database {file}" in carried.stdout
+    assert f"start studios with --database {file} --pictures {folder}" in carried.stdout
+    assert f"--models {here / 'models'}" in carried.stdout
     with LocalStudio(Places(file, pictures_at(str(folder)))) as studio:
         assert studio.result(done) == PICTURE
     again = local_studio(*command)
@@ -166,3 +168,14 @@ def test_sighup_ends_what_lost_its_terminal_alone(tmp_path: Path, has_terminal: 
             studio.send_signal(signal.SIGTERM)
         studio.communicate(timeout=60)
     assert studio.returncode == 0
+
+
+@pytest.mark.parametrize("content", ["one token, long enough\nand another", "\ufeffone token, long enough"])
+def test_token_that_no_header_can_carry_is_refused(tmp_path: Path, content: str) -> None:
+    """A token of two lines, or with a mark that no editor shows, is refused by the name of its file."""
+    token = tmp_path / "token"
+    token.write_text(content)
+    token.chmod(0o600)
+    said = local_studio("--port", "0", "--data", tmp_path, "--token-file", token)
+    assert said.returncode == 78
+    assert f"{token}: holds more than one line" in said.stderr
