@@ -534,7 +534,9 @@ def test_service_with_bad_configuration_ends_with_one_clear_line(site: Path, tmp
 
 
 def test_service_given_its_credentials_asks_nobody(site: Path, studio: LocalStudio, tmp_path: Path) -> None:
-    """With worker id and token from systemd credentials the worker connects without a registration."""
+    """With worker id and token from systemd credentials the worker connects without a registration, and
+    when the studio takes them no more it is told to renew them.
+    """
     given = Registration(
         StudioApi(studio.base_url), IdentityFile(tmp_path / "elsewhere.json"), lambda: CAPABILITIES,
         on_waiting=lambda line: None, stop=threading.Event(), tick_s=0.1,
@@ -547,9 +549,13 @@ def test_service_given_its_credentials_asks_nobody(site: Path, studio: LocalStud
     environment = {"CREDENTIALS_DIRECTORY": str(folder)}
     with ServiceProcess(site, tmp_path / "log", environment) as running:
         assert await_online(studio) == given.worker_id
-        assert running.stop() == 0
+        assert command(site, "register").stdout == f"worker {given.worker_id}, by systemd credentials\n"
+        studio.delete_worker(given.worker_id)
+        assert running.wait(READY_S) == 77
+    assert "give it an approved worker's id and token as" in running.log_lines()[-1]["error"]
+    assert "--reset" not in running.log_lines()[-1]["error"]
     assert not (tmp_path / "work" / "state" / "identity.json").exists()
-    assert len(studio.workers()) == 1
+    assert not studio.pending()
     assert given.auth_token not in (tmp_path / "log").read_text()
 
 

@@ -120,13 +120,19 @@ def test_lane_that_is_deleted_ends_alone_and_the_last_one_ends_the_service(
         jobs = [queue_synthetic(studio) for _ in range(3)]
         for job_id in jobs:
             await_status(studio, job_id, "done")
+        shown = command(site, "register").stdout
+        assert f"lane 2: approved as worker {workers[NAMES[1]]}; ended: this worker was deleted" in shown
         studio.delete_worker(workers[NAMES[0]])
         assert running.wait(READY_S) == 77
     (line,) = [line for line in running.log_lines() if line["message"] == "lane ends, the others go on"]
     assert line["lane"] == 2
     assert "deleted at the studio" in line["error"]
     assert "register --reset --lane 2, then" in line["error"]  # which forgets the other lane not
-    assert "register --reset --lane 1, then" in running.log_lines()[-1]["error"]
+    last = running.log_lines()[-1]["error"]
+    assert "register --reset --lane 1, then" in last
+    assert last.endswith(
+        "; and for the lanes that ended before: lane 2: studio-worker register --reset --lane 2"
+    )
 
 
 def ended_lanes(running: ServiceProcess) -> dict[int, str]:

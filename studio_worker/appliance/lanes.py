@@ -21,7 +21,7 @@ from studio_worker.appliance.parts import LaneParts, Parts
 from studio_worker.box.machine_id import machine_mark
 from studio_worker.config.current import Current
 from studio_worker.context import called
-from studio_worker.errors import DuplicateWorker, RefusedByStudio, StudioWorkerError
+from studio_worker.errors import DuplicateWorker, IdentityRefused, RefusedByStudio, StudioWorkerError
 from studio_worker.report.logs import ShippingBuffer
 from studio_worker.studio.http.api import StudioApi
 from studio_worker.studio.http.courier import Courier
@@ -84,6 +84,8 @@ class Lanes:
         self._ending = ending
         self._guard = threading.Lock()
         self._alive = {lane.number for lane in parts.lanes}
+        self._cures: dict[int, str] = {}
+        """What helps each lane that has ended."""
         self._leave: Callable[[int, str], None] | None = None
         self._lanes = {
             lane.number: _LaneLink(lane, api, Abilities(parts, lane, current, health), parts, news, ending)
@@ -136,6 +138,11 @@ class Lanes:
                 return
             self._alive.discard(number)
             is_last = not self._alive
+            before = "; ".join(f"lane {lane}: {cure}" for lane, cure in sorted(self._cures.items()))
+            if isinstance(error, IdentityRefused):
+                self._cures[number] = error.reset_command
+                if is_last and before:
+                    error.besides = f"; and for the lanes that ended before: {before}"
         if is_last or not isinstance(error, RefusedByStudio | DuplicateWorker):
             self._ending.end_with(error)
             return

@@ -88,9 +88,9 @@ class LaneNews:
         self.record.registration("pending", detail=what)
         self._say(what)
 
-    def registered(self, worker_id: str) -> None:
+    def registered(self, worker_id: str, *, is_given: bool = False) -> None:
         """The studio has approved this worker."""
-        self.record.registration("approved", worker_id=worker_id)
+        self.record.registration("approved", worker_id=worker_id, is_given=is_given)
         self._news.line.note("identity", "")  # somebody has decided who this worker is
 
     def connected(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +12,10 @@ from studio_worker import config
 from studio_worker.box.machine_id import machine_mark
 from studio_worker.box.owner import become, owner_of
 from studio_worker.cli.options import ConfigDir, Instance, say
-from studio_worker.errors import ConfigError
+from studio_worker.errors import ConfigError, StudioWorkerError
+
+if TYPE_CHECKING:
+    from studio_worker.report.snapshot import RegistrationFacts
 
 _NOBODY = "not registered: the service asks the studio when it starts"
 
@@ -54,27 +58,48 @@ def register(
     elif adopt:
         _adopt(settings.state.dir)
     else:
-        _show(settings.state.dir, settings.worker.lanes)
+        _show(settings.state.dir, settings.worker.lanes, _running(settings.state.runtime_dir))
 
 
-def _show(state: Path, lanes: int) -> None:
+def _running(configured: Path) -> dict[int, RegistrationFacts]:
+    """What the running service knows of each lane, where one answers."""
+    from studio_worker.report.control import ask, runtime_dir
+    from studio_worker.report.snapshot import Snapshot
+
+    with contextlib.suppress(StudioWorkerError, ValueError):
+        answer = Snapshot.model_validate(ask(runtime_dir(configured), "status", limit_s=3.0))
+        return {lane.lane: lane.registration for lane in answer.lanes}
+    return {}
+
+
+def _show(state: Path, lanes: int, running: dict[int, RegistrationFacts]) -> None:
     from studio_worker.appliance import another_machine
     from studio_worker.studio.http.identity import IdentityFile, identity_name, lane_identities, lane_of
 
-    if not _is_somebody(state):
+    is_given = 1 in running and running[1].is_given
+    if not is_given and not _is_somebody(state):
         say(_NOBODY)
         return
     first = IdentityFile(state / identity_name(1)).found()
     told = "not registered" if first is None else another_machine.told(first, machine_mark(), state)
+    if is_given:
+        told = f"worker {running[1].worker_id}, by systemd credentials"
     others = lane_identities(state)
+    told += _ended(running, 1)
     say(f"lane 1: {told}" if others or lanes > 1 else told)
     for path in others:
         if (found := IdentityFile(path).found()) is not None:
-            is_used = lane_of(path) <= lanes
-            besides = "" if is_used else f" (not in use: [worker] lanes = {lanes})"
-            say(f"lane {lane_of(path)}: {found.describe()}{besides}")
+            lane = lane_of(path)
+            besides = _ended(running, lane) if lane <= lanes else f" (not in use: [worker] lanes = {lanes})"
+            say(f"lane {lane}: {found.describe()}{besides}")
     if (kept := another_machine.kept_aside(state)) is not None:
         say(f"{kept}; to go on as that worker, {another_machine.adopt_cure(state)}")
+
+
+def _ended(running: dict[int, RegistrationFacts], lane: int) -> str:
+    """That a lane has ended, and why; what is on disk of it does not say so."""
+    facts = running.get(lane)
+    return f"; ended: {facts.detail}" if facts is not None and facts.state == "ended" else ""
 
 
 def _forget(state: Path, lane: int | None, lanes: int, *, drop_pictures: bool) -> None:

@@ -13,10 +13,17 @@ from studio_worker.box.machine_id import machine_mark
 from studio_worker.doctor.results import Box, Level, Result, failure, ok, warning
 from studio_worker.errors import ConfigError, ControlDenied, ServiceNotRunning
 from studio_worker.report.control import ask, runtime_dir
+from studio_worker.report.snapshot import RegistrationFacts
 from studio_worker.report.starts import Starts
 from studio_worker.spool.in_hand import poisoned_jobs
 from studio_worker.store.ledger import Ledger, is_verified
-from studio_worker.studio.http.identity import IdentityFile, Standing, identity_name, reset_command
+from studio_worker.studio.http.identity import (
+    RENEW_GIVEN,
+    IdentityFile,
+    Standing,
+    identity_name,
+    reset_command,
+)
 from studio_worker.wording import to_service
 from studio_worker.work.breaker import FAILURES
 
@@ -63,6 +70,9 @@ def check_registration(box: Box) -> Result:
 
 
 def _registration(box: Box, lane: int) -> Result:
+    for each in box.service.lanes if box.service is not None else ():
+        if each.lane == lane and each.registration.is_given:
+            return _given(each.registration)
     path = box.config.settings.state.dir / identity_name(lane)
     try:
         if not path.exists():
@@ -89,6 +99,14 @@ def _registration(box: Box, lane: int) -> Result:
         cure += f"; or, if it is the same worker, {adopt}" if kept is not None else ""
         return warning(identity.describe() + besides, cure)
     return warning(identity.describe(), "start the service: it asks")
+
+
+def _given(registration: RegistrationFacts) -> Result:
+    """Of a lane whose id and token are systemd credentials: nothing of it is in the state folder."""
+    if registration.state == "ended":
+        cure = f"{RENEW_GIVEN}, then: {to_service('restart')}"
+        return failure("the studio takes its systemd credentials no more", cure)
+    return ok(f"approved as worker {registration.worker_id}, by systemd credentials")
 
 
 def check_service(box: Box) -> Result:

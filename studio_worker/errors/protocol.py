@@ -83,9 +83,11 @@ class IdentityRefused(ProtocolError):
     """
 
     reset_command = "studio-worker register --reset"
+    besides = ""
+    """What helps others that it ended before, to be said with it."""
 
     def __str__(self) -> str:
-        return super().__str__().replace(IdentityRefused.reset_command, self.reset_command)
+        return super().__str__().replace(IdentityRefused.reset_command, self.reset_command) + self.besides
 
 
 class DuplicateWorker(IdentityRefused):

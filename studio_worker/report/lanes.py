@@ -66,9 +66,14 @@ class LaneRecord:
         *,
         worker_id: str | None = None,
         detail: str | None = None,
+        is_given: bool = False,
     ) -> None:
         with self._guard:
-            self._registration = RegistrationFacts(state=state, worker_id=worker_id, detail=detail)
+            if state == "ended":  # who it was stays known
+                worker_id, is_given = self._registration.worker_id, self._registration.is_given
+            self._registration = RegistrationFacts(
+                state=state, worker_id=worker_id, detail=detail, is_given=is_given
+            )
 
     def session(self, state: Literal["none", "connected", "reconnecting"]) -> None:
         """The session has come to ``state``; said again it changes nothing."""

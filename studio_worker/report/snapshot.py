@@ -45,6 +45,8 @@ class RegistrationFacts(_Facts):
     state: Literal["unknown", "pending", "approved", "ended"] = "unknown"
     worker_id: str | None = None
     detail: str | None = None
+    is_given: bool = False
+    """By systemd credentials: there is no identity to reset."""
 
 
 class SessionFacts(_Facts):

@@ -12,7 +12,7 @@ from typing import Protocol
 from studio_worker.context import called, carried
 from studio_worker.errors import IdentityRefused, StudioWorkerError
 from studio_worker.studio.http.courier import Courier
-from studio_worker.studio.http.identity import Credentials, given_credentials
+from studio_worker.studio.http.identity import RENEW_GIVEN, Credentials, given_credentials
 from studio_worker.studio.http.registration import Registration
 from studio_worker.studio.session.connector import Connector
 
@@ -25,7 +25,11 @@ _LAST_DELIVERY_S = 30.0
 class RegistrationReports(Protocol):
     """Who is told that the studio has approved this worker."""
 
-    def registered(self, worker_id: str) -> None: ...
+    def registered(self, worker_id: str, *, is_given: bool = False) -> None:
+        """Args:
+        is_given: by systemd credentials, with no registration.
+        """
+        ...
 
 
 class StudioLink:
@@ -79,12 +83,13 @@ class StudioLink:
                 credentials = self._given or self._registration.run()
                 if credentials is not None:
                     named.enter_context(called(worker_id=credentials.worker_id))
-                    self._reports.registered(credentials.worker_id)
+                    self._reports.registered(credentials.worker_id, is_given=self._given is not None)
                     self._delivering = _started("courier", partial(deliver, credentials))
                     self._connector.run(credentials)
             except StudioWorkerError as error:
                 if isinstance(error, IdentityRefused):
-                    error.reset_command = self._registration.reset_command()
+                    mends = self._registration.reset_command() if self._given is None else RENEW_GIVEN
+                    error.reset_command = mends
                 self._on_end(error)
             except Exception as error:
                 log.exception("session crashed", extra={"op": "session"})

@@ -433,6 +433,23 @@ def test_last_errors_are_told(tmp_path: Path) -> None:
     assert "j2" not in result.text
 
 
+@pytest.mark.parametrize(
+    ("state", "level", "words"),
+    [
+        ("approved", "ok", "approved as worker w1, by systemd credentials"),
+        ("ended", "failure", "give it an approved worker's id and token as studio-worker.worker-id"),
+    ],
+)
+def test_worker_with_systemd_credentials_is_told_what_helps(
+    tmp_path: Path, state: Any, level: str, words: str
+) -> None:
+    """A worker that registers nowhere is not told to: its id and token are what has to be renewed."""
+    given = RegistrationFacts(state=state, worker_id="w1", is_given=True)
+    box = box_with(tmp_path, service=Snapshot(lanes=(LaneFacts(lane=1, registration=given),)))
+    told(check_registration(box), level, words)
+    assert "--reset" not in check_registration(box).cure
+
+
 def test_lane_that_ended_is_an_error_to_be_told(tmp_path: Path) -> None:
     """Why a lane ended is among the last errors, also where nothing else is."""
     gone = RegistrationFacts(state="ended", detail="deleted at the studio")

@@ -28,6 +28,11 @@ WORKER_ID_CREDENTIAL = "studio-worker.worker-id"
 AUTH_TOKEN_CREDENTIAL = "studio-worker.auth-token"
 """Names of systemd credentials (LoadCredential=, systemd.exec(5)) that replace the registration."""
 
+RENEW_GIVEN = (
+    f"give it an approved worker's id and token as {WORKER_ID_CREDENTIAL} and {AUTH_TOKEN_CREDENTIAL}"
+)
+"""What helps a worker of which the studio takes no more what it was given so: it has no identity to reset."""
+
 _VISIBLE = re.compile(r"[!-~]+")
 
 

@@ -163,7 +163,7 @@ def error_for_code(close_code: int, detail: str) -> ProtocolError:
         case 4001:
             return RefusedByStudio(
                 f"the studio does not accept this worker's token ({detail}); approve the worker anew: "
-                "studio-worker register --reset (or renew its systemd credentials), then start the service"
+                "studio-worker register --reset, then start the service"
             )
         case 4003:
             return DuplicateWorker(
