@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,7 @@ from studio_worker.box.machine_id import machine_mark
 from studio_worker.box.owner import become, owner_of
 from studio_worker.cli.options import ConfigDir, Instance, say
 from studio_worker.errors import ConfigError, StudioWorkerError
-
-if TYPE_CHECKING:
-    from studio_worker.report.snapshot import RegistrationFacts
+from studio_worker.report.snapshot import RegistrationFacts, Snapshot
 
 _NOBODY = "not registered: the service asks the studio when it starts"
 
@@ -64,7 +62,6 @@ def register(
 def _running(configured: Path) -> dict[int, RegistrationFacts]:
     """What the running service knows of each lane, where one answers."""
     from studio_worker.report.control import ask, runtime_dir
-    from studio_worker.report.snapshot import Snapshot
 
     with contextlib.suppress(StudioWorkerError, ValueError):
         answer = Snapshot.model_validate(ask(runtime_dir(configured), "status", limit_s=3.0))
