@@ -88,7 +88,8 @@ def submit(
 ) -> None:
     """Queue pictures at a studio of your own.
 
-    One line a job: its id, then "queued", "done" (with the file's name) or "failed" (with the reason). Exit
+    One line a job: its id, then "queued", "done" (with the file's name) or "failed" (with the reason). What
+    is waited for is named on stderr when it is queued, and a stop names on stdout what is still there. Exit
     status 0 where all are queued, or made; 1 where one failed or was refused; 2 where an option is wrong; 74
     where a picture cannot be written; 75 where the studio cannot be reached or the time is up: the last lines
     say which jobs are still there; 77 where it wants another token; 78 where there is no studio at the
@@ -113,15 +114,15 @@ def submit(
     who = _login_name() if submitter is None else submitter
     job = {"model": model, "priority": priority, "submitter": who}
     orders = Orders(studio, "" if token_file is None else read_token(token_file))
-    # Chosen here where none is given, so that every picture can be made again.
-    seeds = [
-        random.getrandbits(32) if seed is None else (seed + nth) % (MAX_SEED + 1) for nth in range(count)
-    ]
+    seeds = _seeds(seed, count)
     watch = Watch(orders, output, tell=say, complain=complain)
+    is_waiting = wait or output is not None
     with watch.telling():
         for each in seeds:
-            watch.add(orders.queue(job | {"task": task | {"seed": each}}))
-        if wait or output is not None:
+            watch.add(order := orders.queue(job | {"task": task | {"seed": each}}))
+            if is_waiting:  # whatever becomes of this command, nobody need queue the job again
+                typer.echo(f"{order.job_id} queued", err=True)
+        if is_waiting:
             watch.wait(timeout)
     raise typer.Exit(watch.exit_status)
 
@@ -134,6 +135,11 @@ def _prepare(folder: Path) -> None:
         problem = error.strerror
     if problem:
         raise OSError(errno.EIO, f"{problem}; name another -o DIR", str(folder))
+
+
+def _seeds(first: int | None, count: int) -> list[int]:
+    """Chosen here where none is given, so that every picture can be made again."""
+    return [random.getrandbits(32) if first is None else (first + n) % (MAX_SEED + 1) for n in range(count)]
 
 
 def _login_name() -> str:

@@ -15,11 +15,12 @@ def verify(staged: Staged, wanted: Wanted) -> None:
     if wanted.sha256 not in {None, digest := staged.hexdigest()}:
         what = impostor(staged.path)
         problem = f"this is {what}" if what else f"{digest} instead of {wanted.sha256}"
-        raise _wrong(staged, wanted, "sha256 mismatch", problem)
+        raise _wrong(staged, "sha256 mismatch", f"GET {wanted.name}: sha256 mismatch: {problem}")
     if wanted.sha256 is None and (found := header_problem(staged.path, wanted.dest.name)):
-        raise _wrong(staged, wanted, "size mismatch", found)
+        # Of a kind with a wrong length, which may well be right; so it is not said.
+        raise _wrong(staged, "size mismatch", f"GET {wanted.name}: not the file that is wanted: {found}")
 
 
-def _wrong(staged: Staged, wanted: Wanted, reason: str, problem: str) -> DownloadError:
+def _wrong(staged: Staged, reason: str, message: str) -> DownloadError:
     kind = PageInPlace if is_page(staged.path) else DownloadError
-    return kind(reason, f"GET {wanted.name}: {reason}: {problem}")
+    return kind(reason, message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ def test_submit_waits_and_brings_the_pictures(studio: LocalStudio, tmp_path: Pat
         machine.hear()
         out, err = process.communicate(timeout=60)
     machine.hang_up()
-    assert (process.returncode, err) == (1, "")
+    assert (process.returncode, err) == (1, f"{made} queued\n{failing} queued\n")
     assert out.splitlines() == [f"{made} done {folder / made}.png", f"{failing} failed no such engine"]
     assert (folder / f"{made}.png").read_bytes() == PICTURE
     assert [path.name for path in folder.iterdir()] == [f"{made}.png"]
@@ -98,7 +99,21 @@ def test_submit_says_what_is_left_when_the_time_is_up(studio: LocalStudio) -> No
     """When --timeout is over, what is not made is named with what it waits for; the status says: for now."""
     status, lines, err = submit(studio.base_url, "-m", "m", "--wait", "--timeout", "0.1")
     (job,) = studio.jobs(JobStatus.QUEUED)
-    assert (status, lines, err) == (75, [f"{job.job_id} queued no worker is connected"], "")
+    assert (status, lines) == (75, [f"{job.job_id} queued no worker is connected"])
+    assert err == f"{job.job_id} queued\n"
+
+
+def test_submit_that_is_stopped_has_named_what_is_queued(studio: LocalStudio) -> None:
+    """What is waited for is named when queued, and at SIGTERM the lines say which jobs are still there."""
+    with begin(studio.base_url, "-m", "m", "-n", "2", "--wait") as process:
+        assert process.stderr is not None
+        named = [process.stderr.readline() for _ in range(2)]
+        process.terminate()
+        out, _ = process.communicate(timeout=60)
+    job_ids = [job.job_id for job in studio.jobs(JobStatus.QUEUED)]
+    assert named == [f"{job_id} queued\n" for job_id in job_ids]
+    assert [line.split()[:2] for line in out.splitlines()] == [[job_id, "queued"] for job_id in job_ids]
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_submit_outlives_a_restart_of_the_studio(tmp_path: Path) -> None:
@@ -115,7 +130,7 @@ def test_submit_outlives_a_restart_of_the_studio(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=60)
         machine.hang_up()
     assert (process.returncode, out) == (0, f"{job_id} done\n")
-    assert err.count("\n") <= 1, "that it was away is told once, where it was noticed at all"
+    assert err.count("\n") <= 2, "the job, and that it was away is told once, where it was noticed at all"
 
 
 def test_submit_tells_that_the_studio_is_away(tmp_path: Path) -> None:
@@ -126,6 +141,7 @@ def test_submit_tells_that_the_studio_is_away(tmp_path: Path) -> None:
         studio.wait_for(lambda: studio.queue.counts()["queued"] == 3, 30)
         job_ids = [job.job_id for job in studio.jobs(JobStatus.QUEUED)]
     assert process.stderr is not None
+    assert {process.stderr.readline() for _ in job_ids} == {f"{job_id} queued\n" for job_id in job_ids}
     at_the_time = process.stderr.readline()
     assert process.poll() is None, "told while there is still time"
     out, at_the_end = process.communicate(timeout=60)

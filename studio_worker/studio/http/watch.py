@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from studio_worker.errors import OrderRefused, StudioUnavailable
 from studio_worker.files import write_atomic
@@ -48,10 +50,14 @@ class Watch:
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """Whatever ends the command within: no job that is still in the studio stays unnamed."""
+        """Whatever ends the command within: no job that is still in the studio stays unnamed. SIGTERM ends it
+        as SIGINT does; only from the main thread.
+        """
+        before = signal.signal(signal.SIGTERM, _leave)
         try:
             yield
         finally:
+            signal.signal(signal.SIGTERM, before)
             for order in self._left.values():
                 self._tell(" ".join(filter(None, (order.job_id, order.status, order.reason))))
 
@@ -117,3 +123,7 @@ class Watch:
             words.append(str(path))
         del self._left[job_id]
         self._tell(" ".join(words))
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
