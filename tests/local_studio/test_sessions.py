@@ -114,7 +114,7 @@ def test_session_silent_newcomer_is_sent_away(tmp_path: Path) -> None:
 
 def test_session_without_heartbeat_is_closed_and_its_job_released(tmp_path: Path) -> None:
     """A worker whose heartbeats stop loses its session and its job, whatever else it still sends."""
-    with LocalStudio(tmp_path / "studio.sqlite3", limits=Limits(heartbeat_timeout_s=0.4)) as studio:
+    with LocalStudio(tmp_path / "studio.sqlite3", limits=Limits(heartbeat_timeout_s=2.0)) as studio:
         machine = Machine(studio).connect()
         job_id = queue(studio)
         machine.take()
