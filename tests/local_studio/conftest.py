@@ -25,9 +25,17 @@ def on_postgres() -> Iterator[OnPostgres | None]:
         return
     from tests.local_studio.on_postgres import OnPostgres  # its driver is no part of what runs without
 
-    with OnPostgres() as databases, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("studio_worker.local_studio.studio.open_places", databases.open)
+    with OnPostgres() as databases:
         yield databases
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _places_are_there(on_postgres: OnPostgres | None) -> Iterator[None]:
+    """For the tests of this folder alone: others that come after them in one process say themselves where."""
+    with pytest.MonkeyPatch.context() as patch:
+        if on_postgres is not None:
+            patch.setattr("studio_worker.local_studio.studio.open_places", on_postgres.open)
+        yield
 
 
 @pytest.fixture(autouse=True)
