@@ -382,7 +382,7 @@ def test_status_shows_what_the_service_has_done(site: Path, studio: LocalStudio,
         assert running.stop() == 0
     assert (facts["phase"], facts["paused"], facts["job"]) == ("ready", False, None)
     assert facts["registration"] == {
-        "state": "approved", "worker_id": studio.workers()[0].worker_id, "detail": None,
+        "state": "approved", "worker_id": studio.workers()[0].worker_id, "detail": None, "is_given": False,
     }  # fmt: skip
     assert facts["session"]["state"] == "connected"
     assert facts["jobs"] == {"done": 1, "failed": 1, "handed_back": 0, "refused": 0, "unconfirmed": 0}
