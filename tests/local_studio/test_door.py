@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import logging
 import select
 import shutil
 import signal
@@ -27,6 +28,7 @@ from studio_worker.demo import write_configuration
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio import Door, LocalStudio, Tls
+from studio_worker.local_studio.web.seldom import Seldom
 from studio_worker.local_studio.web.visit import Visit
 from studio_worker.studio import wire
 from tests.fakes.certificates import Certificate, certificate
@@ -235,6 +237,26 @@ def test_strangers_who_begin_no_handshake_keep_nobody_out(
         assert len(silent) - len(select.select(silent, [], [], 0)[0]) <= 8
         for each in silent:
             each.close()
+
+
+def test_flood_of_connections_without_a_handshake_writes_one_line(
+    tmp_path: Path, shown: Certificate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Strangers who begin no handshake fill the log no more than those of plain http do."""
+    monkeypatch.setattr("studio_worker.local_studio.server.MAX_CONNECTIONS", 8)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(shown.authority))
+    for each in logging.getLogger(Visit.__module__).filters:
+        assert isinstance(each, Seldom)
+        monkeypatch.setattr(each, "_counts", {})
+    door = Door(tls=Tls(shown.shown, shown.key))
+    with LocalStudio(tmp_path / "studio.sqlite3", door=door) as studio, caplog.at_level(logging.WARNING):
+        silent = [socket.create_connection(("127.0.0.1", studio.port), WAIT_S) for _ in range(40)]
+        assert requests.get(f"{studio.base_url}/page/icon.svg", timeout=WAIT_S).status_code == 200
+        for each in silent:
+            each.close()
+    assert [record.getMessage() for record in caplog.records if "too many" in record.getMessage()] == [
+        "too many connections; the one that was waited for longest is closed"
+    ]
 
 
 def test_request_that_comes_with_the_end_of_the_handshake_is_answered(studio: LocalStudio) -> None:

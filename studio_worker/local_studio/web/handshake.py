@@ -11,7 +11,7 @@ import logging
 from typing import Any, cast
 
 from studio_worker.local_studio.tls import Tls
-from studio_worker.local_studio.web.visit import HEAD_S, Visit
+from studio_worker.local_studio.web.visit import HEAD_S, Visit, let_in
 from studio_worker.network.crowd import origin_of
 
 logger = logging.getLogger(__name__)
@@ -43,11 +43,7 @@ class Handshake(asyncio.Protocol):
         address = transport.get_extra_info("peername")
         self.origin = origin_of(address[0] if address else "")
         self._task = loop.create_task(self._shake())
-        if (dropped := self.visits.crowd.enter(self)) is not None:
-            logger.warning(
-                "too many connections; the one that was waited for longest is closed",
-                extra={"most": self.visits.crowd.most, "origin": dropped.origin},
-            )
+        let_in(self.visits.crowd, self)
 
     @property
     def waits_since(self) -> float | None:

@@ -15,7 +15,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from studio_worker.network.crowd import Crowd, origin_of
+from studio_worker.network.crowd import Crowd, Visitor, origin_of
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +51,7 @@ class Visit(H11Protocol):
         self.origin = origin_of(self.client[0] if self.client else "")
         self._follow(0)
         self._timer = self.loop.call_later(_LOOK_EVERY_S, self._look)
-        if (dropped := self.crowd.enter(self)) is not None:
-            logger.warning(
-                "too many connections; the one that was waited for longest is closed",
-                extra={"most": self.crowd.most, "origin": dropped.origin},
-            )
+        let_in(self.crowd, self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is closed, by whomever."""
@@ -142,6 +138,15 @@ class Visit(H11Protocol):
         self.crowd.leave(self)
         if self._timer is not None:
             self._timer.cancel()
+
+
+def let_in(crowd: Crowd, visitor: Visitor) -> None:
+    """One more connection; that another goes for it is said by this logger alone, whose lines are limited."""
+    if (dropped := crowd.enter(visitor)) is not None:
+        logger.warning(
+            "too many connections; the one that was waited for longest is closed",
+            extra={"most": crowd.most, "origin": dropped.origin},
+        )
 
 
 def visits_of(most: int) -> type[Visit]:
