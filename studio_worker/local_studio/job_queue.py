@@ -14,6 +14,7 @@ from studio_worker.local_studio.job_rows import (
     ALL,
     FREE,
     HAS_NONE,
+    HELD,
     HELD_BY,
     LOCKED,
     NUMBERED,
@@ -117,6 +118,12 @@ class JobQueue:
         """The job this worker has been offered or is running."""
         with self._database.reading() as connection:
             return find(connection, HELD_BY, worker_id)
+
+    def held(self) -> dict[str | None, QueuedJob]:
+        """All such jobs, by worker."""
+        with self._database.reading() as connection:
+            found = map(job_of, connection.execute(HELD).mappings())
+            return {job.worker_id: job for job in found}
 
     def take_next(self, worker_id: str, ready: Ready = _nobody, *, session_no: int = 0) -> QueuedJob | None:
         """Offer this worker the job whose turn it is, if there is one and it holds none.
@@ -264,10 +271,14 @@ class JobQueue:
 
     def result(self, job_id: str) -> Result | None:
         """What is known of a job's result, without its bytes."""
+        return self.results([job_id]).get(job_id)
+
+    def results(self, job_ids: Collection[str]) -> dict[str, Result]:
+        """The same of many, by job; those without a result are left out."""
         columns = (results.c[field.name] for field in fields(Result))
         with self._database.reading() as connection:
-            found = connection.execute(select(*columns).where(results.c.job_id == job_id)).mappings().first()
-        return None if found is None else Result(**found)
+            found = connection.execute(select(*columns).where(results.c.job_id.in_(job_ids))).mappings()
+            return {row["job_id"]: Result(**row) for row in found}
 
     def picture(self, job_id: str) -> str | None:
         """The key of a job's result."""

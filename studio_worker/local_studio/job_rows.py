@@ -21,9 +21,8 @@ ALL = select(*(jobs.c[name] for name in _COLUMNS))
 ONE = ALL.where(jobs.c.job_id == bindparam("wanted"))
 LOCKED = ONE.with_for_update()
 NUMBERED = ALL.where(jobs.c.seq == bindparam("wanted"))
-HELD_BY = ALL.where(
-    jobs.c.worker_id == bindparam("wanted"), or_(*(jobs.c.status == status for status in rules.HELD))
-)
+HELD = ALL.where(or_(*(jobs.c.status == status for status in rules.HELD)))
+HELD_BY = HELD.where(jobs.c.worker_id == bindparam("wanted"))
 _in_hand = jobs.alias("in_hand")
 HAS_NONE = ~exists().where(
     _in_hand.c.worker_id == bindparam("for_whom"),

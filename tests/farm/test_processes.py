@@ -104,7 +104,7 @@ def test_pause_is_seen_by_all(north: LocalStudio, south: LocalStudio, machine: M
 
     def state() -> str:
         (worker,) = south.workers()
-        said: str = south.views.worker(worker, south.presence.connected())["state"]
+        said: str = south.views.workers([worker], south.presence.connected())[0]["state"]
         return said
 
     assert state() == "idle"

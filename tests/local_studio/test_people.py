@@ -125,6 +125,41 @@ def test_state_tells_idle_from_paused(studio: LocalStudio) -> None:
     machine.hang_up()
 
 
+def test_page_asks_the_database_as_often_for_many_as_for_one(
+    studio: LocalStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With hundreds of workers and pictures the page costs the database no more questions than with one."""
+    questions, here = [0], threading.get_ident()
+    reading = studio.database.reading
+
+    def counted() -> Any:
+        questions[0] += threading.get_ident() == here  # others ask in the background
+        return reading()
+
+    def shown() -> tuple[set[str], set[str], int]:
+        connected, questions[0] = studio.presence.connected(), 0
+        workers = studio.views.workers(studio.workers(), connected)
+        jobs = studio.views.jobs(studio.queue.listed(), {}, connected)
+        urls = {job["result"]["url"] for job in jobs if job["result"]}
+        return {each["currentJob"]["jobId"] for each in workers if each["currentJob"]}, urls, questions[0]
+
+    monkeypatch.setattr(studio.database, "reading", counted)
+    made, held, asked = set(), set(), set()
+    for _ in range(3):
+        worker_id = Machine(studio).worker_id
+        done, in_hand = queue(studio), queue(studio)
+        studio.queue.take_next(worker_id)
+        studio.queue.accept(done, worker_id)
+        studio.queue.deliver(done, worker_id, io.BytesIO(PICTURE), ext="webp", prompt=None)
+        studio.queue.take_next(worker_id)
+        made.add(f"/api/jobs/{done}/result")
+        held.add(in_hand)
+        *found, often = shown()
+        assert found == [held, made]
+        asked.add(often)
+    assert len(asked) == 1
+
+
 # --- workers ----------------------------------------------------------------------------------------
 
 

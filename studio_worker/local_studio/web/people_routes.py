@@ -71,13 +71,10 @@ class PeopleRoutes:
                 "version": studio.changes.version,
                 "baseUrl": http_base(request),
                 "registrations": [studio.views.registration(entry) for entry in studio.pending()],
-                "workers": [studio.views.worker(worker, connected) for worker in studio.workers()],
+                "workers": studio.views.workers(studio.workers(), connected),
                 "queue": studio.queue.counts(),
-                "active": [studio.views.job(job, names, connected) for job in active],
-                "failed": [
-                    studio.views.job(job, names, connected)
-                    for job in studio.queue.listed(JobStatus.FAILED, ROWS)
-                ],
+                "active": studio.views.jobs(active, names, connected),
+                "failed": studio.views.jobs(studio.queue.listed(JobStatus.FAILED, ROWS), names, connected),
             }
         )
 
@@ -146,7 +143,7 @@ class PeopleRoutes:
         offset = number_in(request, "offset", default=0, low=0, high=10**9)
         names, connected = self._desk.registry.workers.names(), self._desk.presence.connected()
         jobs = self._desk.queue.listed(status, limit, offset)
-        return JSONResponse({"jobs": [self._desk.views.job(job, names, connected) for job in jobs]})
+        return JSONResponse({"jobs": self._desk.views.jobs(jobs, names, connected)})
 
     async def queue_job(self, request: Request) -> Response:
         """Put a job in the queue."""

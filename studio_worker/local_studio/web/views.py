@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,7 +22,9 @@ def moment(unix_s: float | None) -> str | None:
 
 
 class Views:
-    """Facts from the database, put together for reading. ``connected`` are the workers with a session."""
+    """Facts from the database, put together for reading; it is asked once, however many are shown.
+    ``connected`` are the workers with a session.
+    """
 
     def __init__(self, queue: JobQueue) -> None:
         self._queue = queue
@@ -41,33 +43,28 @@ class Views:
             "requestedAt": moment(registration.created_at),
         }
 
-    def worker(self, worker: RegisteredWorker, connected: Mapping[str, Seat]) -> dict[str, Any]:
+    def workers(
+        self, workers: Iterable[RegisteredWorker], connected: Mapping[str, Seat]
+    ) -> list[dict[str, Any]]:
         """``state`` is ``offline``, ``paused``, ``working`` or ``idle``."""
-        seat = connected.get(worker.worker_id)
-        held = self._queue.held_by(worker.worker_id)
-        if seat is None:
-            state = "offline"
-        elif held is not None or seat.current_job_id is not None:
-            state = "working"
-        else:
-            state = "paused" if seat.is_paused else "idle"
-        return {
-            "workerId": worker.worker_id,
-            "installId": worker.install_id,
-            "name": worker.name,
-            "state": state,
-            "online": seat is not None,
-            "paused": seat is not None and seat.is_paused,
-            "currentJob": None if held is None else self._in_hand(held),
-            "currentJobId": seat and seat.current_job_id,
-            "lastHeartbeatAt": moment(seat.heartbeat_at if seat else worker.last_seen_at),
-            "approvedAt": moment(worker.created_at),
-            "capabilities": worker.capabilities.model_dump(mode="json", by_alias=True),
-        }
+        held = self._queue.held()
+        return [_worker(each, connected.get(each.worker_id), held.get(each.worker_id)) for each in workers]
 
     def job(self, job: QueuedJob, names: Mapping[str, str], connected: Mapping[str, Seat]) -> dict[str, Any]:
-        """A job and, where it is done, its result; ``names`` maps worker ids to what people call them."""
-        result = self._queue.result(job.job_id) if job.status is JobStatus.DONE else None
+        """One of :meth:`jobs`."""
+        return self.jobs([job], names, connected)[0]
+
+    def jobs(
+        self, jobs: Sequence[QueuedJob], names: Mapping[str, str], connected: Mapping[str, Seat]
+    ) -> list[dict[str, Any]]:
+        """Jobs, with their results where there are; ``names`` maps worker ids to what people call them."""
+        done = [job.job_id for job in jobs if job.status is JobStatus.DONE]
+        results = self._queue.results(done) if done else {}
+        return [self._job(job, results.get(job.job_id), names, connected) for job in jobs]
+
+    def _job(
+        self, job: QueuedJob, result: Result | None, names: Mapping[str, str], connected: Mapping[str, Seat]
+    ) -> dict[str, Any]:
         return {
             "jobId": job.job_id,
             "status": job.status,
@@ -110,14 +107,37 @@ class Views:
         }
         return {"result": facts, "generationMeta": result.generation_meta}
 
-    def _in_hand(self, job: QueuedJob) -> dict[str, Any]:
-        return {
-            "jobId": job.job_id,
-            "status": job.status,
-            "model": job.model,
-            "prompt": job.task.get("prompt"),
-            "since": moment(job.started_at or job.offered_at),
-        }
+
+def _worker(worker: RegisteredWorker, seat: Seat | None, held: QueuedJob | None) -> dict[str, Any]:
+    if seat is None:
+        state = "offline"
+    elif held is not None or seat.current_job_id is not None:
+        state = "working"
+    else:
+        state = "paused" if seat.is_paused else "idle"
+    return {
+        "workerId": worker.worker_id,
+        "installId": worker.install_id,
+        "name": worker.name,
+        "state": state,
+        "online": seat is not None,
+        "paused": seat is not None and seat.is_paused,
+        "currentJob": None if held is None else _in_hand(held),
+        "currentJobId": seat and seat.current_job_id,
+        "lastHeartbeatAt": moment(seat.heartbeat_at if seat else worker.last_seen_at),
+        "approvedAt": moment(worker.created_at),
+        "capabilities": worker.capabilities.model_dump(mode="json", by_alias=True),
+    }
+
+
+def _in_hand(job: QueuedJob) -> dict[str, Any]:
+    return {
+        "jobId": job.job_id,
+        "status": job.status,
+        "model": job.model,
+        "prompt": job.task.get("prompt"),
+        "since": moment(job.started_at or job.offered_at),
+    }
 
 
 def _waiting_for(job: QueuedJob, names: Mapping[str, str], connected: Mapping[str, Seat]) -> str | None:
