@@ -23,7 +23,7 @@ from studio_worker.errors import ConfigError
 from studio_worker.local_studio.pictures import CannotStore, Folder, PictureGone, Pictures
 from studio_worker.local_studio.places import DATABASE_NAME, PICTURES_FOLDER, Places, open_places, owner_of
 from studio_worker.local_studio.storage.database import Database
-from studio_worker.local_studio.storage.sqlite import SqliteFile
+from studio_worker.local_studio.storage.sqlite import SqliteFile, lock_of
 from studio_worker.local_studio.storage.tables import METADATA, files, meta, results
 
 _ROWS = 500
@@ -94,7 +94,7 @@ def carry(copy: Path, pictures: Folder, target: Database, store: Pictures, tell:
         ConfigError: the target is not empty.
         CannotStore: it takes no more.
     """
-    taken_out = Folder(copy.parent / "pictures")
+    taken_out = Folder(copy.parent / PICTURES_FOLDER)
     source = SqliteFile(copy, lambda: None, taken_out)
     with closing(source), source.reading() as reading:
         with target.reading() as connection:
@@ -191,7 +191,7 @@ def _held(file: Path) -> Iterator[None]:
     try:
         with file.open("rb"):
             pass
-        lock = file.with_name(f"{file.name}.lock")
+        lock = lock_of(file)
         held = (lock if lock.exists() else file).open("rb")
     except OSError as error:
         raise ConfigError(

@@ -24,6 +24,7 @@ from studio_worker.files import (
     write_problem,
 )
 from studio_worker.local_studio.pictures.port import (
+    MARK,
     PictureGone,
     Reading,
     StorageFull,
@@ -31,9 +32,6 @@ from studio_worker.local_studio.pictures.port import (
     is_key,
     new_key,
 )
-
-MARK = "studio"
-"""The file that says whose pictures lie in a folder; named as in S3, so that copies have it too."""
 
 _TROUBLES = DISK_TROUBLES | {
     errno.EACCES,
@@ -107,7 +105,7 @@ class Folder:
             content = self.file(key).open("rb")
         except OSError as error:
             raise PictureGone("the picture's file is not in the studio's folder any more") from error
-        return Reading(content, self.file(key).stat().st_size)
+        return Reading(content, os.fstat(content.fileno()).st_size)
 
     def file(self, key: str) -> Path:
         return self.path / key

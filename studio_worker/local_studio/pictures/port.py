@@ -15,6 +15,11 @@ from typing import IO, Protocol
 
 from studio_worker.errors import ProtocolError
 
+MARK = "studio"
+"""The file or object that says whose pictures lie in a place; of one name everywhere, so that copies have it
+too.
+"""
+
 _KEY_BYTES = 8
 """Two deliveries of one job may come at the same moment; each has a key of its own."""
 _KEY = re.compile(rf".+-[0-9a-f]{{{2 * _KEY_BYTES}}}\.[a-z0-9]+")

@@ -21,7 +21,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from studio_worker.errors import ConfigError
-from studio_worker.local_studio.pictures.port import Reading, StorageAway, StoredBytes, is_key, new_key
+from studio_worker.local_studio.pictures.port import MARK, Reading, StorageAway, StoredBytes, is_key, new_key
 from studio_worker.local_studio.pictures.s3_place import OPTION, Place, is_public
 from studio_worker.local_studio.pictures.s3_trouble import MISSING, code_of, misconfigured, telling
 
@@ -32,9 +32,6 @@ ADDRESS_S = 86_400
 
 PART_BYTES = 8 << 20
 """An upload holds one part of it in memory, and takes 10,000 parts at most (S3's limit): 80 GiB."""
-
-MARK = "studio"
-"""The object that says whose pictures lie below a prefix."""
 
 _CONNECTIONS = 64
 """More than the threads that serve requests; each may hold one."""

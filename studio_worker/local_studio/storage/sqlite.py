@@ -52,7 +52,7 @@ class SqliteFile(Database):
     """
 
     def __init__(self, path: Path, on_change: Callable[[], None], pictures: Pictures) -> None:
-        self.last_opened_at = _changed_at(_lock_of(path))
+        self.last_opened_at = _changed_at(lock_of(path))
         self._held = _hold(path)
         engine = _engine(path)
         try:
@@ -178,7 +178,8 @@ def _no_room(path: Path, reason: object) -> StateUnavailable:
     )
 
 
-def _lock_of(path: Path) -> Path:
+def lock_of(path: Path) -> Path:
+    """What a studio holds while it has the file open."""
     return path.with_name(path.name + ".lock")
 
 
@@ -196,8 +197,8 @@ def _hold(path: Path) -> IO[bytes]:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Made here, with its mode: SQLite gives the same mode to the -wal and -shm files beside it.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        held = _lock_of(path).open("wb")
-        os.utime(_lock_of(path))
+        held = lock_of(path).open("wb")
+        os.utime(lock_of(path))
     except IsADirectoryError as error:
         raise ConfigError(
             "is a folder",
