@@ -62,7 +62,8 @@ class Tls:
 
 
 def _read(certificate: Path, key: Path) -> tuple[ssl.SSLContext, dict[str, Any]]:
-    if problem := certificates.bundle_problem(certificate):
+    problem = certificates.bundle_problem(certificate) or ("is a folder" if certificate.is_dir() else "")
+    if problem:
         raise ConfigError(
             problem, source=str(certificate), cure="name a file in PEM format", key="--certificate"
         )

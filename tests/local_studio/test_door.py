@@ -165,6 +165,11 @@ def test_large_bodies_go_both_ways_over_https(studio: LocalStudio, shown: Certif
         pytest.param(
             lambda it: it.shown.unlink(), r"cert\.pem: --certificate: cannot be read", id="no certificate"
         ),
+        pytest.param(
+            lambda it: (it.shown.unlink(), it.shown.mkdir(), shutil.copy(it.authority, it.shown)),
+            r"cert\.pem: --certificate: is a folder; name a file",
+            id="a folder",
+        ),
         pytest.param(lambda it: it.key.write_text("x"), r"key\.pem: --key: holds no usable key", id="no PEM"),
         pytest.param(lambda it: it.shown.write_text("x"), "holds no certificate in PEM", id="no PEM either"),
         pytest.param(
