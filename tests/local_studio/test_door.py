@@ -250,9 +250,9 @@ def test_flood_of_connections_without_a_handshake_writes_one_line(
     """Strangers who begin no handshake fill the log no more than those of plain http do."""
     monkeypatch.setattr("studio_worker.local_studio.server.MAX_CONNECTIONS", 8)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(shown.authority))
-    for each in logging.getLogger(Visit.__module__).filters:
-        assert isinstance(each, Seldom)
-        monkeypatch.setattr(each, "_counts", {})
+    for limit in logging.getLogger(Visit.__module__).filters:
+        assert isinstance(limit, Seldom)
+        monkeypatch.setattr(limit, "_counts", {})
     door = Door(tls=Tls(shown.shown, shown.key))
     with LocalStudio(tmp_path / "studio.sqlite3", door=door) as studio, caplog.at_level(logging.WARNING):
         silent = [socket.create_connection(("127.0.0.1", studio.port), WAIT_S) for _ in range(40)]
