@@ -30,8 +30,6 @@ from studio_worker.local_studio.storage.postgres_trouble import (
     unusable,
 )
 
-SCHEMES = ("postgresql://", "postgres://")
-
 _CONNECTIONS = 8
 """Of one studio process: most steps take a millisecond, and a server has a hundred by default."""
 
