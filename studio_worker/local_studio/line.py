@@ -48,10 +48,7 @@ _head = (
     turns_table.c.number,
     # What is asked besides goes along: each statement is a way to the server and back.
     select(func.max(turns_table.alias().c.number)).scalar_subquery().label("last_number"),
-    select(last_made.c.model)
-    .where(last_made.c.worker_id == bindparam("worker"))
-    .scalar_subquery()
-    .label("loaded"),
+    _loaded.label("loaded"),
 )
 _turn = (turns_table.c.priority == jobs.c.priority) & (turns_table.c.submitter == jobs.c.submitter)
 
