@@ -17,7 +17,6 @@ from studio_worker.local_studio.job_rows import (
     HELD,
     HELD_BY,
     LOCKED,
-    NUMBERED,
     ONE,
     add,
     find,
@@ -98,9 +97,7 @@ class JobQueue:
         page = ALL.limit(limit).offset(offset)
         with self._database.reading() as connection:
             if status is JobStatus.QUEUED:
-                numbers = line.in_turn(connection, limit, offset)
-                found = (find(connection, NUMBERED, number) for number in numbers)
-                return [job for job in found if job is not None]
+                return line.in_turn(connection, limit, offset)
             if status is None:
                 page = page.order_by(jobs.c.seq.desc())
             else:

@@ -9,8 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, bindparam, delete, exists, insert, or_, select, update
 
 from studio_worker.local_studio import rules
-from studio_worker.local_studio.line import rejections_of
-from studio_worker.local_studio.rules import JobStatus, QueuedJob
+from studio_worker.local_studio.rules import JobStatus, QueuedJob, Rejection
 from studio_worker.local_studio.storage.database import upsert
 from studio_worker.local_studio.storage.tables import jobs, lines
 
@@ -20,7 +19,6 @@ _COLUMNS = tuple(field.name for field in fields(QueuedJob))
 ALL = select(*(jobs.c[name] for name in _COLUMNS))
 ONE = ALL.where(jobs.c.job_id == bindparam("wanted"))
 LOCKED = ONE.with_for_update()
-NUMBERED = ALL.where(jobs.c.seq == bindparam("wanted"))
 HELD = ALL.where(or_(*(jobs.c.status == status for status in rules.HELD)))
 HELD_BY = HELD.where(jobs.c.worker_id == bindparam("wanted"))
 _in_hand = jobs.alias("in_hand")
@@ -42,7 +40,7 @@ _NO_MORE = delete(lines).where(*(lines.c[name] == bindparam(name) for name in _L
 _CHANGE = update(jobs).where(jobs.c.job_id == bindparam("changed"))
 
 
-def find(connection: Connection, query: Select[Any], wanted: str | int, **besides: str) -> QueuedJob | None:
+def find(connection: Connection, query: Select[Any], wanted: str, **besides: str) -> QueuedJob | None:
     """The job that a query of this module finds."""
     row = connection.execute(query, {"wanted": wanted, **besides}).mappings().first()
     return None if row is None else job_of(row)
@@ -82,6 +80,11 @@ def job_of(row: Mapping[Any, Any]) -> QueuedJob:
     """The job in a row of ALL."""
     facts = {name: row[name] for name in _COLUMNS}
     return QueuedJob(**facts | {"status": JobStatus(row["status"]), "rejections": rejections_of(row)})
+
+
+def rejections_of(row: Mapping[Any, Any]) -> dict[str, Rejection]:
+    """What a job's row says of who rejected it."""
+    return {who: Rejection(**said) for who, said in row["rejections"].items()}
 
 
 def _count(connection: Connection, before: QueuedJob | None, after: QueuedJob | None) -> None:

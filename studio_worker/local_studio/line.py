@@ -6,6 +6,7 @@ hands its connection on.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import groupby, islice
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, func, literal_column, select, union_all, update
 
 from studio_worker.local_studio import turns
-from studio_worker.local_studio.rules import QueuedJob, Rejection
+from studio_worker.local_studio.job_rows import ALL, job_of, rejections_of
+from studio_worker.local_studio.rules import QueuedJob
 from studio_worker.local_studio.storage.database import upsert
 from studio_worker.local_studio.storage.tables import IS_REJECTED, IS_UNREJECTED, jobs, last_made, lines
 from studio_worker.local_studio.storage.tables import turns as turns_table
@@ -84,11 +86,11 @@ _LINES = (
 _MADE = select(last_made.c.worker_id, last_made.c.model)
 _PASS = update(jobs).where(jobs.c.job_id.in_(bindparam("passed", expanding=True)))
 _FORGET = delete(turns_table).where(turns_table.c.number <= bindparam("last"))
-_NUMBERS = (
-    select(jobs.c.seq)
-    .where(_IS_QUEUED, *(column == bindparam(column.name) for column in _LINE))
+_PART = (
+    ALL.where(_IS_QUEUED, *(column == bindparam(column.name) for column in _LINE))
     .order_by(jobs.c.seq)
     .limit(bindparam("most"))
+    .offset(bindparam("first"))
 )
 
 
@@ -152,15 +154,18 @@ def made(connection: Connection, worker_id: str, model: str) -> None:
     upsert(connection, last_made, {"worker_id": worker_id, "model": model})
 
 
-def in_turn(connection: Connection, limit: int, offset: int) -> list[int]:
-    """The numbers of jobs in the order of turns, as if all workers had one model and rejected nothing."""
-    found: list[int] = []
-    numbers: dict[tuple[int, str], list[int]] = {}
-    for priority, submitter, nth in islice(_order(connection), offset, offset + limit):
-        if (priority, submitter) not in numbers:
-            line = {"priority": priority, "submitter": submitter, "most": offset + limit}
-            numbers[priority, submitter] = list(connection.execute(_NUMBERS, line).scalars())
-        found += numbers[priority, submitter][nth : nth + 1]
+def in_turn(connection: Connection, limit: int, offset: int) -> list[QueuedJob]:
+    """Jobs in the order of turns, as if all workers had one model and rejected nothing."""
+    page = list(islice(_order(connection), offset, offset + limit))
+    lengths = Counter((priority, submitter) for priority, submitter, _ in page)
+    parts: dict[tuple[int, str], Iterator[QueuedJob]] = {}
+    found: list[QueuedJob] = []
+    for priority, submitter, nth in page:
+        line = (priority, submitter)
+        if line not in parts:  # what a page has of a line is one piece of it
+            asked = {"priority": priority, "submitter": submitter, "first": nth, "most": lengths[line]}
+            parts[line] = map(job_of, connection.execute(_PART, asked).mappings().all())
+        found += islice(parts[line], 1)  # none, where somebody has just taken it
     return found
 
 
@@ -172,11 +177,6 @@ def _order(connection: Connection) -> Iterator[tuple[int, str, int]]:
             yield from ((priority, submitter, nth) for submitter, _ in lines)
             nth += 1
             lines = [(submitter, length) for submitter, length in lines if length > nth]
-
-
-def rejections_of(row: Mapping[Any, Any]) -> dict[str, Rejection]:
-    """What a job's row says of who rejected it."""
-    return {who: Rejection(**said) for who, said in row["rejections"].items()}
 
 
 def _waiting(row: Mapping[Any, Any]) -> Waiting:

@@ -198,6 +198,17 @@ def test_turn_goes_by_priority_and_round_robin(studio: LocalStudio, machine: Mac
     assert made == turns
 
 
+def test_turns_are_shown_by_pages(studio: LocalStudio) -> None:
+    """Wherever a page of the queue begins and ends, it shows that piece of the whole order."""
+    for submitter, priority in (("p", 0), ("p", 0), ("q", 0), ("p", 0), ("q", 1), ("p", 1)):
+        queue(studio, submitter=submitter, priority=priority)
+    turns = studio.queue.listed(JobStatus.QUEUED)
+    assert len(turns) == 6
+    for first in range(7):
+        for most in range(8):
+            assert studio.queue.listed(JobStatus.QUEUED, most, first) == turns[first : first + most]
+
+
 def test_turn_is_remembered_over_a_restart(tmp_path: Path) -> None:
     """Whoever was served before the studio was restarted is not first again after it."""
     database = tmp_path / "studio.sqlite3"
