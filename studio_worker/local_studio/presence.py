@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, bindparam, delete, or_, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, or_, select, update
 
 from studio_worker.local_studio import leases
 from studio_worker.local_studio.leases import DEAD_S, LEASE_S, Loss, Session
@@ -37,6 +37,12 @@ _CONNECTED = (
     )
 )
 _IS_HELD = jobs.c.status.in_(HELD)
+_TAKE_OVER = (
+    update(jobs)
+    .where(jobs.c.worker_id == bindparam("who"), _IS_HELD)
+    .values(session_no=bindparam("its_number"))
+    .returning(jobs.c.job_id)
+)
 _LOST = (
     select(jobs.c.job_id)
     .join_from(jobs, sessions, jobs.c.worker_id == sessions.c.worker_id, isouter=True)
@@ -125,14 +131,14 @@ class Presence:
             # A row to lock, so that of two that begin at once one is the second.
             insert_new(connection, sessions, {"worker_id": worker_id, **_NOBODY})
             row = connection.execute(_LOCKED, {"who": worker_id}).one()
-            before, living = _session(row), self._living(connection)
+            before = _session(row)
             after = leases.begun(before, self.process_id, self._now(), self._lease_s)
             self._save(connection, worker_id, after, _said(capabilities, None, self._now()))
             note_seen(connection, worker_id, capabilities, self._now())
-            is_its_claim = and_(jobs.c.worker_id == worker_id, _IS_HELD)
-            connection.execute(update(jobs).where(is_its_claim).values(session_no=after.number))
-            job_id = connection.execute(select(jobs.c.job_id).where(is_its_claim)).scalar()
-        inherited = None if job_id is None else Inherited(job_id, leases.loss_on_return(before, living))
+            job_id = connection.execute(_TAKE_OVER, {"who": worker_id, "its_number": after.number}).scalar()
+            inherited = None
+            if job_id is not None:
+                inherited = Inherited(job_id, leases.loss_on_return(before, self._living(connection)))
         return Entered(after.number, inherited, before.process_id not in {None, self.process_id})
 
     def renew(
