@@ -6,7 +6,6 @@ Nothing goes unless the operator says how long, or how much, is kept; and nothin
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from sqlalchemy import CompoundSelect, Row, Select, select, type_coerce, union
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.pictures import CannotStore, Pictures
 from studio_worker.local_studio.rules import JobStatus, RuleBroken
-from studio_worker.local_studio.shelf import Shelf
+from studio_worker.local_studio.shelf import FILE_PATH, Shelf
 from studio_worker.local_studio.storage.columns import Words
 from studio_worker.local_studio.storage.database import SERVER_TIME, Database
 from studio_worker.local_studio.storage.tables import files, jobs, results
@@ -32,7 +31,6 @@ INPUT_S = DAY_S
 """So long an input picture may wait for the job that names it."""
 
 _TASK_TEXT = type_coerce(jobs.c.task, Words).label("task")
-_FILE_IN_TASK = re.compile(r"/files/([A-Za-z0-9_-]+)")
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ class Housekeeping:
             return []
         named: set[str] = set()
         for row in self._rows(select(_TASK_TEXT).where(_TASK_TEXT.like("%/files/%"))):
-            named.update(_FILE_IN_TASK.findall(row.task))
+            named.update(FILE_PATH.findall(row.task))
         return [row.file_id for row in old if row.file_id not in named]
 
     def _now(self) -> float:

@@ -29,10 +29,10 @@ MAX_BATCH_LINES = 500
 
 MAX_MESSAGE_CHARS = 4000
 
+FILE_PATH = re.compile(r"/files/([A-Za-z0-9_-]+)")
+"""Of an input picture, with its id."""
+
 _PICTURES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
-
-
-_FILE_PATH = re.compile(r"/files/([A-Za-z0-9_-]+)")
 
 
 class NotAPicture(ProtocolError):
@@ -137,7 +137,7 @@ class Shelf:
         return replace(job, task=task)
 
     def _address(self, said: Any) -> Any:
-        file_id = _FILE_PATH.fullmatch(said) if isinstance(said, str) else None
+        file_id = FILE_PATH.fullmatch(said) if isinstance(said, str) else None
         found = self.picture(file_id[1]) if file_id else None
         return (self._pictures.address(found.key) if found else None) or said
 
