@@ -67,6 +67,8 @@ class Registration:
 
 
 _REGISTRATIONS = select(*(registrations.c[field.name] for field in fields(Registration)))
+_IS_PENDING = registrations.c.status == "pending"
+_PENDING = _REGISTRATIONS.where(_IS_PENDING).order_by(registrations.c.created_at, registrations.c.request_id)
 
 
 class Registry:
@@ -141,7 +143,7 @@ class Registry:
     def pending(self) -> list[Registration]:
         """Requests that wait for a decision, oldest first."""
         with self._database.reading() as connection:
-            rows = connection.execute(_pending(_REGISTRATIONS)).mappings()
+            rows = connection.execute(_PENDING).mappings()
             return [_registration(row) for row in rows]
 
     def approve(self, request_id: str) -> str:
@@ -185,7 +187,7 @@ class Registry:
             _change(connection, request_id, heard_at=now, has_polled=True)
 
     def _make_room(self, connection: Connection, origin: str) -> None:
-        waiting = list(_askers(connection, registrations.c.status == "pending"))
+        waiting = list(_askers(connection, _IS_PENDING))
         if len(waiting) < MAX_PENDING:
             return
         # Nobody could be heard while the studio was away.
@@ -217,11 +219,6 @@ def _still_stands(connection: Connection, last: Registration, secret_hash: str) 
 def _askers(connection: Connection, condition: ColumnElement[bool]) -> Iterator[Asker]:
     columns = (registrations.c[field.name] for field in fields(Asker))
     return (Asker(**row) for row in connection.execute(select(*columns).where(condition)).mappings())
-
-
-def _pending(query: Select[Any]) -> Select[Any]:
-    waiting = query.where(registrations.c.status == "pending")
-    return waiting.order_by(registrations.c.created_at, registrations.c.request_id)
 
 
 def _require(connection: Connection, request_id: str) -> Registration:
