@@ -6,7 +6,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from sqlalchemy import Connection, Select, bindparam, delete, exists, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    Select,
+    bindparam,
+    delete,
+    exists,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from studio_worker.local_studio import rules
 from studio_worker.local_studio.rules import JobStatus, QueuedJob, Rejection
@@ -15,17 +27,20 @@ from studio_worker.local_studio.storage.tables import jobs, lines
 
 _COLUMNS = tuple(field.name for field in fields(QueuedJob))
 
+
+def is_held(table: FromClause) -> ColumnElement[bool]:
+    """The condition that a worker has the job of a row."""
+    return or_(*(table.c.status == status for status in rules.HELD))
+
+
 # Made once: to make a statement costs more than to run it. "wanted" is what the job is known by.
 ALL = select(*(jobs.c[name] for name in _COLUMNS))
 ONE = ALL.where(jobs.c.job_id == bindparam("wanted"))
 LOCKED = ONE.with_for_update()
-HELD = ALL.where(or_(*(jobs.c.status == status for status in rules.HELD)))
+HELD = ALL.where(is_held(jobs))
 HELD_BY = HELD.where(jobs.c.worker_id == bindparam("wanted"))
 _in_hand = jobs.alias("in_hand")
-HAS_NONE = ~exists().where(
-    _in_hand.c.worker_id == bindparam("for_whom"),
-    or_(*(_in_hand.c.status == status for status in rules.HELD)),
-)
+HAS_NONE = ~exists().where(_in_hand.c.worker_id == bindparam("for_whom"), is_held(_in_hand))
 """The worker for whom it is holds no job."""
 FREE = ONE.where(jobs.c.status == JobStatus.QUEUED, HAS_NONE).with_for_update(skip_locked=True)
 """If it is queued, nobody is changing it at this moment, and the worker holds none."""

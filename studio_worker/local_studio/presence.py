@@ -14,8 +14,9 @@ from typing import Any
 from sqlalchemy import Connection, Row, bindparam, delete, or_, select, update
 
 from studio_worker.local_studio import leases
+from studio_worker.local_studio.job_rows import is_held
 from studio_worker.local_studio.leases import DEAD_S, LEASE_S, Loss, Session
-from studio_worker.local_studio.rules import HELD, QueuedJob
+from studio_worker.local_studio.rules import QueuedJob
 from studio_worker.local_studio.storage.database import SERVER_TIME, Database, insert_new, upsert
 from studio_worker.local_studio.storage.tables import jobs, processes, sessions
 from studio_worker.local_studio.workers import note_seen
@@ -36,10 +37,9 @@ _CONNECTED = (
         sessions.c.lease_until >= bindparam("now"),  # an end may not have been written down
     )
 )
-_IS_HELD = jobs.c.status.in_(HELD)
 _TAKE_OVER = (
     update(jobs)
-    .where(jobs.c.worker_id == bindparam("who"), _IS_HELD)
+    .where(jobs.c.worker_id == bindparam("who"), is_held(jobs))
     .values(session_no=bindparam("its_number"))
     .returning(jobs.c.job_id)
 )
@@ -47,7 +47,7 @@ _LOST = (
     select(jobs.c.job_id)
     .join_from(jobs, sessions, jobs.c.worker_id == sessions.c.worker_id, isouter=True)
     .where(
-        _IS_HELD,
+        is_held(jobs),
         or_(
             sessions.c.worker_id.is_(None),
             sessions.c.lease_until < bindparam("now"),

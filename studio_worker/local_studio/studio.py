@@ -69,7 +69,8 @@ class Studio:
         except BaseException:
             self.database.close()
             raise
-        if not self.pictures.is_shared and not self.database.is_shared:
+        is_alone = not (self.pictures.is_shared or self.database.is_shared)
+        if is_alone:
             self.pictures.clear_unfinished()
         self.registry = Registry(self.database)
         self.metrics = Metrics()
@@ -93,7 +94,7 @@ class Studio:
         self.metrics.watch(self.facts)
         if self.database.is_new:
             self.shelf.put_model(PLACEHOLDER)
-        elif not self.pictures.is_shared and not self.database.is_shared:
+        elif is_alone:
             self.housekeeping.sweep(self.database.last_opened_at)
 
     def hear(self, hint: Hint) -> None:
