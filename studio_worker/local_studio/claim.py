@@ -6,7 +6,8 @@ from typing import Any
 
 from studio_worker.local_studio.rules import QueuedJob
 
-_URL_FIELDS = ("initImageUrl", "maskUrl", "refImageUrl", "inputUrl")
+URL_FIELDS = ("initImageUrl", "maskUrl", "refImageUrl", "inputUrl")
+"""Of a task: what the worker fetches for it."""
 
 
 def claim_of(job: QueuedJob, base_url: str) -> dict[str, Any]:
@@ -15,7 +16,7 @@ def claim_of(job: QueuedJob, base_url: str) -> dict[str, Any]:
     def absolute(address: Any) -> Any:
         return base_url + address if isinstance(address, str) and address.startswith("/") else address
 
-    task = {key: absolute(value) if key in _URL_FIELDS else value for key, value in job.task.items()}
+    task = {key: absolute(value) if key in URL_FIELDS else value for key, value in job.task.items()}
     source = dict(job.model_source)
     source["files"] = [{**file, "url": absolute(file.get("url"))} for file in source.get("files", ())]
     return {

@@ -15,6 +15,7 @@ from PIL import Image
 from sqlalchemy import delete, func, insert, select
 
 from studio_worker.errors import ProtocolError
+from studio_worker.local_studio.claim import URL_FIELDS
 from studio_worker.local_studio.pictures import Pictures
 from studio_worker.local_studio.rules import QueuedJob
 from studio_worker.local_studio.storage.database import Database, upsert
@@ -131,9 +132,7 @@ class Shelf:
         """The job as it is offered: input pictures that a worker can get from the storage itself have their
         addresses there, good for a while; the others stay this studio's.
         """
-        task = {
-            name: self._address(said) if name.endswith("Url") else said for name, said in job.task.items()
-        }
+        task = {name: self._address(said) if name in URL_FIELDS else said for name, said in job.task.items()}
         return replace(job, task=task)
 
     def _address(self, said: Any) -> Any:
