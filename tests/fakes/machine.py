@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import ssl
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import requests
@@ -39,8 +41,7 @@ class Machine:
     """A scripted worker: it says exactly what a test tells it to, and keeps what the studio answers."""
 
     def __init__(self, studio: LocalStudio, *, name: str = "box", approve: bool = True) -> None:
-        self.studio = studio
-        self.api = f"{studio.base_url}/graphics/api"
+        self.turn_to(studio)
         self.install_id = str(uuid.uuid4())
         self.capabilities = CAPABILITIES | {"machineName": name}
         self.worker_id = ""
@@ -52,6 +53,12 @@ class Machine:
         if approve:
             studio.approve(self.request_id)
             self.fetch_token()
+
+    def turn_to(self, studio: LocalStudio) -> Machine:
+        """From now on this is the studio, or the process of it, that the worker talks to."""
+        self.studio = studio
+        self.api = f"{studio.base_url}/graphics/api"
+        return self
 
     def register(self, *, new_secret: bool = True) -> None:
         if new_secret:
@@ -80,20 +87,27 @@ class Machine:
         self.worker_id, self.token = answer["workerId"], answer["authToken"]
 
     def dial(
-        self, *, token: str | None = None, subprotocol: str | None = wire.SUBPROTOCOL
+        self,
+        *,
+        token: str | None = None,
+        subprotocol: str | None = wire.SUBPROTOCOL,
+        headers: Mapping[str, str] | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> ClientConnection:
+        bearer = f"Bearer {self.token if token is None else token}"
         dialing = connect(
             f"{self.api.replace('http', 'ws', 1)}/workers/{self.worker_id}/connect",
-            additional_headers={"Authorization": f"Bearer {self.token if token is None else token}"},
+            additional_headers={"Authorization": bearer, **(headers or {})},
+            ssl=tls,
             subprotocols=[subprotocol] if subprotocol else None,  # type: ignore[list-item]
             open_timeout=WAIT_S,
             close_timeout=0.2,
         )
         return dialing.__enter__()  # closed by hang_up(), closing() or the fixture
 
-    def connect(self) -> Machine:
-        """Dial, say hello, be welcomed."""
-        self.socket = self.dial()
+    def connect(self, **how: Any) -> Machine:
+        """Dial (see :meth:`dial` for ``how``), say hello, be welcomed."""
+        self.socket = self.dial(**how)
         self.say("hello", authToken=self.token, capabilities=self.capabilities)
         assert self.hear()["type"] == "welcome"
         return self

@@ -77,8 +77,7 @@ def test_backup_of_a_studio_at_work_is_a_studio(postgres: Cluster, database_url:
     subprocess.run(command, check=True, timeout=WAIT_S)
     with LocalStudio(Places(restored, Folder(tmp_path / "copy"))) as studio:
         assert studio.result(done) == PICTURE
-        machine.studio, machine.api = studio, f"{studio.base_url}/graphics/api"
-        machine.connect()
+        machine.turn_to(studio).connect()
         assert machine.take()["jobId"] == waiting
         machine.hang_up()
 
@@ -106,8 +105,7 @@ def test_studio_is_carried_to_postgresql_and_s3(
     assert (carried.returncode, carried.stderr) == (0, "")
     with LocalStudio(places_of(tmp_path, database_url, f"s3://{bucket}/studio")) as studio:
         assert studio.result(done) == PICTURE
-        machine.studio, machine.api = studio, f"{studio.base_url}/graphics/api"
-        machine.connect()
+        machine.turn_to(studio).connect()
         assert machine.take()["jobId"] == waiting
         assert machine.upload(waiting).status_code == 200
         machine.hang_up()

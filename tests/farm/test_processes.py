@@ -55,12 +55,6 @@ def machine(north: LocalStudio) -> Iterator[Machine]:
     worker.socket.close()
 
 
-def turn_to(machine: Machine, studio: LocalStudio) -> Machine:
-    """From now on the worker dials this process."""
-    machine.studio, machine.api = studio, f"{studio.base_url}/graphics/api"
-    return machine
-
-
 def await_answer(studio: LocalStudio) -> None:
     """Until the process has its database again; it is tried once a second."""
     deadline = time.monotonic() + WAIT_S
@@ -81,7 +75,7 @@ def test_approval_is_obeyed_by_all(north: LocalStudio, south: LocalStudio) -> No
     south.approve(machine.request_id)
     machine.fetch_token()
     token = machine.token
-    turn_to(machine, south).fetch_token()
+    machine.turn_to(south).fetch_token()
     assert machine.token == token
     machine.connect().hang_up()
 
@@ -140,7 +134,7 @@ def test_second_session_elsewhere_ends_the_first(
     machine.take()
     machine.beat(job_id)
     older = machine.socket
-    turn_to(machine, south).connect().beat(job_id)
+    machine.turn_to(south).connect().beat(job_id)
     newer, machine.socket = machine.socket, older
     frames, code = machine.closing()
     assert ([frame["code"] for frame in frames], code) == (["duplicate_worker"], 4003)
@@ -160,7 +154,7 @@ def test_late_word_of_an_older_session_changes_nothing(
     machine.beat(job_id)
     older = machine.socket
     north.wake.stop()
-    turn_to(machine, south).connect().beat(job_id)
+    machine.turn_to(south).connect().beat(job_id)
     newer, machine.socket = machine.socket, older
     machine.say("fail", jobId=job_id, error="late", retryable=False)
     frames, code = machine.closing()
@@ -179,7 +173,7 @@ def test_upload_at_another_process_brings_the_next_offer(
     first, second = queue(north), queue(north)
     machine.take()
     machine.beat(first)
-    turn_to(machine, south)
+    machine.turn_to(south)
     assert machine.upload(first).status_code == 200
     assert machine.hear()["claim"]["jobId"] == second
 
@@ -228,7 +222,7 @@ def test_job_in_hand_goes_on_when_its_process_is_stopped(studios: Studios, south
     leaving.stop()
     assert machine.closing()[1] == 1012
     assert (south.job(job_id).status, south.is_online(machine.worker_id)) == ("running", False)
-    turn_to(machine, south).connect().beat(job_id)
+    machine.turn_to(south).connect().beat(job_id)
     assert (south.job(job_id).status, south.job(job_id).attempts) == ("running", 1)
     assert machine.upload(job_id).status_code == 200
     machine.hang_up()

@@ -59,9 +59,7 @@ def test_backup_of_a_studio_at_work_is_a_studio(tmp_path: Path) -> None:
             PICTURE + bytes([number]) for number in range(3)
         ]
         assert {job.job_id for job in studio.jobs(JobStatus.QUEUED, 10_000)} > set(waiting)
-        machine.studio = studio
-        machine.api = f"{studio.base_url}/graphics/api"
-        machine.connect()
+        machine.turn_to(studio).connect()
         claim = machine.take()
         assert machine.upload(claim["jobId"]).status_code == 200
         machine.hang_up()

@@ -128,8 +128,7 @@ def test_carried_studio_goes_on(tmp_path: Path, there: Places) -> None:
     carried(tmp_path / "here" / "studio.sqlite3", there)
     with LocalStudio(there) as studio:
         assert studio.result(done) == PICTURE
-        machine.studio, machine.api = studio, f"{studio.base_url}/graphics/api"
-        machine.connect()
+        machine.turn_to(studio).connect()
         assert machine.take()["jobId"] == waiting
         assert queue(studio) not in {done, waiting}
         machine.hang_up()

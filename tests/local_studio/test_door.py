@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 import requests
 from PIL import Image
-from websockets.sync.client import connect
 
 from studio_worker.demo import write_configuration
 from studio_worker.demo.service_process import ServiceProcess
@@ -30,7 +29,6 @@ from studio_worker.errors import ConfigError
 from studio_worker.local_studio import Door, LocalStudio, Tls
 from studio_worker.local_studio.web.seldom import Seldom
 from studio_worker.local_studio.web.visit import Visit
-from studio_worker.studio import wire
 from tests.fakes.certificates import Certificate, certificate
 from tests.fakes.machine import PICTURE, Machine, queue
 from tests.lab.service import DONE_S, READY_S, await_status, queue_synthetic
@@ -138,17 +136,11 @@ def test_large_bodies_go_both_ways_over_https(studio: LocalStudio, shown: Certif
     content = PICTURE + bytes(range(256)) * 40_000
     machine = Machine(studio, approve=False)
     machine.fetch_token()
-    with connect(
-        f"wss://127.0.0.1:{studio.port}/graphics/api/workers/{machine.worker_id}/connect",
-        additional_headers={"Authorization": f"Bearer {machine.token}"},
-        subprotocols=[wire.SUBPROTOCOL],  # type: ignore[list-item]
-        ssl=ssl.create_default_context(cafile=shown.authority),
-    ) as machine.socket:
-        machine.say("hello", authToken=machine.token, capabilities=machine.capabilities)
-        assert machine.hear()["type"] == "welcome"
-        job_id = queue(studio, task={"initImageUrl": "/files/x"})
-        assert machine.take()["task"]["initImageUrl"] == f"{studio.base_url}/files/x"
-        assert machine.upload(job_id, content).status_code == 200
+    machine.connect(tls=ssl.create_default_context(cafile=shown.authority))
+    job_id = queue(studio, task={"initImageUrl": "/files/x"})
+    assert machine.take()["task"]["initImageUrl"] == f"{studio.base_url}/files/x"
+    assert machine.upload(job_id, content).status_code == 200
+    machine.hang_up()
     result = requests.get(f"{studio.base_url}/api/jobs/{job_id}/result", headers=BEARER, timeout=WAIT_S)
     assert result.content == content
 
@@ -435,14 +427,7 @@ def test_worker_behind_a_proxy_is_given_addresses_of_the_proxy(tmp_path: Path) -
     """An offer's inputs are fetched the way the worker came, and its registration counts as its own."""
     door = Door(token=TOKEN, proxies=("127.0.0.1",))
     with LocalStudio(tmp_path / "studio.sqlite3", door=door) as studio:
-        machine = Machine(studio)
-        url = f"{studio.base_url.replace('http', 'ws', 1)}/graphics/api/workers/{machine.worker_id}/connect"
-        with connect(
-            url,
-            additional_headers={"Authorization": f"Bearer {machine.token}", **FORWARDED},
-            subprotocols=[wire.SUBPROTOCOL],  # type: ignore[list-item]
-        ) as machine.socket:
-            machine.say("hello", authToken=machine.token, capabilities=machine.capabilities)
-            assert machine.hear()["type"] == "welcome"
-            queue(studio, task={"initImageUrl": "/files/x"})
-            assert machine.take()["task"]["initImageUrl"] == "https://studio.example/files/x"
+        machine = Machine(studio).connect(headers=FORWARDED)
+        queue(studio, task={"initImageUrl": "/files/x"})
+        assert machine.take()["task"]["initImageUrl"] == "https://studio.example/files/x"
+        machine.hang_up()

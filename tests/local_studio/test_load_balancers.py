@@ -14,10 +14,8 @@ from pathlib import Path
 
 import pytest
 import requests
-from websockets.sync.client import connect
 
 from studio_worker.local_studio import Door, LocalStudio
-from studio_worker.studio import wire
 from tests.fakes.certificates import Certificate, certificate
 from tests.fakes.machine import PICTURE, Machine, queue
 from tests.fakes.servers import refused_url
@@ -116,16 +114,10 @@ def test_worker_is_served_through_a_load_balancer(
             assert "Secure" in login.headers["Set-Cookie"]
             machine = Machine(studio, approve=False)
             machine.fetch_token()
-            with connect(
-                f"wss://127.0.0.1:{port}/graphics/api/workers/{machine.worker_id}/connect",
-                additional_headers={"Authorization": f"Bearer {machine.token}"},
-                subprotocols=[wire.SUBPROTOCOL],  # type: ignore[list-item]
-                ssl=ssl.create_default_context(cafile=shown.authority),
-            ) as machine.socket:
-                machine.say("hello", authToken=machine.token, capabilities=machine.capabilities)
-                assert machine.hear()["type"] == "welcome"
-                job_id = queue(studio, task={"initImageUrl": "/files/x"})
-                assert machine.take()["task"]["initImageUrl"] == f"{front}/files/x"
-                content = PICTURE + bytes(5_000_000)
-                assert machine.upload(job_id, content).status_code == 200
-                assert studio.result(job_id) == content
+            machine.connect(tls=ssl.create_default_context(cafile=shown.authority))
+            job_id = queue(studio, task={"initImageUrl": "/files/x"})
+            assert machine.take()["task"]["initImageUrl"] == f"{front}/files/x"
+            content = PICTURE + bytes(5_000_000)
+            assert machine.upload(job_id, content).status_code == 200
+            assert studio.result(job_id) == content
+            machine.hang_up()

@@ -30,8 +30,7 @@ def test_restart_on_the_same_file_and_port(tmp_path: Path) -> None:
         assert studio.result(done) == PICTURE
         assert not studio.is_online(machine.worker_id)
         assert machine.poll().json()["authToken"] == machine.token
-        machine.studio = studio
-        machine.connect().beat(job_id=in_hand)
+        machine.turn_to(studio).connect().beat(job_id=in_hand)
         job = studio.job(in_hand)
         assert (job.status, job.attempts, job.worker_id) == ("running", 1, machine.worker_id)
         assert machine.upload(in_hand).status_code == 200
@@ -61,8 +60,7 @@ def test_restart_offers_again_what_the_worker_does_not_know_of(tmp_path: Path) -
         machine.offered()
         port = studio.port
     with LocalStudio(database, door=Door(port=port)) as studio:
-        machine.studio = studio
-        assert machine.connect().offered()["jobId"] == job_id
+        assert machine.turn_to(studio).connect().offered()["jobId"] == job_id
         assert studio.job(job_id).attempts == 1
         machine.hang_up()
 
@@ -77,8 +75,7 @@ def test_restart_offers_again_what_failed_after_it(tmp_path: Path) -> None:
         machine.beat(job_id=job_id)
         port = studio.port
     with LocalStudio(database, door=Door(port=port)) as studio:
-        machine.studio = studio
-        machine.connect().beat(job_id=job_id)
+        machine.turn_to(studio).connect().beat(job_id=job_id)
         machine.beat(job_id=job_id)
         assert studio.job(job_id).status == "running"
         assert machine.offered()["jobId"] == job_id
@@ -98,8 +95,7 @@ def test_restart_lets_go_of_no_job_that_was_offered_after_it(tmp_path: Path) -> 
         machine.beat(job_id=first)
         port = studio.port
     with LocalStudio(database, door=Door(port=port)) as studio:
-        machine.studio = studio
-        machine.connect()
+        machine.turn_to(studio).connect()
         assert machine.upload(first).status_code == 200
         assert machine.hear()["claim"]["jobId"] == second
         machine.beat()
