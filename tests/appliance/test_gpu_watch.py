@@ -32,7 +32,7 @@ from studio_worker.report.control import ask
 from studio_worker.report.snapshot import GpuFacts, Snapshot
 from tests.fakes.driver import build_driver
 from tests.fakes.nvml import build_nvml, tell
-from tests.fakes.servers import FileServer, refused_url
+from tests.fakes.servers import FileServer, free_port
 from tests.lab.service import READY_S, await_status, override, queue_synthetic, require, samples
 
 PLACE = "0000:41:00.0"
@@ -398,7 +398,7 @@ def await_gpu(tmp_path: Path) -> Snapshot:
 @pytest.mark.welcoming_studio
 def test_running_service_tells_the_gpus_figures(site: Path, tmp_path: Path, gpu_box: GpuBox) -> None:
     """status, status --json and the metrics have temperature, power, use and memory of the service's GPU."""
-    port = int(refused_url("").rpartition(":")[2])
+    port = free_port()
     override(site, f'[worker]\ndevice = "cuda"\n[metrics]\nlisten = "127.0.0.1:{port}"\n')
     tell(gpu_box.told, temperature=71, milliwatts=305_000, percent=98, used=20_000_000_000, reasons="0x40")
     with ServiceProcess(site, tmp_path / "log", gpu_box.environment) as running:

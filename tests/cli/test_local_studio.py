@@ -6,7 +6,6 @@ import fcntl
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import termios
@@ -16,6 +15,7 @@ import pytest
 
 from studio_worker.local_studio import LocalStudio, Places, pictures_at
 from tests.fakes.machine import PICTURE, Machine, queue
+from tests.fakes.servers import free_port
 
 SECRET = "not-for-everybody"
 
@@ -131,8 +131,7 @@ def test_option_that_means_nothing_is_a_clear_mistake(
 
 def test_database_and_storage_that_are_away_may_come_back(tmp_path: Path) -> None:
     """Where nothing listens the status says that a later start may succeed, and no credentials are blamed."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     pytest.importorskip("psycopg")
     said = local_studio("--database", f"postgresql://studio@127.0.0.1:{port}/db", "--pictures", tmp_path)
     assert (said.returncode, "see that the server runs" in said.stderr) == (75, True), said.stderr

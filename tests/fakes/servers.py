@@ -329,11 +329,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
+def free_port() -> int:
+    """A port of loopback where nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 def refused_url(path: str = "/model.gguf") -> str:
     """A loopback address where nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    return f"http://127.0.0.1:{port}{path}"
+    return f"http://127.0.0.1:{free_port()}{path}"
 
 
 @contextlib.contextmanager

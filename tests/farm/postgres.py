@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,8 @@ from typing import Self
 
 import psycopg
 from psycopg import sql
+
+from tests.fakes.servers import free_port
 
 USER = "studio"
 WAIT_S = 60.0
@@ -62,8 +63,7 @@ class Cluster:
         self._made = 0
         if os.geteuid() == 0:
             shutil.chown(self._folder, "nobody", "nogroup")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         try:
             self._initialise()
             self.start()

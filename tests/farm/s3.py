@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import IO, Any, Self
 
 import boto3
 from botocore.config import Config
+
+from tests.fakes.servers import free_port
 
 WAIT_S = 60.0
 USER, SECRET, REGION = "test:studio", "testing-secret", "us-east-1"
@@ -48,8 +49,7 @@ class S3Server:
         self._folder = Path(tempfile.mkdtemp(prefix="s3-", dir=_with_attributes()))
         self._process: subprocess.Popen[bytes] | None = None
         self._made = 0
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         try:
             self.start()

@@ -6,12 +6,12 @@ import asyncio
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tests.fakes.servers import free_port
 from tests.farm.calls import NoAnswer, send
 
 START_S = 60.0
@@ -32,8 +32,7 @@ class StudioProcess:
         self, name: str, folder: Path, options: Sequence[str], environment: Mapping[str, str]
     ) -> None:
         self.name = name
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.log_path = folder / f"{name}.log"
         self._options = options
         self._environment = {**os.environ, **environment}

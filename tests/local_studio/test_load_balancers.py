@@ -18,7 +18,7 @@ import requests
 from studio_worker.local_studio import Door, LocalStudio
 from tests.fakes.certificates import Certificate, certificate
 from tests.fakes.machine import PICTURE, Machine, queue
-from tests.fakes.servers import refused_url
+from tests.fakes.servers import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "packaging" / "examples" / "load-balancer"
 TOKEN = "a token of sufficient length"
@@ -94,7 +94,7 @@ def test_worker_is_served_through_a_load_balancer(
     """
     shown = certificate(tmp_path, "20200101000000Z", "20990101000000Z")
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(shown.authority))
-    port, away = (int(refused_url("").rpartition(":")[2]) for _ in range(2))
+    port, away = free_port(), free_port()
     door = Door(token=TOKEN, proxies=("127.0.0.1",))
     with LocalStudio(tmp_path / "studio.sqlite3", door=door, auto_approve=True) as studio:
         command = recipe(tmp_path, shown, port, [f"127.0.0.1:{studio.port}", f"127.0.0.1:{away}"])

@@ -38,7 +38,7 @@ from studio_worker.report.snapshot import (
     TurnFacts,
     UploadFacts,
 )
-from tests.fakes.servers import FileServer, refused_url
+from tests.fakes.servers import FileServer, free_port
 from tests.lab.service import READY_S, await_status, override, queue_synthetic, require, samples
 
 ROOT = Path(__file__).parents[2]
@@ -155,7 +155,7 @@ def test_textfile_is_for_everybody_to_read_and_goes_at_the_end(tmp_path: Path, m
 
 def test_taken_port_and_closed_folder_are_configuration_errors(tmp_path: Path, metrics: Metrics) -> None:
     """What cannot be served or written ends the start with the key and the cure."""
-    port = int(refused_url("").rpartition(":")[2])
+    port = free_port()
     first = Exporter(metrics, ("127.0.0.1", port), None)
     with pytest.raises(ConfigError, match=r"metrics\.listen: cannot listen on .*name another port"):
         Exporter(metrics, ("127.0.0.1", port), None)
@@ -166,7 +166,7 @@ def test_taken_port_and_closed_folder_are_configuration_errors(tmp_path: Path, m
 
 def test_silent_connections_keep_no_scrape_out(metrics: Metrics) -> None:
     """Many connections that say nothing take neither a thread each nor the worker's descriptors."""
-    port = int(refused_url("").rpartition(":")[2])
+    port = free_port()
     exporter = Exporter(metrics, ("127.0.0.1", port), None)
     threads = threading.active_count()
     silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
@@ -184,7 +184,7 @@ def test_scrape_that_does_not_come_is_not_waited_for(
 ) -> None:
     """A connection whose request never gets whole is closed."""
     monkeypatch.setattr("studio_worker.report.scrapes.DEADLINE_S", 0.1)
-    port = int(refused_url("").rpartition(":")[2])
+    port = free_port()
     exporter = Exporter(metrics, ("127.0.0.1", port), None)
     with socket.create_connection(("127.0.0.1", port), 10) as silent:
         silent.sendall(b"GET /metrics HT")
@@ -198,7 +198,7 @@ def test_scrape_that_does_not_come_is_not_waited_for(
 )
 def test_odd_requests_for_metrics_are_answered(metrics: Metrics, request_line: str, status: int) -> None:
     """What is no scrape gets a status and no more."""
-    port = int(refused_url("").rpartition(":")[2])
+    port = free_port()
     exporter = Exporter(metrics, ("127.0.0.1", port), None)
     with socket.create_connection(("127.0.0.1", port), 10) as asking:
         asking.sendall(f"{request_line} HTTP/1.1\r\n".encode() + (b"\r\n" if status != 431 else b""))
@@ -219,7 +219,7 @@ def test_metrics_are_served_on_this_machine_only(tmp_path: Path, address: str) -
 @pytest.mark.welcoming_studio
 def test_service_exports_what_it_does(studio: LocalStudio, site: Path, tmp_path: Path) -> None:
     """The real service: a download, a job, the session and READY are in what Prometheus gets."""
-    port = int(refused_url("").rpartition(":")[2])
+    port = free_port()
     override(site, f'[metrics]\nlisten = "127.0.0.1:{port}"\ntextfile = "{tmp_path}/worker.prom"\n')
     with FileServer() as server:
         require(site, "small", server.serve("/small.safetensors", b"x" * 5000))
