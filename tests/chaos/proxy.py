@@ -12,17 +12,15 @@ import json
 import os
 import re
 import socket
-import struct
-import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
+from tests.fakes.proxy import Proxy, by_itself, reset
 from tests.fakes.servers import black_hole
 
-_MAX_HEAD = 64 * 1024
 _PAGE = b"<!DOCTYPE html><html><title>Welcome</title>Sign in to use this network.</html>"
 
 UploadKind = Literal["status", "refused", "swallowed", "denied", "cut", "slow"]
@@ -52,52 +50,28 @@ class Session:
         self.is_stalled = False
 
 
-class ChaosProxy:
-    """Listens on a free port of two addresses and forwards to ``port``; a context manager, for any thread.
+class ChaosProxy(Proxy):
+    """Listens on a free port of two addresses and forwards to ``port``.
 
-    Both are addresses of ``localhost`` for a process with :meth:`names` in its environment, IPv6 first.
+    Both are addresses of ``localhost`` for a process with :meth:`names` in its environment, IPv6 first. It
+    counts frames by type, uploads, and the faults that really happened.
     """
 
     def __init__(self, port: int) -> None:
         self._studio_port = port
-        self._loop = asyncio.new_event_loop()
         self._sessions: set[Session] = set()
         self._uploads: collections.deque[UploadFault] = collections.deque()
         self._duplicates = 0
         self._portal_until = 0.0
-        self._changed = threading.Condition()
-        self.counts: collections.Counter[str] = collections.Counter()
-        """Frames by type, uploads, and the faults that really happened."""
         self.violations: list[str] = []
-        self._thread = threading.Thread(target=self._loop.run_forever, name="chaos-proxy", daemon=True)
-        self._thread.start()
-        listener = socket.create_server(("127.0.0.1", 0))
-        self._port = listener.getsockname()[1]
-        self.url = f"http://localhost:{self._port}"
-        self._server = self._listen(listener)
+        super().__init__()
+        self.url = f"http://localhost:{self.port}"
         try:
             self._first = "::1"
             self._first_server = self._listen(self._first_listener())
         except OSError:  # this machine has no IPv6; what is told of it holds of any address
             self._first = "127.0.0.2"
             self._first_server = self._listen(self._first_listener())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        async def end() -> None:
-            self._server.close()
-            self._first_server.close()
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        self._do(end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
     def names(self, folder: Path) -> dict[str, str]:
         """An environment in which ``localhost`` has both addresses; ``folder`` takes what that needs."""
@@ -139,7 +113,7 @@ class ChaosProxy:
     def broken_first_address(self) -> Iterator[None]:
         """The first address, IPv6, swallows what is sent to it; the sessions are gone."""
         self._do(self._close_first())
-        with black_hole(self._first, self._port):
+        with black_hole(self._first, self.port):
             self.drop()
             yield
         self._first_server = self._listen(self._first_listener())
@@ -151,38 +125,20 @@ class ChaosProxy:
     def spoil_next_upload(self, fault: UploadFault) -> None:
         self._uploads.append(fault)
 
-    def wait_for(self, what: str, count: int, limit_s: float) -> bool:
-        """Whether ``counts[what]`` reaches ``count`` within ``limit_s``."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self.counts[what] >= count, limit_s)
-
     # --- one connection ---
-
-    def _do(self, what: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(what, self._loop).result()
-
-    def _listen(self, listener: socket.socket) -> asyncio.Server:
-        server = self._do(asyncio.start_server(self._serve, sock=listener, limit=_MAX_HEAD))
-        assert isinstance(server, asyncio.Server)
-        return server
 
     def _first_listener(self) -> socket.socket:
         family = socket.AF_INET6 if ":" in self._first else socket.AF_INET
-        return socket.create_server((self._first, self._port), family=family)
+        return socket.create_server((self._first, self.port), family=family)
 
     async def _close_first(self) -> None:
         self._first_server.close()
-
-    def _count(self, what: str) -> None:
-        with self._changed:
-            self.counts[what] += 1
-            self._changed.notify_all()
 
     def _drop(self) -> None:
         for session in self._sessions:
             self._count("drop")
             for writer in (session.worker, session.studio):
-                _reset(writer)
+                reset(writer)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream: asyncio.StreamWriter | None = None
@@ -199,21 +155,17 @@ class ChaosProxy:
                 upstream.write(re.sub(rb"(?i)sec-websocket-extensions:[^\r]*\r\n", b"", head))
                 await self._serve_session(reader, writer, from_studio, upstream)
             else:
-                # One request a connection: each is looked at.
-                head = re.sub(rb"(?i)\r\nconnection:[^\r]*", b"", head)
-                head = head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
                 is_upload = b"/complete HTTP" in head.partition(b"\r\n")[0]
                 fault = None
                 if is_upload:
                     self._count("upload")
                     fault = self._uploads.popleft() if self._uploads else None
-                await self._serve_request(head, fault, reader, writer, from_studio, upstream)
+                await self._serve_request(by_itself(head), fault, reader, writer, from_studio, upstream)
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            _reset(writer)  # the studio is down, or one side has gone
+            reset(writer)  # the studio is down, or one side has gone
         finally:
-            for each in (writer, upstream):
-                if each is not None:
-                    each.close()
+            if upstream is not None:
+                upstream.close()
 
     async def _serve_request(
         self,
@@ -238,8 +190,8 @@ class ChaosProxy:
             if kind == "cut":
                 upstream.write(head + body[: len(body) // 2])
                 await upstream.drain()
-                _reset(upstream)
-                _reset(writer)
+                reset(upstream)
+                reset(writer)
                 return
             if kind == "slow":
                 pieces = max(1, len(body) // 512)
@@ -253,7 +205,7 @@ class ChaosProxy:
         await upstream.drain()
         answer = await from_studio.read()  # the studio closes when it has said everything
         if kind == "swallowed":
-            _reset(writer)
+            reset(writer)
         elif kind == "denied":
             await _answer(writer, 502)
         else:
@@ -340,11 +292,3 @@ async def _answer(writer: asyncio.StreamWriter, status: int, page: bytes = b"") 
     head = f"HTTP/1.1 {status} Chaos\r\n{kind}Content-Length: {len(page)}\r\nConnection: close\r\n\r\n"
     writer.write(head.encode() + page)
     await writer.drain()
-
-
-def _reset(writer: asyncio.StreamWriter) -> None:
-    """End a connection as a crash does: with a reset, and nothing that was still to be sent."""
-    sock = writer.get_extra_info("socket")
-    if sock is not None and not writer.transport.is_closing():
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()

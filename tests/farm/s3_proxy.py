@@ -7,18 +7,12 @@ be told again; signatures hold, since heads go through as they are but for ``Con
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import random
-import re
-import socket
-import struct
-import threading
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
-_HEAD_BYTES = 64 << 10
+from tests.fakes.proxy import Proxy, by_itself, reset
+
 _PIECE_BYTES = 64 << 10
 _SLOW_DOWN = (
     b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>SlowDown</Code>"
@@ -41,64 +35,19 @@ class Faults:
     is_silent: bool = False
 
 
-class S3Proxy:
-    """Listens on a free port of loopback and forwards to ``port``; a context manager, for any thread."""
+class S3Proxy(Proxy):
+    """Forwards to ``port``; counts requests by method, those with a presigned address besides, and the faults
+    that really happened.
+    """
 
     def __init__(self, port: int, seed: int = 0) -> None:
         self._to = port
         self._random = random.Random(seed)
         self.faults = Faults()
-        self.counts: collections.Counter[str] = collections.Counter()
-        """Requests by method, those with a presigned address besides, and the faults that really happened."""
-        self._changed = threading.Condition()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="s3-proxy", daemon=True)
-        self._thread.start()
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        serving = asyncio.start_server(self._serve, sock=listener, limit=_HEAD_BYTES)
-        self._server = asyncio.run_coroutine_threadsafe(serving, self._loop).result()
-
-    def close(self) -> None:
-        """Break what is under way, and end."""
-
-        async def end() -> None:
-            self._server.close()
-            await asyncio.sleep(0)  # who was let in last has a task then
-            while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.wait(tasks)
-
-        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def wait_for(self, what: str, count: int, limit_s: float) -> bool:
-        """Whether ``counts[what]`` reaches ``count`` within ``limit_s``."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self.counts[what] >= count, limit_s)
-
-    def _count(self, what: str) -> None:
-        with self._changed:
-            self.counts[what] += 1
-            self._changed.notify_all()
+        super().__init__()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream: asyncio.StreamWriter | None = None
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)  # the loop itself would let it be collected in the middle
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             self._count(head.partition(b" ")[0].decode())
@@ -108,7 +57,7 @@ class S3Proxy:
                 await asyncio.sleep(0.02)
             if self.faults.is_down:
                 self._count("down")
-                _reset(writer)
+                reset(writer)
             elif self._random.random() < self.faults.refused:
                 self._count("refused")
                 await _refuse(writer)
@@ -116,11 +65,10 @@ class S3Proxy:
                 from_server, upstream = await asyncio.open_connection("127.0.0.1", self._to)
                 await self._forward(head, reader, writer, from_server, upstream)
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            _reset(writer)
+            reset(writer)
         finally:
-            self._tasks.discard(task)
-            for each in filter(None, (writer, upstream)):
-                each.close()
+            if upstream is not None:
+                upstream.close()
 
     async def _forward(
         self,
@@ -133,8 +81,7 @@ class S3Proxy:
         left_bytes: float = float("inf")
         if self._random.random() < self.faults.cut:
             left_bytes = self._random.choice(self.faults.cut_after_bytes)
-        head = re.sub(rb"(?i)\r\nconnection:[^\r]*", b"", head)
-        upstream.write(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        upstream.write(by_itself(head))
         sending = asyncio.create_task(_pump(reader, upstream, left_bytes))
         answering = asyncio.create_task(_pump(from_server, writer, left_bytes))
         try:
@@ -147,8 +94,8 @@ class S3Proxy:
             await asyncio.gather(sending, answering, return_exceptions=True)
         if not is_whole:
             self._count("cut")
-            _reset(upstream)
-            _reset(writer)
+            reset(upstream)
+            reset(writer)
 
 
 async def _pump(source: asyncio.StreamReader, target: asyncio.StreamWriter, left_bytes: float) -> bool:
@@ -167,11 +114,3 @@ async def _refuse(writer: asyncio.StreamWriter) -> None:
     writer.write(head.encode() + b"Connection: close\r\n\r\n" + _SLOW_DOWN)
     with contextlib.suppress(OSError):
         await writer.drain()
-
-
-def _reset(writer: asyncio.StreamWriter) -> None:
-    """End a connection as a crash does: with a reset, and nothing that was still to be sent."""
-    sock = writer.get_extra_info("socket")
-    if sock is not None and not writer.transport.is_closing():
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()

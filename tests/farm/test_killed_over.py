@@ -91,7 +91,7 @@ class Farm:
 @pytest.fixture
 def farm(database_url: str, tmp_path: Path) -> Iterator[Farm]:
     with Front() as front, Desk(Places(database_url, Folder(tmp_path / "pictures"))) as desk:
-        desk.address = front.base_url
+        desk.address = front.url
         running = Farm(database_url, tmp_path, desk, front)
         running.start()
         try:
