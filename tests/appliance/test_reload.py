@@ -345,7 +345,7 @@ def test_model_that_comes_later_is_tried_again_until_it_is_there(tmp_path: Path)
 def test_model_that_comes_later_outlasts_this_boxs_own_troubles(tmp_path: Path) -> None:
     """A certificate that is not believed ends no waiting: once its authority is known, the model comes."""
     notes = Notes()
-    made = certificate(tmp_path, "20200101000000Z", "20990101000000Z")
+    made = certificate(tmp_path)
     with FileServer() as server:
         server.use_tls(made.shown, made.key)
         model = required(server, "/late", b"late" * 100)

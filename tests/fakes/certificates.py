@@ -31,8 +31,10 @@ class Certificate(NamedTuple):
     key: Path
 
 
-def certificate(folder: Path, not_before: str, not_after: str) -> Certificate:
-    """One that is valid between two times, as ``20200101000000Z``. Skips the test without openssl."""
+def certificate(
+    folder: Path, not_before: str = "20200101000000Z", not_after: str = "20990101000000Z"
+) -> Certificate:
+    """One that is valid now, or between two times that are given. Skips the test without openssl."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl to make certificates with")
     (folder / "ca.cnf").write_text(_CONFIG)

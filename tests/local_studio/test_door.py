@@ -23,7 +23,6 @@ import pytest
 import requests
 from PIL import Image
 
-from studio_worker.demo import write_configuration
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio import Door, LocalStudio, Tls
@@ -38,17 +37,10 @@ WAIT_S = 10.0
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 
 
-def made(
-    folder: Path, not_before: str = "20200101000000Z", not_after: str = "20990101000000Z"
-) -> Certificate:
-    folder.mkdir(exist_ok=True)
-    return certificate(folder, not_before, not_after)
-
-
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
     """A certificate of this machine that nobody changes."""
-    return made(tmp_path_factory.mktemp("certificate"))
+    return certificate(tmp_path_factory.mktemp("certificate"))
 
 
 @pytest.fixture
@@ -182,17 +174,17 @@ def test_large_bodies_go_both_ways_over_https(studio: LocalStudio, shown: Certif
         ),
     ],
 )
-def test_certificate_that_cannot_be_used_is_a_clear_mistake(tmp_path: Path, spoil: Any, said: str) -> None:
+def test_certificate_that_cannot_be_used_is_a_clear_mistake(spoil: Any, said: str) -> None:
     """Whatever is wrong with certificate or key is told before the start, with file, option and cure."""
-    with _public_folder(tmp_path) as folder:
-        files = made(folder)
+    with _public_folder() as folder:
+        files = certificate(folder)
         spoil(files)
         with pytest.raises(ConfigError, match=said):
             Tls(files.shown, files.key)
 
 
 @contextlib.contextmanager
-def _public_folder(tmp_path: Path) -> Iterator[Path]:
+def _public_folder() -> Iterator[Path]:
     """One that all users may enter, as /etc: pytest's own keep keys from others anyway."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
@@ -209,14 +201,14 @@ def _public_folder(tmp_path: Path) -> Iterator[Path]:
 )
 def test_certificate_of_another_time_is_refused(tmp_path: Path, valid: tuple[str, str], said: str) -> None:
     """A certificate that no client would believe now does not start, with the clock as one cause."""
-    files = made(tmp_path, *valid)
+    files = certificate(tmp_path, *valid)
     with pytest.raises(ConfigError, match=rf"--certificate: .*{said}.*the clock of this machine says"):
         Tls(files.shown, files.key)
 
 
 def test_certificate_and_key_may_lie_in_one_file(tmp_path: Path) -> None:
     """One PEM file with both, as some tools write it, needs no second option; its end is known."""
-    files = made(tmp_path)
+    files = certificate(tmp_path)
     files.key.write_text(files.shown.read_text() + files.key.read_text())
     assert Tls(files.key).expires_at == 4070908800  # 2099-01-01
 
@@ -321,7 +313,9 @@ def test_connection_that_is_closed_twice_ends_no_studio(
 
 def test_renewed_certificate_is_shown_after_sighup(tmp_path: Path) -> None:
     """SIGHUP shows a renewed certificate to the next client; one that is no good leaves the one before."""
-    first, second = made(tmp_path / "first"), made(tmp_path / "second")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    first, second = certificate(tmp_path / "first"), certificate(tmp_path / "second")
     command = [sys.executable, "-m", "studio_worker", "local-studio", "--port", "0"]
     command += ["--data", str(tmp_path / "data"), "--certificate", str(first.shown), "--key", str(first.key)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -362,14 +356,11 @@ def test_key_alone_is_a_clear_mistake(tmp_path: Path) -> None:
 
 
 def test_worker_makes_a_picture_for_a_studio_of_https(
-    tmp_path: Path, studio: LocalStudio, shown: Certificate
+    tmp_path: Path, studio: LocalStudio, site: Path, shown: Certificate
 ) -> None:
     """The real service registers, fetches an input, works and delivers over https, and `submit` queues there,
     with an authority of one's own.
     """
-    (tmp_path / "work").mkdir()
-    site = write_configuration(studio, tmp_path / "work")
-    (site / "models.d" / "sample.json").unlink()
     environment = {"REQUESTS_CA_BUNDLE": str(shown.authority)}
     with ServiceProcess(site, tmp_path / "log", environment) as running:
         running.await_message("STATUS=ready, connected", READY_S)

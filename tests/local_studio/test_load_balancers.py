@@ -92,7 +92,7 @@ def test_worker_is_served_through_a_load_balancer(
     """Session, offer with the balancer's addresses, a large upload and the login go through, while
     the second studio of the example is away.
     """
-    shown = certificate(tmp_path, "20200101000000Z", "20990101000000Z")
+    shown = certificate(tmp_path)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(shown.authority))
     port, away = free_port(), free_port()
     door = Door(token=TOKEN, proxies=("127.0.0.1",))

@@ -148,7 +148,7 @@ def test_metrics_go_on_without_the_database(studio: LocalStudio, monkeypatch: py
 
 def test_metrics_want_the_token_as_everything_does(tmp_path: Path) -> None:
     """Prometheus brings the token as bearer; without it there are no numbers, the certificate's end say."""
-    made = certificate(tmp_path, "20200101000000Z", "20990101000000Z")
+    made = certificate(tmp_path)
     door = Door(token=TOKEN, tls=Tls(made.shown, made.key))
     with LocalStudio(tmp_path / "studio.sqlite3", door=door) as studio:
         address = f"{studio.base_url}/metrics"
@@ -182,7 +182,7 @@ def expressions(example: Path) -> list[str]:
 @pytest.mark.parametrize("example", [ALERTS, DASHBOARD, PAGE], ids=["alerts", "dashboard", "page"])
 def test_examples_use_metrics_that_exist(tmp_path: Path, example: Path) -> None:
     """No rule and no panel of the examples asks for a name or a label that a studio does not export."""
-    made = certificate(tmp_path, "20200101000000Z", "20990101000000Z")
+    made = certificate(tmp_path)
     with LocalStudio(tmp_path / "studio.sqlite3", door=Door(tls=Tls(made.shown, made.key))) as studio:
         queue(studio)
         text = requests.get(f"{studio.base_url}/metrics", verify=str(made.authority), timeout=WAIT_S).text
