@@ -49,13 +49,13 @@ def serve(server: FileServer, number: int, files: Mapping[str, bytes], **faults:
     return [server.serve(f"/{number}/{role}.bin", content, **faults) for role, content in files.items()]
 
 
-def queue_on_demand(studio: LocalStudio, files: list[ServedFile], engine: str = "sd-cpp") -> str:
+def queue_on_demand(studio: LocalStudio, files: list[ServedFile]) -> str:
     """A job of a model that no worker has yet."""
     entries = []
     for file in files:
         filename = file.url.rpartition("/")[2]
         entries.append({"role": filename.partition(".")[0], "url": file.url, "filename": filename})
-    source = {"engine": engine, "files": entries, "cliDefaults": {}}
+    source = {"engine": "sd-cpp", "files": entries, "cliDefaults": {}}
     task = {"kind": "image", "prompt": "a castle"}
     return studio.queue_job(model="on demand", task=task, model_source=source)
 

@@ -330,7 +330,7 @@ def test_each_lane_speaks_as_a_worker_does(tmp_path: Path, studio: LocalStudio, 
     """A studio hears of two lanes what it hears of two workers: one hello each and nothing before welcome,
     an answer to each offer, one upload for each job, and no session that it has to end.
     """
-    with ChaosProxy(int(studio.base_url.rpartition(":")[2].strip("/"))) as proxy:
+    with ChaosProxy(studio.port) as proxy:
         override(site, f'{TWO}[studio]\napi_base_url = "{proxy.url}"\n')
         with ServiceProcess(site, tmp_path / "log", hurried(tmp_path, 30.0)) as running:
             await_lanes(studio)

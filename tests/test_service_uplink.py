@@ -51,7 +51,7 @@ class HoldingProxy:
     """
 
     def __init__(self, studio: LocalStudio) -> None:
-        self._studio_port = int(studio.base_url.rpartition(":")[2].strip("/"))
+        self._studio_port = studio.port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
         self._released = threading.Event()

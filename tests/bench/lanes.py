@@ -180,8 +180,7 @@ def figures(lines: list[dict[str, Any]], lanes: int, link: Link) -> tuple[str, .
 @contextlib.contextmanager
 def relayed(studio: LocalStudio, link: Link) -> Iterator[str]:
     """The studio's address behind a link."""
-    port = studio.base_url.rpartition(":")[2].strip("/")
-    command = [sys.executable, "-m", "tests.lab.relay", port, str(link.delay_s), str(link.bytes_s)]
+    command = [sys.executable, "-m", "tests.lab.relay", *map(str, (studio.port, *link))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield f"http://127.0.0.1:{int(process.stdout.readline())}"

@@ -20,7 +20,7 @@ def refused(address: str, tmp_path: Path) -> ConfigError:
     return caught.value
 
 
-def test_mistake_is_told_by_its_name(postgres: Cluster, database_url: str, tmp_path: Path) -> None:
+def test_mistake_is_told_by_its_name(database_url: str, tmp_path: Path) -> None:
     """A user, a database or an option that is none is the operator's mistake, each with a cure of its own."""
     missing = database_url.replace("/test_", "/none_")
     stranger = database_url.replace(f"//{USER}@", "//stranger@")
@@ -36,9 +36,7 @@ def test_mistake_is_told_by_its_name(postgres: Cluster, database_url: str, tmp_p
 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
-def test_database_must_hold_every_prompt(
-    postgres: Cluster, database_url: str, tmp_path: Path, encoding: str
-) -> None:
+def test_database_must_hold_every_prompt(postgres: Cluster, tmp_path: Path, encoding: str) -> None:
     """A database that is not in UTF-8 is refused at the start, not at a prompt that it cannot hold."""
     name = f"in_{encoding.lower()}"
     with psycopg.connect(postgres.url(), autocommit=True) as connection:

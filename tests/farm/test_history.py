@@ -53,9 +53,7 @@ def test_step_counts_from_when_others_see_it(database_url: str, tmp_path: Path) 
         with commits_held_up(server):
             coming = threading.Thread(target=slow.add, args=(job("bob-1", "bob"),))
             coming.start()
-            while not server.execute(
-                "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-            ).fetchone():
+            while not server.execute(IN_THE_MIDST).fetchone():
                 pass
             offered = [queue.take_next(worker) for worker in ("north", "south")]
         coming.join()

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from studio_worker import sample_model
-from studio_worker.demo import MODEL_ID, sample_source, write_configuration
+from studio_worker.demo import MODEL_ID, sample_source
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio, Places
 from studio_worker.local_studio.pictures import Folder
@@ -101,11 +101,14 @@ def farm(database_url: str, tmp_path: Path) -> Iterator[Farm]:
 
 
 @pytest.fixture
-def service(farm: Farm, tmp_path: Path) -> Iterator[ServiceProcess]:
-    (tmp_path / "work").mkdir()
-    config = write_configuration(farm.desk, tmp_path / "work")
-    (config / "models.d" / "sample.json").unlink()  # it comes with the job
-    with ServiceProcess(config, tmp_path / "service.log") as running:
+def studio(farm: Farm) -> Desk:
+    """Whose address the service's configuration has; the model comes with the job."""
+    return farm.desk
+
+
+@pytest.fixture
+def service(site: Path, tmp_path: Path) -> Iterator[ServiceProcess]:
+    with ServiceProcess(site, tmp_path / "service.log") as running:
         running.await_message("READY=1", READY_S)
         yield running
 

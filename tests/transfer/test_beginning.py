@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,12 +19,6 @@ Q4_K = 12
 MOST = 2**22
 SHAPES = {f"layers.{number}.weight": (4096, 4096) for number in range(300)}
 PLAIN = hollow_safetensors(SHAPES)
-
-
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with FileServer() as running:
-        yield running
 
 
 def begun(url: str, policy: Policy | None = None, most_bytes: int = MOST) -> Beginning:
