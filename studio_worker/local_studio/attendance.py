@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.leases import WORKER_LEFT, Loss, Replaced
 from studio_worker.local_studio.pictures import CannotStore
-from studio_worker.local_studio.presence import Presence
+from studio_worker.local_studio.presence import Presence, Said
 from studio_worker.local_studio.rules import QueuedJob
 from studio_worker.local_studio.session import EndSession, WorkerSession
 from studio_worker.local_studio.wake import Hint, Wake
@@ -115,11 +115,12 @@ class Attendance:
         Raises:
             Replaced: the session is not its worker's any more.
         """
-        session.current_job_id = heartbeat.current_job_id
+        said = Said(heartbeat.capabilities, heartbeat.current_job_id)
+        before, session.noted = session.noted, None
+        session.current_job_id = said.current_job_id
         try:
-            self._presence.renew(
-                session.worker_id, session.number, heartbeat.capabilities, heartbeat.current_job_id
-            )
+            self._presence.renew(session.worker_id, session.number, said, before)
+            session.noted = said
             inherited = session.inherited
             if inherited is not None and inherited.job_id != heartbeat.current_job_id:
                 # It has forgotten the job, or has failed, which it says when the job is offered again.

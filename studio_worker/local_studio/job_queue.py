@@ -35,7 +35,7 @@ from studio_worker.local_studio.storage.locks import Lock
 from studio_worker.local_studio.storage.tables import jobs, results
 from studio_worker.local_studio.turns import PATIENCE, Patience
 
-_WAITING = select(literal(1)).where(jobs.c.status == JobStatus.QUEUED, HAS_NONE).limit(1)
+_WAITING = select(literal(1)).where(line.IS_ANY, HAS_NONE)
 _KEY = select(results.c.key).where(results.c.job_id == bindparam("wanted"))
 
 _TRIES = 3

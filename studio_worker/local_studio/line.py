@@ -11,7 +11,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import groupby, islice
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, func, literal_column, select, union_all, update
+from sqlalchemy import (
+    Connection,
+    bindparam,
+    delete,
+    exists,
+    func,
+    literal_column,
+    or_,
+    select,
+    union_all,
+    update,
+)
 
 from studio_worker.local_studio import turns
 from studio_worker.local_studio.job_rows import ALL, job_of, rejections_of
@@ -29,6 +40,9 @@ _ABOVE_ALL = 1 << 30
 
 _LINE = (jobs.c.priority, jobs.c.submitter)
 _IS_QUEUED = jobs.c.status == "queued"
+
+IS_ANY = or_(exists().select_from(lines), exists().where(_IS_QUEUED, IS_REJECTED).select_from(jobs))
+"""A job waits. To look for one among all jobs would be to walk over those that have just been taken."""
 
 _any = jobs.alias("any_job")
 _priority = (

@@ -69,6 +69,14 @@ class Seat:
 
 
 @dataclass(frozen=True)
+class Said:
+    """What a worker says of itself with each heartbeat."""
+
+    capabilities: wire.Capabilities
+    current_job_id: str | None = None
+
+
+@dataclass(frozen=True)
 class Inherited:
     """A job that the worker had in its last session; ``loss``: what becomes of it if the worker forgot it."""
 
@@ -133,7 +141,7 @@ class Presence:
             row = connection.execute(_LOCKED, {"who": worker_id}).one()
             before = _session(row)
             after = leases.begun(before, self.process_id, self._now(), self._lease_s)
-            self._save(connection, worker_id, after, _said(capabilities, None, self._now()))
+            self._save(connection, worker_id, after, _told(Said(capabilities), self._now()))
             note_seen(connection, worker_id, capabilities, self._now())
             job_id = connection.execute(_TAKE_OVER, {"who": worker_id, "its_number": after.number}).scalar()
             inherited = None
@@ -141,17 +149,26 @@ class Presence:
                 inherited = Inherited(job_id, leases.loss_on_return(before, self._living(connection)))
         return Entered(after.number, inherited, before.process_id not in {None, self.process_id})
 
-    def renew(
-        self, worker_id: str, number: int, capabilities: wire.Capabilities, current_job_id: str | None
-    ) -> None:
-        """A heartbeat came. Raises Replaced where the session is over, or the worker's next one has begun."""
+    def renew(self, worker_id: str, number: int, said: Said, before: Said | None) -> None:
+        """A heartbeat came. Most say what the last one said, and nobody else hears of those.
+
+        Args:
+            before: what the database knows already.
+
+        Raises:
+            Replaced: the session is over, or the worker's next one has begun.
+        """
         now = self._now()
-        said = {"lease_until": now + self._lease_s, **_said(capabilities, current_job_id, now)}
+        values = {"lease_until": now + self._lease_s, **_told(said, now)}
+        asked = {"who": worker_id, "present": number, **values}
+        if before is not None and said.capabilities == before.capabilities:
+            if not self._database.change(_CHANGE_PRESENT, asked, is_news=said != before):
+                self.check(worker_id, number)
+            return
         with self._database.writing() as connection:
-            changed = connection.execute(_CHANGE_PRESENT, {"who": worker_id, "present": number, **said})
-            if changed.rowcount == 0:
+            if connection.execute(_CHANGE_PRESENT, asked).rowcount == 0:
                 leases.renewed(_session_of(connection, worker_id), number, now)
-            note_seen(connection, worker_id, capabilities, now)
+            note_seen(connection, worker_id, said.capabilities, now)
 
     def check(self, worker_id: str, number: int) -> None:
         """Raises Replaced where this session is not the worker's any more."""
@@ -239,5 +256,6 @@ def _session(row: Row[Any]) -> Session:
     return Session(row.number, row.process_id, row.lease_until, row.end_code)
 
 
-def _said(capabilities: wire.Capabilities, job_id: str | None, now: float) -> dict[str, Any]:
-    return {"is_paused": not capabilities.auto_enabled, "current_job_id": job_id, "heartbeat_at": now}
+def _told(said: Said, now: float) -> dict[str, Any]:
+    is_paused = not said.capabilities.auto_enabled
+    return {"is_paused": is_paused, "current_job_id": said.current_job_id, "heartbeat_at": now}

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
 
 from studio_worker.errors import FrameError
-from studio_worker.local_studio.presence import Inherited
+from studio_worker.local_studio.presence import Inherited, Said
 from studio_worker.studio import wire
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class WorkerSession:
     """One connected worker. ``base_url`` is the studio's address as this worker reached it.
 
     ``number`` counts this worker's sessions; ``inherited`` is what it had in hand in the one before, for as
-    long as its heartbeats name it.
+    long as its heartbeats name it. ``noted`` is what the database knows of its last heartbeat.
     """
 
     worker_id: str
@@ -57,6 +57,7 @@ class WorkerSession:
     current_job_id: str | None = None
     number: int = 0
     inherited: Inherited | None = None
+    noted: Said | None = None
     deadline: float = 0.0
     commands: asyncio.Queue[_Command] = field(default_factory=asyncio.Queue)
     _reading: asyncio.Task[Mapping[str, Any]] | None = None

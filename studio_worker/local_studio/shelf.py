@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from PIL import Image
-from sqlalchemy import delete, func, insert, select
+from sqlalchemy import bindparam, delete, func, insert, select
 
 from studio_worker.errors import ProtocolError
 from studio_worker.local_studio.claim import URL_FIELDS
@@ -34,6 +34,9 @@ FILE_PATH = re.compile(r"/files/([A-Za-z0-9_-]+)")
 """Of an input picture, with its id."""
 
 _PICTURES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+
+
+_MODEL = select(models).where(models.c.model_id == bindparam("wanted"))
 
 
 class NotAPicture(ProtocolError):
@@ -95,7 +98,9 @@ class Shelf:
 
     def model(self, model_id: str) -> Model | None:
         """One model."""
-        return next((model for model in self.models() if model.model_id == model_id), None)
+        with self._database.reading() as connection:
+            row = connection.execute(_MODEL, {"wanted": model_id}).mappings().first()
+        return None if row is None else Model(**row)
 
     def add_picture(self, content: bytes) -> str:
         """Keep an input picture; returns its id, which nobody can guess.

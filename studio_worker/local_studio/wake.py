@@ -28,7 +28,8 @@ from studio_worker.local_studio.storage.postgres import options_of
 logger = logging.getLogger(__name__)
 
 CHANNEL = "studio"
-CHANGES_S = 0.1
+CHANGES_S = 0.25
+"""So often other processes hear at most that something has changed; pages there are as late."""
 _RETRY_S = 1.0
 _KEPT_HINTS = 1000
 

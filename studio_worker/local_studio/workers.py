@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, select, update
+from sqlalchemy import ColumnElement, Connection, func, select, update
 
 from studio_worker.local_studio.storage.database import Database
-from studio_worker.local_studio.storage.tables import workers
+from studio_worker.local_studio.storage.tables import sessions, workers
 from studio_worker.studio import wire
 
 
@@ -41,6 +41,12 @@ class RegisteredWorker:
     def name(self) -> str:
         """What people call it."""
         return self.capabilities.machine_name or self.worker_id[:8]
+
+
+_COLUMNS = (
+    *(workers.c[field.name] for field in fields(RegisteredWorker) if field.name != "last_seen_at"),
+    func.coalesce(sessions.c.heartbeat_at, workers.c.last_seen_at).label("last_seen_at"),
+)
 
 
 class Workers:
@@ -106,8 +112,8 @@ def sha256(text: str) -> str:
 
 
 def _found(connection: Connection, *conditions: ColumnElement[bool]) -> list[RegisteredWorker]:
-    columns = (workers.c[field.name] for field in fields(RegisteredWorker))
-    found = select(*columns).where(*conditions).order_by(workers.c.created_at, workers.c.worker_id)
+    found = select(*_COLUMNS).outerjoin(sessions, sessions.c.worker_id == workers.c.worker_id)
+    found = found.where(*conditions).order_by(workers.c.created_at, workers.c.worker_id)
     return [_worker(row) for row in connection.execute(found).mappings()]
 
 

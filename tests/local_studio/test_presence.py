@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from studio_worker.local_studio import Door, Limits, LocalStudio
-from studio_worker.local_studio.presence import Presence
+from studio_worker.local_studio.presence import Presence, Said
 from studio_worker.local_studio.pulse import Pulse
 from studio_worker.studio import wire
 from tests.fakes.machine import CAPABILITIES, PICTURE, WAIT_S, Machine, queue
@@ -175,7 +175,7 @@ def test_worker_whose_end_was_not_written_down_is_not_shown_for_ever(studio: Loc
     capabilities = wire.Capabilities.model_validate(CAPABILITIES)
     number = presence.enter("gone", capabilities).number
     now = 40.0
-    presence.renew("gone", number, capabilities, None)
+    presence.renew("gone", number, Said(capabilities), None)
     now = 80.0
     assert "gone" in presence.connected()
     now = 86.0

@@ -199,3 +199,26 @@ def test_session_logs_are_kept_within_bounds(
     assert [line.message.split()[0] for line in lines] == [str(n) for n in range(20, 30)]
     assert all(len(line.message) <= 4000 for line in lines)
     assert studio.logs("somebody else") == []
+
+
+def test_session_that_says_nothing_new_disturbs_nobody(anywhere: LocalStudio) -> None:
+    """Heartbeats come every few seconds of each worker: pages hear of those that say something new, and each
+    renews what is shown of the worker's last sign of life.
+    """
+    machine = Machine(anywhere).connect()
+    machine.beat(job_id="a")
+    seen, before = anywhere.changes.version, anywhere.presence.connected()[machine.worker_id]
+    machine.beat(job_id="a")
+    machine.beat(job_id="a")
+    assert anywhere.changes.version == seen
+    now = anywhere.presence.connected()[machine.worker_id]
+    assert (now.current_job_id, now.is_paused) == ("a", False)
+    assert now.heartbeat_at > before.heartbeat_at
+    machine.beat(job_id="a", autoEnabled=False)
+    assert anywhere.changes.version > seen
+    seen = anywhere.changes.version
+    machine.beat(job_id="b", autoEnabled=False)
+    assert anywhere.changes.version > seen
+    machine.hang_up()
+    (worker,) = (each for each in anywhere.workers() if each.worker_id == machine.worker_id)
+    assert (worker.last_seen_at or 0.0) > now.heartbeat_at

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, Table, extract, func, literal, select
+from sqlalchemy import ColumnElement, Connection, Engine, Table, Update, extract, func, literal, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from studio_worker.local_studio.pictures import StorageAway
@@ -36,6 +36,7 @@ class Database:
         on_change: called after every committed write, when no connection is held.
         translated: turns what the driver raises into this package's errors.
         reader: the same where nothing is written.
+        single: the same where each statement is a transaction by itself.
     """
 
     is_shared = False
@@ -50,11 +51,13 @@ class Database:
         on_change: Callable[[], None],
         translated: Callable[[], AbstractContextManager[None]],
         reader: Engine | None = None,
+        single: Engine | None = None,
     ) -> None:
         self.on_change = on_change
         self._engine = engine
         self._reader = reader or engine
         self._writer = engine.execution_options(**{WRITES: True})
+        self._single = single or self._writer
         self._translated = translated
         self._is_closed = False
         with self.writing() as connection:
@@ -81,6 +84,19 @@ class Database:
             self._require_open()
             yield connection
         self.on_change()
+
+    def change(self, statement: Update, values: Mapping[str, Any], *, is_news: bool) -> bool:
+        """One statement that is a transaction by itself; listeners hear only of what is news.
+
+        Returns:
+            Whether there was a row to change.
+        """
+        with self._translated(), self._single.begin() as connection:
+            self._require_open()
+            has_changed = connection.execute(statement, dict(values)).rowcount > 0
+        if is_news:
+            self.on_change()
+        return has_changed
 
     def check(self) -> None:
         """Whether it answers; raises what it raises."""

@@ -78,9 +78,9 @@ class PostgresDatabase(Database):
                     connection.exec_driver_sql("SET LOCAL lock_timeout = 0")  # another may have much to do
                     take(connection, Lock.MIGRATION)
                     migrate(connection, name)
-                # Each query by itself: no way to the server and back for its beginning and its end.
-                reader = engine.execution_options(isolation_level="AUTOCOMMIT")
-                super().__init__(engine, on_change, _translated, reader)
+                # Each by itself: no way to the server and back for its beginning and its end.
+                single = engine.execution_options(isolation_level="AUTOCOMMIT")
+                super().__init__(engine, on_change, _translated, reader=single, single=single)
         except BaseException:
             engine.dispose()
             raise
