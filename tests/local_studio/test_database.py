@@ -80,7 +80,7 @@ def test_every_file_gets_the_tables_that_the_program_knows(
     del columns["alembic_version"]
     assert columns == {table.name: set(table.columns.keys()) for table in METADATA.sorted_tables}
     assert indexes == {
-        *("jobs_by_end", "jobs_by_line", "jobs_not_rejected", "jobs_rejected"),
+        *("jobs_by_end", "jobs_by_line", "jobs_by_worker", "jobs_not_rejected", "jobs_rejected"),
         *("registrations_by_install", "turns_by_number"),
     }
 
