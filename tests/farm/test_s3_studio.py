@@ -17,6 +17,7 @@ from PIL import Image
 
 from studio_worker.local_studio import LocalStudio, Places, pictures_at
 from studio_worker.local_studio.housekeeping import DAY_S, FOR_EVER, Housekeeping
+from studio_worker.local_studio.web.stored import THREADS
 from studio_worker.local_studio.web.worker_routes import UPLOADS
 from tests.fakes.machine import PICTURE, Machine, queue
 from tests.farm.s3 import SECRET, S3Server
@@ -151,6 +152,30 @@ def test_storage_that_hangs_takes_nothing_else_with_it(
     assert sorted(statuses) == [200] + [409] * 44
     assert studio.job(job_id).completions == 1
     assert len(pictures_in(s3_server, bucket)) == 1
+
+
+def test_gallery_whose_storage_hangs_takes_nothing_else_with_it(
+    studio: LocalStudio, machine: Machine, proxy: S3Proxy
+) -> None:
+    """However many pictures wait for a storage that says nothing, the probes and the metrics answer."""
+    job_id = queue(studio)
+    machine.take()
+    assert machine.upload(job_id).status_code == 200
+    proxy.faults.is_silent = True
+    url, contents = f"{studio.base_url}/api/jobs/{job_id}/result", list[bytes]()
+    threads = [
+        threading.Thread(target=lambda: contents.append(requests.get(url, timeout=2 * WAIT_S).content))
+        for _ in range(60)
+    ]
+    for thread in threads:
+        thread.start()
+    assert proxy.wait_for("GET", THREADS + 1, WAIT_S)  # and that of the start
+    for path in ("/", "/api/state", "/health/ready", "/metrics"):
+        assert requests.get(f"{studio.base_url}{path}", timeout=WAIT_S).status_code == 200
+    proxy.faults.is_silent = False
+    for thread in threads:
+        thread.join()
+    assert contents == [PICTURE] * 60
 
 
 def test_job_that_is_deleted_while_storage_is_away_is_gone(

@@ -24,6 +24,7 @@ from studio_worker.local_studio.web.health import Health
 from studio_worker.local_studio.web.people_routes import PeopleRoutes
 from studio_worker.local_studio.web.scrape import Scrape
 from studio_worker.local_studio.web.shelf_routes import ShelfRoutes
+from studio_worker.local_studio.web.stored import Stored
 from studio_worker.local_studio.web.worker_routes import WorkerRoutes
 
 logger = logging.getLogger(__name__)
@@ -54,8 +55,9 @@ def build_app(
         studio.attendance,
         studio.approve if auto_approve else None,
     )
-    people = PeopleRoutes(studio)
-    shelf = ShelfRoutes(studio, models_dir)
+    stored = Stored(studio.pictures)
+    people = PeopleRoutes(studio, stored)
+    shelf = ShelfRoutes(studio, stored, models_dir)
     health = Health(studio)
     app = Starlette(
         routes=[

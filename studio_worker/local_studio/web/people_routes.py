@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -19,9 +18,10 @@ from starlette.routing import BaseRoute, Route
 from studio_worker.local_studio.registry import NotPending, UnknownRequest
 from studio_worker.local_studio.rules import JobStatus, RuleBroken
 from studio_worker.local_studio.studio import Studio
-from studio_worker.local_studio.web import bodies, stored
+from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.access import http_base
 from studio_worker.local_studio.web.bodies import number_in
+from studio_worker.local_studio.web.stored import Stored
 from studio_worker.studio import wire
 
 QUIET_S = 10.0
@@ -39,8 +39,9 @@ ROWS = 30
 class PeopleRoutes:
     """State, events, registrations, workers, jobs and their results."""
 
-    def __init__(self, studio: Studio) -> None:
+    def __init__(self, studio: Studio, stored: Stored) -> None:
         self._desk = studio
+        self._stored = stored
 
     def routes(self) -> list[BaseRoute]:
         """What the application serves of these."""
@@ -172,7 +173,7 @@ class PeopleRoutes:
         """Take a job out of the queue, or out of the gallery."""
         job_id = self._known(request)
         try:
-            await run_in_threadpool(self._desk.queue.delete, job_id)
+            await self._stored.run(self._desk.queue.delete, job_id)
         except RuleBroken as error:
             raise HTTPException(409, str(error)) from None
         return Response(status_code=204)
@@ -194,9 +195,7 @@ class PeopleRoutes:
             raise HTTPException(404, "the job has no result yet")
         media_type = "application/json" if result.ext == "json" else wire.mime_type(result.ext)
         disposition = f'inline; filename="{job_id}.{result.ext}"'
-        return await stored.picture(
-            request, self._desk.pictures, key, media_type, {"Content-Disposition": disposition}
-        )
+        return await self._stored.picture(request, key, media_type, {"Content-Disposition": disposition})
 
     # --- within -------------------------------------------------------------------------------------
 

@@ -13,9 +13,10 @@ from starlette.routing import BaseRoute, Route
 
 from studio_worker.local_studio.shelf import NotAPicture
 from studio_worker.local_studio.studio import Studio
-from studio_worker.local_studio.web import bodies, stored, views
+from studio_worker.local_studio.web import bodies, views
 from studio_worker.local_studio.web.access import CONTENT_CSP, http_base
 from studio_worker.local_studio.web.bodies import number_in
+from studio_worker.local_studio.web.stored import Stored, is_file
 
 
 class ShelfRoutes:
@@ -25,8 +26,9 @@ class ShelfRoutes:
         models_dir: folder whose files are served under ``/models``; ``None`` serves none.
     """
 
-    def __init__(self, studio: Studio, models_dir: Path | None) -> None:
+    def __init__(self, studio: Studio, stored: Stored, models_dir: Path | None) -> None:
         self._desk = studio
+        self._stored = stored
         self._models_dir = models_dir
 
     def routes(self) -> list[BaseRoute]:
@@ -83,7 +85,7 @@ class ShelfRoutes:
         else:
             content = await bodies.read_bytes(request, bodies.MAX_PICTURE_BYTES)
         try:
-            path = await run_in_threadpool(self._desk.add_picture, content)
+            path = await self._stored.run(self._desk.add_picture, content)
         except NotAPicture as error:
             raise HTTPException(400, str(error)) from None
         return JSONResponse({"path": path, "url": http_base(request) + path}, status_code=201)
@@ -93,7 +95,7 @@ class ShelfRoutes:
         found = self._desk.shelf.picture(request.path_params["file_id"])
         if found is None:
             raise HTTPException(404, "the file is unknown")
-        return await stored.picture(request, self._desk.pictures, found.key, found.media_type)
+        return await self._stored.picture(request, found.key, found.media_type)
 
     async def model_file(self, request: Request) -> Response:
         """A model file, whole or by Range."""
@@ -102,7 +104,7 @@ class ShelfRoutes:
         if self._models_dir is None or not is_plain:
             raise HTTPException(404, "no such model file")
         path = self._models_dir / filename
-        if not await run_in_threadpool(stored.is_file, path):
+        if not await run_in_threadpool(is_file, path):
             raise HTTPException(404, "no such model file")
         return FileResponse(
             path, media_type="application/octet-stream", headers={"Content-Security-Policy": CONTENT_CSP}

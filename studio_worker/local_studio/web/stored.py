@@ -7,10 +7,12 @@ no address of it, and no cookie of the studio's can reach it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from pathlib import Path
+from typing import TypeVar, TypeVarTuple, Unpack
 
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter, to_thread
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
@@ -24,36 +26,60 @@ logger = logging.getLogger(__name__)
 _FOREVER = {"Cache-Control": "private, max-age=31536000, immutable", "Content-Security-Policy": CONTENT_CSP}
 """Headers of stored pictures: an id never gets other bytes."""
 
+THREADS = 16
+"""What waits for the storage of pictures at once, but for deliveries; the rest waits for these. In the common
+threads (40, Starlette's) a gallery whose storage hangs would take the probes and the metrics with it.
+"""
+
 _PIECE_BYTES = 64 << 10
 """As Starlette's own answers with files."""
 
+_Given = TypeVarTuple("_Given")
+_Got = TypeVar("_Got")
 
-async def picture(
-    request: Request, pictures: Pictures, key: str, media_type: str, headers: Mapping[str, str] | None = None
-) -> Response:
-    """A stored picture. Raises HTTPException 404 where somebody took it away, CannotStore."""
-    headers = {**_FOREVER, **(headers or {})}
-    path = pictures.file(key)
-    if path is not None:
-        if not await run_in_threadpool(is_file, path):
-            raise HTTPException(404, "the picture's file is not in the studio's folder any more")
-        return FileResponse(path, media_type=media_type, headers=headers)
-    # No validator is ever given out here; whoever has one is answered with the whole (RFC 9110, 13.1.5).
-    asked = None if "if-range" in request.headers else request.headers.get("range")
-    try:
-        reading = await run_in_threadpool(pictures.open, key, asked)
-    except PictureGone as error:
-        raise HTTPException(404, str(error)) from None
-    except RangeRefused as error:
-        raise HTTPException(416, str(error)) from None
-    headers |= {"Accept-Ranges": "bytes", "Content-Length": str(reading.size_bytes)}
-    if reading.content_range is not None:
-        headers["Content-Range"] = reading.content_range
-    status = 200 if reading.content_range is None else 206
-    if request.method == "HEAD":
-        reading.content.close()
-        return Response(None, status, headers, media_type)
-    return _InPieces(_pieces(reading), status, headers, media_type)
+
+class Stored:
+    """What keeps the pictures, as routes use it."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self._pictures = pictures
+        self._threads = CapacityLimiter(THREADS)
+
+    async def run(self, do: Callable[[Unpack[_Given]], _Got], *given: *_Given) -> _Got:
+        """Do what may wait for the storage."""
+        return await to_thread.run_sync(do, *given, limiter=self._threads)
+
+    async def picture(
+        self, request: Request, key: str, media_type: str, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        """A stored picture. Raises HTTPException 404 where somebody took it away, CannotStore."""
+        headers = {**_FOREVER, **(headers or {})}
+        path = self._pictures.file(key)
+        if path is not None:
+            if not await self.run(is_file, path):
+                raise HTTPException(404, "the picture's file is not in the studio's folder any more")
+            return FileResponse(path, media_type=media_type, headers=headers)
+        # No validator is ever given out here; whoever has one is answered with the whole (RFC 9110, 13.1.5).
+        asked = None if "if-range" in request.headers else request.headers.get("range")
+        try:
+            reading = await self.run(self._pictures.open, key, asked)
+        except PictureGone as error:
+            raise HTTPException(404, str(error)) from None
+        except RangeRefused as error:
+            raise HTTPException(416, str(error)) from None
+        headers |= {"Accept-Ranges": "bytes", "Content-Length": str(reading.size_bytes)}
+        if reading.content_range is not None:
+            headers["Content-Range"] = reading.content_range
+        status = 200 if reading.content_range is None else 206
+        if request.method == "HEAD":
+            reading.content.close()
+            return Response(None, status, headers, media_type)
+        return _InPieces(self._pieces(reading), status, headers, media_type)
+
+    async def _pieces(self, reading: Reading) -> AsyncGenerator[bytes, None]:
+        with reading.content as content:
+            while piece := await self.run(content.read, _PIECE_BYTES):
+                yield piece
 
 
 class _InPieces(StreamingResponse):
@@ -61,18 +87,19 @@ class _InPieces(StreamingResponse):
     part for the whole.
     """
 
+    def __init__(
+        self, pieces: AsyncGenerator[bytes, None], status: int, headers: Mapping[str, str], media_type: str
+    ) -> None:
+        super().__init__(pieces, status, headers, media_type)
+        self._pieces = pieces
+
     async def stream_response(self, send: Send) -> None:
         """As Starlette does, but for that."""
         try:
-            await super().stream_response(send)
+            async with aclosing(self._pieces):
+                await super().stream_response(send)
         except CannotStore as error:
             logger.error("answer broken off", extra={"error": str(error)})
-
-
-def _pieces(reading: Reading) -> Iterator[bytes]:
-    with reading.content as content:
-        while piece := content.read(_PIECE_BYTES):
-            yield piece
 
 
 def is_file(path: Path) -> bool:
