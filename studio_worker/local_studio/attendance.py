@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from contextlib import suppress
 
 from sqlalchemy import Connection
@@ -28,6 +29,12 @@ _WHY: dict[wire.ErrorCode, str] = {
     "auth_failed": "this worker was registered again",
     "worker_deleted": "this worker was deleted from the studio",
 }
+
+
+_WOKEN = 4
+"""So many idle workers of each process are asked when a job came: each has its reasons not to be the one, and
+whoever is given a job has the next one asked.
+"""
 
 
 class Attendance:
@@ -51,6 +58,15 @@ class Attendance:
             self._heed(Hint("offer", worker_id))
         else:
             self._wake.tell(Hint("offer", worker_id))
+
+    def offer_idle(self) -> None:
+        """A job came: workers that have none, with whatever process, are offered it now. From any thread."""
+        self.hear(Hint("queued"))
+        self._wake.tell(Hint("queued"))
+
+    def pass_on(self) -> None:
+        """A worker was given a job; where another has none, there may be one for it. From the event loop."""
+        self._offer_some_idle(1)
 
     def end(self, worker_id: str, code: wire.ErrorCode) -> None:
         """End this worker's session, if it has one with any process. From any thread."""
@@ -81,7 +97,15 @@ class Attendance:
         elif hint.kind == "end" and mine is not None:
             self._end_if_replaced(mine)
         elif hint.kind == "offer" and mine is not None:
+            mine.current_job_id = None
             mine.commands.put_nowait("offer")
+        elif hint.kind == "queued":
+            self._offer_some_idle(_WOKEN)
+
+    def _offer_some_idle(self, most: int) -> None:
+        idle = [each for each in self.live.values() if each.state == "idle" and each.commands.empty()]
+        for session in random.sample(idle, min(most, len(idle))):
+            session.commands.put_nowait("offer")
 
     def _end_if_replaced(self, session: WorkerSession) -> None:
         try:

@@ -166,8 +166,10 @@ class Sessions:
             case wire.Accept():
                 self._queue.accept(event.job_id, session.worker_id)
             case wire.Reject():
+                session.current_job_id = None
                 self._reject(session, event)
             case wire.Fail():
+                session.current_job_id = None
                 self._queue.fail(event.job_id, session.worker_id, event.error, retryable=event.retryable)
                 extra = {"worker_id": session.worker_id, "job_id": event.job_id, "retryable": event.retryable}
                 logger.info("job failed", extra=extra)
@@ -228,7 +230,8 @@ class Sessions:
             return
         job = self._queue.take_next(session.worker_id, self._presence.ready, session_no=session.number)
         if job is not None:
-            session.inherited = None
+            session.inherited, session.current_job_id = None, job.job_id
+            self._attendance.pass_on()
             logger.info("job offered", extra={"worker_id": session.worker_id, "job_id": job.job_id})
             await session.send(wire.Offer(claim=claim_of(self._shelf.addressed(job), session.base_url)))
 

@@ -194,6 +194,7 @@ class Studio:
             submitter=extras.get("submitter") or "",
         )
         self.queue.add(job)
+        self.attendance.offer_idle()
         logger.info("job queued", extra={"job_id": job.job_id, "model": model})
         return job.job_id
 
@@ -219,6 +220,7 @@ class Studio:
     def retry(self, job_id: str) -> None:
         """Queue a failed or rejected job again. Raises RuleBroken."""
         self.queue.retry(job_id)
+        self.attendance.offer_idle()
 
     # --- models, pictures, logs ---------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 What is sent are hints: the rows are the truth, and whoever has missed a hint looks at everything once.
 A hint is sent after its transaction is committed, and not in it: PostgreSQL lets only one transaction with a
-``NOTIFY`` commit at a time, which would hold up every step of every job. That something changed is told at
-most ten times a second, whatever changes; pages show no more.
+``NOTIFY`` commit at a time, which would hold up every step of every job. That something changed, or that jobs
+came, is told a few times a second at most, however many there were.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ logger = logging.getLogger(__name__)
 CHANNEL = "studio"
 CHANGES_S = 0.25
 """So often other processes hear at most that something has changed; pages there are as late."""
+QUEUED_S = 0.05
+"""The same of jobs that came; idle workers there are as late."""
 _RETRY_S = 1.0
 _KEPT_HINTS = 1000
 
-Kind = Literal["change", "end", "offer", "offer_others", "look"]
+Kind = Literal["change", "end", "offer", "offer_others", "queued", "look"]
+_SELDOM: dict[Kind, float] = {"change": CHANGES_S, "queued": QUEUED_S}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Hint:
     """What to look at. ``look``, which is never sent, means: hints may have been missed, look at everything.
 
     ``end`` ends what sessions of ``worker_id`` are over by the rows; ``offer`` offers this worker its next
-    job, ``offer_others`` everybody but it.
+    job, ``offer_others`` everybody but it; ``queued`` offers a job that came to those who have none.
     """
 
     kind: Kind
@@ -99,8 +102,8 @@ class Listening:
         self._engine = sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=options_of(url))
         self._errors = (self._engine.dialect.loaded_dbapi.Error, sqlalchemy.exc.SQLAlchemyError, OSError)
         self._hints: deque[Hint] = deque(maxlen=_KEPT_HINTS)
-        self._has_changed = False
-        self._told_at = 0.0
+        self._merged: set[Kind] = set()
+        self._told_at = dict.fromkeys(_SELDOM, 0.0)
         self._stopping = threading.Event()
         self._nudge, self._nudged = socket.socketpair()
         self._nudge.setblocking(False)
@@ -114,10 +117,10 @@ class Listening:
 
     def tell(self, hint: Hint) -> None:
         """Say it soon; hints are kept while there is no connection."""
-        if hint.kind == "change":
-            if self._has_changed:
+        if hint.kind in _SELDOM:
+            if hint.kind in self._merged:
                 return
-            self._has_changed = True
+            self._merged.add(hint.kind)
         else:
             self._hints.append(hint)
         self._wake()
@@ -180,7 +183,7 @@ class Listening:
             for notice in connection.notifies(timeout=0):
                 if notice.pid != own_pid:
                     hear(read_hint(notice.payload))
-            due_s = max(0.0, self._told_at + CHANGES_S - time.monotonic()) if self._has_changed else None
+            due_s = min(map(self._due_in_s, tuple(self._merged)), default=None)
             poll.poll(None if due_s is None else math.ceil(due_s * 1000))
             with contextlib.suppress(BlockingIOError):
                 self._nudged.recv(4096)
@@ -189,11 +192,14 @@ class Listening:
         while self._hints:
             _notify(connection, self._hints[0])
             self._hints.popleft()  # only what was said
-        is_due = all_of_it or time.monotonic() >= self._told_at + CHANGES_S
-        if self._has_changed and is_due:
-            self._has_changed = False
-            self._told_at = time.monotonic()
-            _notify(connection, Hint("change"))
+        for kind in tuple(self._merged):
+            if all_of_it or self._due_in_s(kind) == 0.0:
+                self._merged.discard(kind)  # first: what comes now is told once more
+                self._told_at[kind] = time.monotonic()
+                _notify(connection, Hint(kind))
+
+    def _due_in_s(self, kind: Kind) -> float:
+        return max(0.0, self._told_at[kind] + _SELDOM[kind] - time.monotonic())
 
 
 def _notify(connection: Any, hint: Hint) -> None:

@@ -80,6 +80,7 @@ def test_submit_waits_and_brings_the_pictures(studio: LocalStudio, tmp_path: Pat
     """With -o the pictures lie in the folder; a failed job tells its reason, and the status is 1."""
     folder = tmp_path / "new" / "pictures"
     machine = Machine(studio).connect()
+    machine.beat(job_id="something else")
     with begin(studio.base_url, "-m", "m", "-n", "2", "-o", folder) as process:
         studio.wait_for(lambda: studio.queue.counts()["queued"] == 2, 30)
         made = machine.take()["jobId"]

@@ -7,6 +7,7 @@ import json
 import secrets
 import ssl
 import uuid
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,7 @@ class Machine:
         self.request_id = ""
         self.secret = ""
         self.socket: ClientConnection | None = None
+        self._early: deque[dict[str, Any]] = deque()
         self.register()
         if approve:
             studio.approve(self.request_id)
@@ -117,20 +119,25 @@ class Machine:
         self.socket.send(json.dumps({"type": kind, **fields}))
 
     def hear(self, within_s: float = WAIT_S) -> dict[str, Any]:
-        assert self.socket is not None
-        frame: dict[str, Any] = json.loads(self.socket.recv(timeout=within_s))
-        return frame
+        return self._early.popleft() if self._early else self._received(within_s)
 
     def beat(self, job_id: str | None = None, **capabilities: Any) -> None:
         """One heartbeat and its acknowledgement."""
         extra = {} if job_id is None else {"currentJobId": job_id}
         self.say("heartbeat", capabilities=self.capabilities | capabilities, **extra)
-        assert self.hear() == {"type": "heartbeatAck"}
+        while (frame := self._received(WAIT_S))["type"] == "offer":  # a job that came is offered at once
+            self._early.append(frame)
+        assert frame == {"type": "heartbeatAck"}
+
+    def _received(self, within_s: float) -> dict[str, Any]:
+        assert self.socket is not None
+        frame: dict[str, Any] = json.loads(self.socket.recv(timeout=within_s))
+        return frame
 
     def hears_nothing(self) -> bool:
         """Whether the studio has nothing to say: the next thing heard is a busy heartbeat's answer."""
         self.beat(job_id="something else")
-        return True
+        return not self._early
 
     def take(self) -> dict[str, Any]:
         """The claim that follows an idle heartbeat, accepted."""
@@ -139,7 +146,7 @@ class Machine:
         return claim
 
     def offered(self) -> dict[str, Any]:
-        """The claim that follows an idle heartbeat, or that a completion brings at the same moment."""
+        """The claim that follows an idle heartbeat, or comes by itself at the same moment."""
         self.say("heartbeat", capabilities=self.capabilities)
         frames = {frame["type"]: frame for frame in (self.hear(), self.hear())}
         assert set(frames) == {"heartbeatAck", "offer"}

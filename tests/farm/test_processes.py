@@ -178,13 +178,22 @@ def test_upload_at_another_process_brings_the_next_offer(
     assert machine.hear()["claim"]["jobId"] == second
 
 
+def test_job_that_comes_is_offered_at_once_wherever_a_worker_is_idle(
+    north: LocalStudio, south: LocalStudio, machine: Machine
+) -> None:
+    """A job that comes to one process is not left lying until the heartbeat of another one's worker."""
+    machine.turn_to(south)
+    job_id = queue(south)
+    assert machine.hear()["claim"]["jobId"] == job_id
+
+
 def test_rejected_job_is_offered_to_a_worker_of_another_process(
     north: LocalStudio, south: LocalStudio, machine: Machine
 ) -> None:
     """A job that one worker will not do goes at once to an idle one, whichever process has that."""
-    other = Machine(south, name="other").connect()
     job_id = queue(north)
     assert machine.offered()["jobId"] == job_id
+    other = Machine(south, name="other").connect()
     machine.say("reject", jobId=job_id, reason="needs 40 GB")
     assert other.hear()["claim"]["jobId"] == job_id
     other.hang_up()
@@ -194,9 +203,10 @@ def test_job_fails_where_the_workers_of_all_processes_have_rejected_it(studios: 
     """A job that nobody can do goes from one to the other, twice, and fails with the reasons of all."""
     at_once = Limits(patience=Patience(ask_again_s=0.0))
     with studios.open(at_once) as north, studios.open(at_once) as south:
-        box, other = Machine(north).connect(), Machine(south, name="other").connect()
+        box = Machine(north).connect()
         job_id = queue(north)
         assert box.offered()["jobId"] == job_id
+        other = Machine(south, name="other").connect()
         box.say("reject", jobId=job_id, reason="needs 40 GB")
         for asked in (other, box):
             assert asked.hear()["claim"]["jobId"] == job_id

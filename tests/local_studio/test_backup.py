@@ -36,6 +36,7 @@ def test_backup_of_a_studio_at_work_is_a_studio(tmp_path: Path) -> None:
             made.append(queue(studio))
             machine.take()
             assert machine.upload(made[-1], PICTURE + bytes([number])).status_code == 200
+        machine.beat(job_id="something else")
         waiting = [queue(studio) for _ in range(50)]
         stop, begun = threading.Event(), threading.Event()
 

@@ -49,8 +49,37 @@ def test_offer_is_one_at_a_time(studio: LocalStudio, machine: Machine) -> None:
     assert studio.queue.counts()["queued"] == 1
 
 
+def test_offer_is_made_at_once_where_a_worker_is_idle(studio: LocalStudio) -> None:
+    """A job that comes is not left lying until somebody's next heartbeat, nor are those that come with it."""
+    machines = [Machine(studio).connect() for _ in range(9)]
+    jobs = {queue(studio) for _ in machines}
+    assert {machine.hear()["claim"]["jobId"] for machine in machines} == jobs
+    for machine in machines:
+        machine.hang_up()
+
+
+def test_offer_is_made_at_once_for_a_job_that_somebody_retries(studio: LocalStudio, machine: Machine) -> None:
+    """Whoever asks for another try does not wait for a heartbeat either."""
+    job_id = queue(studio)
+    machine.say("accept", jobId=machine.hear()["claim"]["jobId"])
+    machine.say("fail", jobId=job_id, error="it cannot be made", retryable=False)
+    assert machine.hear()["type"] == "failAck"
+    studio.retry(job_id)
+    assert machine.hear()["claim"]["jobId"] == job_id
+
+
+def test_offer_that_was_declined_is_not_made_again_at_once(studio: LocalStudio, machine: Machine) -> None:
+    """Who is busy is asked again at its next heartbeat, and not over and over."""
+    job_id = queue(studio)
+    assert machine.hear()["claim"]["jobId"] == job_id
+    machine.say("reject", jobId=job_id, reason="busy", code="busy")
+    assert machine.hears_nothing()
+    assert machine.offered()["jobId"] == job_id
+
+
 def test_offer_waits_for_a_busy_worker(studio: LocalStudio, machine: Machine) -> None:
     """A heartbeat that names a job in hand is not an idle one."""
+    machine.beat(job_id="something else")
     queue(studio)
     assert machine.hears_nothing()
     assert studio.queue.counts()["offered"] == 0
@@ -59,8 +88,8 @@ def test_offer_waits_for_a_busy_worker(studio: LocalStudio, machine: Machine) ->
 
 def test_offer_is_not_made_to_a_paused_worker(studio: LocalStudio, machine: Machine) -> None:
     """While a worker says that it is paused it is left alone, and the job says what it waits for."""
-    job_id = queue(studio)
     machine.beat(autoEnabled=False)
+    job_id = queue(studio)
     machine.beat(autoEnabled=False)
     assert waits_for(studio, job_id) == "all connected workers are paused"
     assert machine.offered()["jobId"] == job_id
@@ -106,9 +135,9 @@ def test_reject_for_good_sends_the_job_to_somebody_else(studio: LocalStudio, mac
 
 def test_reject_asks_another_worker_at_once(studio: LocalStudio, machine: Machine) -> None:
     """A job rejected without a code is offered to an idle worker before its next heartbeat."""
-    other = Machine(studio, name="other").connect()
     job_id = queue(studio)
     machine.offered()
+    other = Machine(studio, name="other").connect()
     machine.say("reject", jobId=job_id, reason="needs 40 GB")
     assert other.hear()["claim"]["jobId"] == job_id
     other.hang_up()
@@ -118,9 +147,10 @@ def test_reject_by_everybody_fails_with_all_reasons(tmp_path: Path) -> None:
     """A job that nobody can do comes back to each worker once, then fails; the page tells every reason."""
     limits = Limits(patience=Patience(ask_again_s=0.0))
     with LocalStudio(tmp_path / "studio.sqlite3", limits=limits) as studio:
-        small, old = Machine(studio, name="small").connect(), Machine(studio, name="old").connect()
+        small = Machine(studio, name="small").connect()
         job_id = queue(studio)
         assert small.offered()["jobId"] == job_id
+        old = Machine(studio, name="old").connect()
         for machine, reason in ((small, "needs 40 GB"), (old, "no such engine")):
             machine.say("reject", jobId=job_id, reason=reason)
             if machine is small:
@@ -184,6 +214,7 @@ def test_frames_for_another_workers_job_are_violations(studio: LocalStudio, mach
 
 def test_turn_goes_by_priority_and_round_robin(studio: LocalStudio, machine: Machine) -> None:
     """The urgent job is first; then people take turns, each with the oldest of its own jobs."""
+    machine.beat(job_id="something else")
     pia = [queue(studio, submitter="pia") for _ in range(3)]
     quin = [queue(studio, submitter="quin") for _ in range(2)]
     low, urgent = queue(studio, priority=-1), queue(studio, priority=5)
@@ -225,11 +256,11 @@ def test_turn_is_remembered_over_a_restart(tmp_path: Path) -> None:
 
 def warm_and_cold(studio: LocalStudio) -> tuple[Machine, Machine]:
     """A worker that has made a picture, and one that has not."""
-    warm, cold = Machine(studio, name="warm").connect(), Machine(studio, name="cold").connect()
+    warm = Machine(studio, name="warm").connect()
     queue(studio)
     assert warm.upload(warm.take()["jobId"]).status_code == 200
     assert warm.hears_nothing()
-    return warm, cold
+    return warm, Machine(studio, name="cold").connect()
 
 
 def test_turn_waits_for_the_worker_with_the_model(tmp_path: Path) -> None:
@@ -250,10 +281,8 @@ def test_turn_does_not_wait_beyond_the_limit(tmp_path: Path) -> None:
     """Once a job's turn has come, another worker loads its model when the limit is over."""
     limits = Limits(patience=Patience(affinity_s=0.0))
     with LocalStudio(tmp_path / "studio.sqlite3", limits=limits) as studio:
-        warm, cold = warm_and_cold(studio)
-        job_id = queue(studio)
-        cold.beat()
-        assert cold.hears_nothing()
+        warm, cold = warm_and_cold(studio)  # and warm has something to do
+        job_id = queue(studio)  # its turn has come
         assert cold.offered()["jobId"] == job_id
         warm.hang_up()
         cold.hang_up()

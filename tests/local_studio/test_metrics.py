@@ -50,9 +50,9 @@ def test_metrics_tell_of_line_workers_and_jobs(studio: LocalStudio) -> None:
     """Length and age of the line by model, sessions by state, jobs by outcome, claims, answers, offers."""
     began = time.time()
     Machine(studio, name="newcomer", approve=False)
-    machine = Machine(studio).connect()
     job_id = queue(studio)
     queue(studio)
+    machine = Machine(studio).connect()
     fresh = scrape(studio)
     assert fresh["local_studio_queue_jobs model=test"] == 2
     assert began - 1 < fresh["local_studio_queue_oldest_timestamp_seconds model=test"] < time.time() + 1
@@ -128,8 +128,8 @@ def test_answers_of_our_mistakes_are_counted(studio: LocalStudio, monkeypatch: p
 
 def test_metrics_go_on_without_the_database(studio: LocalStudio, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the database does not answer the process tells that, and everything that it knows itself."""
-    machine = Machine(studio).connect()
     queue(studio)
+    machine = Machine(studio).connect()
 
     def away(*_: object) -> None:
         raise StorageAway("gone")

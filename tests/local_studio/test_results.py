@@ -42,6 +42,7 @@ def test_fail_for_good_is_final(studio: LocalStudio, machine: Machine) -> None:
     assert machine.hear()["type"] == "failAck"
     reason = studio.job(job_id).reason or ""
     assert (studio.job(job_id).status, reason[:15], len(reason)) == ("failed", "unknown engine ", 2000)
+    machine.beat(job_id="something else")
     studio.retry(job_id)
     assert (studio.job(job_id).status, studio.job(job_id).attempts) == ("queued", 0)
     assert machine.offered()["jobId"] == job_id
@@ -195,6 +196,7 @@ def test_upload_race_completes_once(tmp_path: Path, studio: LocalStudio, machine
 
 def test_upload_refusals(studio: LocalStudio, machine: Machine) -> None:
     """Wrong token is 401, unknown job 404, a job that was never this worker's 409, a failed one 409."""
+    machine.beat(job_id="something else")
     job_id = queue(studio)
     assert machine.upload(job_id, token="wrong").status_code == 401
     assert machine.upload("unknown").status_code == 404
