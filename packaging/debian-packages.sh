@@ -16,3 +16,19 @@ install_all() {
     apt-get -qq update
     DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "$@" >/dev/null
 }
+
+# take_out_of FOLDER PACKAGE...: their files into the folder, for programs that are only tried. So no user, no service of the
+# system's and nothing that they merely recommend or show (promtool's package: 12 of JavaScript) comes with them.
+take_out_of() {
+    folder=$1
+    shift
+    echo "fetching $*"
+    rm -rf "$folder"
+    mkdir -p "$folder/packages"
+    [ "$(id -u)" != 0 ] || apt-get -qq update
+    (cd "$folder/packages" && apt-get -qq -o APT::Sandbox::User=root download "$@")
+    for archive in "$folder"/packages/*.deb; do
+        dpkg-deb -x "$archive" "$folder"
+    done
+    rm -rf "$folder/packages"
+}

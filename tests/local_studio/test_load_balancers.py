@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import ssl
 import subprocess
@@ -19,6 +18,7 @@ from studio_worker.local_studio import Door, LocalStudio
 from tests.fakes.certificates import Certificate, certificate
 from tests.fakes.machine import PICTURE, Machine, queue
 from tests.fakes.servers import free_port
+from tests.lab.programs import program
 
 EXAMPLES = Path(__file__).parents[2] / "packaging" / "examples" / "load-balancer"
 TOKEN = "a token of sufficient length"
@@ -70,8 +70,7 @@ def caddy(folder: Path, shown: Certificate, port: int, studios: list[str]) -> li
 @contextlib.contextmanager
 def running(command: list[str], port: int, log: Path) -> Iterator[None]:
     """A program that listens on ``port``."""
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"no {command[0]} here")
+    command = [program(command[0]), *command[1:]]
     with log.open("wb") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
         try:
             deadline = time.monotonic() + WAIT_S

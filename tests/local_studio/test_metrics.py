@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from studio_worker.local_studio.rules import (
 )
 from tests.fakes.certificates import certificate
 from tests.fakes.machine import WAIT_S, Machine, queue
+from tests.lab.programs import program
 from tests.lab.service import samples
 
 EXAMPLES = Path(__file__).parents[2] / "packaging" / "examples"
@@ -249,9 +249,7 @@ TROUBLES: dict[str, Mapping[str, str]] = {
 
 def firing(tmp_path: Path, series: Mapping[str, str], expected: str | None) -> str:
     """What promtool has to say where only ``expected`` is to fire after four hours."""
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("no promtool here (Debian's package prometheus)")
+    promtool = program("promtool")
     rules = yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]
     # Alerts that fire are told by Prometheus's own series; their labels and words are the rules' business.
     asked = {
