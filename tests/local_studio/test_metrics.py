@@ -246,9 +246,30 @@ TROUBLES: dict[str, Mapping[str, str]] = {
     "LocalStudioCertificateEnds": {"local_studio_certificate_end_timestamp_seconds": "604800x240"},
 }
 
+OWN = {
+    "LocalStudioDown",
+    "LocalStudioDatabaseAway",
+    "LocalStudioCannotStore",
+    "LocalStudioMakesMistakes",
+    "LocalStudioCertificateEnds",
+}
+"""Alerts that name the process: two of them for two that are in trouble."""
 
-def firing(tmp_path: Path, series: Mapping[str, str], expected: str | None) -> str:
-    """What promtool has to say where only ``expected`` is to fire after four hours."""
+
+def of(instance: str, series: Mapping[str, str]) -> dict[str, str]:
+    """These series as Prometheus has them of one process."""
+    named = {}
+    for name, values in series.items():
+        metric, _, labels = name.removesuffix("}").partition("{")
+        said = [label for label in (labels, f'instance="{instance}"') if label]
+        named[f"{metric}{{{','.join(said)}}}"] = values
+    return named
+
+
+def firing(
+    tmp_path: Path, series: Mapping[str, str], expected: str | None, *, well: Mapping[str, str] | None = None
+) -> str:
+    """What promtool has to say where only ``expected`` is to fire, once, after four hours."""
     promtool = program("promtool")
     rules = yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]
     # Alerts that fire are told by Prometheus's own series; their labels and words are the rules' business.
@@ -264,7 +285,8 @@ def firing(tmp_path: Path, series: Mapping[str, str], expected: str | None) -> s
             {
                 "interval": "1m",
                 "input_series": [
-                    {"series": name, "values": values} for name, values in (WELL | dict(series)).items()
+                    {"series": name, "values": values}
+                    for name, values in (dict(WELL if well is None else well) | dict(series)).items()
                 ],
                 "promql_expr_test": [asked],
             }
@@ -287,3 +309,24 @@ def test_no_alert_fires_where_all_is_well(tmp_path: Path) -> None:
 def test_alert_fires_in_its_trouble_and_alone(tmp_path: Path, alert: str) -> None:
     """Each alert fires when what it is for has gone on for long enough, and no other does."""
     assert firing(tmp_path, TROUBLES[alert], alert) == ""
+
+
+@pytest.mark.parametrize("alert", [None, *TROUBLES])
+def test_two_processes_raise_one_alert(tmp_path: Path, alert: str | None) -> None:
+    """Where two processes tell of the same line, or of one that is in trouble itself, one alert fires."""
+    well = of("north", WELL) | of("south", WELL)
+    trouble = TROUBLES[alert] if alert else {}
+    told = of("north", trouble)
+    if alert not in OWN:  # what the database or the workers do, both tell
+        told |= of("south", trouble)
+    assert firing(tmp_path, told, alert, well=well) == ""
+
+
+def test_process_that_is_away_raises_its_alert_alone(tmp_path: Path) -> None:
+    """One of two that died for good, whose numbers are gone, is told as down; nothing else is said."""
+    gone = {
+        name: "1x200 0x40" if name.startswith("up{") else f"{values.removesuffix('x240')}x200 _x40"
+        for name, values in WELL.items()
+    }
+    well = of("south", WELL)
+    assert firing(tmp_path, of("north", gone), "LocalStudioDown", well=well) == ""
