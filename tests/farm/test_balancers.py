@@ -167,7 +167,7 @@ def test_killed_process_costs_a_worker_its_connection_only(site: Site) -> None:
 
 def test_rolling_restart_fails_no_request_and_no_job(site: Site) -> None:
     """While one process after the other is stopped and started, all that people ask is answered, and the
-    worker goes on with its job. (Through Caddy: all that has no body.)
+    worker goes on with its job; through Caddy, all that has no body.
     """
     machine = site.worker()
     job_id = queue(site.desk)
