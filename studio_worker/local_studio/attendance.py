@@ -31,9 +31,9 @@ _WHY: dict[wire.ErrorCode, str] = {
 }
 
 
-_WOKEN = 4
-"""So many idle workers of each process are asked when a job came: each has its reasons not to be the one, and
-whoever is given a job has the next one asked.
+_ASKED = 2
+"""So many idle workers of each process are asked when a job came, first those that made its model last: each
+may have its reasons not to be the one, and whoever is given a job has the next one asked.
 """
 
 
@@ -59,14 +59,16 @@ class Attendance:
         else:
             self._wake.tell(Hint("offer", worker_id))
 
-    def offer_idle(self) -> None:
+    def offer_idle(self, model: str) -> None:
         """A job came: workers that have none, with whatever process, are offered it now. From any thread."""
-        self.hear(Hint("queued"))
-        self._wake.tell(Hint("queued"))
+        hint = Hint("queued", model=model)
+        self.hear(hint)
+        self._wake.tell(hint)
 
-    def pass_on(self) -> None:
-        """A worker was given a job; where another has none, there may be one for it. From the event loop."""
-        self._offer_some_idle(1)
+    def offered(self, session: WorkerSession, job: QueuedJob) -> None:
+        """This worker was given a job; there may be one for another, too. Only from the event loop."""
+        session.inherited, session.current_job_id, session.model = None, job.job_id, job.model
+        self._offer_idle(1)
 
     def end(self, worker_id: str, code: wire.ErrorCode) -> None:
         """End this worker's session, if it has one with any process. From any thread."""
@@ -100,11 +102,13 @@ class Attendance:
             mine.current_job_id = None
             mine.commands.put_nowait("offer")
         elif hint.kind == "queued":
-            self._offer_some_idle(_WOKEN)
+            self._offer_idle(_ASKED, hint.model)
 
-    def _offer_some_idle(self, most: int) -> None:
+    def _offer_idle(self, most: int, model: str = "") -> None:
         idle = [each for each in self.live.values() if each.state == "idle" and each.commands.empty()]
-        for session in random.sample(idle, min(most, len(idle))):
+        random.shuffle(idle)
+        idle.sort(key=lambda session: session.model != model)
+        for session in idle[:most]:
             session.commands.put_nowait("offer")
 
     def _end_if_replaced(self, session: WorkerSession) -> None:

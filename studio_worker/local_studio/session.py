@@ -46,8 +46,9 @@ _Command = Literal["offer"] | EndSession
 class WorkerSession:
     """One connected worker. ``base_url`` is the studio's address as this worker reached it.
 
-    ``number`` counts this worker's sessions; ``inherited`` is what it had in hand in the one before, for as
-    long as its heartbeats name it. ``noted`` is what the database knows of its last heartbeat.
+    ``model`` is that of the job it was given last. ``number`` counts this worker's sessions; ``inherited`` is
+    what it had in hand in the one before, for as long as its heartbeats name it. ``noted`` is what the
+    database knows of its last heartbeat.
     """
 
     worker_id: str
@@ -55,6 +56,7 @@ class WorkerSession:
     base_url: str
     capabilities: wire.Capabilities | None = None
     current_job_id: str | None = None
+    model: str = ""
     number: int = 0
     inherited: Inherited | None = None
     noted: Said | None = None

@@ -230,8 +230,7 @@ class Sessions:
             return
         job = self._queue.take_next(session.worker_id, self._presence.ready, session_no=session.number)
         if job is not None:
-            session.inherited, session.current_job_id = None, job.job_id
-            self._attendance.pass_on()
+            self._attendance.offered(session, job)
             logger.info("job offered", extra={"worker_id": session.worker_id, "job_id": job.job_id})
             await session.send(wire.Offer(claim=claim_of(self._shelf.addressed(job), session.base_url)))
 

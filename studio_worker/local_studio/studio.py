@@ -194,7 +194,7 @@ class Studio:
             submitter=extras.get("submitter") or "",
         )
         self.queue.add(job)
-        self.attendance.offer_idle()
+        self.attendance.offer_idle(model)
         logger.info("job queued", extra={"job_id": job.job_id, "model": model})
         return job.job_id
 
@@ -219,8 +219,7 @@ class Studio:
 
     def retry(self, job_id: str) -> None:
         """Queue a failed or rejected job again. Raises RuleBroken."""
-        self.queue.retry(job_id)
-        self.attendance.offer_idle()
+        self.attendance.offer_idle(self.queue.retry(job_id).model)
 
     # --- models, pictures, logs ---------------------------------------------------------------------
 

@@ -34,6 +34,8 @@ QUEUED_S = 0.05
 """The same of jobs that came; idle workers there are as late."""
 _RETRY_S = 1.0
 _KEPT_HINTS = 1000
+_PAYLOAD_CHARS = 1000
+"""PostgreSQL takes 7,999 bytes; a model's name that was cut is nobody's, which costs nothing but time."""
 
 Kind = Literal["change", "end", "offer", "offer_others", "queued", "look"]
 _SELDOM: dict[Kind, float] = {"change": CHANGES_S, "queued": QUEUED_S}
@@ -44,22 +46,23 @@ class Hint:
     """What to look at. ``look``, which is never sent, means: hints may have been missed, look at everything.
 
     ``end`` ends what sessions of ``worker_id`` are over by the rows; ``offer`` offers this worker its next
-    job, ``offer_others`` everybody but it; ``queued`` offers a job that came to those who have none.
+    job, ``offer_others`` everybody but it. ``queued``: a job of this ``model`` came for those who have none.
     """
 
     kind: Kind
     worker_id: str = ""
+    model: str = ""
 
     def payload(self) -> str:
         """As it is sent."""
-        return f"{self.kind}:{self.worker_id}"
+        return f"{self.kind}:{self.model or self.worker_id}"[:_PAYLOAD_CHARS]
 
 
 def read_hint(payload: str) -> Hint:
     """A hint as it came. What a later version says, and this one does not know, is a change all the same."""
-    kind, _, worker_id = payload.partition(":")
+    kind, _, about = payload.partition(":")
     known = {name: name for name in get_args(Kind)}
-    return Hint(known.get(kind, "change"), worker_id)
+    return Hint("queued", model=about) if kind == "queued" else Hint(known.get(kind, "change"), about)
 
 
 Hear = Callable[[Hint], None]
@@ -102,7 +105,7 @@ class Listening:
         self._engine = sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=options_of(url))
         self._errors = (self._engine.dialect.loaded_dbapi.Error, sqlalchemy.exc.SQLAlchemyError, OSError)
         self._hints: deque[Hint] = deque(maxlen=_KEPT_HINTS)
-        self._merged: set[Kind] = set()
+        self._merged: set[Hint] = set()
         self._told_at = dict.fromkeys(_SELDOM, 0.0)
         self._stopping = threading.Event()
         self._nudge, self._nudged = socket.socketpair()
@@ -118,9 +121,9 @@ class Listening:
     def tell(self, hint: Hint) -> None:
         """Say it soon; hints are kept while there is no connection."""
         if hint.kind in _SELDOM:
-            if hint.kind in self._merged:
+            if hint in self._merged:
                 return
-            self._merged.add(hint.kind)
+            self._merged.add(hint)
         else:
             self._hints.append(hint)
         self._wake()
@@ -192,14 +195,14 @@ class Listening:
         while self._hints:
             _notify(connection, self._hints[0])
             self._hints.popleft()  # only what was said
-        for kind in tuple(self._merged):
-            if all_of_it or self._due_in_s(kind) == 0.0:
-                self._merged.discard(kind)  # first: what comes now is told once more
-                self._told_at[kind] = time.monotonic()
-                _notify(connection, Hint(kind))
+        due = [hint for hint in tuple(self._merged) if all_of_it or self._due_in_s(hint) == 0.0]
+        for hint in due:
+            self._merged.discard(hint)  # first: what comes now is told once more
+            self._told_at[hint.kind] = time.monotonic()
+            _notify(connection, hint)
 
-    def _due_in_s(self, kind: Kind) -> float:
-        return max(0.0, self._told_at[kind] + _SELDOM[kind] - time.monotonic())
+    def _due_in_s(self, hint: Hint) -> float:
+        return max(0.0, self._told_at[hint.kind] + _SELDOM[hint.kind] - time.monotonic())
 
 
 def _notify(connection: Any, hint: Hint) -> None:

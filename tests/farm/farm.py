@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tests.farm import faults, people
 from tests.farm.judge import Verdict, judge_and_keep
@@ -24,7 +25,11 @@ STALLED_S = 90.0
 
 @dataclass(frozen=True)
 class Size:
-    """How large a farm is, and what it has to do. ``makes_s`` is what a picture takes on average."""
+    """How large a farm is, and what it has to do.
+
+    ``makes_s`` is what a picture takes on average, ``loads_s`` what a worker needs besides that for another
+    model than its last. Jobs come as others are done; or all before the first worker, or so many a second.
+    """
 
     seed: int
     jobs: int
@@ -34,6 +39,8 @@ class Size:
     faults: int = 0
     impossible: int = 0
     makes_s: float = 1.0
+    loads_s: float = 2.0
+    come: Literal["as others are done", "first"] | float = "as others are done"
 
 
 @dataclass
@@ -113,12 +120,17 @@ class Farm:
             await asyncio.gather(*(worker.register() for worker in self._workers[begin : begin + 20]))
         trouble = faults.Faults(self._processes, self._balancer, self._workers, self._store.faults)
         kinds = [*faults.OF_ALL, *self._store.faults]
-        script = faults.script(self._size.seed, self._size.jobs, self._size.faults, kinds)
+        size = self._size
+        script = faults.script(size.seed, size.jobs, size.faults, kinds)
+        coming = self._coming()
+        if size.come == "first":
+            await coming
+            coming = _nothing()
         # Who is still in the middle of something when all is over is sent home.
         at_work = [asyncio.create_task(worker.run()) for worker in self._workers]
         at_work.append(asyncio.create_task(self._balancer.look()))
         try:
-            await self._work(trouble.run(script, self._ended), at_work)
+            await self._work(coming, trouble.run(script, self._ended), at_work)
         finally:
             for task in at_work:
                 task.cancel()
@@ -128,12 +140,21 @@ class Farm:
         await self._stop()
         return trouble.done
 
-    async def _work(self, trouble: Awaitable[None], at_work: Sequence[asyncio.Task[None]]) -> None:
-        size, account = self._size, self._book.account
+    async def _coming(self) -> None:
+        size, account, port_of = self._size, self._book.account, self._balancer.port
         batches = people.plan(size.seed, size.jobs, size.people, impossible=size.impossible)
+        if isinstance(size.come, float):
+            await people.queue_steadily(batches, account, port_of, size.come)
+        else:
+            ended = self._ended if size.come == "as others are done" else lambda: size.jobs
+            await people.queue_all(batches, account, port_of, ended)
+
+    async def _work(
+        self, coming: Awaitable[None], trouble: Awaitable[None], at_work: Sequence[asyncio.Task[None]]
+    ) -> None:
         began = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
-            load = tasks.create_task(people.queue_all(batches, account, self._balancer.port, self._ended))
+            load = tasks.create_task(_awaited(coming))
             troubles = tasks.create_task(_awaited(trouble))
             moved_at, last = time.monotonic(), -1
             while not (load.done() and troubles.done() and await self._is_over()):
@@ -180,7 +201,7 @@ def manners(size: Size) -> list[Manner]:
         made.append(
             Manner(
                 makes_s=size.makes_s,
-                loads_s=2 * size.makes_s,
+                loads_s=size.loads_s,
                 lacks=chance.choice(people.MODELS[1:]) if lot < 0.1 else "",
                 is_busy=0.1 if 0.1 <= lot < 0.2 else 0.0,
                 fails=0.05 if 0.2 <= lot < 0.3 else 0.0,
@@ -194,6 +215,10 @@ def manners(size: Size) -> list[Manner]:
 def _cpu_s_of_children() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+async def _nothing() -> None:
+    """There is nothing left to do."""
 
 
 async def _awaited(something: Awaitable[None]) -> None:

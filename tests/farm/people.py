@@ -70,6 +70,18 @@ async def queue_all(
             before += len(batch)
 
 
+async def queue_steadily(
+    batches: Sequence[Sequence[Wish]], account: Account, port_of: Callable[[], int], per_s: float
+) -> None:
+    """Queue everything by the API, one job after the other, so many a second."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    async with asyncio.TaskGroup() as tasks:
+        for number, wish in enumerate(wish for batch in batches for wish in batch):
+            await asyncio.sleep(began + number / per_s - loop.time())
+            tasks.create_task(_queue([wish], account, port_of))
+
+
 async def _queue(batch: Sequence[Wish], account: Account, port_of: Callable[[], int]) -> None:
     for wish in batch:
         while not await _is_taken(wish, account, port_of()):

@@ -96,8 +96,13 @@ class S3Server:
 
     def keys(self, bucket: str) -> list[str]:
         """What lies in it."""
+        return list(self.tags(bucket))
+
+    def tags(self, bucket: str) -> dict[str, str]:
+        """The same with the tag of each: what tells one content from another."""
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket)
-        return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+        entries = (entry for page in pages for entry in page.get("Contents", ()))
+        return {entry["Key"]: entry["ETag"].strip('"') for entry in entries}
 
     def start(self) -> None:
         """Run the server; returns when it takes requests. Raises NotStarted."""

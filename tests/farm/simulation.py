@@ -3,10 +3,12 @@
 Studio processes on one PostgreSQL database and one S3 storage, a crowd of workers in one event loop, people
 who queue jobs, and everything that goes wrong between them, by a script from a seed: a verdict.
 
-Then figures, without faults, of as many workers that take as long for a picture: the same farm, a studio of
-one desk (SQLite, a folder, one process), and a bare queue in the same database server, whose clients claim
-with ``SKIP LOCKED``, wait as long as a picture takes, and note that it is done. Their pictures go nowhere,
-they load no models and know no turns. The bare queue is run without the work, too: what its server can do.
+Then figures, without faults, of as many workers that take as long for a picture and load no models: the same
+farm, a studio of one desk (SQLite, a folder, one process), and a bare queue in the same database server,
+whose clients claim with ``SKIP LOCKED``, wait as long as a picture takes, and note that it is done. Their
+pictures go nowhere, and they know no turns. All of them find all jobs queued when they begin. How long a job
+waits for its offer is measured besides, with jobs that come at half that speed. The bare queue is run without
+the work, too: what its server can do.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from tests.farm.stores import Bucket, OneDatabase, OneDesk, SharedFolder, Shelve
 _SHOWN = 10
 GOAL = 0.5
 """Of the bare queue's jobs a second."""
+HALF_LOADED_S = 40
+"""So long jobs come at half speed."""
 
 
 def one_desk(folder: Path, size: Size) -> Outcome:
@@ -71,7 +75,7 @@ def main() -> int:
     console = Console()
     size = Size(
         given.seed, given.jobs, workers=given.workers, processes=given.processes, faults=given.faults,
-        makes_s=given.makes,
+        makes_s=given.makes, loads_s=2 * given.makes,
     )  # fmt: skip
     outcomes: list[Outcome] = []
     with contextlib.ExitStack() as stack:
@@ -86,12 +90,27 @@ def main() -> int:
             outcomes.append(one_farm(folder / "farm", size, cluster, shelves))
         console.print(table("the farm while everything fails", outcomes[-1]))
         if given.figures:
-            calm = replace(size, jobs=given.figures, faults=0)
-            shelves = SharedFolder(folder / "pictures of the calm farm")
-            outcomes.append(one_farm(folder / "calm", calm, cluster, shelves))
-            outcomes.append(one_desk(folder / "desk", replace(calm, processes=1)))
+            calm = replace(size, jobs=given.figures, faults=0, loads_s=0.0, come="first")
+            outcomes += _farm_and_desk(folder, calm, cluster)
             console.print(_figures(cluster, *outcomes[1:]))
     return 0 if all(is_clean(outcome) for outcome in outcomes) else 1
+
+
+def _farm_and_desk(folder: Path, calm: Size, cluster: Cluster) -> list[Outcome]:
+    """Both as fast as they can, and then with half as many jobs a second."""
+    outcomes: list[Outcome] = []
+    for name in ("farm", "desk"):
+
+        def run(kind: str, size: Size, name: str = name) -> Outcome:
+            place = folder / f"calm {name} {kind}"
+            if name == "desk":
+                return one_desk(place, replace(size, processes=1))
+            return one_farm(place, size, cluster, SharedFolder(folder / f"pictures {kind}"))
+
+        fast = run("at its fastest", calm)
+        per_s = fast.jobs_per_s / 2
+        outcomes += [fast, run("half loaded", replace(calm, jobs=int(per_s * HALF_LOADED_S), come=per_s))]
+    return outcomes
 
 
 def _clear(folder: Path, outcomes: Sequence[Outcome], *, is_kept: bool) -> None:
@@ -102,24 +121,33 @@ def _clear(folder: Path, outcomes: Sequence[Outcome], *, is_kept: bool) -> None:
         shutil.rmtree(folder)
 
 
-def _figures(cluster: Cluster, farm: Outcome, desk: Outcome) -> Table:
+def _figures(cluster: Cluster, farm: Outcome, half_farm: Outcome, desk: Outcome, half_desk: Outcome) -> Table:
     size = farm.size
     loop, idle = (
         jobs_per_second(cluster.url(), jobs=size.jobs, clients=size.workers, makes_s=makes_s)
         for makes_s in (size.makes_s, 0.0)
     )
     made = Table(title=f"{size.jobs} jobs, {size.workers} workers, {size.makes_s:g} s a picture, no faults")
-    columns = ("jobs/s", "of the loop", "queue to offer, p50", "p99", "studios' CPU", "the crowd's")
+    columns = (
+        "jobs/s",
+        "of the loop",
+        "half loaded, queue to offer: p50",
+        "p99",
+        "studios' CPU",
+        "the crowd's",
+    )
     for column in ("", *columns):
         made.add_column(column)
-    for name, outcome in ((f"farm of {size.processes} processes", farm), ("one desk, SQLite", desk)):
-        ratio, (p50, p99) = outcome.jobs_per_s / loop, waits(outcome)
+    kinds = ((f"farm of {size.processes} processes", farm, half_farm), ("one desk, SQLite", desk, half_desk))
+    for name, outcome, half in kinds:
+        ratio, (p50, p99) = outcome.jobs_per_s / loop, waits(half)
         goal = f" (goal {GOAL})" if outcome is farm else ""
         cpu = [f"{cpu_s / size.jobs * 1000:.1f} ms" for cpu_s in (outcome.studios_cpu_s, outcome.crowd_cpu_s)]
         told = (f"{outcome.jobs_per_s:.1f}", f"{ratio:.2f}{goal}", f"{p50:.2f} s", f"{p99:.2f} s")
         made.add_row(name, *told, *cpu)
-        if outcome.wrong or not outcome.verdict.is_clean:
-            made.add_row("", "this run broke promises:", str(outcome.wrong[:1]), str(outcome.verdict)[:200])
+        for each in (outcome, half):
+            if not is_clean(each):
+                made.add_row("", "this run broke promises:", str(each.wrong[:1]), str(each.verdict)[:200])
     made.add_row("bare SKIP LOCKED loop", f"{loop:.1f}", "1", "", "")
     made.add_row("the same without the work", f"{idle:.0f}", f"{idle / loop:.1f}", "", "")
     return made

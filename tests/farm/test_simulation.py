@@ -18,7 +18,7 @@ from tests.farm.stores import Bucket
 
 def test_one_desk_loses_nothing_while_everything_fails(tmp_path: Path) -> None:
     """A studio on SQLite is killed, stopped and frozen, sessions drop: each job ends once, and in turn."""
-    size = Size(seed=1, jobs=200, people=12, workers=20, processes=1, faults=5, makes_s=0.2)
+    size = Size(seed=1, jobs=200, people=12, workers=20, processes=1, faults=5, makes_s=0.2, loads_s=0.4)
     outcome = one_desk(tmp_path / "desk", size)
     assert is_clean(outcome), table("one desk", outcome)
     assert outcome.faults.total() == 5
@@ -29,7 +29,7 @@ def test_farm_loses_nothing_while_everything_fails(
     tmp_path: Path, postgres: Cluster, s3_server: S3Server
 ) -> None:
     """Studios die, database and picture store go away, sessions drop: each job ends once, and in turn."""
-    size = Size(seed=1, jobs=200, people=12, workers=20, processes=2, faults=7, makes_s=0.2)
+    size = Size(seed=1, jobs=200, people=12, workers=20, processes=2, faults=7, makes_s=0.2, loads_s=0.4)
     with S3Proxy(s3_server.port, seed=1) as proxy:
         outcome = one_farm(tmp_path / "farm", size, postgres, Bucket(s3_server, proxy))
     assert is_clean(outcome), table("the farm", outcome)
