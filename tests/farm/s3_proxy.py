@@ -18,6 +18,10 @@ _SLOW_DOWN = (
     b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>SlowDown</Code>"
     b"<Message>Please reduce your request rate.</Message></Error>"
 )
+_WELCOME = (
+    b'HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nETag: "5f-60"\r\nContent-Length: 13\r\n'
+    b"Connection: close\r\n\r\n<html></html>"
+)
 
 
 @dataclass
@@ -26,6 +30,7 @@ class Faults:
 
     ``refused``: 503 at once. ``cut``: the connection breaks, before the server hears of it or in the middle
     of what either side sends. ``is_down``: nobody listens to anything. ``is_silent``: nobody is answered.
+    ``is_portal``: everybody is answered with a web page.
     """
 
     refused: float = 0.0
@@ -33,6 +38,7 @@ class Faults:
     cut_after_bytes: tuple[int, ...] = (0, 100, 1000, 10_000)
     is_down: bool = False
     is_silent: bool = False
+    is_portal: bool = False
 
 
 class S3Proxy(Proxy):
@@ -58,6 +64,9 @@ class S3Proxy(Proxy):
             if self.faults.is_down:
                 self._count("down")
                 reset(writer)
+            elif self.faults.is_portal:
+                writer.write(_WELCOME)
+                await writer.drain()
             elif self._random.random() < self.faults.refused:
                 self._count("refused")
                 await _refuse(writer)

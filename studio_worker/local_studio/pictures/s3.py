@@ -21,7 +21,15 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from studio_worker.errors import ConfigError
-from studio_worker.local_studio.pictures.port import MARK, Reading, StorageAway, StoredBytes, is_key, new_key
+from studio_worker.local_studio.pictures.port import (
+    MARK,
+    PictureGone,
+    Reading,
+    StorageAway,
+    StoredBytes,
+    is_key,
+    new_key,
+)
 from studio_worker.local_studio.pictures.s3_place import OPTION, Place, is_public
 from studio_worker.local_studio.pictures.s3_trouble import MISSING, code_of, misconfigured, telling
 
@@ -37,6 +45,10 @@ _CONNECTIONS = 64
 """More than the threads that serve requests; each may hold one."""
 _RANGE = re.compile(r"bytes=(\d+-\d*|-\d+)")
 """S3 knows one range, and answers other requests with the whole."""
+_NAME = "picture"
+"""Under this name an object says its key itself, by which it is known for one of ours. Makes of S3 differ in
+how they write the name when they are asked.
+"""
 _TALKATIVE = ("boto3", "botocore", "s3transfer", "urllib3")
 
 
@@ -101,10 +113,17 @@ class S3:
         start = content.tell()
         size_bytes = content.seek(0, os.SEEK_END) - start
         content.seek(start)
-        with telling():
-            self._client.upload_fileobj(
-                content, self._place.bucket, self._place.prefix + key, Config=_one_part()
-            )
+        where = {"Bucket": self._place.bucket, "Key": self._place.prefix + key}
+        try:
+            with telling():
+                named = {"Metadata": {_NAME: key}}
+                self._client.upload_fileobj(content, *where.values(), ExtraArgs=named, Config=_one_part())
+                found = self._client.head_object(**where)
+        except PictureGone as error:
+            raise StorageAway("the studio's S3 storage does not keep what it takes") from error
+        # Whoever sits in its place (a portal, a proxy's welcome) says yes to everything, and knows no names.
+        if key not in found["Metadata"].values() or found["ContentLength"] != size_bytes:
+            raise StorageAway("something else answers in the place of the studio's S3 storage")
         return StoredBytes(key, size_bytes)
 
     def open(self, key: str, asked: str | None = None) -> Reading:
