@@ -15,7 +15,7 @@ from tests.fakes.machine import Machine
 from tests.fakes.servers import FileServer, ServedFile
 from tests.lab import published
 from tests.lab.headers import IQ2_XXS, hollow_gguf, hollow_safetensors, whole
-from tests.lab.service import DONE_S, READY_S, await_log, await_status, hurried
+from tests.lab.service import DONE_S, READY_S, await_log, await_status, await_that, hurried
 
 pytestmark = pytest.mark.welcoming_studio
 
@@ -77,12 +77,14 @@ def test_models_that_cannot_be_served_here_go_to_another_worker_unfetched(
         running.await_message("STATUS=ready, connected", READY_S)
         other = Machine(studio, name="another box", approve=False)
         other.fetch_token()
-        other.connect()  # and is offered what the first rejects
+        other.connect()
         sent = []
         for number, (make, reason) in enumerate(CANNOT):
             files = serve(server, number, make(), hold_after=MOST_BYTES)
+            other.beat(job_id="something else")  # the first is asked first
             job_id = queue_on_demand(studio, files)
-            assert other.hear(DONE_S)["claim"]["jobId"] == job_id
+            studio.wait_for(lambda job_id=job_id: bool(studio.job(job_id).rejections), DONE_S)
+            assert other.offered()["jobId"] == job_id
             (rejection,) = studio.job(job_id).rejections.values()
             assert reason in rejection.reason
             sent.append(sum(file.bytes_sent for file in files))
@@ -114,7 +116,7 @@ def test_heartbeats_go_on_while_a_server_of_headers_hangs(
             seen.update(worker.last_seen_at for worker in studio.workers())
             return len(seen) > 4
 
-        studio.wait_for(have_beaten, READY_S)
+        await_that(have_beaten, "five heartbeats")
         assert studio.job(job_id).status == "offered"
         await_status(studio, job_id, "running")
         running.signal(signal.SIGTERM)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +65,26 @@ def await_status(studio: LocalStudio, job_id: str, *statuses: str) -> None:
     studio.wait_for(lambda: studio.job(job_id).status in statuses, DONE_S)
 
 
-def await_file(path: Path) -> None:
-    """Until the service has written ``path``; it tells nobody, so it is looked for."""
+def await_that(is_so: Callable[[], bool], what: str) -> None:
+    """Until it is so; nobody tells of it, so it is looked for."""
     deadline = time.monotonic() + DONE_S
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} was not written"
+    while not is_so():
+        assert time.monotonic() < deadline, f"not within {DONE_S} s: {what}"
         time.sleep(0.005)
 
 
+def await_file(path: Path) -> None:
+    """Until the service has written ``path``."""
+    await_that(path.exists, f"{path} is written")
+
+
 def await_log(running: ServiceProcess, message: str, times: int = 1) -> None:
-    """Until the service has logged ``message`` so often; it tells nobody else, so it is looked for."""
-    deadline = time.monotonic() + DONE_S
-    while sum(line["message"] == message for line in running.log_lines()) < times:
-        assert time.monotonic() < deadline, f"{message!r} was not logged"
-        time.sleep(0.02)
+    """Until the service has logged ``message`` so often."""
+
+    def is_logged() -> bool:
+        return sum(line["message"] == message for line in running.log_lines()) >= times
+
+    await_that(is_logged, f"{message!r} is logged")
 
 
 def await_online(studio: LocalStudio) -> str:
