@@ -35,8 +35,7 @@ class Database:
         engine: knows how to connect; the tables are there and in their present form.
         on_change: called after every committed write, when no connection is held.
         translated: turns what the driver raises into this package's errors.
-        reader: the same where nothing is written.
-        single: the same where each statement is a transaction by itself.
+        single: the same where each statement is a transaction by itself, as one that only reads may be.
     """
 
     is_shared = False
@@ -50,12 +49,11 @@ class Database:
         engine: Engine,
         on_change: Callable[[], None],
         translated: Callable[[], AbstractContextManager[None]],
-        reader: Engine | None = None,
         single: Engine | None = None,
     ) -> None:
         self.on_change = on_change
         self._engine = engine
-        self._reader = reader or engine
+        self._reader = single or engine
         self._writer = engine.execution_options(**{WRITES: True})
         self._single = single or self._writer
         self._translated = translated

@@ -80,7 +80,7 @@ class PostgresDatabase(Database):
                     migrate(connection, name)
                 # Each by itself: no way to the server and back for its beginning and its end.
                 single = engine.execution_options(isolation_level="AUTOCOMMIT")
-                super().__init__(engine, on_change, _translated, reader=single, single=single)
+                super().__init__(engine, on_change, _translated, single)
         except BaseException:
             engine.dispose()
             raise
