@@ -23,6 +23,7 @@ from studio_worker.errors import ConfigError
 from studio_worker.local_studio.pictures import CannotStore, Folder, PictureGone, Pictures
 from studio_worker.local_studio.places import DATABASE_NAME, PICTURES_FOLDER, Places, open_places, owner_of
 from studio_worker.local_studio.storage.database import Database
+from studio_worker.local_studio.storage.locks import be_patient
 from studio_worker.local_studio.storage.sqlite import SqliteFile, lock_of
 from studio_worker.local_studio.storage.tables import METADATA, files, meta, results
 
@@ -106,6 +107,7 @@ def carry(copy: Path, pictures: Folder, target: Database, store: Pictures, tell:
         try:
             _carry_pictures(reading, (taken_out, pictures), store, moved, tell)
             with target.writing() as writing:
+                be_patient(writing)
                 _require_empty(writing)
                 _carry_rows(reading, writing, moved, tell)
         except BaseException:

@@ -29,6 +29,7 @@ _CHANGE = update(sessions).where(sessions.c.worker_id == bindparam("who"))
 _CHANGE_PRESENT = _CHANGE.where(sessions.c.number == bindparam("present"))
 _IS_FRESH = processes.c.beat_at >= bindparam("since")
 _LIVING = select(processes.c.process_id).where(_IS_FRESH)
+_DEAD = select(processes.c.process_id).where(processes.c.beat_at < bindparam("since"))
 _CONNECTED = (
     select(sessions)
     .join_from(sessions, processes, sessions.c.process_id == processes.c.process_id, isouter=True)
@@ -124,7 +125,14 @@ class Presence:
                 self._offset_s = float(now) - self._clock()
             here = {"process_id": self.process_id, "address": address, "beat_at": self._now()}
             upsert(connection, processes, {**here, "started_at": self._now()}, keep=("started_at",))
-            connection.execute(delete(processes).where(processes.c.beat_at < self._since()))
+            dead = connection.execute(_DEAD, {"since": self._since()}).scalars().all()
+        if dead:
+            # In a step of its own, that waits for nobody: of two that have been away for long each would have
+            # its own row, and wait for the other's.
+            with self._database.writing() as connection:
+                locked = connection.execute(_DEAD.with_for_update(skip_locked=True), {"since": self._since()})
+                gone = locked.scalars().all()
+                connection.execute(delete(processes).where(processes.c.process_id.in_(gone)))
 
     def end_process(self) -> None:
         """This process is stopped, and its workers are to come back to another."""

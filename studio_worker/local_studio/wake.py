@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import sqlalchemy
-from sqlalchemy.pool import NullPool
 
-from studio_worker.local_studio.storage.postgres import options_of
+from studio_worker.local_studio.storage.postgres import engine_of
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ class Listening:
     """
 
     def __init__(self, url: sqlalchemy.URL) -> None:
-        self._engine = sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=options_of(url))
+        self._engine = engine_of(url)
         self._errors = (self._engine.dialect.loaded_dbapi.Error, sqlalchemy.exc.SQLAlchemyError, OSError)
         self._hints: deque[Hint] = deque(maxlen=_KEPT_HINTS)
         self._merged: set[Hint] = set()

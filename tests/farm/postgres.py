@@ -7,6 +7,7 @@ server, so :meth:`Cluster.kill` and :meth:`Cluster.start` lose no commit.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -128,6 +129,14 @@ class Cluster:
         """End it as a crash would: connections break, and the next start recovers from the log."""
         self._end(signal.SIGQUIT)  # not SIGKILL, which would leave its children behind for a while
 
+    def stand_still(self) -> None:
+        """From now on it does nothing, as on a machine that was paused: the kernel takes what is sent."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """After it stood still."""
+        self._signal(signal.SIGCONT)
+
     def close(self) -> None:
         """End it and remove its files."""
         self._end(signal.SIGQUIT)
@@ -169,6 +178,15 @@ class Cluster:
         except psycopg.OperationalError:
             return False
         return True
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To all its processes, first to the one that makes the others."""
+        assert self._process is not None
+        os.kill(self._process.pid, number)
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        for child in children.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), number)
 
     def _end(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.poll() is None:

@@ -1,41 +1,72 @@
-"""No dialling in vain: while a database server does not answer, its clients are told so at once.
+"""No asking in vain: while a database server does not answer, its clients are told so at once.
 
 Sessions ask the database on the event loop. Were each of them to wait for the same server, heartbeats would
-be acknowledged too late, and workers would leave.
+be acknowledged too late, and workers would leave. So whoever waited in vain shuts the gate for all, and one
+thread asks until the server answers.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
-from sqlalchemy import Engine, event
-from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import SQLAlchemyError
 
 from studio_worker.local_studio.pictures import StorageAway
 
-CLOSED_S = 1.0
-"""So long after a connection could not be made none is tried."""
+logger = logging.getLogger(__name__)
+
+ASKED_EVERY_S = 1.0
 
 
 class Gate:
-    """Stands where an engine makes its connections.
+    """Open, until somebody shuts it. All methods may be called from any thread.
 
     Args:
-        clock: any, in seconds.
+        ask: asks the server, past the gate; raises SQLAlchemyError while it does not answer.
     """
 
-    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._closed_until = float("-inf")
-        event.listen(engine, "do_connect", self._dial)
+    def __init__(self, ask: Callable[[], None]) -> None:
+        self._ask = ask
+        self._changing = threading.Lock()
+        self._asking: threading.Thread | None = None
+        self._is_shut = False
+        self._ending = threading.Event()
 
-    def _dial(self, dialect: Dialect, _record: object, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        if self._clock() < self._closed_until:
+    def require_open(self) -> None:
+        """Raises StorageAway where it is shut."""
+        if self._is_shut:
             raise StorageAway("the database did not answer a moment ago")
+
+    def shut(self, why: object) -> None:
+        """Nobody asks any more until the server answers."""
+        with self._changing:
+            if self._is_shut or self._ending.is_set():
+                return
+            self._is_shut = True
+            logger.error("the database does not answer", extra={"error": str(why)})
+            self._asking = threading.Thread(target=self._open_again, name="gate", daemon=True)
+            self._asking.start()
+
+    def end(self) -> None:
+        """Ask no more."""
+        with self._changing:
+            self._ending.set()
+        if self._asking is not None:
+            self._asking.join()
+
+    def _open_again(self) -> None:
+        began = time.monotonic()
         try:
-            return dialect.connect(*given, **named)
-        except dialect.loaded_dbapi.Error:
-            self._closed_until = self._clock() + CLOSED_S
-            raise
+            while not self._ending.wait(ASKED_EVERY_S):
+                try:
+                    self._ask()
+                except SQLAlchemyError:
+                    continue
+                away_s = round(time.monotonic() - began, 1)
+                logger.info("the database answers again", extra={"away_s": away_s})
+                return
+        finally:  # of a fault in here, too: who asks next tells
+            self._is_shut = False

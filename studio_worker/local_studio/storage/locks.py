@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any
@@ -25,6 +26,18 @@ def take(connection: Connection, lock: Lock) -> None:
     """Wait for it; it is given back with the end of the transaction. SQLite has one that writes at a time."""
     if connection.dialect.name == "postgresql":
         connection.execute(_TAKE, {"number": int(lock)})
+
+
+def be_patient(connection: Connection) -> None:
+    """A step with much to do waits for the server, and for whoever locks what it needs, as long as it takes.
+
+    Args:
+        connection: in a transaction, with which this is over.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
+        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+        connection.connection.dbapi_connection.limit_s = math.inf  # type: ignore[union-attr]
 
 
 _SETTLES_S = 1

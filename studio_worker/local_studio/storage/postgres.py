@@ -7,33 +7,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import URL, Engine, create_engine, event, make_url
-from sqlalchemy.exc import (
-    ArgumentError,
-    DBAPIError,
-    DisconnectionError,
-    InterfaceError,
-    OperationalError,
-    TimeoutError,
-)
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, NullPool, create_engine, event, make_url
+from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, TimeoutError
 
 from studio_worker.errors import ConfigError
-from studio_worker.local_studio.pictures import CannotStore, StorageAway, StorageFull
+from studio_worker.local_studio.pictures import CannotStore, StorageAway
 from studio_worker.local_studio.storage.database import Database
 from studio_worker.local_studio.storage.gate import Gate
-from studio_worker.local_studio.storage.locks import Lock, take
+from studio_worker.local_studio.storage.locks import Lock, be_patient, take
 from studio_worker.local_studio.storage.migrating import migrate
 from studio_worker.local_studio.storage.postgres_trouble import (
-    DISK_FULL,
-    READ_ONLY,
+    is_everybodys,
+    is_read_only,
     require_unicode,
+    told,
     unusable,
 )
+from studio_worker.local_studio.storage.tables import METADATA
 
 _CONNECTIONS = 8
 """Of one studio process: most steps take a millisecond, and a server has a hundred by default."""
 
-_WAIT_S = 10
+_WAIT_S = 4
 """For one of them."""
 
 _OPTIONS = {
@@ -44,10 +40,19 @@ _OPTIONS = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 5_000,
-    "options": "-c lock_timeout=5s",
+    "options": "-c lock_timeout=2s -c idle_in_transaction_session_timeout=10s",
 }
 """A server that vanished without a word is noticed within seconds, and so is a row that another process holds
-and does not let go of: sessions wait for it on the event loop (libpq's parameters).
+and does not let go of: sessions wait for it on the event loop. A process that stands still in the middle of a
+step loses what it holds (libpq's parameters, and the server's).
+"""
+
+_CHECKS = (
+    "UPDATE meta SET value = value WHERE false",
+    f"LOCK TABLE {', '.join(METADATA.tables)} IN ROW EXCLUSIVE MODE",
+)
+"""What every step that writes does by itself, in nobody's way: it fails where a table is locked or not there,
+where the user may not change it, and where the whole database is read only.
 """
 
 
@@ -70,20 +75,51 @@ class PostgresDatabase(Database):
     def __init__(self, address: str, on_change: Callable[[], None]) -> None:
         self.url = url_of(address)
         engine = _engine(self.url)
+        self._asking = engine_of(self.url)
+        self._gate = Gate(self._ask)
         name = f"{self.url.host or self.url.query.get('host', 'localhost')}/{self.url.database or ''}"
         try:
             with _at_the_start(name):
                 with engine.begin() as connection:
                     require_unicode(connection, name)
-                    connection.exec_driver_sql("SET LOCAL lock_timeout = 0")  # another may have much to do
+                    be_patient(connection)  # another may have much to do
                     take(connection, Lock.MIGRATION)
                     migrate(connection, name)
                 # Each by itself: no way to the server and back for its beginning and its end.
                 single = engine.execution_options(isolation_level="AUTOCOMMIT")
-                super().__init__(engine, on_change, _translated, single)
+                super().__init__(engine, on_change, self._telling, single)
         except BaseException:
+            self._gate.end()
             engine.dispose()
             raise
+
+    def close(self) -> None:
+        """Nothing may be asked afterwards."""
+        self._gate.end()
+        super().close()
+
+    def check(self) -> None:
+        """Whether it lets everybody do all they have to; raises what it raises."""
+        with self._telling(), self._writer.begin() as connection:
+            _try_out(connection)
+
+    def _ask(self) -> None:
+        with self._asking.begin() as connection:
+            _try_out(connection)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        self._gate.require_open()
+        try:
+            yield
+        except TimeoutError as error:
+            raise StorageAway("the database is too busy") from error
+        except DBAPIError as error:
+            if is_everybodys(error):
+                self._gate.shut(error.orig)
+            if (trouble := told(error)) is None:
+                raise
+            raise trouble from error
 
 
 @contextmanager
@@ -94,21 +130,6 @@ def _at_the_start(name: str) -> Iterator[None]:
         raise unusable(error.__cause__ or error, name) from None
     except (DBAPIError, TimeoutError) as error:
         raise unusable(error, name) from None
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except TimeoutError as error:
-        raise StorageAway("the database is too busy") from error
-    except DBAPIError as error:
-        code = getattr(error.orig, "sqlstate", None)
-        if code == DISK_FULL:
-            raise StorageFull(f"the database takes no more data ({error.orig})") from error
-        if isinstance(error, OperationalError | InterfaceError) or code == READ_ONLY:
-            raise StorageAway(f"the database does not answer ({error.orig})") from error
-        raise
 
 
 def url_of(address: str) -> URL:
@@ -126,20 +147,20 @@ def url_of(address: str) -> URL:
     return url.set(drivername="postgresql+psycopg")
 
 
-def options_of(url: URL) -> dict[str, object]:
-    """How a connection is made and watched over, where the address does not say so itself."""
-    return {name: value for name, value in _OPTIONS.items() if name not in url.query}
+def engine_of(url: URL, **pool: Any) -> Engine:
+    """Connections that are watched over, unless the address says otherwise; without ``pool`` none is kept.
 
-
-def _engine(url: URL) -> Engine:
+    Raises:
+        ConfigError: the driver is not installed.
+    """
     try:
+        from studio_worker.local_studio.storage.bounded import BoundedConnection
+
         engine = create_engine(
             url,
-            connect_args=options_of(url),
-            pool_size=_CONNECTIONS,
-            max_overflow=0,
-            pool_timeout=_WAIT_S,
+            connect_args={name: value for name, value in _OPTIONS.items() if name not in url.query},
             hide_parameters=True,  # of errors in the log: there are prompts among them
+            **(pool or {"poolclass": NullPool}),
         )
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -147,15 +168,37 @@ def _engine(url: URL) -> Engine:
             cure="install the package studio-worker-farm, or studio-worker[farm] with pip",
             key="--database",
         ) from error
-    event.listen(engine, "checkout", _look)
-    Gate(engine)
+
+    @event.listens_for(engine, "do_connect")
+    def dial(_dialect: Dialect, _record: object, given: tuple[Any, ...], named: dict[str, Any]) -> object:
+        return BoundedConnection.connect(*given, **named)
+
     return engine
+
+
+def _engine(url: URL) -> Engine:
+    engine = engine_of(url, pool_size=_CONNECTIONS, max_overflow=0, pool_timeout=_WAIT_S)
+    event.listen(engine, "checkout", _look)
+    event.listen(engine, "handle_error", _leave)
+    return engine
+
+
+def _try_out(connection: Connection) -> None:
+    for statement in _CHECKS:
+        connection.exec_driver_sql(statement)
+
+
+def _leave(context: ExceptionContext) -> None:
+    """A server that has become a standby is left: the address may lead to the new primary by now."""
+    if is_read_only(context.original_exception):
+        context.is_disconnect = True
 
 
 def _look(connection: Any, _record: object, _fairy: object) -> None:
     """Whether the server has gone since: what comes unasked is its farewell. To ask, as SQLAlchemy would, is
     one more way there and back for each step.
     """
+    connection.limit_s = type(connection).limit_s  # the one before may have been patient
     unasked = select.poll()
     if not connection.closed:
         unasked.register(connection, select.POLLIN)

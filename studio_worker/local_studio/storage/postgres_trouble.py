@@ -1,4 +1,4 @@
-"""Why a PostgreSQL database cannot be used at the start, with a cure: what may pass by itself, and what not.
+"""What a PostgreSQL database's errors mean: for steps that are under way, and at the start, with a cure.
 
 A server that lets nobody in gives no code to libpq, so its words are looked at. Those that are not known, in
 another language say, count as what may pass: whoever watches the process tries again.
@@ -9,14 +9,20 @@ from __future__ import annotations
 import re
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
 
 from studio_worker.errors import ConfigError, StateUnavailable
+from studio_worker.local_studio.pictures import CannotStore, StorageAway, StorageFull
 
-DISK_FULL = "53100"
-READ_ONLY = "25006"
+_DISK_FULL = "53100"
+_READ_ONLY = "25006"
 """What a standby says."""
+STANDS_STILL = "08006"
+"""Connection failure: said in the place of a server that says nothing."""
 _NOT_ALLOWED = "42501"
+_LOCKED = "55P03"
+_CROSSED = ("40P01", "40001")
+"""Two steps waited for each other, and one was given up."""
 _ANOTHERS = ("42P07", "42703", "42P01")
 """A table is there already, or is not as this program makes it.
 
@@ -34,6 +40,46 @@ _WORDS = (
     (r"certificate|does not support SSL", "see to sslmode and sslrootcert, and to the server's certificate"),
 )
 """Of libpq and the server, and what to do about it; the first that is found."""
+
+
+def told(error: DBAPIError) -> CannotStore | None:
+    """What went wrong with a step, for the log; ``None`` of what only a fault in this program can bring."""
+    code = _code_of(error.orig)
+    if code == _DISK_FULL:
+        return StorageFull(f"the database takes no more data ({error.orig})")
+    if code in (_NOT_ALLOWED, *_ANOTHERS):
+        return StorageAway(f"the database does not let the studio work ({error.orig})")
+    if code in _CROSSED:
+        return StorageAway(f"another step was in the way, and this one was given up ({error.orig})")
+    if code == _LOCKED:
+        return StorageAway(f"somebody else keeps what this step needs ({error.orig})")
+    if code == _READ_ONLY:
+        return StorageAway(f"the database takes nothing now ({error.orig})")
+    if isinstance(error, OperationalError | InterfaceError):
+        return StorageAway(f"the database does not answer ({error.orig})")
+    return None
+
+
+def is_everybodys(error: DBAPIError) -> bool:
+    """Whether other steps would fail, or wait in vain, just the same: of the server, or of a whole table."""
+    code = _code_of(error.orig)
+    if code == _LOCKED:
+        # With the row that it was waiting for, if it was one; tables have no context.
+        return getattr(getattr(error.orig, "diag", None), "context", None) is None
+    if code is None:  # nobody let in; what breaks in the middle of a step may be this one connection
+        return isinstance(error, OperationalError) and error.statement is None
+    return code in (_READ_ONLY, STANDS_STILL)
+
+
+def is_read_only(error: BaseException | None) -> bool:
+    """Whether a standby says so, or somebody who has nothing changed."""
+    return _code_of(error) == _READ_ONLY
+
+
+def _code_of(error: BaseException | None) -> str | None:
+    """The server's, where it gave one."""
+    code: str | None = getattr(error, "sqlstate", None)
+    return code
 
 
 def require_unicode(connection: Connection, name: str) -> None:
@@ -54,10 +100,10 @@ def unusable(error: BaseException, name: str) -> ConfigError:
         name: of the database; there is no password in it.
     """
     said = " ".join(str(getattr(error, "orig", error)).split())
-    code = getattr(getattr(error, "orig", None), "sqlstate", None)
-    if code == DISK_FULL:
+    code = _code_of(getattr(error, "orig", None))
+    if code == _DISK_FULL:
         return StateUnavailable(f"takes no more data ({said})", cure="make room on its disk", source=name)
-    if code == READ_ONLY:
+    if code == _READ_ONLY:
         return StateUnavailable(
             f"takes nothing now ({said})",
             cure="name the server that is not a standby, or end default_transaction_read_only",
