@@ -101,6 +101,7 @@ class PostgresDatabase(Database):
     def check(self) -> None:
         """Whether it lets everybody do all they have to; raises what it raises."""
         with self._telling(), self._writer.begin() as connection:
+            self._require_open()
             _try_out(connection)
 
     def _ask(self) -> None:
