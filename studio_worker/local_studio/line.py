@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import (
     Connection,
     bindparam,
+    case,
     delete,
     exists,
     func,
@@ -33,7 +34,7 @@ from studio_worker.local_studio.storage.tables import turns as turns_table
 from studio_worker.local_studio.turns import Crew, Patience, Waiting
 
 _TURNS_KEPT = 1000
-"""Whoever has not been served for so many turns, or twice as many, counts as new."""
+"""Whoever has not been served for so many turns counts as new."""
 
 _ABOVE_ALL = 1 << 30
 """More than any priority."""
@@ -58,12 +59,16 @@ _oldest = (
     .correlate(lines)
     .scalar_subquery()
 )
+_last_number = select(func.max(turns_table.alias().c.number)).scalar_subquery()
+_number = case((turns_table.c.number > _last_number - _TURNS_KEPT, turns_table.c.number), else_=0)
+"""Of the last turn: rows of older ones lie there for a while."""
+
 _loaded = select(last_made.c.model).where(last_made.c.worker_id == bindparam("worker")).scalar_subquery()
 _head = (
     *(jobs.c.seq, jobs.c.job_id, jobs.c.model, *_LINE, jobs.c.passed_at, jobs.c.rejections),
-    turns_table.c.number,
+    _number.label("number"),
     # What is asked besides goes along: each statement is a way to the server and back.
-    select(func.max(turns_table.alias().c.number)).scalar_subquery().label("last_number"),
+    _last_number.label("last_number"),
     _loaded.label("loaded"),
 )
 _turn = (turns_table.c.priority == jobs.c.priority) & (turns_table.c.submitter == jobs.c.submitter)
@@ -93,7 +98,7 @@ _LINES = (
         turns_table,
         (turns_table.c.priority == _lengths.c.priority) & (turns_table.c.submitter == _lengths.c.submitter),
     )
-    .order_by(_lengths.c.priority.desc(), func.coalesce(turns_table.c.number, 0), _lengths.c.first)
+    .order_by(_lengths.c.priority.desc(), _number, _lengths.c.first)
 )
 
 # Made once: to make a statement costs more than to run it.
@@ -130,7 +135,7 @@ class Lines:
         while rows := self._connection.execute(_HEADS, asked).mappings().all():
             self._last_number = rows[0]["last_number"] or 0
             waiting = [_waiting(row) for row in rows if row["job_id"] not in self._left_out]
-            numbers = {(row["priority"], row["submitter"]): row["number"] or 0 for row in rows}
+            numbers = {(row["priority"], row["submitter"]): row["number"] for row in rows}
             crew = self._crew_for(waiting, rows[0]["loaded"])
             choice = turns.next_for(self._worker_id, waiting, crew, numbers, now, patience)
             if choice.passed:

@@ -179,6 +179,8 @@ class Worker:
         hello = {"type": "hello", "authToken": self._token, "capabilities": self._told()}
         await socket.send(json.dumps(hello))
         welcome = await _hear(socket)
+        if welcome.get("code") == "internal_error":
+            raise ConnectionError("what the studio keeps its data in does not answer")
         if welcome["type"] != "welcome":
             self._book.wrong.append(f"worker {self.worker_id} was greeted with {welcome}")
         self._book.sessions += 1

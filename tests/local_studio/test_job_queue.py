@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import insert
 
 from studio_worker.local_studio import Limits, LocalStudio
 from studio_worker.local_studio.rules import JobStatus
+from studio_worker.local_studio.storage.tables import turns as turns_table
 from studio_worker.local_studio.turns import Patience
 from tests.fakes.machine import SOURCE, Machine, queue
 
@@ -227,6 +229,18 @@ def test_turn_goes_by_priority_and_round_robin(studio: LocalStudio, machine: Mac
         job_id = machine.hear()["claim"]["jobId"]
         made.append(job_id)
     assert made == turns
+
+
+def test_who_was_not_served_for_a_thousand_turns_counts_as_new(studio: LocalStudio) -> None:
+    """Whoever was served long ago stands behind nobody who came later and was never served."""
+    with studio.database.writing() as connection:
+        for submitter, number in (("pia", 1), ("others", 1001)):
+            connection.execute(insert(turns_table), {"priority": 0, "submitter": submitter, "number": number})
+    first, second = queue(studio, submitter="pia"), queue(studio, submitter="quin")
+    assert [job.job_id for job in studio.jobs(JobStatus.QUEUED)] == [first, second]
+    taken = studio.queue.take_next("a worker")
+    assert taken is not None
+    assert taken.job_id == first
 
 
 def test_turns_are_shown_by_pages(studio: LocalStudio) -> None:
