@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import select
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -155,8 +156,8 @@ def engine_of(url: URL, **pool: Any) -> Engine:
         ConfigError: the driver is not installed.
     """
     try:
-        from studio_worker.local_studio.storage.bounded import BoundedConnection
-
+        # Only here: the driver is an extra.
+        bounded = importlib.import_module("studio_worker.local_studio.storage.bounded")
         engine = create_engine(
             url,
             connect_args={name: value for name, value in _OPTIONS.items() if name not in url.query},
@@ -171,8 +172,8 @@ def engine_of(url: URL, **pool: Any) -> Engine:
         ) from error
 
     @event.listens_for(engine, "do_connect")
-    def dial(_dialect: Dialect, _record: object, given: tuple[Any, ...], named: dict[str, Any]) -> object:
-        return BoundedConnection.connect(*given, **named)
+    def dial(_dialect: Dialect, _record: object, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return bounded.BoundedConnection.connect(*given, **named)
 
     return engine
 
