@@ -24,6 +24,7 @@ from studio_worker.local_studio.pictures import CannotStore, Folder, PictureGone
 from studio_worker.local_studio.places import DATABASE_NAME, PICTURES_FOLDER, Places, open_places, owner_of
 from studio_worker.local_studio.storage.database import Database
 from studio_worker.local_studio.storage.locks import be_patient
+from studio_worker.local_studio.storage.migrating import require_own_form
 from studio_worker.local_studio.storage.sqlite import SqliteFile, lock_of
 from studio_worker.local_studio.storage.tables import METADATA, files, meta, results
 
@@ -92,13 +93,15 @@ def carry(copy: Path, pictures: Folder, target: Database, store: Pictures, tell:
         tell: how far it is, a line each.
 
     Raises:
-        ConfigError: the target is not empty.
+        ConfigError: the target is not empty, or one of them is a later version's.
         CannotStore: it takes no more.
     """
     taken_out = Folder(copy.parent / PICTURES_FOLDER)
     source = SqliteFile(copy, lambda: None, taken_out)
     with closing(source), source.reading() as reading:
+        require_own_form(reading, "--from")
         with target.reading() as connection:
+            require_own_form(connection, "--database")
             _require_empty(connection)
         owner = owner_of(source.salt)
         if not store.check(owner):

@@ -264,15 +264,6 @@ def test_server_that_goes_within_a_step_leaves_nothing_of_it(postgres: Cluster, 
     with pytest.raises(StorageAway):
         step()
     with database.reading() as connection:
-        assert connection.exec_driver_sql("SELECT count(*) FROM meta").scalar_one() == 1
+        assert connection.exec_driver_sql("SELECT key FROM meta WHERE key IN ('a', 'c')").all() == []
     assert heard == []
     database.close()
-
-
-def test_database_of_a_later_version_is_a_clear_mistake(database_url: str) -> None:
-    """What a later version has written is left as it is."""
-    PostgresDatabase(database_url, lambda: None).close()
-    with psycopg.connect(database_url) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = 'later'")
-    with pytest.raises(ConfigError, match="later version"):
-        PostgresDatabase(database_url, lambda: None)

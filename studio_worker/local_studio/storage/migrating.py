@@ -1,45 +1,52 @@
 """Bringing a database to the present form of its tables, by the revisions in ``migrations``.
 
 They are Alembic's, and run by its parts rather than by its command, which wants files of its own beside them.
+Each says in ``OLDEST_WRITER`` which programs may go on with what it leaves: those that know that revision. A
+row of ``meta`` tells it to those that do not know the newest one, so that a version may be taken back, or be
+started again beside a newer one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 
 from studio_worker.errors import ConfigError
+from studio_worker.local_studio.storage.database import upsert
+from studio_worker.local_studio.storage.tables import meta
 
 BEFORE_ALEMBIC = "0001"
 """The revision whose tables SQLite files had before they knew of revisions."""
 
-_FOLDER = Path(__file__).parent / "migrations"
+OLDEST_WRITER = "oldest_writer"
+"""The key in ``meta``."""
+
+MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 def migrate(connection: Connection, name: str, *, is_older: bool = False) -> None:
-    """Take the steps that are left, within the transaction of this connection.
+    """Take the steps that are left, within the transaction of this connection: none, where a later version
+    has been here that lets this one go on.
 
     Args:
         name: what people call the database.
         is_older: it has the tables of BEFORE_ALEMBIC, and does not know it.
 
     Raises:
-        ConfigError: a later version of this program has been here.
+        ConfigError: a later version has been here that does not.
     """
-    scripts = ScriptDirectory(str(_FOLDER))
+    scripts = ScriptDirectory(str(MIGRATIONS))
     context = MigrationContext.configure(connection)
     present = context.get_current_revision() or (BEFORE_ALEMBIC if is_older else "base")
-    known = {script.revision for script in scripts.walk_revisions()}
-    if present not in known | {"base"}:
-        raise ConfigError(
-            f"was written by a later version of this program (revision {present})",
-            cure="use that version, or choose another database",
-            source=name,
-        )
+    known = {script.revision: script.module for script in scripts.walk_revisions()}
+    if present not in {"base", *known}:
+        _require_let_in(connection, name, present, known)
+        return
     steps = list(scripts.iterate_revisions("head", present))
     with Operations.context(context):
         for step in reversed(steps):
@@ -47,3 +54,29 @@ def migrate(connection: Connection, name: str, *, is_older: bool = False) -> Non
             context.stamp(scripts, step.revision)
     if is_older and not steps:
         context.stamp(scripts, present)
+    newest = next(iter(known.values()))
+    upsert(connection, meta, {"key": OLDEST_WRITER, "value": newest.OLDEST_WRITER})
+
+
+def require_own_form(connection: Connection, name: str) -> None:
+    """For who copies all there is: he must know all. Raises ConfigError where a later version has been here,
+    though it lets this one go on.
+    """
+    present = MigrationContext.configure(connection).get_current_revision()
+    scripts = ScriptDirectory(str(MIGRATIONS))
+    if present not in {script.revision for script in scripts.walk_revisions()}:
+        raise _later(name, present)
+
+
+def _require_let_in(connection: Connection, name: str, present: str, known: Collection[str]) -> None:
+    asked = select(meta.c.value).where(meta.c.key == OLDEST_WRITER)
+    if connection.execute(asked).scalar() not in known:
+        raise _later(name, present)
+
+
+def _later(name: str, present: str | None) -> ConfigError:
+    return ConfigError(
+        f"was written by a later version of this program (revision {present})",
+        cure="use that version, or later ones; the way back is a backup from before it",
+        source=name,
+    )

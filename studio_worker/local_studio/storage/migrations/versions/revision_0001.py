@@ -9,6 +9,7 @@ from studio_worker.local_studio.storage.columns import NUMBER, SECONDS, Json, Wo
 
 revision = "0001"
 down_revision = None
+OLDEST_WRITER = "0001"
 
 
 def upgrade() -> None:

@@ -9,6 +9,7 @@ from studio_worker.local_studio.storage.columns import SECONDS, Words
 
 revision = "0002"
 down_revision = "0001"
+OLDEST_WRITER = "0002"
 
 
 def upgrade() -> None:

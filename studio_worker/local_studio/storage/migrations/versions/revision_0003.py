@@ -9,6 +9,7 @@ from studio_worker.local_studio.storage.columns import NUMBER, Words
 
 revision = "0003"
 down_revision = "0002"
+OLDEST_WRITER = "0003"
 
 
 def upgrade() -> None:

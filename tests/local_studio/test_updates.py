@@ -1,0 +1,123 @@
+"""Versions of the program beside one another: what a newer one leaves behind for one from before it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from alembic.script import ScriptDirectory
+
+from studio_worker.errors import ConfigError
+from studio_worker.local_studio import LocalStudio, Places, carry_studio
+from studio_worker.local_studio.pictures import Folder
+from studio_worker.local_studio.storage import migrating
+from studio_worker.local_studio.storage.sqlite import SqliteFile
+from tests.fakes.machine import PICTURE, Machine, queue
+
+if TYPE_CHECKING:
+    from tests.local_studio.on_postgres import OnPostgres
+
+LATER = """
+from alembic import op
+from sqlalchemy import Column, Text
+
+revision = "later"
+down_revision = "{head}"
+OLDEST_WRITER = "{oldest_writer}"
+
+
+def upgrade():
+    op.add_column("jobs", Column("mood", Text))
+"""
+
+LaterVersion = Callable[[str], AbstractContextManager[None]]
+
+
+def head() -> str:
+    newest = ScriptDirectory(str(migrating.MIGRATIONS)).get_current_head()
+    assert newest is not None
+    return newest
+
+
+@pytest.fixture
+def later_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LaterVersion:
+    """Within it the program is a version to come, with one revision more."""
+
+    @contextmanager
+    def running(oldest_writer: str) -> Iterator[None]:
+        folder = tmp_path / "migrations"
+        shutil.copytree(migrating.MIGRATIONS, folder)
+        text = LATER.format(head=head(), oldest_writer=oldest_writer)
+        (folder / "versions" / "revision_later.py").write_text(text)
+        with monkeypatch.context() as patch:
+            patch.setattr(migrating, "MIGRATIONS", folder)
+            yield
+
+    return running
+
+
+def test_version_may_be_taken_back_where_the_newer_one_lets_it(
+    tmp_path: Path, later_version: LaterVersion
+) -> None:
+    """What a newer version has only added to this one goes on with, and the newer one again after it."""
+    path = tmp_path / "studio.sqlite3"
+    with later_version(head()), LocalStudio(path) as studio:
+        job_ids = [queue(studio)]
+    for _ in range(2):  # nor does its own start shut it out
+        with LocalStudio(path) as studio:
+            job_ids.append(queue(studio))
+            machine = Machine(studio).connect()
+            job_id = machine.take()["jobId"]
+            machine.beat(job_id)
+            assert machine.upload(job_id).status_code == 200
+            assert studio.result(job_id) == PICTURE
+            machine.hang_up()
+    shutil.rmtree(tmp_path / "migrations")
+    with later_version(head()), LocalStudio(path) as studio:
+        assert [studio.job(job_id).status for job_id in job_ids] == ["done", "done", "queued"]
+
+
+def test_version_that_would_spoil_what_a_newer_one_wrote_is_refused(
+    tmp_path: Path, later_version: LaterVersion
+) -> None:
+    """Where the newer version lets none go on from before it, this one leaves everything as it is."""
+    path = tmp_path / "studio.sqlite3"
+    with later_version("later"):
+        LocalStudio(path).stop()
+    with pytest.raises(ConfigError, match=r"later version of this program \(revision later\).*backup"):
+        LocalStudio(path)
+    shutil.rmtree(tmp_path / "migrations")
+    with later_version("later"):
+        LocalStudio(path).stop()
+
+
+def test_studio_of_a_newer_version_is_not_carried(
+    tmp_path: Path, later_version: LaterVersion, on_postgres: OnPostgres | None
+) -> None:
+    """Who copies all must know all: not even a file that this version may go on with is carried by it."""
+    here = tmp_path / "here"
+    here.mkdir()
+    with later_version(head()):
+        SqliteFile(here / "studio.sqlite3", nothing, Folder(here / "pictures")).close()
+    target = tmp_path / "there.sqlite3"
+    there = Places(target if on_postgres is None else on_postgres.url(target), Folder(tmp_path / "pictures"))
+    with pytest.raises(ConfigError, match="later version"):
+        carry_studio(here, there, nothing)
+
+
+def test_every_revision_says_whom_it_lets_go_on() -> None:
+    """No revision lets a program go on that the one before it has shut out, nor shuts out its own."""
+    scripts = ScriptDirectory(str(migrating.MIGRATIONS)).walk_revisions()
+    newest_first = [(script.revision, script.module.OLDEST_WRITER) for script in scripts]
+    revisions = [revision for revision, _ in newest_first]
+    oldest = [revisions.index(oldest_writer) for _, oldest_writer in newest_first]
+    assert oldest == sorted(oldest)
+    assert all(own <= let_in for own, let_in in enumerate(oldest))
+
+
+def nothing(*_said: object) -> None:
+    """Whoever is told does not care."""
