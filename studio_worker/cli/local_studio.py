@@ -84,6 +84,15 @@ _PlainHttp = Annotated[
     bool,
     typer.Option("--plain-http", help="Off loopback without https: everybody on the way can read the token."),
 ]
+_Drain = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        callback=_up_to(3600),
+        help="On SIGTERM, serve on for so long and say at /health/ready that it is over, so that load"
+        " balancers send nobody any more; a second signal ends it. Default: 5 with --behind-proxy, else 0.",
+    ),
+]
 _ApproveAll = Annotated[
     bool, typer.Option("--approve-all", help="Approve every worker that asks (trusted networks only).")
 ]
@@ -120,6 +129,7 @@ def local_studio(
     key: _Key = None,
     behind_proxy: _BehindProxy = None,
     plain_http: _PlainHttp = False,
+    drain: _Drain = None,
     approve_all: _ApproveAll = False,
     keep_days: _KeepDays = None,
     keep_gb: _KeepGb = None,
@@ -143,7 +153,7 @@ def local_studio(
     models = models or data / MODELS_FOLDER
     run_local_studio(
         places_of(data, database, pictures),
-        Door(host, port, token, tls, tuple(behind_proxy or ()), plain_http),
+        Door(host, port, token, tls, tuple(behind_proxy or ()), plain_http, drain),
         models_dir=models,
         auto_approve=approve_all,
         retention=Retention(

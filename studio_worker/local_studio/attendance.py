@@ -48,6 +48,8 @@ class Attendance:
         self._wake = wake
         self._loop: asyncio.AbstractEventLoop | None = None
         self.live: dict[str, WorkerSession] = {}
+        self.is_leaving = False
+        """Whether nobody is to be sent here any more; who is here is served."""
         self.is_stopping = False
 
     # --- what the rest of the studio wants ----------------------------------------------------------

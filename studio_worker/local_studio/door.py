@@ -16,13 +16,17 @@ from studio_worker.local_studio.web.access import is_loopback
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Addresses that stand for all of this machine's, and the one that this machine itself calls."""
 
+DRAIN_S = 5.0
+"""Load balancers that ask every 2 s have heard twice by then that a studio leaves."""
+
 
 @dataclass(frozen=True)
 class Door:
     """Where a studio listens, and what people must know to use its page and ``/api``.
 
     ``port`` 0 takes a free one. With ``tls`` it speaks https. ``proxies`` are addresses or networks that are
-    believed what they say of their own clients. ``is_plain`` lets it speak plain http to a network.
+    believed what they say of their own clients. ``is_plain`` lets it speak plain http to a network. For
+    ``drain_s`` a studio that is to end says so first and serves on; without one behind proxies alone.
     """
 
     host: str = "127.0.0.1"
@@ -31,6 +35,14 @@ class Door:
     tls: Tls | None = None
     proxies: tuple[str, ...] = ()
     is_plain: bool = False
+    drain_s: float | None = None
+
+    @property
+    def leaves_after_s(self) -> float:
+        """How long it serves on once it is to end."""
+        if self.drain_s is not None:
+            return self.drain_s
+        return DRAIN_S if self.proxies else 0.0
 
     def check(self) -> None:
         """Raises ConfigError where strangers could come in, or read along."""

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
-import signal
 import socket
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Self
 
 import uvicorn
 
 from studio_worker.errors import ConfigError, StudioWorkerError
 from studio_worker.local_studio.door import LOOPBACK, Door
+from studio_worker.local_studio.ending import Ending
 from studio_worker.local_studio.facts import Facts
 from studio_worker.local_studio.housekeeping import FOR_EVER, Retention
 from studio_worker.local_studio.limits import Limits
@@ -135,7 +134,7 @@ class LocalStudio(Studio):
 
     def stop(self) -> None:
         """Close all sessions, whose workers are to come back with their jobs, and the database."""
-        self.attendance.is_stopping = True
+        self.attendance.is_leaving = self.attendance.is_stopping = True
         self.changes.bump()  # wakes the event streams, which then end
         if self._thread is not None:
             self._server.stop_soon()
@@ -158,33 +157,21 @@ class LocalStudio(Studio):
             ConfigError: the address cannot be used.
             StudioWorkerError: the web server ended by itself.
         """
-        over = self._server.over
+        ending, tls = self._server.ending, self.door.tls
+        with ending.heeding_signals(None if tls is None else tls.renew), self:
+            if on_ready is not None:
+                on_ready(self)
+            ending.asked.wait()
+            self._leave(ending)
+            if self._thread is None or not self._thread.is_alive():
+                raise StudioWorkerError("the web server ended unasked; see the log above for its reason")
 
-        def stop(_signal: int, _frame: FrameType | None) -> None:
-            over.set()
-
-        had_terminal = _has_terminal()
-
-        def renew(_signal: int, _frame: FrameType | None) -> None:
-            if self.door.tls is not None:
-                self.door.tls.renew()
-            elif had_terminal and not _has_terminal():  # it was closed, with what was started in it
-                over.set()
-            else:
-                logger.info("SIGHUP without effect: there is no certificate to read")
-
-        handlers = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: renew}
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            with self:
-                if on_ready is not None:
-                    on_ready(self)
-                over.wait()
-                if self._thread is None or not self._thread.is_alive():
-                    raise StudioWorkerError("the web server ended unasked; see the log above for its reason")
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _leave(self, ending: Ending) -> None:
+        """Serve on for a while, and say that it is over, so that nobody is sent to a closed door."""
+        if self.door.leaves_after_s and not ending.now.is_set():
+            self.attendance.is_leaving = True
+            logger.info("not ready any more; the end follows", extra={"drain_s": self.door.leaves_after_s})
+            ending.now.wait(self.door.leaves_after_s)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -231,19 +218,19 @@ def run_local_studio(
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that says when it listens (``settled``) and when it should or did end (``over``)."""
+    """A uvicorn server that says when it listens (``settled``) and when it should or did end (``ending``)."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.settled = threading.Event()
-        self.over = threading.Event()
+        self.ending = Ending()
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             super().run(sockets)
         finally:
             self.settled.set()
-            self.over.set()
+            self.ending.end()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -252,14 +239,6 @@ class _Server(uvicorn.Server):
     def stop_soon(self) -> None:
         """From any thread."""
         self.should_exit = True
-
-
-def _has_terminal() -> bool:
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
 
 
 def _listen(host: str, port: int) -> socket.socket:

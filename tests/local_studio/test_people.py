@@ -584,7 +584,7 @@ def test_health_is_told_to_everybody(guarded: LocalStudio, tmp_path: Path) -> No
     for path in ("/health/live", "/health/ready"):
         assert ask(guarded, "GET", path).status_code == 200
     with LocalStudio(tmp_path / "studio.sqlite3") as studio:
-        studio.attendance.is_stopping = True
+        studio.attendance.is_leaving = True
         assert ask(studio, "GET", "/health/live").status_code == 200
         answer = ask(studio, "GET", "/health/ready")
         assert (answer.status_code, answer.json()) == (503, {"error": "the studio is being stopped"})

@@ -35,7 +35,7 @@ class Health:
 
     async def ready(self, _request: Request) -> Response:
         """Workers and people may be sent here."""
-        if self._studio.attendance.is_stopping:
+        if self._studio.attendance.is_leaving:
             return error_response(503, "the studio is being stopped")
         try:
             async with asyncio.timeout(LIMIT_S):
