@@ -19,7 +19,7 @@ from tests.fakes.certificates import Certificate, certificate
 from tests.fakes.machine import PICTURE, Machine, queue
 from tests.fakes.servers import free_port
 from tests.farm.studios import Balancer, StudioProcess
-from tests.lab.balancers import RECIPES, WAIT_S, Recipe, caddy, running
+from tests.lab.balancers import RECIPES, WAIT_S, Recipe, running
 from tests.lab.programs import program
 
 TOKEN = "a token of sufficient length"
@@ -39,8 +39,6 @@ class Desk(LocalStudio):
 
 class Site:
     """A balancer with two processes behind it."""
-
-    repeats_bodies = True
 
     def __init__(self, url: str, desk: Desk, processes: list[StudioProcess], shown: Certificate) -> None:
         self._url = url
@@ -85,7 +83,6 @@ def site(
     with Desk(Places(database_url, Folder(tmp_path / "pictures"))) as desk:
         desk.address = f"https://127.0.0.1:{port}"
         running_site = Site(database_url, desk, processes, shown)
-        running_site.repeats_bodies = recipe is not caddy  # as its example says
         try:
             for process in processes:
                 process.start()
@@ -102,10 +99,9 @@ def site(
 class Person(threading.Thread):
     """Asks and logs in through the balancer, on a connection that stays open, until told to stop."""
 
-    def __init__(self, address: str, *, logs_in: bool) -> None:
+    def __init__(self, address: str) -> None:
         super().__init__()
         self._address = address
-        self._logs_in = logs_in
         self._is_over = threading.Event()
         self.asked = 0
         self.failed: list[str] = []
@@ -116,8 +112,7 @@ class Person(threading.Thread):
             session.headers.update(BEARER)
             while not self._is_over.is_set():
                 self._once(session, "GET", "/api/state")
-                if self._logs_in:
-                    self._once(session, "POST", "/login")
+                self._once(session, "POST", "/login")
                 self._is_over.wait(0.02)  # no more than people do
 
     def _once(self, session: requests.Session, method: str, path: str) -> None:
@@ -167,13 +162,13 @@ def test_killed_process_costs_a_worker_its_connection_only(site: Site) -> None:
 
 def test_rolling_restart_fails_no_request_and_no_job(site: Site) -> None:
     """While one process after the other is stopped and started, all that people ask is answered, and the
-    worker goes on with its job; through Caddy, all that has no body.
+    worker goes on with its job.
     """
     machine = site.worker()
     job_id = queue(site.desk)
     machine.take()
     machine.beat(job_id)
-    person = Person(site.desk.base_url, logs_in=site.repeats_bodies)
+    person = Person(site.desk.base_url)
     person.start()
     try:
         for process in site.processes:

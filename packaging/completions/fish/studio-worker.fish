@@ -110,6 +110,7 @@ complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l certi
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l key -r -d 'Its key (PEM); default: in the certificate’s file.'
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l behind-proxy -r -d 'A proxy, or a network of them, that speaks https for the studio: what it says of its clients (X-Forwarded-Proto, -Host, -For) is believed. May be given several times.'
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l plain-http -d 'Off loopback without https: everybody on the way can read the token.'
+complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l drain -r -d 'On SIGTERM, serve on for so long and say at /health/ready that it is over, so that load balancers send nobody any more; a second signal ends it. Default: 5 with --behind-proxy, else 0.'
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l approve-all -d 'Approve every worker that asks (trusted networks only).'
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l keep-days -r -d 'Remove finished and failed jobs that are older.'
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l keep-gb -r -d 'Keep so much of results; the oldest are removed first.'
