@@ -18,9 +18,10 @@ import json
 import logging
 import time
 from datetime import UTC, datetime
+from functools import partial
 from typing import Literal
 
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter, to_thread
 from starlette.websockets import WebSocket
 
 from studio_worker.errors import FrameError
@@ -44,6 +45,9 @@ logger = logging.getLogger(__name__)
 UPLOADED_KINDS = ("image", "audio_tts", "video")
 """Tasks whose result comes as a multipart upload; the others come as ``completeJson``."""
 
+RESULTS = 8
+"""Of the others so many are stored at once, as worker_routes.UPLOADS are of those."""
+
 _STEPS = (wire.Accept, wire.Reject, wire.Fail, wire.CompleteJson)
 """What says something of a job."""
 
@@ -66,6 +70,7 @@ class Sessions:
         self._presence = presence
         self._attendance = attendance
         self._limits = limits
+        self._results = CapacityLimiter(RESULTS)
 
     async def serve(self, socket: WebSocket) -> None:
         """One upgrade request, from its credentials to its last frame."""
@@ -210,18 +215,14 @@ class Sessions:
         if job.kind in UPLOADED_KINDS:
             raise RuleBroken(f"the result of a job of kind {job.kind} is delivered by upload")
         try:
-            content = json.dumps(frame.result, ensure_ascii=False, allow_nan=False).encode()
+            content = io.BytesIO(json.dumps(frame.result, ensure_ascii=False, allow_nan=False).encode())
         except ValueError as error:
             raise RuleBroken("the result holds numbers that JSON does not know") from error
         # In a thread: what keeps the results may be on the network, and other sessions go on.
-        await run_in_threadpool(
-            self._queue.deliver,
-            frame.job_id,
-            session.worker_id,
-            io.BytesIO(content),
-            ext="json",
-            prompt=frame.prompt,
+        deliver = partial(
+            self._queue.deliver, frame.job_id, session.worker_id, content, ext="json", prompt=frame.prompt
         )
+        await to_thread.run_sync(deliver, limiter=self._results)
         logger.info("job done", extra={"worker_id": session.worker_id, "job_id": frame.job_id})
 
     async def _offer(self, session: WorkerSession) -> None:

@@ -14,14 +14,24 @@ from dataclasses import dataclass
 from tests.fakes.proxy import Proxy, by_itself, reset
 
 _PIECE_BYTES = 64 << 10
-_SLOW_DOWN = (
-    b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>SlowDown</Code>"
-    b"<Message>Please reduce your request rate.</Message></Error>"
-)
-_WELCOME = (
-    b'HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nETag: "5f-60"\r\nContent-Length: 13\r\n'
-    b"Connection: close\r\n\r\n<html></html>"
-)
+
+
+def answer(status: str, body: bytes = b"", *headers: str) -> bytes:
+    """All of an HTTP answer."""
+    head = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+def refusal(status: str, code: str) -> bytes:
+    """As S3 says no."""
+    body = f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>No.</Message></Error>"
+    return answer(status, body.encode(), "Content-Type: application/xml")
+
+
+WELCOME = answer("200 OK", b"<html></html>", "Content-Type: text/html", 'ETag: "5f-60"')
+"""A web page, as a proxy or a portal has it for everybody."""
+
+_SLOW_DOWN = refusal("503 Slow Down", "SlowDown")
 
 
 @dataclass
@@ -30,7 +40,7 @@ class Faults:
 
     ``refused``: 503 at once. ``cut``: the connection breaks, before the server hears of it or in the middle
     of what either side sends. ``is_down``: nobody listens to anything. ``is_silent``: nobody is answered.
-    ``is_portal``: everybody is answered with a web page.
+    ``instead``: what everybody is answered with.
     """
 
     refused: float = 0.0
@@ -38,7 +48,7 @@ class Faults:
     cut_after_bytes: tuple[int, ...] = (0, 100, 1000, 10_000)
     is_down: bool = False
     is_silent: bool = False
-    is_portal: bool = False
+    instead: bytes = b""
 
 
 class S3Proxy(Proxy):
@@ -64,8 +74,8 @@ class S3Proxy(Proxy):
             if self.faults.is_down:
                 self._count("down")
                 reset(writer)
-            elif self.faults.is_portal:
-                writer.write(_WELCOME)
+            elif self.faults.instead:
+                writer.write(self.faults.instead)
                 await writer.drain()
             elif self._random.random() < self.faults.refused:
                 self._count("refused")
@@ -119,7 +129,6 @@ async def _pump(source: asyncio.StreamReader, target: asyncio.StreamWriter, left
 
 
 async def _refuse(writer: asyncio.StreamWriter) -> None:
-    head = f"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: {len(_SLOW_DOWN)}\r\n"
-    writer.write(head.encode() + b"Connection: close\r\n\r\n" + _SLOW_DOWN)
+    writer.write(_SLOW_DOWN)
     with contextlib.suppress(OSError):
         await writer.drain()

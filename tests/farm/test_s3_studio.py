@@ -123,24 +123,6 @@ def test_storage_that_is_away_costs_no_picture(
     assert len(pictures_in(s3_server, bucket)) == 2
 
 
-def test_picture_that_something_else_took_is_not_lost(
-    studio: LocalStudio, machine: Machine, proxy: S3Proxy, s3_server: S3Server, bucket: str
-) -> None:
-    """A portal, or a proxy's welcome, that says 200 in the storage's place has stored nothing: the worker
-    keeps its picture and delivers it when the storage is back; a person is told.
-    """
-    job_id = queue(studio)
-    machine.take()
-    proxy.faults.is_portal = True
-    assert machine.upload(job_id).status_code == 503
-    assert requests.post(f"{studio.base_url}/api/files", data=png(), timeout=WAIT_S).status_code == 503
-    assert studio.job(job_id).status == "running"
-    proxy.faults.is_portal = False
-    assert machine.upload(job_id).status_code == 200
-    assert studio.result(job_id) == PICTURE
-    assert len(pictures_in(s3_server, bucket)) == 1
-
-
 def test_storage_that_hangs_takes_nothing_else_with_it(
     studio: LocalStudio,
     machine: Machine,

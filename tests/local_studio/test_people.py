@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import requests
 from PIL import Image
+from sqlalchemy import text
 
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio import Door, LocalStudio, Places, run_local_studio
@@ -687,3 +688,20 @@ def test_wait_for_wakes_at_changes_and_gives_up(studio: LocalStudio) -> None:
     studio.wait_for(lambda: studio.job(job_id).status == "offered", WAIT_S)
     with pytest.raises(TimeoutError):
         studio.wait_for(lambda: False, 0.05)
+
+
+def test_mistake_of_the_studio_is_told_once(studio: LocalStudio, caplog: pytest.LogCaptureFixture) -> None:
+    """What nobody has foreseen, here a row that somebody changed by hand, is 500 without its details, and one
+    line of the log with what was asked for and a traceback.
+    """
+    job_id = queue(studio)
+    with studio.database.writing() as connection:
+        connection.execute(text("UPDATE jobs SET status = 'odd'"))
+    answer = requests.get(f"{studio.base_url}/api/jobs/{job_id}", timeout=WAIT_S)
+    assert (answer.status_code, answer.json()["error"]) == (
+        500,
+        "the studio made a mistake; its log says more",
+    )
+    assert answer.headers["Cache-Control"] == "no-store"
+    (line,) = [record for record in caplog.records if record.exc_info]
+    assert (line.message, line.__dict__["path"]) == ("request failed", f"/api/jobs/{job_id}")

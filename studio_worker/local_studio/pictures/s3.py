@@ -11,7 +11,8 @@ import io
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import IO, Any
 
@@ -19,10 +20,11 @@ import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
-from studio_worker.errors import ConfigError
 from studio_worker.local_studio.pictures.port import (
     MARK,
+    CannotStore,
     PictureGone,
     Reading,
     StorageAway,
@@ -30,8 +32,15 @@ from studio_worker.local_studio.pictures.port import (
     is_key,
     new_key,
 )
-from studio_worker.local_studio.pictures.s3_place import OPTION, Place, is_public
-from studio_worker.local_studio.pictures.s3_trouble import MISSING, code_of, misconfigured, telling
+from studio_worker.local_studio.pictures.s3_place import Place, is_public
+from studio_worker.local_studio.pictures.s3_trouble import (
+    ELSEWHERE,
+    is_missing,
+    look_once,
+    misconfigured,
+    not_marked,
+    telling,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +82,7 @@ class S3:
             self._client = session.client("s3", region_name=_region(session), config=_configuration())
         except (BotoCoreError, ValueError) as error:
             raise misconfigured(error) from error
+        self._client.meta.events.register_first("needs-retry.s3.HeadBucket", look_once)
         self._has_addresses = False
 
     def check(self, owner: str) -> bool:
@@ -80,7 +90,7 @@ class S3:
         try:
             self._claim(key, owner)
             url = self._presigned(key)
-        except (BotoCoreError, ClientError) as error:
+        except (BotoCoreError, ClientError, ResponseParserError) as error:
             raise misconfigured(error, self._place) from error
         self._has_addresses = self._place.inputs == "presigned" or (
             self._place.inputs == "auto" and is_public(url)
@@ -94,16 +104,13 @@ class S3:
         try:
             answer = self._client.get_object(Bucket=self._place.bucket, Key=key)
         except ClientError as error:
-            if code_of(error) not in MISSING:
+            if not is_missing(error):
                 raise
         else:
             with answer["Body"] as body:
-                if body.read(1024).decode(errors="replace") != owner:
-                    raise ConfigError(
-                        "the pictures there belong to another studio's database",
-                        cure="choose another prefix: the one would remove the other's pictures",
-                        key=OPTION,
-                    )
+                mark = body.read(1024).decode(errors="replace")
+            if mark != owner:
+                raise not_marked(mark, key)
         # Written at each start: no other way tells whether writing is allowed.
         self._client.put_object(Bucket=self._place.bucket, Key=key, Body=owner.encode())
         self._client.list_objects_v2(Bucket=self._place.bucket, Prefix=key, MaxKeys=1)
@@ -121,17 +128,37 @@ class S3:
                 found = self._client.head_object(**where)
         except PictureGone as error:
             raise StorageAway("the studio's S3 storage does not keep what it takes") from error
+        except KeyError as error:  # an upload in parts, to which a page has nothing to say
+            raise StorageAway(ELSEWHERE) from error
         # Whoever sits in its place (a portal, a proxy's welcome) says yes to everything, and knows no names.
-        if key not in found["Metadata"].values() or found["ContentLength"] != size_bytes:
-            raise StorageAway("something else answers in the place of the studio's S3 storage")
+        if key not in found["Metadata"].values() or found.get("ContentLength") != size_bytes:
+            raise StorageAway(ELSEWHERE)
         return StoredBytes(key, size_bytes)
 
     def open(self, key: str, asked: str | None = None) -> Reading:
         part = {"Range": asked} if asked is not None and _RANGE.fullmatch(asked) else {}
         with telling():
             answer = self._client.get_object(Bucket=self._place.bucket, Key=self._place.prefix + key, **part)
+            try:
+                if not self._is_of_s3(key, answer):
+                    raise StorageAway(ELSEWHERE)
+            except BaseException:
+                answer["Body"].close()
+                raise
         content = io.BufferedReader(_Body(answer["Body"]))
         return Reading(content, answer["ContentLength"], answer.get("ContentRange"))
+
+    def _is_of_s3(self, key: str, answer: Mapping[str, Any]) -> bool:
+        """Whether it is the picture. A page in its place has a status, a length and a tag as well."""
+        if "ContentLength" not in answer:
+            return False
+        if key in answer["Metadata"].values():
+            return True
+        # Programs that copy objects, from a backup say, may leave out the name; then the list must have it.
+        name = self._place.prefix + key
+        size = answer.get("ContentRange", "").rpartition("/")[2] or str(answer["ContentLength"])
+        found = self._client.list_objects_v2(Bucket=self._place.bucket, Prefix=name, MaxKeys=1)
+        return any(entry["Key"] == name and str(entry["Size"]) == size for entry in found.get("Contents", ()))
 
     def file(self, _key: str, /) -> None:
         return None
@@ -141,9 +168,8 @@ class S3:
 
     def delete(self, key: str) -> None:
         try:
-            with telling():
-                self._client.delete_object(Bucket=self._place.bucket, Key=self._place.prefix + key)
-        except StorageAway as error:  # no row names it any more: it goes with what crashes leave
+            self._remove(self._place.prefix + key)
+        except CannotStore as error:  # no row names it any more: it goes with what crashes leave
             logger.warning("picture not removed", extra={"key": key, "error": str(error)})
 
     def clear_unfinished(self) -> None:
@@ -157,7 +183,7 @@ class S3:
             for entry in self._listed("list_objects_v2", "Contents"):
                 key = entry["Key"].removeprefix(self._place.prefix)
                 if key not in named and _is_between(entry["LastModified"], since, until):
-                    self._client.delete_object(Bucket=self._place.bucket, Key=entry["Key"])
+                    self._remove(entry["Key"])
                     removed += 1
             for entry in self._listed("list_multipart_uploads", "Uploads"):
                 if _is_between(entry["Initiated"], since, until):
@@ -165,6 +191,10 @@ class S3:
                         Bucket=self._place.bucket, Key=entry["Key"], UploadId=entry["UploadId"]
                     )
         return removed
+
+    def _remove(self, name: str) -> None:
+        with suppress(PictureGone), telling():  # some makes of S3 say so
+            self._client.delete_object(Bucket=self._place.bucket, Key=name)
 
     def _listed(self, operation: str, what: str) -> Iterator[dict[str, Any]]:
         pages = self._client.get_paginator(operation)

@@ -21,6 +21,7 @@ from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.access import Access, Guard, error_response
 from studio_worker.local_studio.web.counted import Counted
 from studio_worker.local_studio.web.health import Health
+from studio_worker.local_studio.web.mistakes import Mistakes, mistake, path_of
 from studio_worker.local_studio.web.people_routes import PeopleRoutes
 from studio_worker.local_studio.web.scrape import Scrape
 from studio_worker.local_studio.web.shelf_routes import ShelfRoutes
@@ -31,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 AWAY_RETRY_S = 10
 """A storage that is away comes back by itself, or by hand; workers wait longer by themselves."""
-
-_PATH_CHARS = 200
-"""Of an address in the log; whoever asks for one decides how long it is."""
 
 _PAGE = files("studio_worker.local_studio") / "page"
 _PAGE_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -68,14 +66,16 @@ def build_app(
             *Scrape(studio.metrics).routes(),
             *_page_routes(access),
         ],
-        middleware=[Middleware(Guard, access=access, login_page=_page_text("login.html"))],
+        middleware=[
+            Middleware(Guard, access=access, login_page=_page_text("login.html")),
+            Middleware(Mistakes),
+        ],
         exception_handlers={
             HTTPException: _http_error,
             ClientDisconnect: _client_left,
             StorageAway: _storage_away,
             StorageFull: _storage_full,
             OSError: _storage_full,
-            Exception: _unexpected,
         },
     )
     return Counted(app, studio.metrics.answered)
@@ -122,18 +122,13 @@ async def _client_left(_request: Request, _error: Exception) -> Response:
 
 
 async def _storage_away(request: Request, error: Exception) -> Response:
-    logger.error("storage away", extra={"path": request.url.path[:_PATH_CHARS], "error": str(error)})
+    logger.error("storage away", extra={"path": path_of(request), "error": str(error)})
     return error_response(503, StorageAway.for_strangers, {"Retry-After": str(AWAY_RETRY_S)})
 
 
 async def _storage_full(request: Request, error: Exception) -> Response:
     if isinstance(error, OSError) and error.errno not in DISK_TROUBLES:
-        return await _unexpected(request, error)
+        return mistake(request, error)
     # The worker keeps its picture and comes again.
-    logger.error("nothing can be stored", extra={"path": request.url.path[:_PATH_CHARS], "error": str(error)})
+    logger.error("nothing can be stored", extra={"path": path_of(request), "error": str(error)})
     return error_response(507, StorageFull.for_strangers)
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
-    logger.error("request failed", extra={"path": request.url.path[:_PATH_CHARS]}, exc_info=error)
-    return error_response(500, "the studio made a mistake; its log says more")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from anyio import CapacityLimiter, to_thread
 from sqlalchemy.exc import SQLAlchemyError
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -17,6 +17,8 @@ from studio_worker.local_studio.web.access import error_response
 PREFIX = "/health/"
 LIMIT_S = 5.0
 """A database that does not answer for so long is no help to anybody."""
+_THREADS = 4
+"""Of its own: the common ones may all wait for a disk that hangs, which is no reason to send people away."""
 
 
 class Health:
@@ -24,6 +26,7 @@ class Health:
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
+        self._threads = CapacityLimiter(_THREADS)
 
     def routes(self) -> list[BaseRoute]:
         """What the application serves of these."""
@@ -39,7 +42,7 @@ class Health:
             return error_response(503, "the studio is being stopped")
         try:
             async with asyncio.timeout(LIMIT_S):
-                await run_in_threadpool(self._studio.database.check)
+                await to_thread.run_sync(self._studio.database.check, limiter=self._threads)
         except (SQLAlchemyError, StudioWorkerError, TimeoutError):
             return error_response(503, "the studio's database does not answer")
         return JSONResponse({"status": "ready"})

@@ -13,6 +13,7 @@ _LIMITS = {
     "asyncio": 20,
     "uvicorn.error": 20,
     f"{__package__}.app": 20,
+    f"{__package__}.mistakes": 20,
     f"{__package__}.worker_routes": 100,
     f"{__package__}.stored": 20,
     f"{__package__}.visit": 1,
