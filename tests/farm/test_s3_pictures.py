@@ -16,6 +16,7 @@ import requests
 from studio_worker.errors import ConfigError, StateUnavailable
 from studio_worker.local_studio.pictures import PictureGone, RangeRefused, StorageAway
 from studio_worker.local_studio.pictures.s3 import ADDRESS_S, PART_BYTES, S3
+from studio_worker.local_studio.places import owner_of
 from tests.farm.s3 import SECRET, USER, S3Server
 from tests.farm.s3_proxy import S3Proxy
 
@@ -173,10 +174,10 @@ def test_sweep_removes_only_what_is_old_and_unnamed(s3_server: S3Server, bucket:
 
 def test_prefix_of_another_studio_is_refused(bucket: str) -> None:
     """Two databases never share a prefix, where each would remove the other's pictures."""
-    S3(f"s3://{bucket}/p").check("mine")
-    S3(f"s3://{bucket}/p").check("mine")
+    S3(f"s3://{bucket}/p").check(owner_of("mine"))
+    S3(f"s3://{bucket}/p").check(owner_of("mine"))
     with pytest.raises(ConfigError, match="another studio's database; choose another prefix"):
-        S3(f"s3://{bucket}/p").check("another")
+        S3(f"s3://{bucket}/p").check(owner_of("another"))
 
 
 @pytest.mark.parametrize(
