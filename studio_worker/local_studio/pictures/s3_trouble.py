@@ -140,8 +140,8 @@ def look_once(response: tuple[Any, Mapping[str, Any]] | None, **_: object) -> No
 
 
 def is_missing(error: ClientError) -> bool:
-    """Whether S3 says that there is no such object. Some makes of S3 say so of a bucket, to other requests. Of
-    HEAD's answers the status is all there is; what has no more to say to GET is no S3.
+    """Whether S3 says that there is no such object. Some makes of S3 say so of a bucket, to other requests.
+    Of HEAD's answers the status is all there is; what has no more to say to GET is no S3.
     """
     if error.operation_name == "HeadObject":
         return _status(error) == 404
