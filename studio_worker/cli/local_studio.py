@@ -188,7 +188,8 @@ def carry(
     """
     from studio_worker.local_studio import MODELS_FOLDER, carry_studio, places_of
 
-    signal.signal(signal.SIGTERM, _end)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
     carry_studio(source, places_of(source, database, pictures), say)
     there = f"--database {database}" + ("" if pictures is None else f" --pictures {pictures}")
     say(f"carried; start studios with {there}")
@@ -196,8 +197,8 @@ def carry(
         say(f"model files were not carried: --models {source / MODELS_FOLDER} serves them")
 
 
-def _end(_signal: int, _frame: FrameType | None) -> None:
-    sys.exit(128 + signal.SIGTERM)  # by way of what removes the copy
+def _end(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)  # by way of what removes the copy
 
 
 def _refuse_options(context: typer.Context) -> None:

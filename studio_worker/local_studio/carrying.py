@@ -1,38 +1,54 @@
 """A studio of one SQLite file carried to another database, and its pictures to another place, just as it is.
 
-The source is only read: its file is copied first, and an older one is brought up to date in the copy. The
-target must be empty. Pictures go first, under new keys; then all rows go in one transaction, so that whoever
-is killed on the way leaves an empty target and, at most, pictures without a row.
+The old studio is only read. The target must be empty, or have nothing but what a first start makes. Pictures
+go first, under new keys; then all rows go in one transaction, so that whoever is killed on the way leaves an
+empty target and, at most, pictures without a row, which the next attempt removes.
+
+The new database has a mark of its own for its pictures: both studios may be started, each with its own. Where
+the place that is named has the old one's mark its pictures stay there, and are the new one's from then on.
 """
 
 from __future__ import annotations
 
-import fcntl
-import sqlite3
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
-from urllib.parse import quote
 
 from sqlalchemy import Connection, Table, delete, func, insert, select
 
-from studio_worker.errors import ConfigError
-from studio_worker.local_studio.pictures import CannotStore, Folder, PictureGone, Pictures
-from studio_worker.local_studio.places import DATABASE_NAME, PICTURES_FOLDER, Places, open_places, owner_of
-from studio_worker.local_studio.storage.database import Database
+from studio_worker.errors import ConfigError, StateUnavailable
+from studio_worker.local_studio.leases import LEASE_S
+from studio_worker.local_studio.pictures import (
+    CannotStore,
+    Folder,
+    PictureGone,
+    Pictures,
+    StorageFull,
+)
+from studio_worker.local_studio.pictures.marks import Standing, standing
+from studio_worker.local_studio.places import (
+    DATABASE_NAME,
+    OWNER,
+    PICTURES_FOLDER,
+    Places,
+    open_places,
+    owner_of,
+)
+from studio_worker.local_studio.shelf import Model
+from studio_worker.local_studio.stopped import StoppedStudio, stopped_studio
+from studio_worker.local_studio.storage.database import SERVER_TIME, Database, upsert
 from studio_worker.local_studio.storage.locks import be_patient
 from studio_worker.local_studio.storage.migrating import require_own_form
-from studio_worker.local_studio.storage.sqlite import SqliteFile, lock_of
-from studio_worker.local_studio.storage.tables import METADATA, files, meta, results
+from studio_worker.local_studio.storage.tables import METADATA, files, meta, models, processes, results
+from studio_worker.local_studio.studio import PLACEHOLDER
 
 _ROWS = 500
 """At a time in memory."""
 _TOLD_EVERY = 100
-_OF_NOW = ("processes",)
-"""Tables about studio processes; none is at work while a studio is carried. Who had a job goes on with it."""
+_ATTEMPT = "carrying"
+"""The row of ``meta`` that says which attempt is at work on an empty database."""
 
 Tell = Callable[[str], None]
 
@@ -41,125 +57,203 @@ def carry_studio(folder: Path, places: Places, tell: Tell) -> None:
     """Carry the studio of a data folder to ``places``, which must be empty; ``tell`` hears how far it is.
 
     Raises:
-        ConfigError: there is no studio, it is at work, or the new places cannot be used.
-        CannotStore: they take no more.
+        ConfigError: there is no studio, it is at work, or the new places cannot be used; StateUnavailable
+            where they take nothing now.
     """
-    pictures = Folder(folder / PICTURES_FOLDER)
     store = places.open_pictures()
-    if isinstance(store, Folder) and store.path.resolve() == pictures.path.resolve():
+    if isinstance(store, Folder) and store.path.resolve() == (folder / PICTURES_FOLDER).resolve():
         raise ConfigError(
             "is the folder of the studio that is carried",
-            cure="choose another folder: the old one stays as it is",
+            cure="choose another folder, or move this one there: what is in the data folder stays as it is",
             key="--pictures",
             source=str(store.path),
         )
-    with standing_still(folder / DATABASE_NAME) as copy:
+    if isinstance(places.database, Path) and places.database.resolve() == (folder / DATABASE_NAME).resolve():
+        raise ConfigError(
+            "is the file of the studio that is carried",
+            cure="name a new one",
+            key="--database",
+            source=str(places.database),
+        )
+    with stopped_studio(folder) as source:
         database, _ = open_places(replace(places, pictures=store), lambda: None)
         with closing(database):
-            carry(copy, pictures, database, store, tell)
+            Carrier(source, database, store, tell).carry()
 
 
-@contextmanager
-def standing_still(file: Path) -> Iterator[Path]:
-    """A copy of a studio's file in a temporary folder; no studio opens the file meanwhile.
-
-    Raises:
-        ConfigError: there is none, a studio is at work there, or there is no room for the copy.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(_held(file))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="studio-carry-")))
-        copy = folder / file.name
-        try:
-            with closing(_opened(file)) as source:
-                source.execute("VACUUM INTO ?", (str(copy),))
-        except sqlite3.Error as error:
-            raise ConfigError(
-                f"cannot be copied to {folder} ({error})",
-                cure="make room there, or name another folder in TMPDIR",
-                source=str(file),
-            ) from error
-        yield copy
-
-
-def carry(copy: Path, pictures: Folder, target: Database, store: Pictures, tell: Tell) -> None:
-    """All rows and pictures of a studio into an empty one.
+class Carrier:
+    """One attempt.
 
     Args:
-        copy: of its file, by :func:`standing_still`.
-        pictures: where those lie that are no part of an older file.
-        target: empty; open.
+        target: open.
         store: where its pictures go.
         tell: how far it is, a line each.
-
-    Raises:
-        ConfigError: the target is not empty, or one of them is a later version's.
-        CannotStore: it takes no more.
     """
-    taken_out = Folder(copy.parent / PICTURES_FOLDER)
-    source = SqliteFile(copy, lambda: None, taken_out)
-    with closing(source), source.reading() as reading:
-        require_own_form(reading, "--from")
-        with target.reading() as connection:
-            require_own_form(connection, "--database")
-            _require_empty(connection)
-        owner = owner_of(source.salt)
-        if not store.check(owner):
-            store.claim(owner, None, is_first=True)
-        moved: dict[str, str] = {}
+
+    def __init__(self, source: StoppedStudio, target: Database, store: Pictures, tell: Tell) -> None:
+        self._source = source
+        self._target = target
+        self._store = store
+        self._tell = tell
+        self._attempt = secrets.token_hex(8)
+        self._moved: dict[str, str] = {}
+        self._is_sent = False
+
+    def carry(self) -> None:
+        """All rows and pictures. Raises ConfigError."""
+        with self._telling("--database"), self._target.writing() as writing:
+            # First: another attempt that is about to end has this row in hand.
+            upsert(writing, meta, {"key": _ATTEMPT, "value": self._attempt})
+            require_own_form(writing, "--database")
+            _require_empty(writing, is_shared=self._target.is_shared)
+            is_first = writing.execute(select(meta).where(meta.c.key == OWNER)).first() is None
+        if standing(self._store.mark(), self._source.owner) is Standing.OWN:
+            self._carry_rows_alone()
+            return
+        # Of its own salt, and not of the one that comes with the rows; the same with each attempt, so that a
+        # place which one has marked is this database's all the same.
+        owner = owner_of(self._target.salt)
+        if not self._store.check(owner):
+            self._store.claim(owner, None, is_first=is_first)
+        with self._telling("--pictures"):
+            self._store.clear_unfinished()
+            self._store.remove_unnamed((), 0.0)  # what attempts of before left: no row names any
         try:
-            _carry_pictures(reading, (taken_out, pictures), store, moved, tell)
-            with target.writing() as writing:
-                be_patient(writing)
-                _require_empty(writing)
-                _carry_rows(reading, writing, moved, tell)
+            with self._telling("--pictures"):
+                self._carry_pictures()
+            self._carry_rows(owner)
         except BaseException:
-            for key in moved.values():
-                with suppress(CannotStore):
-                    store.delete(key)
+            if not self._is_sent:
+                self._take_back()
             raise
 
-
-def _carry_pictures(
-    reading: Connection, sources: Sequence[Folder], store: Pictures, moved: dict[str, str], tell: Tell
-) -> None:
-    keys = [key for table in (results, files) for key in reading.execute(select(table.c.key)).scalars()]
-    gone = 0
-    for number, key in enumerate(keys, start=1):
+    def _carry_rows_alone(self) -> None:
+        """Where pictures stay the place becomes the new studio's after its rows are there: if not here, then
+        with that one's start.
+        """
+        owner = f"{secrets.token_hex(32)} {self._source.owner}"
+        self._store.check(self._source.owner)
+        self._carry_rows(owner)
+        self._tell("pictures: they stay where they are, and the old studio is not started with them any more")
         try:
-            content = _open(key, sources)
-        except PictureGone:
-            gone += 1
-        else:
-            with content:
-                name, _, ext = key.rpartition(".")
-                moved[key] = store.put(content, name.rpartition("-")[0], ext).key
-        if number % _TOLD_EVERY == 0 or number == len(keys):
-            tell(f"pictures: {number} of {len(keys)}")
-    if gone:
-        tell(f"pictures: {gone} were not there any more")
+            self._store.claim(owner, None, is_first=False)
+        except ConfigError as error:
+            self._tell(f"pictures: not marked yet ({error}); start the new studio before the old one")
 
+    def _carry_pictures(self) -> None:
+        keys = self._keys()
+        if keys and not any(map(self._source.has, keys)):
+            raise ConfigError(
+                "holds none of the studio's pictures",
+                cure="with --pictures name the place where they are, and they stay there; or copy them here",
+                key="--from",
+                source=str(self._source.folders[-1].path),
+            )
+        gone = 0
+        for number, key in enumerate(keys, start=1):
+            try:
+                content = self._source.open(key)
+            except PictureGone:
+                gone += 1
+            else:
+                with content:
+                    name, _, ext = key.rpartition(".")
+                    self._moved[key] = self._store.put(content, name.rpartition("-")[0], ext).key
+            if number % _TOLD_EVERY == 0 or number == len(keys):
+                self._tell(f"pictures: {number} of {len(keys)}")
+        if gone:
+            self._tell(f"pictures: {gone} were not there any more")
 
-def _open(key: str, sources: Sequence[Folder]) -> IO[bytes]:
-    for source in sources[:-1]:
-        with suppress(PictureGone):
-            return source.open(key).content
-    return sources[-1].open(key).content
+    def _keys(self) -> list[str]:
+        return [
+            key
+            for table in (results, files)
+            for key in self._source.rows.execute(select(table.c.key)).scalars()
+        ]
 
+    def _carry_rows(self, owner: str) -> None:
+        with self._telling("--database"), self._target.writing() as writing:
+            be_patient(writing)
+            self._require_alone(writing)
+            for table in (meta, models, processes):  # of a first start
+                writing.execute(delete(table))
+            for table in METADATA.sorted_tables:
+                if table is meta:
+                    self._insert_facts(writing, owner)
+                elif table is not processes:  # none is at work while a studio is carried
+                    self._carry_table(writing, table)
+            self._is_sent = True  # a server that is away now may have heard it or not
 
-def _carry_rows(reading: Connection, writing: Connection, moved: dict[str, str], tell: Tell) -> None:
-    writing.execute(delete(meta))  # its own salt; workers' tokens are good with the old one only
-    for table in _tables():
+    def _require_alone(self, writing: Connection) -> None:
+        mine = select(meta.c.value).where(meta.c.key == _ATTEMPT).with_for_update()
+        if writing.execute(mine).scalar() != self._attempt:
+            raise ConfigError(
+                "another attempt has begun meanwhile",
+                cure="let that one end",
+                key="--database",
+            )
+        _require_empty(writing, is_shared=self._target.is_shared)
+
+    def _insert_facts(self, writing: Connection, owner: str) -> None:
+        rows = self._source.rows.execute(select(meta)).mappings()
+        facts = {row["key"]: row["value"] for row in rows} | {OWNER: owner}
+        facts.pop(_ATTEMPT, None)
+        writing.execute(insert(meta), [{"key": key, "value": value} for key, value in facts.items()])
+
+    def _carry_table(self, writing: Connection, table: Table) -> None:
         count = 0
-        for part in reading.execute(select(table)).mappings().partitions(_ROWS):
+        for part in self._source.rows.execute(select(table)).mappings().partitions(_ROWS):
             rows = [dict(row) for row in part]
             if table in (results, files):
-                rows = [row | {"key": moved.get(row["key"], row["key"])} for row in rows]
+                rows = [row | {"key": self._moved.get(row["key"], row["key"])} for row in rows]
             writing.execute(insert(table), rows)
             count += len(rows)
-            tell(f"{table.name}: {count}")
+            self._tell(f"{table.name}: {count}")
         if count:
             _count_on(writing, table)
+
+    def _take_back(self) -> None:
+        with suppress(CannotStore):
+            for key in self._moved.values():
+                self._store.delete(key)
+
+    @contextmanager
+    def _telling(self, option: str) -> Iterator[None]:
+        try:
+            yield
+        except CannotStore as error:
+            cure = "make room there" if isinstance(error, StorageFull) else "see to it"
+            store = self._store if option == "--pictures" else None
+            outcome = (
+                "where it is not empty then it has everything" if self._is_sent else "nothing was carried"
+            )
+            raise StateUnavailable(
+                str(error),
+                cure=f"{cure}, and begin again: {outcome}",
+                key=option,
+                source=str(store.path) if isinstance(store, Folder) else "",
+            ) from error
+
+
+def _require_empty(connection: Connection, *, is_shared: bool) -> None:
+    if is_shared:  # else whoever has the file open is alone
+        since = float(connection.execute(SERVER_TIME).scalar_one()) - LEASE_S
+        if connection.execute(select(processes).where(processes.c.beat_at >= since)).first() is not None:
+            raise ConfigError(
+                "a studio is at work on the database there",
+                cure=f"stop it first; one that was killed counts for {LEASE_S:.0f} s more",
+                key="--database",
+            )
+    for table in METADATA.sorted_tables:
+        rows = (
+            [] if table in (meta, processes) else connection.execute(select(table).limit(2)).mappings().all()
+        )
+        if rows and not (table is models and all(Model(**row) == PLACEHOLDER for row in rows)):
+            raise ConfigError(
+                f"the database there is not empty: it has {table.name}",
+                cure="name a new one, or drop it and make it anew",
+                key="--database",
+            )
 
 
 def _count_on(writing: Connection, table: Table) -> None:
@@ -168,48 +262,3 @@ def _count_on(writing: Connection, table: Table) -> None:
     if column is not None and writing.dialect.name == "postgresql":
         sequence = func.pg_get_serial_sequence(table.name, column.name)
         writing.execute(select(func.setval(sequence, func.max(column))))
-
-
-def _require_empty(connection: Connection) -> None:
-    for table in METADATA.sorted_tables:
-        if table is not meta and connection.execute(select(table).limit(1)).first() is not None:
-            raise ConfigError(
-                f"the database there is not empty: it has {table.name}",
-                cure="name a new one; where a studio was only started, drop the database and make it anew",
-                key="--database",
-            )
-
-
-def _tables() -> list[Table]:
-    return [table for table in METADATA.sorted_tables if table.name not in _OF_NOW]
-
-
-def _opened(file: Path) -> sqlite3.Connection:
-    # Without a log beside it nothing is written by anybody: SQLite need not make one to read.
-    is_whole = not file.with_name(f"{file.name}-wal").exists()
-    mode = "immutable=1" if is_whole else "mode=ro"
-    return sqlite3.connect(f"file:{quote(str(file))}?{mode}", uri=True)
-
-
-@contextmanager
-def _held(file: Path) -> Iterator[None]:
-    try:
-        with file.open("rb"):
-            pass
-        lock = lock_of(file)
-        held = (lock if lock.exists() else file).open("rb")
-    except OSError as error:
-        raise ConfigError(
-            f"holds no studio that can be read ({error.strerror})",
-            cure="name the folder that its --data named",
-            key="--from",
-            source=str(file.parent),
-        ) from error
-    with held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                "a studio is at work there", cure="stop it first", key="--from", source=str(file.parent)
-            ) from error
-        yield

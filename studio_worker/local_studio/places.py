@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import select, union_all
+from sqlalchemy import Connection, select, union_all
 
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio.pictures import Folder, Pictures
 from studio_worker.local_studio.storage.database import Database, insert_new
+from studio_worker.local_studio.storage.locks import be_patient
 from studio_worker.local_studio.storage.postgres import PostgresDatabase
 from studio_worker.local_studio.storage.sqlite import SqliteFile
 from studio_worker.local_studio.storage.tables import files, meta, results
@@ -21,6 +22,12 @@ DATABASE_NAME = "studio.sqlite3"
 
 PICTURES_FOLDER = "pictures"
 """Beside a SQLite file."""
+
+OWNER = "pictures"
+"""The row of ``meta`` that has the mark of the database's pictures, once they have it."""
+
+_DERIVED = "marked"
+"""What stands there in databases of before: the mark is made of the salt."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +62,30 @@ def open_places(places: Places, on_change: Callable[[], None]) -> tuple[Database
 
 def claim_pictures(database: Database, pictures: Pictures) -> None:
     """Have the pictures marked as this database's, once for all its processes. Raises ConfigError."""
-    owner = owner_of(database.salt)
-    pictures.check(owner)  # by itself: a storage may take its time
+    with database.reading() as connection:
+        owner = owner_in(connection, database.salt)
+    is_own = pictures.check(owner)  # by itself: a storage may take its time
     with database.writing() as connection:
+        be_patient(connection)
         # Of two processes that start at once the second waits here, and finds the mark of the first.
-        is_first = insert_new(connection, meta, {"key": "pictures", "value": "marked"})
-        keys = union_all(*(select(table.c.key, table.c.created_at) for table in (results, files))).subquery()
-        newest_key = connection.execute(
-            select(keys.c.key).order_by(keys.c.created_at.desc()).limit(1)
-        ).scalar()
-        pictures.claim(owner, newest_key, is_first=is_first)
+        is_first = insert_new(connection, meta, {"key": OWNER, "value": owner})
+        if not is_own:
+            pictures.claim(owner, newest_key(connection), is_first=is_first)
+
+
+def owner_in(connection: Connection, salt: str) -> str:
+    """What a database marks its pictures with, whether it has done so yet or not."""
+    said = connection.execute(select(meta.c.value).where(meta.c.key == OWNER)).scalar()
+    return owner_of(salt) if said in (None, _DERIVED) else str(said)
 
 
 def owner_of(salt: str) -> str:
-    """Names the database to whatever keeps its pictures, and tells nothing else of it."""
+    """Names a database to whatever keeps its pictures, and tells nothing else of it."""
     return hashlib.sha256(f"pictures of {salt}".encode()).hexdigest()
+
+
+def newest_key(connection: Connection) -> str | None:
+    """Of the pictures that a database names."""
+    keys = union_all(*(select(table.c.key, table.c.created_at) for table in (results, files))).subquery()
+    newest = select(keys.c.key).order_by(keys.c.created_at.desc()).limit(1)
+    return connection.execute(newest).scalar()

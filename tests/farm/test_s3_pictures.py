@@ -35,7 +35,7 @@ def content_of(pictures: S3, key: str, asked: str | None = None) -> tuple[bytes,
 def test_pictures_keep_to_their_prefix(s3_server: S3Server, bucket: str) -> None:
     """A picture is one object below the prefix, comes back byte for byte, and goes when it is deleted."""
     pictures = S3(f"s3://{bucket}/studio/pictures/")
-    pictures.check("mine")
+    pictures.claim(owner_of("mine"), None, is_first=True)
     stored = pictures.put(io.BytesIO(CONTENT), "job", "png")
     assert s3_server.keys(bucket) == [f"studio/pictures/{stored.key}", "studio/pictures/studio"]
     assert (stored.size_bytes, stored.key[:4], stored.key[-4:]) == (len(CONTENT), "job-", ".png")
@@ -124,7 +124,7 @@ def test_presigned_address_needs_no_credentials_and_ends(
 ) -> None:
     """A worker fetches an input, by Range too, with its address alone; a day later it is refused."""
     pictures = S3(f"s3://{bucket}/p?inputs=presigned")
-    pictures.check("mine")
+    pictures.check(owner_of("mine"))
     key = pictures.put(io.BytesIO(CONTENT), "input", "png").key
     url = pictures.address(key)
     assert url is not None
@@ -148,14 +148,14 @@ def test_presigned_address_needs_no_credentials_and_ends(
 def test_workers_are_not_sent_where_they_refuse_to_go(bucket: str, said: str, has_address: bool) -> None:
     """Storage without a public https address gives no addresses of its own, unless it is told to."""
     pictures = S3(f"s3://{bucket}/p{said}")
-    pictures.check("mine")
+    pictures.check(owner_of("mine"))
     assert (pictures.address("input-0123456789abcdef.png") is not None) == has_address
 
 
 def test_sweep_removes_only_what_is_old_and_unnamed(s3_server: S3Server, bucket: str) -> None:
     """What a crash left without a row goes; what has one, is new, or is not the studio's stays."""
     pictures = S3(f"s3://{bucket}/p")
-    pictures.check("mine")
+    pictures.claim(owner_of("mine"), None, is_first=True)
     named, unnamed = (pictures.put(io.BytesIO(CONTENT), name, "png").key for name in ("a", "b"))
     neighbour = S3(f"s3://{bucket}/p/deeper").put(io.BytesIO(CONTENT), "c", "png").key
     s3_server.client().put_object(Bucket=bucket, Key="p/notes.txt", Body=b"of a person")
@@ -174,10 +174,28 @@ def test_sweep_removes_only_what_is_old_and_unnamed(s3_server: S3Server, bucket:
 
 def test_prefix_of_another_studio_is_refused(bucket: str) -> None:
     """Two databases never share a prefix, where each would remove the other's pictures."""
-    S3(f"s3://{bucket}/p").check(owner_of("mine"))
-    S3(f"s3://{bucket}/p").check(owner_of("mine"))
+    for _ in range(2):
+        S3(f"s3://{bucket}/p").claim(owner_of("mine"), None, is_first=True)
     with pytest.raises(ConfigError, match="another studio's database; choose another prefix"):
         S3(f"s3://{bucket}/p").check(owner_of("another"))
+
+
+def test_prefix_is_one_databases_by_the_rule_of_folders(s3_server: S3Server, bucket: str) -> None:
+    """A database has one prefix: a second one is refused and stays as it was, and so is one with pictures
+    that it does not know. One with its newest picture is taken.
+    """
+    first = S3(f"s3://{bucket}/first")
+    key = first.put(io.BytesIO(CONTENT), "job", "png").key
+    with pytest.raises(
+        ConfigError, match="has pictures that this database does not know; choose another prefix"
+    ):
+        first.claim(owner_of("mine"), None, is_first=True)
+    first.claim(owner_of("mine"), key, is_first=False)
+    with pytest.raises(ConfigError, match="this database's pictures are in another place; name the prefix"):
+        S3(f"s3://{bucket}/second").claim(owner_of("mine"), key, is_first=False)
+    with pytest.raises(ConfigError, match="this database's pictures are in another place"):
+        S3(f"s3://{bucket}/second").claim(owner_of("mine"), None, is_first=False)
+    assert sorted(s3_server.keys(bucket)) == [f"first/{key}", "first/studio"]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +218,7 @@ def test_wrong_storage_is_told_at_the_start(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as caught:
-        S3(address.format(bucket=bucket)).check("mine")
+        S3(address.format(bucket=bucket)).check(owner_of("mine"))
     assert (caught.value.exit_status, caught.value.key) == (78, "--pictures")
     assert said in str(caught.value)
     assert USER not in str(caught.value)
@@ -217,7 +235,7 @@ def test_storage_that_is_away_is_told_as_what_may_pass(
     with S3Proxy(s3_server.port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
         pictures = S3(f"s3://{bucket}/p")
-        pictures.check("mine")
+        pictures.check(owner_of("mine"))
         key = pictures.put(io.BytesIO(CONTENT), "job", "png").key
         proxy.faults.refused = 1.0
         with pytest.raises(StorageAway, match="SlowDown"):
@@ -227,7 +245,7 @@ def test_storage_that_is_away_is_told_as_what_may_pass(
             pictures.open(key)
         pictures.delete(key)
         with pytest.raises(StateUnavailable, match="does not answer") as caught:
-            S3(f"s3://{bucket}/p").check("mine")
+            S3(f"s3://{bucket}/p").check(owner_of("mine"))
         assert caught.value.exit_status == 75
         proxy.faults.refused, proxy.faults.is_down = 0.0, True
         with pytest.raises(StorageAway, match="does not answer"):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from studio_worker.local_studio import LocalStudio
+from studio_worker.local_studio import LocalStudio, Places
+from studio_worker.local_studio.pictures import Folder
 from tests.fakes.machine import PICTURE, Machine
 
 if TYPE_CHECKING:
@@ -69,6 +70,14 @@ def machine(studio: LocalStudio) -> Iterator[Machine]:
     yield worker
     assert worker.socket is not None
     worker.socket.close()
+
+
+@pytest.fixture
+def there(tmp_path: Path, on_postgres: OnPostgres | None) -> Places:
+    """A new place: a SQLite file or, for `make test-farm`, a PostgreSQL database; and a folder."""
+    folder = tmp_path / "there"
+    file = folder / "studio.sqlite3"
+    return Places(file if on_postgres is None else on_postgres.url(file), Folder(folder / "pictures"))
 
 
 @pytest.fixture

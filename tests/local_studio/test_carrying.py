@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -15,19 +18,22 @@ from typing import IO, TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import func, select
 
-from studio_worker.errors import ConfigError
+from studio_worker.errors import ConfigError, StateUnavailable
 from studio_worker.local_studio import LocalStudio, Places, carry_studio
+from studio_worker.local_studio.carrying import Carrier
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.pictures import Folder, StorageFull, StoredBytes
-from studio_worker.local_studio.places import open_places
+from studio_worker.local_studio.places import OWNER, open_places
 from studio_worker.local_studio.rules import QueuedJob
+from studio_worker.local_studio.shelf import Model
+from studio_worker.local_studio.stopped import stopped_studio
 from studio_worker.local_studio.storage.database import Database
 from studio_worker.local_studio.storage.sqlite import SqliteFile
 from studio_worker.local_studio.storage.tables import METADATA, files, jobs, meta, results
 from tests.fakes.machine import PICTURE, Machine, queue
 
 if TYPE_CHECKING:
-    from tests.local_studio.on_postgres import OnPostgres
+    pass
 
 
 def nothing() -> None:
@@ -48,16 +54,8 @@ def opened(there: Places) -> Iterator[Database]:
         yield database
 
 
-@pytest.fixture
-def there(tmp_path: Path, on_postgres: OnPostgres | None) -> Places:
-    """A new place: a SQLite file or, for `make test-farm`, a PostgreSQL database; and a folder."""
-    folder = tmp_path / "there"
-    file = folder / "studio.sqlite3"
-    return Places(file if on_postgres is None else on_postgres.url(file), Folder(folder / "pictures"))
-
-
 def rows_of(database: Database) -> dict[str, list[dict[str, Any]]]:
-    """Every row of every table, but for what pictures are called."""
+    """Every row of every table, but for what pictures are called, and marked with."""
     with database.reading() as connection:
         found = {
             table.name: [dict(row) for row in connection.execute(select(table)).mappings()]
@@ -66,6 +64,7 @@ def rows_of(database: Database) -> dict[str, list[dict[str, Any]]]:
     for name in (results.name, files.name):
         for row in found[name]:
             del row["key"]
+    found[meta.name] = [row for row in found[meta.name] if row["key"] != OWNER]
     return {name: sorted(rows, key=repr) for name, rows in found.items()}
 
 
@@ -143,22 +142,48 @@ def test_target_with_anything_in_it_is_refused(source: Path, tmp_path: Path, the
     assert prints(tmp_path / "there" / "pictures") == before
 
 
-@pytest.mark.sqlite
-def test_studio_at_work_is_not_carried(tmp_path: Path, there: Places) -> None:
-    """A studio that runs would go on writing to what is left behind."""
-    with LocalStudio(tmp_path / "here" / "studio.sqlite3") as studio:
-        with pytest.raises(ConfigError, match="--from: a studio is at work there; stop it first"):
-            carried(tmp_path / "here" / "studio.sqlite3", there)
-        queue(studio)
+def test_target_where_a_studio_was_only_started_counts_as_empty(
+    before_revisions: Path, there: Places
+) -> None:
+    """A first start, to see that database and storage can be used, costs nothing: its placeholder is not
+    mixed in. What was carried is more than that.
+    """
+    LocalStudio(there).stop()
+    carried(before_revisions, there)
+    with LocalStudio(there) as studio:
+        assert studio.result("done") == PICTURE
+        assert [model.model_id for model in studio.models()] == ["placeholder"]
+    with pytest.raises(ConfigError, match="it has"):
+        carried(before_revisions, there)
 
 
-def test_folder_without_a_studio_is_a_clear_mistake(tmp_path: Path, there: Places) -> None:
-    """A folder with no studio in it, or a file that is none, is named."""
-    with pytest.raises(ConfigError, match="holds no studio that can be read"):
-        carried(tmp_path / "nowhere" / "studio.sqlite3", there)
-    (tmp_path / "studio.sqlite3").write_bytes(b"no database at all, and long enough to look like none" * 20)
-    with pytest.raises(ConfigError, match="file is not a database"):
-        carried(tmp_path / "studio.sqlite3", there)
+def test_target_with_a_model_of_somebody_is_not_empty(before_revisions: Path, there: Places) -> None:
+    """One model that was added there is somebody's work."""
+    with LocalStudio(there) as studio:
+        studio.shelf.put_model(Model("mine", "Mine", {"engine": "synthetic", "files": []}, 1.0))
+    with pytest.raises(ConfigError, match="not empty: it has models"):
+        carried(before_revisions, there)
+
+
+def test_target_where_a_studio_is_at_work_is_refused(before_revisions: Path, there: Places) -> None:
+    """A studio that runs there would go on with what it read before."""
+    with LocalStudio(there), pytest.raises(ConfigError, match="stop it first"):
+        carried(before_revisions, there)
+    carried(before_revisions, there)
+
+
+def test_pictures_that_lie_elsewhere_are_asked_for(
+    before_revisions: Path, tmp_path: Path, there: Places
+) -> None:
+    """A studio is not carried without its pictures because they lay in another place than beside its file."""
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    with pytest.raises(
+        ConfigError, match="holds none of the studio's pictures; with --pictures name the place"
+    ):
+        carried(before_revisions, there)
+    (tmp_path / "moved").rename(tmp_path / "pictures")
+    carried(before_revisions, there)
+    assert len(prints(tmp_path / "there" / "pictures")) == 3
 
 
 class Filling(Folder):
@@ -174,12 +199,18 @@ class Filling(Folder):
 
 
 def test_storage_that_fills_up_leaves_nothing(older: Path, tmp_path: Path, there: Places) -> None:
-    """Where pictures do not all go in, none stays, no row goes, and a second attempt succeeds."""
-    with pytest.raises(StorageFull):
-        carried(older, replace(there, pictures=Filling(tmp_path / "there" / "pictures")))
-    assert prints(tmp_path / "there" / "pictures").keys() == {"studio"}
-    carried(older, there)
-    assert len(prints(tmp_path / "there" / "pictures").keys() - {"studio"}) == 2
+    """Where pictures do not all go in, none stays, no row goes, the place is named with the cure, and a
+    second attempt succeeds, elsewhere too.
+    """
+    folder = tmp_path / "there" / "pictures"
+    with pytest.raises(StateUnavailable) as told:
+        carried(older, replace(there, pictures=Filling(folder)))
+    assert told.value.exit_status == 75
+    assert str(told.value).startswith(f"{folder}: --pictures: ")
+    assert "make room there, and begin again: nothing was carried" in str(told.value)
+    assert prints(folder).keys() == {"studio"}
+    carried(older, replace(there, pictures=Folder(tmp_path / "elsewhere")))
+    assert len(prints(tmp_path / "elsewhere").keys() - {"studio"}) == 2
 
 
 def test_rows_that_come_later_have_numbers_of_their_own(older: Path, there: Places) -> None:
@@ -197,41 +228,82 @@ def queue_of(database: Database) -> JobQueue:
     return JobQueue(database, Folder(Path("nowhere")))
 
 
-_KILLED = """
+_ENDED = """
 import os, signal, sys
-from pathlib import Path
-from studio_worker.local_studio import Places, carry_studio
-from studio_worker.local_studio.job_queue import JobQueue
-from studio_worker.local_studio.pictures import Folder
-folder, database, pictures, stage = sys.argv[1:]
+from studio_worker.cli import local_studio, main
+stage, number = sys.argv[1], int(sys.argv[2])
 def tell(text):
     if text.startswith(stage):
-        os.kill(os.getpid(), signal.SIGKILL)
-carry_studio(
-    Path(folder), Places(database if "://" in database else Path(database), Folder(Path(pictures))), tell
-)
+        os.kill(os.getpid(), number)
+local_studio.say = tell
+sys.argv[1:] = ["local-studio", "carry", *sys.argv[3:]]
+main()
 """
 
 
-@pytest.mark.parametrize("stage", ["pictures: 2", "jobs: 4", "results: 1"])
-def test_killed_attempt_leaves_an_empty_target(
-    older: Path, tmp_path: Path, there: Places, stage: str
+@pytest.mark.parametrize(
+    ("number", "stage"),
+    [
+        (signal.SIGKILL, "pictures: 2"),
+        (signal.SIGKILL, "jobs: 4"),
+        (signal.SIGKILL, "results: 1"),
+        (signal.SIGTERM, "pictures: 2"),
+        (signal.SIGTERM, "jobs: 4"),
+        (signal.SIGINT, "pictures: 2"),
+    ],
+    ids=["kill-pictures", "kill-jobs", "kill-results", "term-pictures", "term-jobs", "int-pictures"],
+)
+def test_attempt_that_is_ended_leaves_an_empty_target(
+    older: Path,
+    tmp_path: Path,
+    there: Places,
+    stage: str,
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed at any point the new database is as empty as before, and the next attempt carries everything."""
+    """Ended at any point the new database is as empty as before, and the next attempt carries everything;
+    after a signal that can be heard nothing is left at all, and what kill -9 leaves that attempt removes.
+    """
     before = prints(older.parent)
-    (tmp_path / "scratch").mkdir()
-    given = (older.parent, there.database, tmp_path / "there" / "pictures", stage)
+    scratch, folder = tmp_path / "scratch", tmp_path / "there" / "pictures"
+    scratch.mkdir()
+    options = ("--from", older.parent, "--database", there.database, "--pictures", folder)
     done = subprocess.run(
-        [sys.executable, "-c", _KILLED, *map(str, given)],
+        [sys.executable, "-c", _ENDED, stage, str(int(number)), *map(str, options)],
         capture_output=True,
         text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path / "scratch")},
+        env={**os.environ, "TMPDIR": str(scratch)},
     )
-    assert done.returncode == -9, done.stderr
+    is_heard = number is not signal.SIGKILL
+    assert done.returncode == (128 + number if is_heard else -number), done.stderr
+    assert (list(scratch.iterdir()) == []) == is_heard
+    assert len(prints(folder).keys() - {"studio"}) == (0 if is_heard else 2)
     assert before.items() <= prints(older.parent).items()
     with opened(there) as target:
         assert {name for name, rows in rows_of(target).items() if rows} == {meta.name}
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     carried(older, there)
+    assert list(scratch.iterdir()) == []
+    assert len(prints(folder).keys() - {"studio"}) == 2
     with opened(there) as target:
         statuses = [row["status"] for row in rows_of(target)[jobs.name]]
     assert sorted(statuses) == ["done", "failed", "queued", "queued"]
+
+
+def test_attempt_that_another_has_overtaken_carries_nothing(
+    before_revisions: Path, tmp_path: Path, there: Places
+) -> None:
+    """Of two attempts at one database the later one has it, and its pictures: the earlier one ends."""
+    shutil.copytree(tmp_path / "pictures", tmp_path / "copy" / "pictures")
+    shutil.copy(before_revisions, tmp_path / "copy" / before_revisions.name)
+    target, _ = open_places(there, nothing)
+
+    def overtake(text: str) -> None:
+        if text == "pictures: 2 of 2":
+            with stopped_studio(tmp_path / "copy") as copy:
+                Carrier(copy, target, there.open_pictures(), lambda _text: None).carry()
+
+    with closing(target), stopped_studio(tmp_path) as source, pytest.raises(ConfigError, match="another"):
+        Carrier(source, target, there.open_pictures(), overtake).carry()
+    with LocalStudio(there) as studio:
+        assert studio.result("done") == PICTURE

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from studio_worker.errors import ConfigError, StateUnavailable
+from studio_worker.errors import StateUnavailable
 from studio_worker.files import (
     DISK_FULL,
     DISK_TROUBLES,
@@ -23,6 +23,7 @@ from studio_worker.files import (
     write_atomic,
     write_problem,
 )
+from studio_worker.local_studio.pictures.marks import Spot, Standing, standing
 from studio_worker.local_studio.pictures.port import (
     MARK,
     PictureGone,
@@ -57,41 +58,32 @@ class Folder:
     def __init__(self, folder: Path, *, is_beside: bool = False) -> None:
         self.path = folder
         self._is_beside = is_beside
+        self._spot = Spot("folder", str(folder))
         self._owner: str | None = None
+
+    def mark(self) -> str | None:
+        with self._telling_of_the_start():
+            return self._mark()
 
     def check(self, owner: str, /) -> bool:
         with self._telling_of_the_start():
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._owner = owner
-            mark = self._mark()
-        if mark not in (None, owner):
-            raise self._refused(
-                "the pictures there belong to another studio's database",
-                "choose another folder: the one would remove the other's pictures",
-            )
+            is_own = self._spot.is_own(self._mark(), owner)
         problem = write_problem(self.path)
         if problem is not None and problem not in map(os.strerror, DISK_FULL):  # a full disk is told of later
-            raise self._refused(
+            raise self._spot.refused(
                 f"pictures cannot be written there ({problem})",
                 "make it this user's, or choose another folder",
             )
-        return mark is not None
+        return is_own
 
     def claim(self, owner: str, newest_key: str | None, *, is_first: bool) -> None:
         if self.check(owner):
             return
         with self._telling_of_the_start():
-            is_named = newest_key is not None and self.file(newest_key).is_file()
-            is_unused = not any(is_key(path.name) for path in self.path.iterdir())
-            if not (self._is_beside or is_named or (is_unused and is_first and newest_key is None)):
-                if is_unused:
-                    raise self._refused(
-                        "this database's pictures are in another place",
-                        "name the folder that it was started with, or its copy with all that is in it",
-                    )
-                raise self._refused(
-                    "has pictures that this database does not know", "choose another folder, best a new one"
-                )
+            if standing(self._mark(), owner) is Standing.FREE and not self._is_beside:
+                self._spot.require_unclaimed(newest_key, self._has, self._is_unused, is_first)
             write_atomic(self.path / MARK, owner.encode())
 
     def put(self, content: IO[bytes], name: str, ext: str) -> StoredBytes:
@@ -136,16 +128,19 @@ class Folder:
 
     def _is_own(self) -> bool:
         # Read each time: a share that is not mounted leaves another folder in its place.
-        return self._owner is not None and self._mark() == self._owner
+        return self._owner is not None and standing(self._mark(), self._owner) is Standing.OWN
+
+    def _has(self, key: str) -> bool:
+        return self.file(key).is_file()
+
+    def _is_unused(self) -> bool:
+        return not any(is_key(path.name) for path in self.path.iterdir())
 
     def _mark(self) -> str | None:
         try:
             return (self.path / MARK).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
-
-    def _refused(self, problem: str, cure: str) -> ConfigError:
-        return ConfigError(problem, cure=cure, key="--pictures", source=str(self.path))
 
     @contextmanager
     def _telling_of_the_start(self) -> Iterator[None]:
@@ -159,7 +154,7 @@ class Folder:
                     key="--pictures",
                     source=str(self.path),
                 ) from error
-            raise self._refused(
+            raise self._spot.refused(
                 f"cannot be used for pictures ({error.strerror})",
                 "make it this user's, or choose another folder",
             ) from error

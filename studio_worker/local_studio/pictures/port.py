@@ -82,6 +82,9 @@ class Pictures(Protocol):
     def is_shared(self) -> bool:
         """Whether other studio processes put pictures here at the same time."""
 
+    def mark(self) -> str | None:
+        """What says whose pictures lie there: see :mod:`marks`. Raises ConfigError."""
+
     def check(self, owner: str, /) -> bool:
         """Try out at the start what pictures will need; whether they are marked as this owner's.
 
@@ -89,7 +92,7 @@ class Pictures(Protocol):
             owner: what only the studio of this database says; pictures of another owner are not shared.
 
         Raises:
-            ConfigError: a mistake of the operator; StateUnavailable for what may pass.
+            ConfigError: a mistake of the operator, or another's mark; StateUnavailable for what may pass.
         """
 
     def claim(self, owner: str, newest_key: str | None, *, is_first: bool) -> None:

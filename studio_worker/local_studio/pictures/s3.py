@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.parsers import ResponseParserError
 
+from studio_worker.local_studio.pictures.marks import Spot, Standing, is_mark, standing
 from studio_worker.local_studio.pictures.port import (
     MARK,
     CannotStore,
@@ -75,6 +76,7 @@ class S3:
 
     def __init__(self, address: str) -> None:
         self._place = Place.of(address)
+        self._spot = Spot("prefix", f"s3://{self._place.bucket}/{self._place.prefix}")
         for name in _TALKATIVE:  # at debug they tell of signatures
             logging.getLogger(name).setLevel(logging.WARNING)
         try:
@@ -85,35 +87,68 @@ class S3:
         self._client.meta.events.register_first("needs-retry.s3.HeadBucket", look_once)
         self._has_addresses = False
 
+    def mark(self) -> str | None:
+        with self._telling_of_the_start():
+            return self._mark()
+
     def check(self, owner: str) -> bool:
         key = self._place.prefix + MARK
-        try:
-            self._claim(key, owner)
+        with self._telling_of_the_start():
+            is_own = self._spot.is_own(self._mark(), owner)
+            if is_own:  # written at each start: no other way tells whether writing is allowed
+                self._put_mark(owner)
+            self._client.list_objects_v2(Bucket=self._place.bucket, Prefix=key, MaxKeys=1)
             url = self._presigned(key)
-        except (BotoCoreError, ClientError, ResponseParserError) as error:
-            raise misconfigured(error, self._place) from error
         self._has_addresses = self._place.inputs == "presigned" or (
             self._place.inputs == "auto" and is_public(url)
         )
-        return True
+        return is_own
 
-    def claim(self, _owner: str, _newest_key: str | None, *, is_first: bool) -> None:
-        """Nothing: :meth:`check` has marked the prefix."""
+    def claim(self, owner: str, newest_key: str | None, *, is_first: bool) -> None:
+        with self._telling_of_the_start():
+            mark = self._mark()
+            if self._spot.is_own(mark, owner):
+                return
+            if standing(mark, owner) is Standing.FREE:
+                self._spot.require_unclaimed(newest_key, self._has, self._is_unused, is_first)
+            self._put_mark(owner)
 
-    def _claim(self, key: str, owner: str) -> None:
+    def _mark(self) -> str | None:
+        key = self._place.prefix + MARK
         try:
             answer = self._client.get_object(Bucket=self._place.bucket, Key=key)
         except ClientError as error:
             if not is_missing(error):
                 raise
-        else:
-            with answer["Body"] as body:
-                mark = body.read(1024).decode(errors="replace")
-            if mark != owner:
-                raise not_marked(mark, key)
-        # Written at each start: no other way tells whether writing is allowed.
+            return None
+        with answer["Body"] as body:
+            mark: str = body.read(1024).decode(errors="replace")
+        if not is_mark(mark):
+            raise not_marked(key)
+        return mark
+
+    def _put_mark(self, owner: str) -> None:
+        key = self._place.prefix + MARK
         self._client.put_object(Bucket=self._place.bucket, Key=key, Body=owner.encode())
-        self._client.list_objects_v2(Bucket=self._place.bucket, Prefix=key, MaxKeys=1)
+
+    def _has(self, key: str) -> bool:
+        try:
+            self._client.head_object(Bucket=self._place.bucket, Key=self._place.prefix + key)
+        except ClientError as error:
+            if not is_missing(error):
+                raise
+            return False
+        return True
+
+    def _is_unused(self) -> bool:
+        return next(self._listed("list_objects_v2", "Contents"), None) is None
+
+    @contextmanager
+    def _telling_of_the_start(self) -> Iterator[None]:
+        try:
+            yield
+        except (BotoCoreError, ClientError, ResponseParserError) as error:
+            raise misconfigured(error, self._place) from error
 
     def put(self, content: IO[bytes], name: str, ext: str) -> StoredBytes:
         key = new_key(name, ext)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +16,6 @@ from studio_worker.local_studio.pictures.s3_place import OPTION, Place
 ELSEWHERE = "something else answers in the place of the studio's S3 storage"
 
 _OTHER_REGION = {"PermanentRedirect", "TemporaryRedirect", "IllegalLocationConstraintException"}
-_MARK = re.compile(r"[0-9a-f]{64}")
-"""As :func:`places.owner_of` makes them."""
 
 
 @contextmanager
@@ -100,14 +97,8 @@ def _refused(error: ClientError, place: Place) -> ConfigError:
     )
 
 
-def not_marked(mark: str, key: str) -> ConfigError:
-    """What else lies where this studio's mark should be."""
-    if _MARK.fullmatch(mark):
-        return ConfigError(
-            "the pictures there belong to another studio's database",
-            cure="choose another prefix: the one would remove the other's pictures",
-            key=OPTION,
-        )
+def not_marked(key: str) -> ConfigError:
+    """What lies where a studio's mark should be is none."""
     return ConfigError(
         f"what answers there is no S3 storage, or the object {key} is another program's",
         cure="see where AWS_ENDPOINT_URL_S3 leads (a proxy, a portal?), or choose another prefix",
