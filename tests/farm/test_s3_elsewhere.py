@@ -176,14 +176,15 @@ def test_job_is_deleted_whatever_answers(studio: LocalStudio, machine: Machine, 
         (refusal("403 Forbidden", "SignatureDoesNotMatch"), 78, "a region is named in AWS_REGION"),
         (FULL, 75, "the S3 storage is full"),
         (refusal("403 Forbidden", "QuotaExceeded"), 75, "make room there, or raise its quota"),
+        (answer("200 OK", b"0" * 64)[:-1], 75, "the S3 storage does not answer"),
     ],
-    ids=["welcome", "unended", "not-found", "login", "region", "signature", "full", "quota"],
+    ids=["welcome", "unended", "not-found", "login", "region", "signature", "full", "quota", "cut"],
 )
 def test_what_answers_in_the_place_of_s3_is_told_at_the_start(
     bucket: str, proxy: S3Proxy, said: bytes, status: int, words: str
 ) -> None:
-    """A web page, a redirect, another region or a full storage has its cure, and is never called another
-    studio's.
+    """A web page, a redirect, another region, a full storage or half a mark has its cure, and is never called
+    another studio's.
     """
     proxy.faults.instead = said
     with pytest.raises(ConfigError) as caught:

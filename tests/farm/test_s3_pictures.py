@@ -206,10 +206,11 @@ def test_prefix_is_one_databases_by_the_rule_of_folders(s3_server: S3Server, buc
         ("s3://{bucket}/p", {"AWS_ACCESS_KEY_ID": "test:nobody"}, "refuses these credentials"),
         ("s3://{bucket}/p", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "set AWS_ACCESS_KEY_ID"),
         ("s3://{bucket}/p", {"AWS_ENDPOINT_URL_S3": "somewhere"}, "AWS_ENDPOINT_URL_S3"),
+        ("s3://{bucket}/p", {"AWS_REGION": "eu central 1"}, "AWS_REGION"),
         ("s3://{bucket}/p?inputs=maybe", {}, "write s3://BUCKET/PREFIX"),
         ("s3:///p", {}, "write s3://BUCKET/PREFIX"),
     ],
-    ids=["bucket", "secret", "user", "nothing", "endpoint", "query", "form"],
+    ids=["bucket", "secret", "user", "nothing", "endpoint", "region", "query", "form"],
 )
 def test_wrong_storage_is_told_at_the_start(
     bucket: str, address: str, variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from typing import IO, Any
 
@@ -121,8 +121,9 @@ class S3:
             if not is_missing(error):
                 raise
             return None
-        with answer["Body"] as body:
-            mark: str = body.read(1024).decode(errors="replace")
+        with closing(answer["Body"]) as body:  # its own block would have the bare stream
+            # One that was cut short is found out by asking for more.
+            mark: str = (body.read(1024) + body.read(1)).decode(errors="replace")
         if not is_mark(mark):
             raise not_marked(key)
         return mark

@@ -6,7 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError, SSLError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    SSLError,
+)
 from botocore.parsers import ResponseParserError
 
 from studio_worker.errors import ConfigError, ProtocolError, StateUnavailable
@@ -54,14 +61,18 @@ def misconfigured(error: Exception, place: Place | None = None) -> ConfigError:
             cure="name its authority in AWS_CA_BUNDLE, and see to the clock of this machine",
             key=OPTION,
         )
-    if isinstance(error, HTTPClientError | ConnectionError):
+    if isinstance(error, HTTPClientError | ConnectionError | IncompleteReadError):
         return _away(error)
     if isinstance(error, ResponseParserError):
         return _no_storage(error)
     if isinstance(error, ClientError) and place is not None:
         return _refused(error, place)
-    cure = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and AWS_ENDPOINT_URL_S3"
-    return ConfigError(f"the S3 storage cannot be used ({_reason(error)})", cure=cure, key=OPTION)
+    return ConfigError(
+        f"the S3 storage cannot be used ({_reason(error)})",
+        cure="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; and AWS_REGION and "
+        "AWS_ENDPOINT_URL_S3, where they are needed",
+        key=OPTION,
+    )
 
 
 def _refused(error: ClientError, place: Place) -> ConfigError:
