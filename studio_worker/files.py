@@ -18,6 +18,7 @@ DISK_TROUBLES = DISK_FULL | {errno.EIO, errno.EROFS}
 """Those, and of a disk that fails, or that was made read-only since it did: no fault of the program's."""
 
 _COPY_BYTES = 1024 * 1024
+_TEMPORARIES = ".*.tmp"
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o600, sync_folder: bool = True) -> None:
@@ -82,8 +83,13 @@ def make_private(folder: Path) -> None:
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what :func:`write_atomic` left in ``folder`` when the process was killed in the middle."""
-    for path in folder.glob(".*.tmp"):
+    for path in folder.glob(_TEMPORARIES):
         path.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether :func:`write_atomic` has it in hand, or left it when the process was killed in the middle."""
+    return path.match(_TEMPORARIES)
 
 
 def write_problem(folder: Path) -> str | None:

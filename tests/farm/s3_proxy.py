@@ -39,8 +39,8 @@ class Faults:
     """How often a request fails, as shares of 1. Changed while the proxy runs.
 
     ``refused``: 503 at once. ``cut``: the connection breaks, before the server hears of it or in the middle
-    of what either side sends. ``is_down``: nobody listens to anything. ``is_silent``: nobody is answered.
-    ``instead``: what everybody is answered with.
+    of what either side sends. ``is_down``: nobody listens to anything. ``is_silent``: nobody is answered;
+    ``silent_to``: nobody who asks with this method. ``instead``: what everybody is answered with.
     """
 
     refused: float = 0.0
@@ -48,6 +48,7 @@ class Faults:
     cut_after_bytes: tuple[int, ...] = (0, 100, 1000, 10_000)
     is_down: bool = False
     is_silent: bool = False
+    silent_to: str | None = None
     instead: bytes = b""
 
 
@@ -66,10 +67,11 @@ class S3Proxy(Proxy):
         upstream: asyncio.StreamWriter | None = None
         try:
             head = await reader.readuntil(b"\r\n\r\n")
-            self._count(head.partition(b" ")[0].decode())
+            method = head.partition(b" ")[0].decode()
+            self._count(method)
             if b"X-Amz-Signature=" in head.partition(b"\r\n")[0]:
                 self._count("presigned")
-            while self.faults.is_silent:
+            while self.faults.is_silent or self.faults.silent_to == method:
                 await asyncio.sleep(0.02)
             if self.faults.is_down:
                 self._count("down")

@@ -50,6 +50,12 @@ class StudioProcess:
                 stderr=log,
             )
 
+    @property
+    def pid(self) -> int:
+        """Of the one that runs, or ran last."""
+        assert self._process is not None
+        return self._process.pid
+
     def send(self, number: signal.Signals) -> None:
         """A signal, where it runs."""
         if self._process is not None and self._process.poll() is None:

@@ -18,6 +18,7 @@ from studio_worker.errors import StateUnavailable
 from studio_worker.files import (
     DISK_FULL,
     DISK_TROUBLES,
+    is_temporary,
     remove_temporaries,
     store_atomic,
     write_atomic,
@@ -119,7 +120,7 @@ class Folder:
         with _telling_of_the_disk():
             found = list(self.path.iterdir()) if self._is_own() else []
         for path in found:
-            if path.name not in named and is_key(path.name):
+            if path.name not in named and (is_key(path.name) or is_temporary(path)):
                 with suppress(OSError):  # one file too many harms nobody
                     if since < path.stat().st_mtime < until:
                         path.unlink()
