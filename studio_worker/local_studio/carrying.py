@@ -25,6 +25,7 @@ from studio_worker.local_studio.pictures import (
     Folder,
     PictureGone,
     Pictures,
+    StorageAway,
     StorageFull,
 )
 from studio_worker.local_studio.pictures.marks import Standing, standing
@@ -98,6 +99,7 @@ class Carrier:
         self._attempt = secrets.token_hex(8)
         self._moved: dict[str, str] = {}
         self._is_sent = False
+        self._is_away = False
 
     def carry(self) -> None:
         """All rows and pictures. Raises ConfigError."""
@@ -123,7 +125,7 @@ class Carrier:
                 self._carry_pictures()
             self._carry_rows(owner)
         except BaseException:
-            if not self._is_sent:
+            if not (self._is_sent or self._is_away):
                 self._take_back()
             raise
 
@@ -224,6 +226,7 @@ class Carrier:
         except CannotStore as error:
             cure = "make room there" if isinstance(error, StorageFull) else "see to it"
             store = self._store if option == "--pictures" else None
+            self._is_away = store is not None and isinstance(error, StorageAway)
             outcome = (
                 "where it is not empty then it has everything" if self._is_sent else "nothing was carried"
             )
