@@ -24,7 +24,6 @@ from studio_worker.local_studio.pictures import (
     CannotStore,
     Folder,
     PictureGone,
-    Pictures,
     StorageAway,
     StorageFull,
 )
@@ -77,24 +76,25 @@ def carry_studio(folder: Path, places: Places, tell: Tell) -> None:
             source=str(places.database),
         )
     with stopped_studio(folder) as source:
-        database, _ = open_places(replace(places, pictures=store), lambda: None)
+        places = replace(places, pictures=store)
+        database, _ = open_places(places, lambda: None)
         with closing(database):
-            Carrier(source, database, store, tell).carry()
+            Carrier(source, database, places, tell).carry()
 
 
 class Carrier:
     """One attempt.
 
     Args:
-        target: open.
-        store: where its pictures go.
+        target: the database of ``places``, open.
         tell: how far it is, a line each.
     """
 
-    def __init__(self, source: StoppedStudio, target: Database, store: Pictures, tell: Tell) -> None:
+    def __init__(self, source: StoppedStudio, target: Database, places: Places, tell: Tell) -> None:
         self._source = source
         self._target = target
-        self._store = store
+        self._file = places.database if isinstance(places.database, Path) else None
+        self._store = places.open_pictures()
         self._tell = tell
         self._attempt = secrets.token_hex(8)
         self._moved: dict[str, str] = {}
@@ -225,8 +225,10 @@ class Carrier:
             yield
         except CannotStore as error:
             cure = "make room there" if isinstance(error, StorageFull) else "see to it"
-            store = self._store if option == "--pictures" else None
-            self._is_away = store is not None and isinstance(error, StorageAway)
+            place = self._file
+            if option == "--pictures":
+                place = self._store.path if isinstance(self._store, Folder) else None
+                self._is_away = isinstance(error, StorageAway)
             outcome = (
                 "where it is not empty then it has everything" if self._is_sent else "nothing was carried"
             )
@@ -234,7 +236,7 @@ class Carrier:
                 str(error),
                 cure=f"{cure}, and begin again: {outcome}",
                 key=option,
-                source=str(store.path) if isinstance(store, Folder) else "",
+                source="" if place is None else str(place),
             ) from error
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     pass
 
 
-def nothing() -> None:
+def nothing(*_said: object) -> None:
     pass
 
 
@@ -213,6 +214,23 @@ def test_storage_that_fills_up_leaves_nothing(older: Path, tmp_path: Path, there
     assert len(prints(tmp_path / "elsewhere").keys() - {"studio"}) == 2
 
 
+@pytest.mark.sqlite
+def test_database_that_fills_up_is_named(before_revisions: Path, tmp_path: Path, there: Places) -> None:
+    """Where the rows do not go in the file is named with the cure, and no picture stays."""
+    with closing(sqlite3.connect(before_revisions)) as source_file:
+        source_file.execute("UPDATE jobs SET reason = hex(randomblob(100000))")
+        source_file.commit()
+    target, _ = open_places(there, nothing)
+    with target.reading() as connection:
+        (pages,) = connection.exec_driver_sql("PRAGMA page_count").one()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    with closing(target), stopped_studio(tmp_path) as source, pytest.raises(StateUnavailable) as told:
+        Carrier(source, target, there, nothing).carry()
+    assert str(told.value).startswith(f"{there.database}: --database: the studio's disk takes no more data")
+    assert "make room there, and begin again: nothing was carried" in str(told.value)
+    assert prints(tmp_path / "there" / "pictures").keys() == {"studio"}
+
+
 def test_rows_that_come_later_have_numbers_of_their_own(older: Path, there: Places) -> None:
     """A job that is queued in the new place comes behind those that were carried."""
     carried(older, there)
@@ -301,9 +319,9 @@ def test_attempt_that_another_has_overtaken_carries_nothing(
     def overtake(text: str) -> None:
         if text == "pictures: 2 of 2":
             with stopped_studio(tmp_path / "copy") as copy:
-                Carrier(copy, target, there.open_pictures(), lambda _text: None).carry()
+                Carrier(copy, target, there, lambda _text: None).carry()
 
     with closing(target), stopped_studio(tmp_path) as source, pytest.raises(ConfigError, match="another"):
-        Carrier(source, target, there.open_pictures(), overtake).carry()
+        Carrier(source, target, there, overtake).carry()
     with LocalStudio(there) as studio:
         assert studio.result("done") == PICTURE
