@@ -102,7 +102,7 @@ class Failing(S3Proxy):
         super().__init__(port)
 
     def _count(self, what: str) -> None:
-        super()._count(what)
+        S3Proxy._count(self, what)
         is_next = what == "PUT" and self.counts["PUT"] > 2
         self.faults.refused = float(is_next)
         if is_next:
