@@ -8,11 +8,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import requests
 
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio import LocalStudio, Places, carry_studio, pictures_at
-from studio_worker.local_studio.pictures import Folder, StorageFull
+from studio_worker.local_studio.pictures import Folder, RangeRefused, StorageFull
+from tests.fakes.machine import PICTURE, Machine, queue
 from tests.local_studio.test_results import png
+
+WAIT_S = 10.0
+CONTENT = bytes(range(256)) * 40
 
 pytestmark = pytest.mark.sqlite
 
@@ -108,3 +113,66 @@ def test_folder_that_is_spoilt_later_is_told_as_a_full_disk(
     monkeypatch.setattr("studio_worker.local_studio.pictures.folder.store_atomic", refuse)
     with pytest.raises(StorageFull):
         Folder(tmp_path).put(io.BytesIO(b"x"), "job", "png")
+
+
+@pytest.mark.parametrize("is_empty", [True, False], ids=["empty", "none"])
+def test_share_that_is_not_mounted_any_more_costs_no_picture(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_empty: bool
+) -> None:
+    """What is delivered meanwhile does not vanish below the share: the worker keeps it and comes again. What
+    lies on the share is not said to be gone.
+    """
+    share, mounted = tmp_path / "shared", tmp_path / "mounted"
+    with LocalStudio(shared(tmp_path, "one")) as studio:
+        machine, done, job_id = Machine(studio).connect(), queue(studio), queue(studio)
+        machine.take()
+        assert machine.upload(done).status_code == 200
+        machine.say("accept", jobId=machine.hear()["claim"]["jobId"])
+        share.rename(mounted)
+        if is_empty:
+            share.mkdir()
+        result = f"{studio.base_url}/api/jobs/{done}/result"
+        assert machine.upload(job_id).status_code == 503
+        assert requests.post(f"{studio.base_url}/api/files", data=png(), timeout=WAIT_S).status_code == 503
+        assert requests.get(result, timeout=WAIT_S).status_code == 503
+        assert [record.exc_info for record in caplog.records if record.levelname == "ERROR"] == [None] * 3
+        assert share.is_dir() == is_empty
+        assert studio.job(job_id).status == "running"
+        if is_empty:
+            share.rmdir()
+        mounted.rename(share)
+        assert machine.upload(job_id).status_code == 200
+        assert requests.get(result, timeout=WAIT_S).content == studio.result(job_id) == PICTURE
+        machine.hang_up()
+
+
+@pytest.mark.parametrize(
+    ("asked", "first", "last"),
+    [
+        ("bytes=8-11", 8, 11),
+        ("bytes=10000-", 10000, 10239),
+        ("bytes=10000-20000", 10000, 10239),
+        ("bytes=-5", 10235, 10239),
+        ("bytes=-20000", 0, 10239),
+    ],
+)
+def test_files_are_read_in_parts(tmp_path: Path, asked: str, first: int, last: int) -> None:
+    """A range gets its bytes alone, as from S3; one that begins behind the end is refused."""
+    folder = Folder(tmp_path)
+    key = folder.put(io.BytesIO(CONTENT), "job", "png").key
+    reading = folder.open(key, asked)
+    with reading.content as content:
+        assert content.read() == CONTENT[first : last + 1]
+    assert (reading.size_bytes, reading.content_range) == (last + 1 - first, f"bytes {first}-{last}/10240")
+    for behind in ("bytes=10240-", "bytes=-0"):
+        with pytest.raises(RangeRefused):
+            folder.open(key, behind)
+
+
+@pytest.mark.parametrize("asked", [None, "bytes=0-1,4-5", "lines=1-2", "bytes=", "bytes=5", "bytes=5-4"])
+def test_ranges_of_other_forms_get_the_whole_file(tmp_path: Path, asked: str | None) -> None:
+    """Whoever asks for more than one range, or for something else, gets everything, which HTTP allows."""
+    folder = Folder(tmp_path)
+    reading = folder.open(folder.put(io.BytesIO(CONTENT), "job", "png").key, asked)
+    with reading.content as content:
+        assert (content.read(), reading.size_bytes, reading.content_range) == (CONTENT, len(CONTENT), None)

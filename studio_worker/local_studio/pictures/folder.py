@@ -2,17 +2,19 @@
 
 A file named ``studio`` marks the folder as one database's. Where another's mark lies, or none, nothing is
 ever removed unasked; in its own folder the studio removes what a crash left without a row, never what is a
-person's own.
+person's own. A named folder whose mark is gone since the start, a share that is not mounted any more say, is
+away: nothing is put there, nor missed in it.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from studio_worker.errors import StateUnavailable
 from studio_worker.files import (
@@ -29,11 +31,13 @@ from studio_worker.local_studio.pictures.port import (
     MARK,
     PictureGone,
     Reading,
+    StorageAway,
     StorageFull,
     StoredBytes,
     is_key,
     new_key,
 )
+from studio_worker.local_studio.pictures.ranges import part_of
 
 _TROUBLES = DISK_TROUBLES | {
     errno.EACCES,
@@ -61,6 +65,7 @@ class Folder:
         self._is_beside = is_beside
         self._spot = Spot("folder", str(folder))
         self._owner: str | None = None
+        self._is_marked = False
 
     def mark(self) -> str | None:
         with self._telling_of_the_start():
@@ -77,6 +82,7 @@ class Folder:
                 f"pictures cannot be written there ({problem})",
                 "make it this user's, or choose another folder",
             )
+        self._is_marked = is_own
         return is_own
 
     def claim(self, owner: str, newest_key: str | None, *, is_first: bool) -> None:
@@ -86,19 +92,38 @@ class Folder:
             if standing(self._mark(), owner) is Standing.FREE and not self._is_beside:
                 self._spot.require_unclaimed(newest_key, self._has, self._is_unused, is_first)
             write_atomic(self.path / MARK, owner.encode())
+        self._is_marked = True
 
     def put(self, content: IO[bytes], name: str, ext: str) -> StoredBytes:
         key = new_key(name, ext)
         with _telling_of_the_disk():
+            self._require_there()
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             return StoredBytes(key, store_atomic(self.file(key), content))
 
-    def open(self, key: str, _asked: str | None = None, /) -> Reading:
+    def open(self, key: str, asked: str | None = None, /) -> Reading:
         try:
-            content = self.file(key).open("rb")
+            content = self._opened(key)
+            size_bytes = os.fstat(content.fileno()).st_size
         except OSError as error:
+            raise StorageAway(f"the studio's folder of pictures cannot be read ({error.strerror})") from error
+        try:
+            part = None if asked is None else part_of(asked, size_bytes)
+            if part is None:
+                return Reading(content, size_bytes)
+            content.seek(part.start)
+        except BaseException:
+            content.close()
+            raise
+        length = part.stop - part.start
+        return Reading(io.BufferedReader(_Start(content, length)), length, part.content_range(size_bytes))
+
+    def _opened(self, key: str) -> IO[bytes]:
+        try:
+            return self.file(key).open("rb")
+        except FileNotFoundError as error:
+            self._require_there()
             raise PictureGone("the picture's file is not in the studio's folder any more") from error
-        return Reading(content, os.fstat(content.fileno()).st_size)
 
     def file(self, key: str) -> Path:
         return self.path / key
@@ -126,6 +151,13 @@ class Folder:
                         path.unlink()
                         removed += 1
         return removed
+
+    def _require_there(self) -> None:
+        # The folder beside the database is made anew where somebody took it away.
+        if self._is_marked and not self._is_beside and not self._is_own():
+            raise StorageAway(
+                f"{self.path} is not the studio's now: not mounted, or without its file {MARK!r}"
+            )
 
     def _is_own(self) -> bool:
         # Read each time: a share that is not mounted leaves another folder in its place.
@@ -159,6 +191,28 @@ class Folder:
                 f"cannot be used for pictures ({error.strerror})",
                 "make it this user's, or choose another folder",
             ) from error
+
+
+class _Start(io.RawIOBase):
+    """So many bytes of a file, from where it stands."""
+
+    def __init__(self, content: IO[bytes], left_bytes: int) -> None:
+        self._content = content
+        self._left_bytes = left_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        with memoryview(buffer) as view:
+            piece = self._content.read(min(len(view), self._left_bytes))
+            view[: len(piece)] = piece
+        self._left_bytes -= len(piece)
+        return len(piece)
+
+    def close(self) -> None:
+        self._content.close()
+        super().close()
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import re
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Protocol
 
 from studio_worker.errors import ProtocolError
@@ -122,9 +121,6 @@ class Pictures(Protocol):
             RangeRefused: they are fewer.
             CannotStore: the storage does not answer.
         """
-
-    def file(self, key: str, /) -> Path | None:
-        """The file of a key, there or not; ``None`` where the bytes are in no file of this machine."""
 
     def address(self, key: str, /) -> str | None:
         """Where a worker gets the bytes by itself, without credentials and for a while; ``None`` where only

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime
@@ -33,6 +32,7 @@ from studio_worker.local_studio.pictures.port import (
     is_key,
     new_key,
 )
+from studio_worker.local_studio.pictures.ranges import is_one_range
 from studio_worker.local_studio.pictures.s3_place import Place, is_public
 from studio_worker.local_studio.pictures.s3_trouble import (
     ELSEWHERE,
@@ -53,8 +53,6 @@ PART_BYTES = 8 << 20
 
 _CONNECTIONS = 64
 """More than the threads that serve requests; each may hold one."""
-_RANGE = re.compile(r"bytes=(\d+-\d*|-\d+)")
-"""S3 knows one range, and answers other requests with the whole."""
 _NAME = "picture"
 """Under this name an object says its key itself, by which it is known for one of ours. Makes of S3 differ in
 how they write the name when they are asked.
@@ -172,7 +170,8 @@ class S3:
         return StoredBytes(key, size_bytes)
 
     def open(self, key: str, asked: str | None = None) -> Reading:
-        part = {"Range": asked} if asked is not None and _RANGE.fullmatch(asked) else {}
+        # S3 answers other requests with the whole, too; makes of it differ in what they take for one.
+        part = {"Range": asked} if asked is not None and is_one_range(asked) else {}
         with telling():
             answer = self._client.get_object(Bucket=self._place.bucket, Key=self._place.prefix + key, **part)
             try:
@@ -195,9 +194,6 @@ class S3:
         size = answer.get("ContentRange", "").rpartition("/")[2] or str(answer["ContentLength"])
         found = self._client.list_objects_v2(Bucket=self._place.bucket, Prefix=name, MaxKeys=1)
         return any(entry["Key"] == name and str(entry["Size"]) == size for entry in found.get("Contents", ()))
-
-    def file(self, _key: str, /) -> None:
-        return None
 
     def address(self, key: str) -> str | None:
         return self._presigned(self._place.prefix + key) if self._has_addresses else None

@@ -16,7 +16,7 @@ from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web import bodies, views
 from studio_worker.local_studio.web.access import CONTENT_CSP, http_base
 from studio_worker.local_studio.web.bodies import number_in
-from studio_worker.local_studio.web.stored import Stored, is_file
+from studio_worker.local_studio.web.stored import Stored
 
 
 class ShelfRoutes:
@@ -104,8 +104,16 @@ class ShelfRoutes:
         if self._models_dir is None or not is_plain:
             raise HTTPException(404, "no such model file")
         path = self._models_dir / filename
-        if not await run_in_threadpool(is_file, path):
+        if not await run_in_threadpool(_is_file, path):
             raise HTTPException(404, "no such model file")
         return FileResponse(
             path, media_type="application/octet-stream", headers={"Content-Security-Policy": CONTENT_CSP}
         )
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is one, whatever was asked for."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name longer than any file's
+        return False

@@ -9,16 +9,22 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from pathlib import Path
-from typing import TypeVar, TypeVarTuple, Unpack
+from typing import IO, TypeVar, TypeVarTuple, Unpack
 
 from anyio import CapacityLimiter, to_thread
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Send
 
-from studio_worker.local_studio.pictures import CannotStore, PictureGone, Pictures, RangeRefused, Reading
+from studio_worker.local_studio.pictures import (
+    CannotStore,
+    PictureGone,
+    Pictures,
+    RangeRefused,
+    Reading,
+    StorageAway,
+)
 from studio_worker.local_studio.web.access import CONTENT_CSP
 
 logger = logging.getLogger(__name__)
@@ -54,11 +60,6 @@ class Stored:
     ) -> Response:
         """A stored picture. Raises HTTPException 404 where somebody took it away, CannotStore."""
         headers = {**_FOREVER, **(headers or {})}
-        path = self._pictures.file(key)
-        if path is not None:
-            if not await self.run(is_file, path):
-                raise HTTPException(404, "the picture's file is not in the studio's folder any more")
-            return FileResponse(path, media_type=media_type, headers=headers)
         # No validator is ever given out here; whoever has one is answered with the whole (RFC 9110, 13.1.5).
         asked = None if "if-range" in request.headers else request.headers.get("range")
         try:
@@ -78,7 +79,7 @@ class Stored:
 
     async def _pieces(self, reading: Reading) -> AsyncGenerator[bytes, None]:
         with reading.content as content:
-            while piece := await self.run(content.read, _PIECE_BYTES):
+            while piece := await self.run(_read, content):
                 yield piece
 
 
@@ -102,9 +103,8 @@ class _InPieces(StreamingResponse):
             logger.error("answer broken off", extra={"error": str(error)})
 
 
-def is_file(path: Path) -> bool:
-    """Whether there is one, whatever was asked for."""
+def _read(content: IO[bytes]) -> bytes:
     try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name longer than any file's
-        return False
+        return content.read(_PIECE_BYTES)
+    except OSError as error:
+        raise StorageAway(f"a picture cannot be read to its end ({error.strerror})") from error
