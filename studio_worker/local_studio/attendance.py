@@ -62,10 +62,19 @@ class Attendance:
             self._wake.tell(Hint("offer", worker_id))
 
     def offer_idle(self, model: str) -> None:
-        """A job came: workers that have none, with whatever process, are offered it now. From any thread."""
-        hint = Hint("queued", model=model)
-        self.hear(hint)
-        self._wake.tell(hint)
+        """A job came: a worker that has none, with whatever process, is offered it now. From any thread."""
+        try:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._come, model)
+                return
+        except RuntimeError:  # closed, and all sessions with it
+            logger.debug("a job came while the sessions ended")
+        self._wake.tell(Hint("queued", model=model))
+
+    def _come(self, model: str) -> None:
+        # Where one here has the model loaded it gets the job, and looks of all others would be in vain.
+        if not self._offer_idle(_ASKED, model):
+            self._wake.tell(Hint("queued", model=model))
 
     def offered(self, session: WorkerSession, job: QueuedJob) -> None:
         """This worker was given a job; there may be one for another, too. Only from the event loop."""
@@ -106,12 +115,14 @@ class Attendance:
         elif hint.kind == "queued":
             self._offer_idle(_ASKED, hint.model)
 
-    def _offer_idle(self, most: int, model: str = "") -> None:
+    def _offer_idle(self, most: int, model: str = "") -> bool:
+        """Have some idle workers asked; whether one of them made this model last."""
         idle = [each for each in self.live.values() if each.state == "idle" and each.commands.empty()]
         random.shuffle(idle)
         idle.sort(key=lambda session: session.model != model)
         for session in idle[:most]:
             session.commands.put_nowait("offer")
+        return any(session.model == model for session in idle[:most])
 
     def _end_if_replaced(self, session: WorkerSession) -> None:
         try:

@@ -7,13 +7,12 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields, replace
 from typing import IO, Any
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, literal, select
+from sqlalchemy import Connection, bindparam, delete, func, insert, select
 
 from studio_worker.local_studio import line, rules
 from studio_worker.local_studio.job_rows import (
     ALL,
     FREE,
-    HAS_NONE,
     HELD,
     HELD_BY,
     LOCKED,
@@ -27,6 +26,7 @@ from studio_worker.local_studio.job_rows import (
 )
 from studio_worker.local_studio.leases import Loss
 from studio_worker.local_studio.line import Ready
+from studio_worker.local_studio.lookout import Lookout
 from studio_worker.local_studio.pictures import Pictures, StorageAway, StoredBytes
 from studio_worker.local_studio.rules import JobStatus, QueuedJob, Rejection
 from studio_worker.local_studio.storage import locks
@@ -35,7 +35,6 @@ from studio_worker.local_studio.storage.locks import Lock
 from studio_worker.local_studio.storage.tables import jobs, results
 from studio_worker.local_studio.turns import PATIENCE, Patience
 
-_WAITING = select(literal(1)).where(line.IS_ANY, HAS_NONE)
 _KEY = select(results.c.key).where(results.c.job_id == bindparam("wanted"))
 
 _TRIES = 3
@@ -80,6 +79,7 @@ class JobQueue:
         self._clock = clock
         self._on_step = on_step
         self._patience = patience
+        self.lookout = Lookout(database, clock, patience)
 
     def add(self, job: QueuedJob) -> None:
         """Put a new job at the end of the queue."""
@@ -129,13 +129,10 @@ class JobQueue:
             ready: who could take a job now, asked within the step.
             session_no: which session of the worker is to hold it.
         """
-        with self._database.reading() as connection:
-            if connection.execute(_WAITING, {"for_whom": worker_id}).first() is None:
-                return None  # the usual case at every heartbeat: write nothing, wake nobody
         with self._database.writing() as connection:
             locks.take(connection, Lock.TURNS)
             now = self._clock()
-            lines = line.Lines(connection, worker_id, ready)
+            lines = line.Lines(connection, worker_id, lambda: line.crew_now(connection, ready))
             for _ in range(_TRIES):
                 job_id = lines.choose(now, self._patience)
                 if job_id is None:

@@ -31,7 +31,7 @@ from studio_worker.local_studio.rules import QueuedJob
 from studio_worker.local_studio.storage.database import upsert
 from studio_worker.local_studio.storage.tables import IS_REJECTED, IS_UNREJECTED, jobs, last_made, lines
 from studio_worker.local_studio.storage.tables import turns as turns_table
-from studio_worker.local_studio.turns import Crew, Patience, Waiting
+from studio_worker.local_studio.turns import Choice, Crew, Patience, Waiting
 
 _TURNS_KEPT = 1000
 """Whoever has not been served for so many turns counts as new."""
@@ -44,6 +44,9 @@ _IS_QUEUED = jobs.c.status == "queued"
 
 IS_ANY = or_(exists().select_from(lines), exists().where(_IS_QUEUED, IS_REJECTED).select_from(jobs))
 """A job waits. To look for one among all jobs would be to walk over those that have just been taken."""
+
+IS_OWN = exists().where(last_made.c.worker_id == bindparam("for_whom"), lines.c.model == last_made.c.model)
+"""One of the model that the worker made last."""
 
 _any = jobs.alias("any_job")
 _priority = (
@@ -120,16 +123,29 @@ Ready = Callable[[Connection], Collection[str]]
 class Lines:
     """All lines as they are within one step, and whose turn it is."""
 
-    def __init__(self, connection: Connection, worker_id: str, ready: Ready) -> None:
+    def __init__(self, connection: Connection, worker_id: str, ask_crew: Callable[[], Crew]) -> None:
         self._connection = connection
         self._worker_id = worker_id
-        self._ready = ready
+        self._ask_crew = ask_crew
         self._last_number = 0
         self._crew: Crew | None = None
         self._left_out: set[str] = set()
 
     def choose(self, now: float, patience: Patience) -> str | None:
         """The id of the job that this worker is to be offered; notes whose turn was passed over for it."""
+        for choice in self._choices(now, patience):
+            if choice.passed:
+                self._connection.execute(_PASS, {"passed": choice.passed, "passed_at": now})
+            if choice.job_id is not None:
+                return choice.job_id
+        return None
+
+    def is_worth_choosing(self, now: float, patience: Patience) -> bool:
+        """Whether :meth:`choose` would find one, or note something; to be asked without any lock."""
+        return any(choice.passed or choice.job_id for choice in self._choices(now, patience))
+
+    def _choices(self, now: float, patience: Patience) -> Iterator[Choice]:
+        """Of each priority, the highest first."""
         self._crew = None  # as old as the lines at most
         asked = {"worker": self._worker_id, "below": _ABOVE_ALL}
         while rows := self._connection.execute(_HEADS, asked).mappings().all():
@@ -137,13 +153,8 @@ class Lines:
             waiting = [_waiting(row) for row in rows if row["job_id"] not in self._left_out]
             numbers = {(row["priority"], row["submitter"]): row["number"] for row in rows}
             crew = self._crew_for(waiting, rows[0]["loaded"])
-            choice = turns.next_for(self._worker_id, waiting, crew, numbers, now, patience)
-            if choice.passed:
-                self._connection.execute(_PASS, {"passed": choice.passed, "passed_at": now})
-            if choice.job_id is not None:
-                return choice.job_id
+            yield turns.next_for(self._worker_id, waiting, crew, numbers, now, patience)
             asked["below"] = rows[0]["priority"]
-        return None
 
     def leave_out(self, job_id: str) -> None:
         """Somebody has this job in hand, and keeps it."""
@@ -162,10 +173,13 @@ class Lines:
         is_own = loaded is not None and any(job.model == loaded for job in waiting)
         if loaded is not None and is_own and not any(job.rejections for job in waiting):
             return Crew(last_made={self._worker_id: loaded})
-        if self._crew is None:
-            made = {row.worker_id: row.model for row in self._connection.execute(_MADE)}
-            self._crew = Crew(frozenset(self._ready(self._connection)), made)
+        self._crew = self._crew or self._ask_crew()
         return self._crew
+
+
+def crew_now(connection: Connection, ready: Ready) -> Crew:
+    """Who is there, and what everybody made last."""
+    return Crew(frozenset(ready(connection)), {row.worker_id: row.model for row in connection.execute(_MADE)})
 
 
 def made(connection: Connection, worker_id: str, model: str) -> None:

@@ -146,7 +146,7 @@ class Sessions:
         if not self._attendance.has(session):
             return  # replaced: its claims are gone, and the command that ends it is on its way
         try:
-            if event == "offer" or isinstance(event, _STEPS):
+            if isinstance(event, _STEPS):
                 self._presence.check(session.worker_id, session.number)
             await self._act(session, event)
         except Replaced as over:  # a late word of an older session: it breaks no rule, and changes nothing
@@ -161,7 +161,7 @@ class Sessions:
     async def _act(self, session: WorkerSession, event: wire.WorkerFrame | Literal["offer"]) -> None:
         match event:
             case "offer":
-                await self._offer(session)
+                await self._offer(session, is_renewed=False)
             case wire.Heartbeat():
                 self._listen(session, event.capabilities)
                 self._attendance.heard(session, event)
@@ -225,10 +225,14 @@ class Sessions:
         await to_thread.run_sync(deliver, limiter=self._results)
         logger.info("job done", extra={"worker_id": session.worker_id, "job_id": frame.job_id})
 
-    async def _offer(self, session: WorkerSession) -> None:
+    async def _offer(self, session: WorkerSession, *, is_renewed: bool = True) -> None:
         # A paused worker is not asked: it would only say so again, at every heartbeat.
         if session.is_paused:
             return
+        if not self._queue.lookout.sees_one_for(session.worker_id, self._presence.ready):
+            return
+        if not is_renewed:
+            self._presence.check(session.worker_id, session.number)
         job = self._queue.take_next(session.worker_id, self._presence.ready, session_no=session.number)
         if job is not None:
             self._attendance.offered(session, job)

@@ -7,10 +7,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
+from sqlalchemy import insert
 
 from studio_worker.local_studio import Limits, LocalStudio, Places
 from studio_worker.local_studio.pictures import Folder, StorageAway
+from studio_worker.local_studio.storage.locks import Lock
+from studio_worker.local_studio.storage.tables import last_made
 from studio_worker.local_studio.turns import Patience
 from tests.fakes.machine import PICTURE, WAIT_S, Machine, queue
 from tests.farm.postgres import Cluster
@@ -217,6 +221,30 @@ def test_job_fails_where_the_workers_of_all_processes_have_rejected_it(studios: 
         assert north.job(job_id).reason == "no worker can do it (box: box cannot; other: never)"
         box.hang_up()
         other.hang_up()
+
+
+def test_worker_that_asks_in_vain_holds_up_nobody(
+    north: LocalStudio, machine: Machine, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where all that waits is left to workers that have its model loaded, the others ask without a lock: they
+    neither wait for whoever is being given a job, nor let anybody wait.
+    """
+    keeper = Machine(north, name="keeper").connect()
+    keeper.beat("something else")
+    machine.beat("something else")
+    with north.database.writing() as connection:
+        connection.execute(insert(last_made), {"worker_id": keeper.worker_id, "model": "test"})
+    job_id = queue(north)
+    for _ in range(2):  # the first notes whose turn it was; the second is answered after that
+        machine.beat()
+    with psycopg.connect(database_url) as other:
+        other.execute("SELECT pg_advisory_xact_lock(%s)", (int(Lock.TURNS),))
+        for _ in range(3):
+            machine.beat()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    keeper.beat()
+    assert keeper.hear()["claim"]["jobId"] == job_id
+    keeper.hang_up()
 
 
 # --- processes that end -----------------------------------------------------------------------------
