@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import logging
+import os
 import select
 import shutil
 import signal
@@ -172,6 +173,26 @@ def test_large_bodies_go_both_ways_over_https(studio: LocalStudio, shown: Certif
             "is locked with a password; openssl pkey -in",
             id="locked",
         ),
+        pytest.param(
+            lambda it: (it.key.unlink(), it.key.mkdir(), it.key.chmod(0o755)),
+            r"key\.pem: --key: is a folder; name a file",
+            id="a folder as key",
+        ),
+        pytest.param(
+            lambda it: it.shown.write_text(it.authority.read_text() + it.shown.read_text()),
+            r"cert\.pem: --certificate: does not begin with the certificate of .*key\.pem; put that first",
+            id="authority first",
+        ),
+        pytest.param(
+            lambda it: own_certificate(it, "rsa:512"),
+            r"cert\.pem: --certificate: is too weak for any client \(ee key too small\); make a new key",
+            id="weak",
+        ),
+        pytest.param(
+            lambda it: own_certificate(it, "ec -pkeyopt ec_paramgen_curve:secp256k1"),
+            r"cert\.pem: --certificate: no client could speak with it \(.*\); make a new key",
+            id="strange",
+        ),
     ],
 )
 def test_certificate_that_cannot_be_used_is_a_clear_mistake(spoil: Any, said: str) -> None:
@@ -181,6 +202,30 @@ def test_certificate_that_cannot_be_used_is_a_clear_mistake(spoil: Any, said: st
         spoil(files)
         with pytest.raises(ConfigError, match=said):
             Tls(files.shown, files.key)
+
+
+def own_certificate(files: Certificate, kind: str) -> None:
+    """Put one in the place of ``files`` with a key that openssl makes of ``kind``."""
+    subprocess.run(
+        "openssl req -x509 -newkey $KIND -nodes -keyout $KEY"
+        " -out $SHOWN -days 10000 -subj /CN=studio.test -sha256 2>&1",
+        cwd=files.key.parent,
+        shell=True,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "KIND": kind, "KEY": str(files.key), "SHOWN": str(files.shown)},
+    )
+
+
+def test_key_that_was_forgotten_is_asked_for() -> None:
+    """A certificate that everybody may read gives nothing away while its key is elsewhere: --key is missing."""
+    with _public_folder() as folder:
+        files = certificate(folder)
+        files.shown.chmod(0o644)
+        with pytest.raises(
+            ConfigError, match=r"cert\.pem: --certificate: holds no key; name its file with --key"
+        ):
+            Tls(files.shown)
 
 
 @contextlib.contextmanager
