@@ -218,7 +218,7 @@ def own_certificate(files: Certificate, kind: str) -> None:
 
 
 def test_key_that_was_forgotten_is_asked_for() -> None:
-    """A certificate that everybody may read gives nothing away while its key is elsewhere: --key is missing."""
+    """A certificate that everybody may read gives nothing away: what is missing is the file of its key."""
     with _public_folder() as folder:
         files = certificate(folder)
         files.shown.chmod(0o644)
