@@ -4,96 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 import requests
 
-from studio_worker.local_studio import LocalStudio, Places
-from studio_worker.local_studio.pictures import Folder
-from tests.fakes.certificates import Certificate, certificate
-from tests.fakes.machine import PICTURE, Machine, queue
-from tests.fakes.servers import free_port
-from tests.farm.studios import Balancer, StudioProcess
-from tests.lab.balancers import RECIPES, WAIT_S, Recipe, running
-from tests.lab.programs import program
+from tests.fakes.machine import PICTURE, queue
+from tests.farm.balanced import TOKEN, Site, balanced
+from tests.lab.balancers import RECIPES, WAIT_S
 
-TOKEN = "a token of sufficient length"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
-
-
-class Desk(LocalStudio):
-    """A third process of the studio, at which the test sits; the balancer sends nobody here."""
-
-    address = ""
-
-    @property
-    def base_url(self) -> str:
-        """Where workers find the studio."""
-        return self.address
-
-
-class Site:
-    """A balancer with two processes behind it."""
-
-    def __init__(self, url: str, desk: Desk, processes: list[StudioProcess], shown: Certificate) -> None:
-        self._url = url
-        self.desk = desk
-        self.processes = processes
-        self._tls = ssl.create_default_context(cafile=shown.authority)
-
-    def worker(self) -> Machine:
-        """One that is let in, with its session."""
-        machine = Machine(self.desk, approve=False)
-        machine.fetch_token()
-        return self.connect(machine)
-
-    def connect(self, machine: Machine) -> Machine:
-        return machine.connect(tls=self._tls)
-
-    def holder(self) -> StudioProcess:
-        """The process that the worker's session is with."""
-        query = "SELECT address FROM sessions JOIN processes USING (process_id)"
-        with psycopg.connect(self._url) as connection:
-            ((address,),) = connection.execute(query).fetchall()
-        return next(process for process in self.processes if address.endswith(f":{process.port}"))
-
-    def await_ready(self) -> None:
-        asyncio.run(Balancer(self.processes).until(lambda ready: ready == len(self.processes)))
 
 
 @pytest.fixture(params=RECIPES, ids=lambda recipe: recipe.__name__)
 def site(
     request: pytest.FixtureRequest, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Site]:
-    recipe: Recipe = request.param
-    program(recipe.__name__)  # before anything is started
-    shown, port = certificate(tmp_path), free_port()
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(shown.authority))
-    token = tmp_path / "token"
-    token.write_text(TOKEN)
-    token.chmod(0o600)
-    options = ("--database", database_url, "--pictures", str(tmp_path / "pictures"))
-    options += ("--token-file", str(token), "--behind-proxy", "127.0.0.1")
-    processes = [StudioProcess(name, tmp_path, options, {}) for name in ("north", "south")]
-    with Desk(Places(database_url, Folder(tmp_path / "pictures"))) as desk:
-        desk.address = f"https://127.0.0.1:{port}"
-        running_site = Site(database_url, desk, processes, shown)
-        try:
-            for process in processes:
-                process.start()
-            running_site.await_ready()
-            studios = [f"127.0.0.1:{process.port}" for process in processes]
-            with running(recipe(tmp_path, shown, port, studios), port, tmp_path / "log"):
-                yield running_site
-        finally:
-            for process in processes:
-                process.send(signal.SIGKILL)
-                asyncio.run(process.ended())
+    with balanced(request.param, database_url, str(tmp_path / "pictures"), tmp_path, monkeypatch) as running:
+        yield running
 
 
 class Person(threading.Thread):

@@ -182,3 +182,24 @@ def test_rolling_restart_with_a_job_in_hand(farm: Farm, service: ServiceProcess,
     await_status(farm.desk, after, "done", "failed")
     assert farm.desk.queue.counts() == {**dict.fromkeys(JobStatus, 0), "done": 2}
     assert service.stop() == 0
+
+
+def test_worker_killed_while_it_uploads(farm: Farm, site: Path, weights: ServedFile, tmp_path: Path) -> None:
+    """kill -9 of the worker when all but the end of its picture has come: started again it delivers that,
+    from its outbox, once, and makes nothing anew.
+    """
+    weights.release()
+    farm.front.withheld_bytes = 100
+    with ServiceProcess(site, tmp_path / "log") as running:
+        running.await_message("READY=1", READY_S)
+        job_id = farm.queue(weights)
+        assert farm.front.wait_for("upload", 1, DONE_S)
+        running.kill()
+    assert farm.desk.job(job_id).completions == 0
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["studio"]
+    farm.front.withheld_bytes = 0
+    with ServiceProcess(site, tmp_path / "log2") as again:
+        arrived_once(farm, job_id)
+        assert times_accepted(again, job_id) == 0
+        assert again.stop() == 0
+    assert len(list((tmp_path / "pictures").glob(f"{job_id}-*"))) == 1
