@@ -21,6 +21,7 @@ from studio_worker.local_studio.rules import JobStatus, RuleBroken
 from studio_worker.local_studio.shelf import FILE_PATH, Shelf
 from studio_worker.local_studio.storage.columns import Words
 from studio_worker.local_studio.storage.database import SERVER_TIME, Database
+from studio_worker.local_studio.storage.locks import look_at_all
 from studio_worker.local_studio.storage.tables import files, jobs, results
 
 logger = logging.getLogger(__name__)
@@ -169,4 +170,5 @@ class Housekeeping:
 
     def _rows(self, query: Select[Any] | CompoundSelect[Any]) -> Sequence[Row[Any]]:
         with self._database.reading() as connection:
+            look_at_all(connection)
             return connection.execute(query).all()

@@ -16,6 +16,8 @@ import requests
 from studio_worker.local_studio import LocalStudio, Places
 from studio_worker.local_studio.pictures import Folder, StorageAway
 from studio_worker.local_studio.presence import Presence
+from studio_worker.local_studio.storage.bounded import LIMIT_S
+from studio_worker.local_studio.storage.locks import look_at_all
 from studio_worker.local_studio.storage.postgres import PostgresDatabase
 from tests.fakes.machine import WAIT_S, Machine, queue
 from tests.farm.postgres import Cluster
@@ -180,6 +182,26 @@ def test_step_with_much_to_do_is_given_its_time(database_url: str, postgres: Clu
         assert not started.wait(6.0)
     starting.join(WAIT_S)
     assert started.is_set()
+
+
+def test_step_that_takes_too_long_is_given_up_alone(database_url: str) -> None:
+    """Who asks for too much is told so; others, and what keeps the house, go on."""
+    database = PostgresDatabase(database_url, lambda: None)
+    asked = f"SELECT pg_sleep({LIMIT_S + 1})"
+    with database.reading() as connection:
+        look_at_all(connection)
+        connection.exec_driver_sql(asked)
+    with pytest.raises(StorageAway, match="said nothing"), database.reading() as connection:
+        connection.exec_driver_sql(asked)
+    waited = threading.Event()
+    for _ in range(100):
+        with contextlib.suppress(StorageAway):
+            database.check()
+            break
+        waited.wait(0.01)
+    else:
+        pytest.fail("nobody is let in")
+    database.close()
 
 
 def test_beat_waits_for_nobody(database_url: str) -> None:

@@ -2,7 +2,7 @@
 
 Sessions ask the database on the event loop. Were each of them to wait for the same server, heartbeats would
 be acknowledged too late, and workers would leave. So whoever waited in vain shuts the gate for all, and one
-thread asks until the server answers.
+thread asks until the server answers: at once, where only this one step had too much to do.
 """
 
 from __future__ import annotations
@@ -60,13 +60,17 @@ class Gate:
     def _open_again(self) -> None:
         began = time.monotonic()
         try:
-            while not self._ending.wait(ASKED_EVERY_S):
-                try:
-                    self._ask()
-                except SQLAlchemyError:
-                    continue
-                away_s = round(time.monotonic() - began, 1)
-                logger.info("the database answers again", extra={"away_s": away_s})
-                return
+            while not self._answers():
+                if self._ending.wait(ASKED_EVERY_S):
+                    return
+            away_s = round(time.monotonic() - began, 1)
+            logger.info("the database answers again", extra={"away_s": away_s})
         finally:  # of a fault in here, too: who asks next tells
             self._is_shut = False
+
+    def _answers(self) -> bool:
+        try:
+            self._ask()
+        except SQLAlchemyError:
+            return False
+        return True

@@ -37,6 +37,12 @@ def be_patient(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
         connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+        look_at_all(connection)
+
+
+def look_at_all(connection: Connection) -> None:
+    """A look at everything, not on the event loop, may take its time; with the way back to the pool it is over."""
+    if connection.dialect.name == "postgresql":
         connection.connection.dbapi_connection.limit_s = math.inf  # type: ignore[union-attr]
 
 
