@@ -41,7 +41,7 @@ def be_patient(connection: Connection) -> None:
 
 
 def look_at_all(connection: Connection) -> None:
-    """A look at everything, not on the event loop, may take its time; with the way back to the pool it is over."""
+    """Who looks at everything, not on the event loop, may take long; with this connection that is over."""
     if connection.dialect.name == "postgresql":
         connection.connection.dbapi_connection.limit_s = math.inf  # type: ignore[union-attr]
 
