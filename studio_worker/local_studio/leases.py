@@ -55,6 +55,8 @@ class Loss:
 
 WORKER_LEFT = Loss(LOST_CONNECTION, counts=True)
 STUDIO_LEFT = Loss(RESTARTED, counts=False)
+OFFER_LOST = Loss(LOST_CONNECTION, counts=False)
+"""It was on its way when the connection broke, or its process died a moment ago: the worker has not tried."""
 
 
 def begun(before: Session | None, process_id: str, now: float, lease_s: float = LEASE_S) -> Session:
@@ -79,13 +81,16 @@ def dismissed(session: Session, code: wire.ErrorCode) -> Session:
     return replace(session, number=session.number + 1, process_id=None, end_code=code)
 
 
-def loss_on_return(before: Session | None, living: Collection[str]) -> Loss:
+def loss_on_return(before: Session | None, living: Collection[str], *, is_accepted: bool) -> Loss:
     """What becomes of a claim that the worker had before this session, where it does not know of it any more.
 
     Args:
-        living: the studio processes that are alive.
+        living: the studio processes that are alive, or died so lately that nobody knows.
+        is_accepted: whether the worker said that it has it.
     """
-    return WORKER_LEFT if before is not None and before.process_id in living else STUDIO_LEFT
+    if before is None or before.process_id not in living:
+        return STUDIO_LEFT
+    return WORKER_LEFT if is_accepted else OFFER_LOST
 
 
 def loss_by(claim_number: int, session: Session | None, living: Collection[str], now: float) -> Loss | None:

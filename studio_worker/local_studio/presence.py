@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, or_, select, update
 from studio_worker.local_studio import leases
 from studio_worker.local_studio.job_rows import is_held
 from studio_worker.local_studio.leases import DEAD_S, LEASE_S, Loss, Session
-from studio_worker.local_studio.rules import QueuedJob
+from studio_worker.local_studio.rules import JobStatus, QueuedJob
 from studio_worker.local_studio.storage.database import SERVER_TIME, Database, insert_new, upsert
 from studio_worker.local_studio.storage.tables import jobs, processes, sessions
 from studio_worker.local_studio.workers import note_seen
@@ -42,7 +42,7 @@ _TAKE_OVER = (
     update(jobs)
     .where(jobs.c.worker_id == bindparam("who"), is_held(jobs))
     .values(session_no=bindparam("its_number"))
-    .returning(jobs.c.job_id)
+    .returning(jobs.c.job_id, jobs.c.status)
 )
 _LOST = (
     select(jobs.c.job_id)
@@ -151,10 +151,12 @@ class Presence:
             after = leases.begun(before, self.process_id, self._now(), self._lease_s)
             self._save(connection, worker_id, after, _told(Said(capabilities), self._now()))
             note_seen(connection, worker_id, capabilities, self._now())
-            job_id = connection.execute(_TAKE_OVER, {"who": worker_id, "its_number": after.number}).scalar()
+            job = connection.execute(_TAKE_OVER, {"who": worker_id, "its_number": after.number}).first()
             inherited = None
-            if job_id is not None:
-                inherited = Inherited(job_id, leases.loss_on_return(before, self._living(connection)))
+            if job is not None:
+                is_accepted, living = job.status == JobStatus.RUNNING, self._living(connection)
+                loss = leases.loss_on_return(before, living, is_accepted=is_accepted)
+                inherited = Inherited(job.job_id, loss)
         return Entered(after.number, inherited, before.process_id not in {None, self.process_id})
 
     def renew(self, worker_id: str, number: int, said: Said, before: Said | None) -> None:

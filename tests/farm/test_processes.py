@@ -167,6 +167,27 @@ def test_late_word_of_an_older_session_changes_nothing(
     assert (south.job(job_id).status, south.job(job_id).attempts) == ("running", 1)
 
 
+def test_offer_that_was_lost_on_its_way_costs_no_attempt(
+    north: LocalStudio, south: LocalStudio, machine: Machine
+) -> None:
+    """A worker that comes back without the job it was offered last, which it never accepted, has not tried
+    it; one that had accepted it has.
+    """
+    job_id = queue(north)
+    assert machine.offered()["jobId"] == job_id
+    lost = [machine.socket]
+    assert machine.turn_to(south).connect().offered()["jobId"] == job_id
+    assert south.job(job_id).attempts == 1
+    machine.say("accept", jobId=job_id)
+    machine.beat(job_id)
+    lost.append(machine.socket)
+    assert machine.turn_to(north).connect().offered()["jobId"] == job_id
+    assert south.job(job_id).attempts == 2
+    for socket in lost:
+        assert socket is not None
+        socket.close()
+
+
 # --- offers -----------------------------------------------------------------------------------------
 
 

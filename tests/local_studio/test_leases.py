@@ -84,14 +84,19 @@ def test_lease_of_a_stopped_process_costs_nobody_an_attempt(
     """Who comes back without its job after its studio process was stopped, or died, loses no attempt."""
     for event, _, before, after in walk(history):
         if event == "stop" and before is not None:
-            assert leases.loss_on_return(after, living) == STUDIO_LEFT
-            assert leases.loss_on_return(before, living - {before.process_id}) == STUDIO_LEFT
+            for is_accepted in (False, True):
+                said = {"is_accepted": is_accepted}
+                assert leases.loss_on_return(after, living, **said) == STUDIO_LEFT
+                assert leases.loss_on_return(before, living - {before.process_id}, **said) == STUDIO_LEFT
 
 
 def test_lease_of_a_worker_that_forgot_its_job_counts() -> None:
-    """A worker that says hello again while its session stands, and knows nothing of its job, has crashed."""
+    """A worker that says hello again while its session stands, and knows nothing of its job, has crashed; but
+    where it had not accepted the job it may never have heard of it.
+    """
     session = leases.begun(None, "north", 0.0)
-    assert leases.loss_on_return(session, {"north"}) == WORKER_LEFT
+    assert leases.loss_on_return(session, {"north"}, is_accepted=True) == WORKER_LEFT
+    assert not leases.loss_on_return(session, {"north"}, is_accepted=False).counts
 
 
 def test_lease_of_an_older_session_is_lost() -> None:
