@@ -40,7 +40,7 @@ _Output = Annotated[
 ]
 _Timeout = Annotated[
     float,
-    typer.Option(metavar="SECONDS", min=0, help="Wait no longer than this; 0 waits for ever."),
+    typer.Option(metavar="SECONDS", min=0, help="Wait no longer than this in all; 0 waits for ever."),
 ]
 _Priority = Annotated[int, typer.Option(min=-100, max=100, help="The highest goes first.")]
 _Submitter = Annotated[
@@ -88,12 +88,13 @@ def submit(
 ) -> None:
     """Queue pictures at a studio of your own.
 
-    One line a job: its id, then "queued", "done" (with the file's name) or "failed" (with the reason). What
-    is waited for is named on stderr when it is queued, and a stop names on stdout what is still there. Exit
-    status 0 where all are queued, or made; 1 where one failed or was refused; 2 where an option is wrong; 74
-    where a picture cannot be written; 75 where the studio cannot be reached or the time is up: the last lines
-    say which jobs are still there; 77 where it wants another token; 78 where there is no studio at the
-    address, or the token's file is not usable.
+    One line a job: its id, then "queued", "done" (with the file's name), "failed" (with the reason) or
+    "unknown" (it may be in the studio). What is waited for is named on stderr when it is queued, and a stop
+    names on stdout what is still there. A studio that goes away is waited for, two minutes at most; no order
+    becomes two jobs. Exit status 0 where all are queued, or made; 1 where one failed or was refused; 2 where
+    an option is wrong; 74 where a picture cannot be written; 75 where the studio cannot be reached or the
+    time is up: the last lines say which jobs are still there; 77 where it wants another token; 78 where there
+    is no studio at the address, or the token's file is not usable.
     """
     from studio_worker.studio.http.orders import Orders
     from studio_worker.studio.http.watch import Watch
@@ -113,17 +114,17 @@ def submit(
     }
     who = _login_name() if submitter is None else submitter
     job = {"model": model, "priority": priority, "submitter": who}
-    orders = Orders(studio, "" if token_file is None else read_token(token_file))
+    orders = Orders(studio, "" if token_file is None else read_token(token_file), str(token_file))
     seeds = _seeds(seed, count)
-    watch = Watch(orders, output, tell=say, complain=complain)
+    watch = Watch(orders, output, timeout_s=timeout, tell=say, complain=complain)
     is_waiting = wait or output is not None
     with watch.telling():
         for each in seeds:
-            watch.add(order := orders.queue(job | {"task": task | {"seed": each}}))
+            order = watch.queue(job | {"task": task | {"seed": each}})
             if is_waiting:  # whatever becomes of this command, nobody need queue the job again
                 typer.echo(f"{order.job_id} queued", err=True)
         if is_waiting:
-            watch.wait(timeout)
+            watch.wait()
     raise typer.Exit(watch.exit_status)
 
 

@@ -81,11 +81,13 @@ class JobQueue:
         self._patience = patience
         self.lookout = Lookout(database, clock, patience)
 
-    def add(self, job: QueuedJob) -> None:
-        """Put a new job at the end of the queue."""
+    def add(self, job: QueuedJob) -> bool:
+        """Put a new job at the end of the queue; whether it is new. Raises RuleBroken for another's id."""
         with self._database.writing() as connection:
-            add(connection, job)
-        self._on_step(None, job)
+            is_new = add(connection, job)
+        if is_new:
+            self._on_step(None, job)
+        return is_new
 
     def get(self, job_id: str) -> QueuedJob | None:
         """One job, or ``None`` where the id is unknown."""

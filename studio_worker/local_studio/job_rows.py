@@ -14,7 +14,6 @@ from sqlalchemy import (
     bindparam,
     delete,
     exists,
-    insert,
     or_,
     select,
     update,
@@ -22,7 +21,7 @@ from sqlalchemy import (
 
 from studio_worker.local_studio import rules
 from studio_worker.local_studio.rules import JobStatus, QueuedJob, Rejection
-from studio_worker.local_studio.storage.database import upsert
+from studio_worker.local_studio.storage.database import insert_new, upsert
 from studio_worker.local_studio.storage.tables import jobs, lines
 
 _COLUMNS = tuple(field.name for field in fields(QueuedJob))
@@ -62,17 +61,25 @@ def find(connection: Connection, query: Select[Any], wanted: str, **besides: str
 
 
 def require(connection: Connection, job_id: str, query: Select[Any] = LOCKED) -> QueuedJob:
-    """The job of this id. Raises RuleBroken where it is unknown."""
+    """The job of this id. Raises UnknownJob."""
     job = find(connection, query, job_id)
     if job is None:
-        raise rules.RuleBroken(f"job {job_id} is unknown")
+        raise rules.UnknownJob(f"job {job_id} is unknown")
     return job
 
 
-def add(connection: Connection, job: QueuedJob) -> None:
-    """A new row, the last of all."""
-    connection.execute(insert(jobs), _values(job))
+def add(connection: Connection, job: QueuedJob) -> bool:
+    """A new row, the last of all, or that of the same order, which came before; whether it is new.
+
+    Raises:
+        RuleBroken: another order has the id.
+    """
+    if not insert_new(connection, jobs, _values(job)):
+        if (there := find(connection, ONE, job.job_id)) is not None:
+            rules.require_same_order(there, job)
+        return False
     _count(connection, None, job)
+    return True
 
 
 def save(connection: Connection, before: QueuedJob, after: QueuedJob) -> QueuedJob:

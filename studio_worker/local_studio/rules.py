@@ -32,6 +32,10 @@ class RuleBroken(ProtocolError):
     """A step that the job's state does not allow; the text is fit for a person."""
 
 
+class UnknownJob(RuleBroken):
+    """There is no such job, or none any more."""
+
+
 class JobStatus(StrEnum):
     """Where a job stands. ``offered`` and ``running`` are *held* by one worker."""
 
@@ -120,6 +124,16 @@ class QueuedJob:
         if self.is_held_by(worker_id):
             return True
         return self.status in (JobStatus.QUEUED, JobStatus.FAILED) and self.dropped_by == worker_id
+
+
+_ORDERED = ("model", "task", "game_id", "asset_name", "priority", "submitter")
+"""What an order itself says; the rest may be from the studio, which may have been told otherwise since."""
+
+
+def require_same_order(there: QueuedJob, job: QueuedJob) -> None:
+    """Raises RuleBroken where two jobs of one id were not ordered as one."""
+    if any(getattr(there, name) != getattr(job, name) for name in _ORDERED):
+        raise RuleBroken(f"jobId: another order has {job.job_id}")
 
 
 def offered(job: QueuedJob, worker_id: str, now: float, session_no: int = 0) -> QueuedJob:

@@ -158,15 +158,18 @@ class Studio:
         model: str,
         task: Mapping[str, Any] | ImageTask,
         model_source: Mapping[str, Any] | ModelSource | None = None,
+        job_id: str | None = None,
         **extras: Unpack[JobExtras],
     ) -> str:
         """Queue a job; returns its id.
 
         Args:
             model_source: where it is missing, the registry's entry of ``model`` is taken.
+            job_id: a new UUID that is this order's alone: the order may be repeated, and is one job.
 
         Raises:
             ValueError: the task or the model source is malformed, or the model is not in the registry.
+            RuleBroken: another order has the id.
         """
         if isinstance(task, ImageTask):
             task = task.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -181,7 +184,7 @@ class Studio:
         if estimate_gb is None:
             estimate_gb = known.vram_gb_estimate if known else 0.0
         job = QueuedJob(
-            job_id=str(uuid.uuid4()),
+            job_id=job_id or str(uuid.uuid4()),
             model=model,
             task=bodies.checked_task(task),
             model_source=bodies.checked_source(model_source),
@@ -193,9 +196,9 @@ class Studio:
             priority=extras.get("priority") or 0,
             submitter=extras.get("submitter") or "",
         )
-        self.queue.add(job)
-        self.attendance.offer_idle(model)
-        logger.info("job queued", extra={"job_id": job.job_id, "model": model})
+        if self.queue.add(job):
+            self.attendance.offer_idle(model)
+            logger.info("job queued", extra={"job_id": job.job_id, "model": model})
         return job.job_id
 
     def job(self, job_id: str) -> QueuedJob:

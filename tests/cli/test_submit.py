@@ -176,7 +176,7 @@ def test_submit_gives_the_token(tmp_path: Path) -> None:
             75,
             "the studio at http://127.0.0.1:9 cannot be reached",
         ),
-        (["-m", "m", "--studio", NOWHERE], 75, "or name another with --studio"),
+        (["-m", "m", "-n", "4", "--wait", "--studio", NOWHERE], 75, "or name another with --studio"),
         (
             ["-m", "m", "-o", "/proc/pictures"],
             74,

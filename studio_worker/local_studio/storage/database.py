@@ -12,7 +12,18 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, Table, Update, extract, func, literal, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Executable,
+    Table,
+    Update,
+    extract,
+    func,
+    literal,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from studio_worker.local_studio.pictures import StorageAway
@@ -126,11 +137,13 @@ def upsert(
 
 
 def insert_new(connection: Connection, table: Table, values: Mapping[str, Any]) -> bool:
-    """Insert a row unless there is one of the same primary key; whether there was none."""
-    statement = (
-        _INSERTS[connection.dialect.name](table).on_conflict_do_nothing().returning(*table.primary_key)
-    )
-    return connection.execute(statement, dict(values)).first() is not None
+    """Insert a row unless there is one of the same key; whether there was none."""
+    return connection.execute(_insert_new(connection.dialect.name, table), dict(values)).first() is not None
+
+
+@cache
+def _insert_new(dialect: str, table: Table) -> Executable:
+    return _INSERTS[dialect](table).on_conflict_do_nothing().returning(*table.primary_key)
 
 
 @cache

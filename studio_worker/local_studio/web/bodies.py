@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
+from uuid import UUID
 
 from pydantic import BaseModel, Field, ValidationError
 from python_multipart.multipart import parse_options_header
@@ -37,7 +38,9 @@ _BodyT = TypeVar("_BodyT", bound=BaseModel)
 
 
 class NewJob(wire.Body):
-    """Body of ``POST /api/jobs``. Without ``modelSource`` the registry's entry of that model is taken."""
+    """Body of ``POST /api/jobs``. Without ``modelSource`` the registry's entry of that model is taken. With a
+    ``jobId``, which the client makes up for this order alone, an order whose answer was lost can be repeated.
+    """
 
     model: str = Field(min_length=1, max_length=200)
     task: dict[str, Any]
@@ -48,6 +51,7 @@ class NewJob(wire.Body):
     max_attempts: int | None = Field(default=None, ge=1, le=100)
     priority: int | None = Field(default=None, ge=-100, le=100)
     submitter: str | None = Field(default=None, max_length=100)
+    job_id: UUID | None = None
 
 
 class NewModel(wire.Body):

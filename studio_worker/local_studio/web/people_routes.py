@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from studio_worker.local_studio.registry import NotPending, UnknownRequest
-from studio_worker.local_studio.rules import JobStatus, RuleBroken
+from studio_worker.local_studio.rules import JobStatus, RuleBroken, UnknownJob
 from studio_worker.local_studio.studio import Studio
 from studio_worker.local_studio.web import bodies
 from studio_worker.local_studio.web.access import http_base
@@ -160,9 +160,12 @@ class PeopleRoutes:
                 max_attempts=body.max_attempts,
                 priority=body.priority,
                 submitter=body.submitter,
+                job_id=None if body.job_id is None else str(body.job_id),
             )
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
+        except RuleBroken as error:
+            raise HTTPException(409, str(error)) from None
         return JSONResponse({"jobId": job_id}, status_code=201)
 
     async def job(self, request: Request) -> Response:
@@ -174,6 +177,8 @@ class PeopleRoutes:
         job_id = self._known(request)
         try:
             await self._stored.run(self._desk.queue.delete, job_id)
+        except UnknownJob as error:  # somebody else was faster
+            raise HTTPException(404, str(error)) from None
         except RuleBroken as error:
             raise HTTPException(409, str(error)) from None
         return Response(status_code=204)
@@ -183,6 +188,8 @@ class PeopleRoutes:
         job_id = self._known(request)
         try:
             self._desk.retry(job_id)
+        except UnknownJob as error:
+            raise HTTPException(404, str(error)) from None
         except RuleBroken as error:
             raise HTTPException(409, str(error)) from None
         return self._job_answer(job_id)

@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from studio_worker.local_studio.attendance import Attendance
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.registry import Registry, TooManyPending, UnknownRequest, WrongSecret
-from studio_worker.local_studio.rules import QueuedJob, RuleBroken
+from studio_worker.local_studio.rules import QueuedJob, RuleBroken, UnknownJob
 from studio_worker.local_studio.session import is_finite
 from studio_worker.local_studio.sessions import UPLOADED_KINDS, Sessions
 from studio_worker.local_studio.web import bodies
@@ -122,7 +122,10 @@ class WorkerRoutes:
                 return result
         else:
             await bodies.drain(request)
-        self._queue.count_refused_upload(job_id)
+        try:
+            self._queue.count_refused_upload(job_id)
+        except UnknownJob:  # it was deleted meanwhile
+            raise HTTPException(404, "the job is unknown") from None
         logger.info("upload refused", extra={"worker_id": worker_id, "job_id": job_id})
         raise HTTPException(409, "the job is no longer this worker's")
 

@@ -46,33 +46,36 @@ class Orders:
     Args:
         address: the studio's, as its page has it.
         token: what people must know there, if anything.
+        token_source: where it comes from, for people.
 
     Raises:
         ConfigError: it is no http address, or the environment's proxy or certificates cannot be used.
     """
 
-    def __init__(self, address: str, token: str = "") -> None:
+    def __init__(self, address: str, token: str = "", token_source: str = "") -> None:
         root = _root(address)
         self.address = safe_url(root)
         self._token = token
+        self._token_source = token_source
+        self._is_known = False
         self._transport = Transport(root, _RESULT_LIMIT_BYTES)
 
     def queue(self, job: Mapping[str, Any]) -> Order:
-        """Queue a job; ``job`` is the body of ``POST /api/jobs``.
+        """Queue a job; ``job`` is the body of ``POST /api/jobs``. One with a ``jobId`` may be sent again.
 
         Raises:
             OrderRefused: the studio says what is wrong with it.
             RefusedByStudio: it wants another token.
             ConfigError: what answers is no local studio.
-            StudioUnavailable: no answer came, or a passing error.
+            StudioUnavailable: no answer came, or a passing error; ``is_answer_lost`` says whether the job may
+                be queued all the same.
         """
         answer = self._send("POST", "/api/jobs", json.dumps(job, allow_nan=False).encode())
-        if _is_anothers(answer):
-            raise self._no_studio()
-        order = Order(_id_in(_facts(self._checked(answer)) or {}), "queued")
-        if not order.job_id:
-            raise self._no_studio()
-        return order
+        job_id = "" if _is_anothers(answer) else _id_in(_facts(self._checked(answer)) or {})
+        if not job_id:  # where a studio was just now another answers for a moment in its place
+            raise self._strange() if self._is_known else self._no_studio()
+        self._is_known = True
+        return Order(job_id, "queued")
 
     def see(self, job_id: str) -> Order:
         """How it stands. Raises as :meth:`queue` does, but where another answers for now in its place."""
@@ -106,9 +109,17 @@ class Orders:
             return answer
         said = _complaint(answer) or f"HTTP {answer.status}"
         if answer.status == 401:
-            raise RefusedByStudio(f"{self.address} wants its token: --token-file FILE")
+            raise RefusedByStudio(
+                f"{self.address} wants another token than the one in {self._token_source}"
+                if self._token
+                else f"{self.address} wants its token: --token-file FILE"
+            )
         if answer.status in (408, 429) or answer.status >= 500:
-            raise StudioUnavailable(f"the studio at {self.address} says: {said}", status=answer.status)
+            raise StudioUnavailable(
+                f"the studio at {self.address} says: {said}",
+                status=answer.status,
+                is_answer_lost=answer.status >= 500,  # of what was done before something failed
+            )
         if not _complaint(answer):
             raise self._strange()
         raise OrderRefused(f"the studio says: {said}")
