@@ -46,7 +46,7 @@ complete -c studio-worker -n '__fish_seen_subcommand_from submit' -s n -r -d 'Ho
 complete -c studio-worker -n '__fish_seen_subcommand_from submit' -l wait -d 'Wait until all are made, or have failed.'
 complete -c studio-worker -n '__fish_seen_subcommand_from submit' -l output -r -a '(__fish_complete_directories)' -d 'Wait, and put the pictures into this folder.'
 complete -c studio-worker -n '__fish_seen_subcommand_from submit' -s o -r -a '(__fish_complete_directories)' -d 'Wait, and put the pictures into this folder.'
-complete -c studio-worker -n '__fish_seen_subcommand_from submit' -l timeout -r -d 'Wait no longer than this; 0 waits for ever.'
+complete -c studio-worker -n '__fish_seen_subcommand_from submit' -l timeout -r -d 'Wait no longer than this in all; 0 waits for ever.'
 complete -c studio-worker -n '__fish_seen_subcommand_from submit' -l priority -r -d 'The highest goes first.'
 complete -c studio-worker -n '__fish_seen_subcommand_from submit' -l submitter -r -d 'Who takes turns with others; default: your login name.'
 complete -c studio-worker -n '__fish_seen_subcommand_from submit' -l studio -r -d 'The studio’s address.'
