@@ -178,7 +178,11 @@ def carry(
     ],
     pictures: Annotated[
         str | None,
-        typer.Option(metavar="PLACE", help="Where its pictures go: a folder, or s3://BUCKET/PREFIX."),
+        typer.Option(
+            metavar="PLACE",
+            help="Where its pictures go: a folder, or s3://BUCKET/PREFIX. Where it has them there already"
+            " they stay, and are the new studio's.",
+        ),
     ] = None,
 ) -> None:
     """Carry a studio from its SQLite file to another database, which must be empty.
@@ -188,8 +192,9 @@ def carry(
     """
     from studio_worker.local_studio import MODELS_FOLDER, carry_studio, places_of
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _end)
     carry_studio(source, places_of(source, database, pictures), say)
     there = f"--database {database}" + ("" if pictures is None else f" --pictures {pictures}")
     say(f"carried; start studios with {there}")

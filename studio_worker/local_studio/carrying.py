@@ -11,7 +11,7 @@ the place that is named has the old one's mark its pictures stay there, and are 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -109,9 +109,20 @@ class Carrier:
             require_own_form(writing, "--database")
             _require_empty(writing, is_shared=self._target.is_shared)
             is_first = writing.execute(select(meta).where(meta.c.key == OWNER)).first() is None
-        if standing(self._store.mark(), self._source.owner) is Standing.OWN:
-            self._carry_rows_alone()
-            return
+        stay = standing(self._store.mark(), self._source.owner) is Standing.OWN
+        owner = self._owner_where_they_stay() if stay else self._owner_of_a_new_place(is_first)
+        try:
+            with self._telling("--pictures"):
+                self._carry_pictures(self._missing_there() if stay else self._all_from_here())
+            self._carry_rows(owner)
+        except BaseException:
+            if not (self._is_sent or self._is_away):
+                self._take_back()
+            raise
+        if stay:
+            self._take_over(owner)
+
+    def _owner_of_a_new_place(self, is_first: bool) -> str:
         # Of its own salt, and not of the one that comes with the rows; the same with each attempt, so that a
         # place which one has marked is this database's all the same.
         owner = owner_of(self._target.salt)
@@ -120,29 +131,23 @@ class Carrier:
         with self._telling("--pictures"):
             self._store.clear_unfinished()
             self._store.remove_unnamed((), 0.0)  # what attempts of before left: no row names any
-        try:
-            with self._telling("--pictures"):
-                self._carry_pictures()
-            self._carry_rows(owner)
-        except BaseException:
-            if not (self._is_sent or self._is_away):
-                self._take_back()
-            raise
+        return owner
 
-    def _carry_rows_alone(self) -> None:
-        """Where pictures stay the place becomes the new studio's after its rows are there: if not here, then
-        with that one's start.
-        """
-        owner = f"{secrets.token_hex(32)} {self._source.owner}"
+    def _owner_where_they_stay(self) -> str:
         self._store.check(self._source.owner)
-        self._carry_rows(owner)
+        return f"{secrets.token_hex(32)} {self._source.owner}"
+
+    def _take_over(self, owner: str) -> None:
+        """The place becomes the new studio's after its rows are there: if not here, then with that one's
+        start.
+        """
         self._tell("pictures: they stay where they are, and the old studio is not started with them any more")
         try:
             self._store.claim(owner, None, is_first=False)
         except ConfigError as error:
             self._tell(f"pictures: not marked yet ({error}); start the new studio before the old one")
 
-    def _carry_pictures(self) -> None:
+    def _all_from_here(self) -> list[str]:
         keys = self._keys()
         if keys and not any(map(self._source.has, keys)):
             raise ConfigError(
@@ -151,6 +156,13 @@ class Carrier:
                 key="--from",
                 source=str(self._source.folders[-1].path),
             )
+        return keys
+
+    def _missing_there(self) -> list[str]:
+        """Of those that lie in the data folder: the other place may be an older copy of it."""
+        return [key for key in self._keys() if self._source.has(key) and not self._store.has(key)]
+
+    def _carry_pictures(self, keys: Sequence[str]) -> None:
         gone = 0
         for number, key in enumerate(keys, start=1):
             try:

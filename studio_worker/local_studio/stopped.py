@@ -22,7 +22,7 @@ from urllib.parse import quote
 from sqlalchemy import Connection
 
 from studio_worker.errors import ConfigError, StateUnavailable
-from studio_worker.local_studio.pictures import Folder, PictureGone
+from studio_worker.local_studio.pictures import Folder, StorageAway
 from studio_worker.local_studio.places import DATABASE_NAME, PICTURES_FOLDER, owner_in
 from studio_worker.local_studio.storage.migrating import require_own_form
 from studio_worker.local_studio.storage.sqlite import SqliteFile, lock_of
@@ -49,11 +49,22 @@ class StoppedStudio:
         return any(folder.file(key).exists() for folder in self.folders)
 
     def open(self, key: str) -> IO[bytes]:
-        """A picture. Raises PictureGone."""
-        for folder in self.folders[:-1]:
-            with suppress(PictureGone):
-                return folder.open(key).content
-        return self.folders[-1].open(key).content
+        """A picture.
+
+        Raises:
+            PictureGone: it is not there.
+            StateUnavailable: it cannot be read.
+        """
+        folder = next((folder for folder in self.folders if folder.has(key)), self.folders[-1])
+        try:
+            return folder.open(key).content
+        except StorageAway as error:
+            raise StateUnavailable(
+                str(error),
+                cure="see to its disk, and to whose its files are, and begin again: nothing was carried",
+                key="--from",
+                source=str(folder.file(key)),
+            ) from error
 
 
 @contextmanager

@@ -45,13 +45,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def carrying(tmp_path: Path, there: str) -> Sequence[str]:
-    options = ["--from", tmp_path / "desk", "--database", tmp_path / "new.sqlite3", "--pictures", there]
+def carrying(tmp_path: Path, there: str, database: str = "") -> Sequence[str]:
+    database = database or str(tmp_path / "new.sqlite3")
+    options = ["--from", tmp_path / "desk", "--database", database, "--pictures", there]
     return [sys.executable, "-m", "studio_worker", "local-studio", "carry", *map(str, options)]
 
 
-def carried(tmp_path: Path, there: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(carrying(tmp_path, there), capture_output=True, text=True, timeout=WAIT_S)
+def carried(tmp_path: Path, there: str, database: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(carrying(tmp_path, there, database), capture_output=True, text=True, timeout=WAIT_S)
 
 
 def test_pictures_are_carried_to_s3(s3_server: S3Server, bucket: str, tmp_path: Path) -> None:
@@ -69,6 +70,22 @@ def test_pictures_are_carried_to_s3(s3_server: S3Server, bucket: str, tmp_path: 
         answer = requests.get(f"{studio.base_url}{given}", timeout=WAIT_S)
         assert (answer.status_code, answer.headers["Content-Type"]) == (200, "image/gif")
         assert answer.content == gif()
+
+
+def test_desk_becomes_a_farm_as_the_docs_say(database_url: str, bucket: str, tmp_path: Path) -> None:
+    """PostgreSQL and S3 are tried out by a first start; then the desk is carried there, and two processes
+    have its pictures.
+    """
+    job_id, _ = worked_at(tmp_path / "desk" / "studio.sqlite3")
+    there = f"s3://{bucket}/farm"
+    farm = Places(database_url, pictures_at(there))
+    LocalStudio(farm).stop()
+    done = carried(tmp_path, there, database_url)
+    assert done.returncode == 0, done.stderr
+    with LocalStudio(farm) as one, LocalStudio(Places(database_url, pictures_at(there))) as other:
+        assert one.result(job_id) == other.result(job_id) == PICTURE
+    with LocalStudio(tmp_path / "desk" / "studio.sqlite3") as desk:
+        assert desk.result(job_id) == PICTURE
 
 
 def test_pictures_that_are_in_s3_stay_there(s3_server: S3Server, bucket: str, tmp_path: Path) -> None:

@@ -187,6 +187,16 @@ def test_pictures_that_lie_elsewhere_are_asked_for(
     assert len(prints(tmp_path / "there" / "pictures")) == 3
 
 
+def test_picture_that_cannot_be_read_is_named(before_revisions: Path, tmp_path: Path, there: Places) -> None:
+    """A studio is not carried without a picture that is there, but cannot be read now."""
+    picture = tmp_path / "pictures" / "done-5d0776fa846e7ebc.webp"
+    picture.unlink()
+    picture.mkdir()
+    with pytest.raises(StateUnavailable, match=f"^{picture}: --from: .* cannot be read"):
+        carried(before_revisions, there)
+    assert prints(tmp_path / "there" / "pictures").keys() == {"studio"}
+
+
 class Filling(Folder):
     """A disk with room for one more picture."""
 
@@ -268,8 +278,17 @@ main()
         (signal.SIGTERM, "pictures: 2"),
         (signal.SIGTERM, "jobs: 4"),
         (signal.SIGINT, "pictures: 2"),
+        (signal.SIGHUP, "jobs: 4"),
     ],
-    ids=["kill-pictures", "kill-jobs", "kill-results", "term-pictures", "term-jobs", "int-pictures"],
+    ids=[
+        "kill-pictures",
+        "kill-jobs",
+        "kill-results",
+        "term-pictures",
+        "term-jobs",
+        "int-pictures",
+        "hup-jobs",
+    ],
 )
 def test_attempt_that_is_ended_leaves_an_empty_target(
     older: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,19 @@ def test_pictures_that_stay_are_the_new_studios(
         assert "start the studio with the --database that it was carried to" in said
         with LocalStudio(there) as studio:
             assert studio.result("done") == PICTURE
+
+
+def test_pictures_that_an_older_copy_lacks_are_added(
+    before_revisions: Path, there: Places, staying: Folder
+) -> None:
+    """Where the place is a copy of the data folder that lacks what came since, that goes there too."""
+    shutil.copytree(staying.path, before_revisions.parent / "pictures")
+    (staying.path / "done-5d0776fa846e7ebc.webp").unlink()
+    there = replace(there, pictures=staying)
+    carried(before_revisions, there)
+    with LocalStudio(there) as studio:
+        assert studio.result("done") == PICTURE
+    assert len(list(staying.path.iterdir())) == 3
 
 
 class Dying(Folder):

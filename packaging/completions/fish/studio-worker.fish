@@ -116,4 +116,4 @@ complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l keep-
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio' -l keep-gb -r -d 'Keep so much of results; the oldest are removed first.'
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio; and __fish_seen_subcommand_from carry' -l from -r -a '(__fish_complete_directories)' -d 'Data folder of the studio, which stands still.'
 complete -c studio-worker -n '__fish_seen_subcommand_from local-studio; and __fish_seen_subcommand_from carry' -l database -r -d 'Empty database: postgresql://USER@HOST/NAME, or a SQLite file.'
-complete -c studio-worker -n '__fish_seen_subcommand_from local-studio; and __fish_seen_subcommand_from carry' -l pictures -r -d 'Where its pictures go: a folder, or s3://BUCKET/PREFIX.'
+complete -c studio-worker -n '__fish_seen_subcommand_from local-studio; and __fish_seen_subcommand_from carry' -l pictures -r -d 'Where its pictures go: a folder, or s3://BUCKET/PREFIX. Where it has them there already they stay, and are the new studio’s.'

@@ -90,7 +90,7 @@ class Folder:
             return
         with self._telling_of_the_start():
             if standing(self._mark(), owner) is Standing.FREE and not self._is_beside:
-                self._spot.require_unclaimed(newest_key, self._has, self._is_unused, is_first)
+                self._spot.require_unclaimed(newest_key, self.has, self._is_unused, is_first)
             write_atomic(self.path / MARK, owner.encode())
         self._is_marked = True
 
@@ -124,6 +124,9 @@ class Folder:
         except FileNotFoundError as error:
             self._require_there()
             raise PictureGone("the picture's file is not in the studio's folder any more") from error
+
+    def has(self, key: str, /) -> bool:
+        return self.file(key).is_file()
 
     def file(self, key: str) -> Path:
         return self.path / key
@@ -162,9 +165,6 @@ class Folder:
     def _is_own(self) -> bool:
         # Read each time: a share that is not mounted leaves another folder in its place.
         return self._owner is not None and standing(self._mark(), self._owner) is Standing.OWN
-
-    def _has(self, key: str) -> bool:
-        return self.file(key).is_file()
 
     def _is_unused(self) -> bool:
         return not any(is_key(path.name) for path in self.path.iterdir())

@@ -122,6 +122,9 @@ class Pictures(Protocol):
             CannotStore: the storage does not answer.
         """
 
+    def has(self, key: str, /) -> bool:
+        """Whether the bytes are there. Raises CannotStore."""
+
     def address(self, key: str, /) -> str | None:
         """Where a worker gets the bytes by itself, without credentials and for a while; ``None`` where only
         the studio can give them.

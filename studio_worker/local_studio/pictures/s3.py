@@ -195,6 +195,10 @@ class S3:
         found = self._client.list_objects_v2(Bucket=self._place.bucket, Prefix=name, MaxKeys=1)
         return any(entry["Key"] == name and str(entry["Size"]) == size for entry in found.get("Contents", ()))
 
+    def has(self, key: str) -> bool:
+        with telling():
+            return self._has(key)
+
     def address(self, key: str) -> str | None:
         return self._presigned(self._place.prefix + key) if self._has_addresses else None
 
