@@ -50,7 +50,7 @@ def later_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LaterVersi
     @contextmanager
     def running(oldest_writer: str) -> Iterator[None]:
         folder = tmp_path / "migrations"
-        shutil.copytree(migrating.MIGRATIONS, folder)
+        shutil.copytree(migrating.MIGRATIONS, folder, dirs_exist_ok=True)
         text = LATER.format(head=head(), oldest_writer=oldest_writer)
         (folder / "versions" / "revision_later.py").write_text(text)
         with monkeypatch.context() as patch:
@@ -76,7 +76,6 @@ def test_version_may_be_taken_back_where_the_newer_one_lets_it(
             assert machine.upload(job_id).status_code == 200
             assert studio.result(job_id) == PICTURE
             machine.hang_up()
-    shutil.rmtree(tmp_path / "migrations")
     with later_version(head()), LocalStudio(path) as studio:
         assert [studio.job(job_id).status for job_id in job_ids] == ["done", "done", "queued"]
 
@@ -90,7 +89,19 @@ def test_version_that_would_spoil_what_a_newer_one_wrote_is_refused(
         LocalStudio(path).stop()
     with pytest.raises(ConfigError, match=r"later version of this program \(revision later\).*backup"):
         LocalStudio(path)
-    shutil.rmtree(tmp_path / "migrations")
+    with later_version("later"):
+        LocalStudio(path).stop()
+
+
+def test_version_that_shuts_out_those_at_work_waits_for_their_end(
+    tmp_path: Path, later_version: LaterVersion
+) -> None:
+    """A newer version changes no table under a studio process that could not go on with it."""
+    path = tmp_path / "studio.sqlite3"
+    with LocalStudio(path) as at_work:
+        with later_version("later"), pytest.raises(ConfigError, match=r"stop (it|them) first"):
+            LocalStudio(path)
+        queue(at_work)
     with later_version("later"):
         LocalStudio(path).stop()
 

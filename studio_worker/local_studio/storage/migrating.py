@@ -14,17 +14,20 @@ from pathlib import Path
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, inspect, select
 
-from studio_worker.errors import ConfigError
-from studio_worker.local_studio.storage.database import upsert
-from studio_worker.local_studio.storage.tables import meta
+from studio_worker.errors import ConfigError, StateUnavailable
+from studio_worker.local_studio.leases import DEAD_S
+from studio_worker.local_studio.storage.database import SERVER_TIME, upsert
+from studio_worker.local_studio.storage.tables import meta, processes
 
 BEFORE_ALEMBIC = "0001"
 """The revision whose tables SQLite files had before they knew of revisions."""
 
 OLDEST_WRITER = "oldest_writer"
 """The key in ``meta``."""
+
+_ASKED = select(meta.c.value).where(meta.c.key == OLDEST_WRITER)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -39,6 +42,7 @@ def migrate(connection: Connection, name: str, *, is_older: bool = False) -> Non
 
     Raises:
         ConfigError: a later version has been here that does not.
+        StateUnavailable: studio processes are at work that could not go on.
     """
     scripts = ScriptDirectory(str(MIGRATIONS))
     context = MigrationContext.configure(connection)
@@ -47,15 +51,17 @@ def migrate(connection: Connection, name: str, *, is_older: bool = False) -> Non
     if present not in {"base", *known}:
         _require_let_in(connection, name, present, known)
         return
+    oldest_writer = next(iter(known.values())).OLDEST_WRITER
     steps = list(scripts.iterate_revisions("head", present))
+    if steps and present != "base":
+        _require_nobody_shut_out(connection, name, present, oldest_writer)
     with Operations.context(context):
         for step in reversed(steps):
             step.module.upgrade()
             context.stamp(scripts, step.revision)
     if is_older and not steps:
         context.stamp(scripts, present)
-    newest = next(iter(known.values()))
-    upsert(connection, meta, {"key": OLDEST_WRITER, "value": newest.OLDEST_WRITER})
+    upsert(connection, meta, {"key": OLDEST_WRITER, "value": oldest_writer})
 
 
 def require_own_form(connection: Connection, name: str) -> None:
@@ -69,9 +75,26 @@ def require_own_form(connection: Connection, name: str) -> None:
 
 
 def _require_let_in(connection: Connection, name: str, present: str, known: Collection[str]) -> None:
-    asked = select(meta.c.value).where(meta.c.key == OLDEST_WRITER)
-    if connection.execute(asked).scalar() not in known:
+    if connection.execute(_ASKED).scalar() not in known:
         raise _later(name, present)
+
+
+def _require_nobody_shut_out(connection: Connection, name: str, present: str, oldest_writer: str) -> None:
+    if connection.dialect.name != "postgresql":
+        return  # one studio at a time has the file
+    before = connection.execute(_ASKED).scalar() or present
+    if before == oldest_writer or not inspect(connection).has_table(processes.name):
+        return
+    since = float(connection.execute(SERVER_TIME).scalar_one()) - DEAD_S
+    living = select(processes.c.address).where(processes.c.beat_at > since).order_by(processes.c.address)
+    addresses = connection.execute(living).scalars().all()
+    if addresses:
+        raise StateUnavailable(
+            f"is used by processes of an earlier version ({', '.join(addresses)}), which cannot go on with"
+            " what this one makes of it",
+            cure="stop them first",
+            source=name,
+        )
 
 
 def _later(name: str, present: str | None) -> ConfigError:
