@@ -33,6 +33,9 @@ MAX_MESSAGE_CHARS = 4000
 FILE_PATH = re.compile(r"/files/([A-Za-z0-9_-]+)")
 """Of an input picture, with its id."""
 
+_ADDRESS = re.compile(rf"(?i:https?)://[^?#]*({FILE_PATH.pattern})")
+"""The same behind whatever name somebody has for this studio."""
+
 _PICTURES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 
 
@@ -132,6 +135,16 @@ class Shelf:
         with self._database.reading() as connection:
             row = connection.execute(named).first()
         return None if row is None else StoredFile(row.media_type, row.key)
+
+    def by_path(self, task: Mapping[str, Any]) -> dict[str, Any]:
+        """The task with this studio's own pictures named by their paths. Whoever put one down may know the
+        studio by a name, or a process of it, that no worker knows.
+        """
+        return {name: self._path(said) if name in URL_FIELDS else said for name, said in task.items()}
+
+    def _path(self, said: Any) -> Any:
+        named = _ADDRESS.fullmatch(said) if isinstance(said, str) else None
+        return named[1] if named and self.picture(named[2]) else said
 
     def addressed(self, job: QueuedJob) -> QueuedJob:
         """The job as it is offered: input pictures that a worker can get from the storage itself have their

@@ -186,7 +186,7 @@ class Studio:
         job = QueuedJob(
             job_id=job_id or str(uuid.uuid4()),
             model=model,
-            task=bodies.checked_task(task),
+            task=self.shelf.by_path(bodies.checked_task(task)),
             model_source=bodies.checked_source(model_source),
             created_at=time.time(),
             game_id=extras.get("game_id") or "local",

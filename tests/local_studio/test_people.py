@@ -397,6 +397,28 @@ def test_addresses_in_an_offer_are_complete(studio: LocalStudio) -> None:
     machine.hang_up()
 
 
+def test_input_of_this_studio_is_known_by_any_of_its_names(studio: LocalStudio) -> None:
+    """A script may name an input by path or address, whichever process, name or proxy the address is of: a
+    worker gets it under the name by which it knows the studio. What only looks like one stays as it is.
+    """
+    stored = ask(studio, "POST", "/api/files", data=picture()).json()
+    machine = Machine(studio).connect()
+    own = ("{path}", "{url}", "http://10.0.0.7:8751{path}", "HTTPS://Studio.Example/below{path}")
+    foreign = (
+        "https://example.org/files/unknown",
+        "https://example.org{path}?x",
+        "https://example.org{path}.png",
+    )
+    for said in (address.format(**stored) for address in own + foreign):
+        task = {"prompt": "x", "initImageUrl": said}
+        queued = ask(studio, "POST", "/api/jobs", json={"model": "m", "task": task, "modelSource": SOURCE})
+        claim = machine.take()
+        is_own = said.endswith(stored["path"])
+        assert claim["task"]["initImageUrl"] == (stored["url"] if is_own else said)
+        assert machine.upload(queued.json()["jobId"]).status_code == 200
+    machine.hang_up()
+
+
 @pytest.mark.parametrize("media", ["PNG", "JPEG", "WEBP", "GIF"])
 def test_pictures_are_kept_as_what_they_are(anywhere: LocalStudio, media: str) -> None:
     """An input picture may come bare or in a form; its type is judged by its content."""
