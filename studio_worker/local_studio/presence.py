@@ -139,6 +139,11 @@ class Presence:
         with self._database.writing() as connection:
             connection.execute(delete(processes).where(processes.c.process_id == self.process_id))
 
+    def has_others(self) -> bool:
+        """Whether other processes of this studio live."""
+        with self._database.reading() as connection:
+            return len(self._living(connection)) > 1
+
     # --- sessions -----------------------------------------------------------------------------------
 
     def enter(self, worker_id: str, capabilities: wire.Capabilities) -> Entered:

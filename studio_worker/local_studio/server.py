@@ -22,6 +22,7 @@ from studio_worker.local_studio.housekeeping import FOR_EVER, Retention
 from studio_worker.local_studio.limits import Limits
 from studio_worker.local_studio.places import Places
 from studio_worker.local_studio.studio import Studio
+from studio_worker.local_studio.token_mark import compare_token
 from studio_worker.local_studio.web import seldom
 from studio_worker.local_studio.web.access import Access
 from studio_worker.local_studio.web.app import build_app
@@ -120,6 +121,7 @@ class LocalStudio(Studio):
         self.port = listener.getsockname()[1]
         self.wake.start(self.hear)
         self.pulse.start(self.base_url)
+        compare_token(self.database, self.presence, self.door.token)
         self._thread = threading.Thread(
             target=self._server.run, args=([listener],), name="local-studio", daemon=True
         )
