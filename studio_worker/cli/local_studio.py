@@ -147,20 +147,21 @@ def local_studio(
     if key is not None and certificate is None:
         raise ConfigError("is the key of no certificate", key="--key", cure="name its --certificate too")
 
-    from studio_worker.local_studio import MODELS_FOLDER, Door, Retention, Tls, places_of, run_local_studio
+    from studio_worker.local_studio import Door, Retention, Tls, places_of, run_local_studio
 
     tls = None if certificate is None else Tls(certificate, key)
-    models = models or data / MODELS_FOLDER
+    places = places_of(data, database, pictures)
+    served = models or _models_in(data, is_there=isinstance(places.database, Path))
     run_local_studio(
-        places_of(data, database, pictures),
+        places,
         Door(host, port, token, tls, tuple(behind_proxy or ()), plain_http, drain),
-        models_dir=models,
+        models_dir=served,
         auto_approve=approve_all,
         retention=Retention(
             keep_s=None if keep_days is None else keep_days * 86_400,
             keep_bytes=None if keep_gb is None else int(keep_gb * 1e9),
         ),
-        on_ready=lambda studio: _say_where(studio.base_url, models),
+        on_ready=lambda studio: _say_where(studio.door.told(studio.port), served),
     )
 
 
@@ -214,8 +215,19 @@ def _refuse_options(context: typer.Context) -> None:
             raise typer.BadParameter(f"{option} is an option of the studio that runs: leave it out here")
 
 
-def _say_where(address: str, models: Path) -> None:
+def _models_in(data: Path, *, is_there: bool) -> Path | None:
+    """The folder of model files where none is named. Without a SQLite file there may be no data folder."""
+    from studio_worker.local_studio import MODELS_FOLDER
+
+    folder = data / MODELS_FOLDER
+    return folder if is_there or folder.is_dir() else None
+
+
+def _say_where(address: str, models: Path | None) -> None:
     typer.echo(f"local studio: {address}")
-    typer.echo(
-        f"models: add them on that page, under Models; workers fetch the files that lie in {models} from here"
+    files = (
+        "with --models DIR workers fetch the files that lie there from here"
+        if models is None
+        else f"workers fetch the files that lie in {models.absolute()} from here"
     )
+    typer.echo(f"models: add them on that page, under Models; {files}")

@@ -84,6 +84,15 @@ class Door:
             host = self.tls.name or host
         return f"{'https' if self.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
+    def told(self, port: int) -> str:
+        """The same for people, who need not be at this machine."""
+        address = self.address(port)
+        if self.proxies:
+            return f"at its proxy's address, for people and workers; on this machine {address}"
+        if self.host in ANY and self.tls is None:
+            return f"at port {port} of this machine's addresses; on this machine {address}"
+        return address
+
 
 LOOPBACK = Door()
 """A free port, for whoever is at this machine."""

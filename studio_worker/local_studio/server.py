@@ -188,7 +188,7 @@ def run_local_studio(
     places: Places,
     door: Door,
     *,
-    models_dir: Path,
+    models_dir: Path | None,
     auto_approve: bool = False,
     retention: Retention = FOR_EVER,
     on_ready: Callable[[LocalStudio], None] | None = None,
@@ -196,7 +196,7 @@ def run_local_studio(
     """Run a local studio until SIGINT or SIGTERM: what ``studio-worker local-studio`` does.
 
     Args:
-        models_dir: model files for workers.
+        models_dir: model files for workers; ``None`` serves none.
         retention: how long, and how much, is kept.
         on_ready: called once the studio listens, e.g. to print its address.
 

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -310,6 +311,33 @@ def test_local_studio_prints_its_address_and_stops_when_asked(tmp_path: Path) ->
     assert said.startswith("local studio: http://127.0.0.1:"), err
     assert not said.strip().endswith(":0")
     assert studio.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["--behind-proxy", "127.0.0.1"],
+            r"at its proxy's address, for people and workers; on this machine ",
+        ),
+        (["--plain-http"], r"at port \d+ of this machine's addresses; on this machine "),
+    ],
+    ids=["proxy", "plain"],
+)
+def test_local_studio_beyond_loopback_says_whose_its_address_is(
+    tmp_path: Path, options: list[str], said: str
+) -> None:
+    """Where others reach it by another address, this machine's own is not told as theirs."""
+    token = tmp_path / "token"
+    token.write_text("a token of sufficient length")
+    token.chmod(0o600)
+    door = ("--host", "0.0.0.0", "--port", "0", "--token-file", token, *options)
+    with start("local-studio", "--data", tmp_path / "data", *door, "--drain", "0") as studio:
+        assert studio.stdout is not None
+        line = studio.stdout.readline()
+        studio.send_signal(signal.SIGTERM)
+        studio.communicate(timeout=60)
+    assert re.fullmatch(rf"local studio: {said}http://127\.0\.0\.1:\d+\n", line)
 
 
 # --- register ---

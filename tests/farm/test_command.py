@@ -40,6 +40,7 @@ def test_command_runs_a_studio_on_postgresql(database_url: str, tmp_path: Path) 
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as studio:
             assert studio.stdout is not None
             address = studio.stdout.readline().rpartition(" ")[2].strip()
+            assert "with --models DIR" in studio.stdout.readline(), "there is no data folder to have them in"
             submitted = subprocess.run(
                 studio_worker("submit", "a red potion", "-m", "placeholder", "--studio", address),
                 capture_output=True,

@@ -20,6 +20,7 @@ from PIL import Image
 from sqlalchemy import text
 
 from studio_worker.errors import ConfigError
+from studio_worker.jobs import MAX_PROMPT_BYTES
 from studio_worker.local_studio import Door, LocalStudio, Places, run_local_studio
 from tests.fakes.machine import PICTURE, SOURCE, WAIT_S, Machine, queue
 
@@ -314,6 +315,8 @@ def test_jobs_say_that_nobody_is_there(anywhere: LocalStudio) -> None:
         ({"vramGbEstimate": -1}, "vramGbEstimate"),
         ({"priority": 101}, "priority"),
         ({"submitter": "x" * 101}, "submitter"),
+        ({"task": {"prompt": "x" * (MAX_PROMPT_BYTES + 1)}}, "prompt"),
+        ({"task": {"prompt": "x", "negativePrompt": "é" * (MAX_PROMPT_BYTES // 2) + "x"}}, "negativePrompt"),
     ],
 )
 def test_jobs_bad_field_is_named(anywhere: LocalStudio, change: dict[str, Any], named: str) -> None:
@@ -322,6 +325,13 @@ def test_jobs_bad_field_is_named(anywhere: LocalStudio, change: dict[str, Any], 
     answer = ask(anywhere, "POST", "/api/jobs", json=body)
     assert answer.status_code == 400
     assert named in answer.json()["error"]
+
+
+@pytest.mark.parametrize("prompt", ["", "x" * MAX_PROMPT_BYTES], ids=["empty", "longest"])
+def test_jobs_take_every_prompt_that_workers_take(anywhere: LocalStudio, prompt: str) -> None:
+    """No prompt is refused that a worker reads: a background is taken away without any word."""
+    body = {"model": "m", "task": {"prompt": prompt}, "modelSource": SOURCE}
+    assert ask(anywhere, "POST", "/api/jobs", json=body).status_code == 201
 
 
 @pytest.mark.parametrize(
