@@ -47,8 +47,13 @@ class Gate:
                 return
             self._is_shut = True
             logger.error("the database does not answer", extra={"error": str(why)})
-            self._asking = threading.Thread(target=self._open_again, name="gate", daemon=True)
-            self._asking.start()
+            asking = threading.Thread(target=self._open_again, name="gate", daemon=True)
+            try:
+                asking.start()
+            except RuntimeError:  # no thread is to be had: who asks in vain next tries again
+                self._is_shut = False
+            else:
+                self._asking = asking
 
     def end(self) -> None:
         """Ask no more."""
