@@ -11,15 +11,21 @@ the place that is named has the old one's mark its pictures stay there, and are 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from sqlalchemy import Connection, Table, delete, func, insert, select
+from sqlalchemy import select
 
 from studio_worker.errors import ConfigError, StateUnavailable
-from studio_worker.local_studio.leases import LEASE_S
+from studio_worker.local_studio.carried_rows import (
+    Tell,
+    begin_attempt,
+    copy_rows,
+    require_alone,
+    require_empty,
+)
 from studio_worker.local_studio.pictures import (
     CannotStore,
     Folder,
@@ -36,21 +42,13 @@ from studio_worker.local_studio.places import (
     open_places,
     owner_of,
 )
-from studio_worker.local_studio.shelf import Model
 from studio_worker.local_studio.stopped import StoppedStudio, stopped_studio
-from studio_worker.local_studio.storage.database import SERVER_TIME, Database, upsert
+from studio_worker.local_studio.storage.database import Database
 from studio_worker.local_studio.storage.locks import be_patient
 from studio_worker.local_studio.storage.migrating import require_own_form
-from studio_worker.local_studio.storage.tables import METADATA, files, meta, models, processes, results
-from studio_worker.local_studio.studio import PLACEHOLDER
+from studio_worker.local_studio.storage.tables import files, meta, results
 
-_ROWS = 500
-"""At a time in memory."""
 _TOLD_EVERY = 100
-_ATTEMPT = "carrying"
-"""The row of ``meta`` that says which attempt is at work on an empty database."""
-
-Tell = Callable[[str], None]
 
 
 def carry_studio(folder: Path, places: Places, tell: Tell) -> None:
@@ -61,6 +59,8 @@ def carry_studio(folder: Path, places: Places, tell: Tell) -> None:
             where they take nothing now.
     """
     store = places.open_pictures()
+    if places.pictures is None and isinstance(store, Folder):
+        store = Folder(store.path)  # beside the new file may lie pictures of an old one
     if isinstance(store, Folder) and store.path.resolve() == (folder / PICTURES_FOLDER).resolve():
         raise ConfigError(
             "is the folder of the studio that is carried",
@@ -96,7 +96,8 @@ class Carrier:
         self._file = places.database if isinstance(places.database, Path) else None
         self._store = places.open_pictures()
         self._tell = tell
-        self._attempt = secrets.token_hex(8)
+        self._attempt = ""
+        self._since: float | None = None
         self._moved: dict[str, str] = {}
         self._is_sent = False
         self._is_away = False
@@ -104,10 +105,9 @@ class Carrier:
     def carry(self) -> None:
         """All rows and pictures. Raises ConfigError."""
         with self._telling("--database"), self._target.writing() as writing:
-            # First: another attempt that is about to end has this row in hand.
-            upsert(writing, meta, {"key": _ATTEMPT, "value": self._attempt})
+            self._attempt, self._since = begin_attempt(writing)
             require_own_form(writing, "--database")
-            _require_empty(writing, is_shared=self._target.is_shared)
+            require_empty(writing, is_shared=self._target.is_shared)
             is_first = writing.execute(select(meta).where(meta.c.key == OWNER)).first() is None
         stay = standing(self._store.mark(), self._source.owner) is Standing.OWN
         owner = self._owner_where_they_stay() if stay else self._owner_of_a_new_place(is_first)
@@ -129,8 +129,8 @@ class Carrier:
         if not self._store.check(owner):
             self._store.claim(owner, None, is_first=is_first)
         with self._telling("--pictures"):
-            self._store.clear_unfinished()
-            self._store.remove_unnamed((), 0.0)  # what attempts of before left: no row names any
+            if self._since is not None:  # no row names what attempts of before left
+                self._store.remove_unnamed((), self._since)
         return owner
 
     def _owner_where_they_stay(self) -> str:
@@ -188,43 +188,10 @@ class Carrier:
     def _carry_rows(self, owner: str) -> None:
         with self._telling("--database"), self._target.writing() as writing:
             be_patient(writing)
-            self._require_alone(writing)
-            for table in (meta, models, processes):  # of a first start
-                writing.execute(delete(table))
-            for table in METADATA.sorted_tables:
-                if table is meta:
-                    self._insert_facts(writing, owner)
-                elif table is not processes:  # none is at work while a studio is carried
-                    self._carry_table(writing, table)
+            require_alone(writing, self._attempt)
+            require_empty(writing, is_shared=self._target.is_shared)
+            copy_rows(self._source.rows, writing, owner, self._moved, self._tell)
             self._is_sent = True  # a server that is away now may have heard it or not
-
-    def _require_alone(self, writing: Connection) -> None:
-        mine = select(meta.c.value).where(meta.c.key == _ATTEMPT).with_for_update()
-        if writing.execute(mine).scalar() != self._attempt:
-            raise ConfigError(
-                "another attempt has begun meanwhile",
-                cure="let that one end",
-                key="--database",
-            )
-        _require_empty(writing, is_shared=self._target.is_shared)
-
-    def _insert_facts(self, writing: Connection, owner: str) -> None:
-        rows = self._source.rows.execute(select(meta)).mappings()
-        facts = {row["key"]: row["value"] for row in rows} | {OWNER: owner}
-        facts.pop(_ATTEMPT, None)
-        writing.execute(insert(meta), [{"key": key, "value": value} for key, value in facts.items()])
-
-    def _carry_table(self, writing: Connection, table: Table) -> None:
-        count = 0
-        for part in self._source.rows.execute(select(table)).mappings().partitions(_ROWS):
-            rows = [dict(row) for row in part]
-            if table in (results, files):
-                rows = [row | {"key": self._moved.get(row["key"], row["key"])} for row in rows]
-            writing.execute(insert(table), rows)
-            count += len(rows)
-            self._tell(f"{table.name}: {count}")
-        if count:
-            _count_on(writing, table)
 
     def _take_back(self) -> None:
         with suppress(CannotStore):
@@ -250,32 +217,3 @@ class Carrier:
                 key=option,
                 source="" if place is None else str(place),
             ) from error
-
-
-def _require_empty(connection: Connection, *, is_shared: bool) -> None:
-    if is_shared:  # else whoever has the file open is alone
-        since = float(connection.execute(SERVER_TIME).scalar_one()) - LEASE_S
-        if connection.execute(select(processes).where(processes.c.beat_at >= since)).first() is not None:
-            raise ConfigError(
-                "a studio is at work on the database there",
-                cure=f"stop it first; one that was killed counts for {LEASE_S:.0f} s more",
-                key="--database",
-            )
-    for table in METADATA.sorted_tables:
-        rows = (
-            [] if table in (meta, processes) else connection.execute(select(table).limit(2)).mappings().all()
-        )
-        if rows and not (table is models and all(Model(**row) == PLACEHOLDER for row in rows)):
-            raise ConfigError(
-                f"the database there is not empty: it has {table.name}",
-                cure="name a new one, or drop it and make it anew",
-                key="--database",
-            )
-
-
-def _count_on(writing: Connection, table: Table) -> None:
-    """The next row's number is one that no row has; SQLite sees to that by itself."""
-    column = table.autoincrement_column
-    if column is not None and writing.dialect.name == "postgresql":
-        sequence = func.pg_get_serial_sequence(table.name, column.name)
-        writing.execute(select(func.setval(sequence, func.max(column))))

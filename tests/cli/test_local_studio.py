@@ -53,6 +53,31 @@ def test_carry_takes_a_studio_to_another_place(tmp_path: Path) -> None:
     assert "the database there is not empty" in again.stderr
 
 
+def test_carry_without_room_for_its_copy_says_where(tmp_path: Path) -> None:
+    """The copy that is carried from needs room: what has none is named, with how to have another."""
+    LocalStudio(tmp_path / "studio.sqlite3").stop()
+    command = [
+        "carry",
+        "--from",
+        tmp_path,
+        "--database",
+        tmp_path / "new.sqlite3",
+        "--pictures",
+        tmp_path / "new",
+    ]
+    said = subprocess.run(
+        [sys.executable, "-m", "studio_worker", "local-studio", *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+    )
+    assert said.returncode == 75, said.stderr
+    assert said.stderr.startswith(f"studio-worker: {tmp_path}: --from: its file cannot be copied to ")
+    assert "make room there, or name another folder in TMPDIR" in said.stderr
+    assert not (tmp_path / "new.sqlite3").exists()
+
+
 @pytest.mark.parametrize("words", [(), ("carry", "--from", ".")], ids=["run", "carry"])
 @pytest.mark.parametrize(
     "address",

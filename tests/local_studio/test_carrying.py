@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -10,7 +11,8 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +187,46 @@ def test_pictures_that_lie_elsewhere_are_asked_for(
     (tmp_path / "moved").rename(tmp_path / "pictures")
     carried(before_revisions, there)
     assert len(prints(tmp_path / "there" / "pictures")) == 3
+
+
+@pytest.mark.sqlite
+def test_pictures_of_somebody_else_stay(before_revisions: Path, tmp_path: Path, there: Places) -> None:
+    """Pictures that lie where the new ones would go are no leavings: beside a new file they are told of, and
+    beside one with which a studio was started there they stay.
+    """
+    picture = tmp_path / "there" / "pictures" / "job-0123456789abcdef.png"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(PICTURE)
+    beside = replace(there, pictures=None)
+    with pytest.raises(ConfigError, match="has pictures that this database does not know"):
+        carried(before_revisions, beside)
+    os.utime(picture, (time.time() - 3600,) * 2)
+    LocalStudio(beside).stop()
+    for stage in ("jobs", "nothing"):
+        with contextlib.suppress(KeyboardInterrupt):
+            carry_studio(tmp_path, beside, interrupting(stage))
+    assert picture.read_bytes() == PICTURE
+    assert len(prints(picture.parent)) == 4
+
+
+def interrupting(stage: str) -> Callable[[str], None]:
+    def tell(text: str) -> None:
+        if text.startswith(stage):
+            raise KeyboardInterrupt
+
+    return tell
+
+
+def test_second_place_beside_the_first_is_refused(
+    before_revisions: Path, tmp_path: Path, there: Places
+) -> None:
+    """A database that was started with one folder is not carried to with another: its processes would look in
+    either.
+    """
+    LocalStudio(there).stop()
+    with pytest.raises(ConfigError, match="this database's pictures are in another place"):
+        carried(before_revisions, replace(there, pictures=Folder(tmp_path / "second")))
+    assert not list((tmp_path / "second").iterdir())
 
 
 def test_picture_that_cannot_be_read_is_named(before_revisions: Path, tmp_path: Path, there: Places) -> None:
