@@ -106,7 +106,7 @@ def test_submit_waits_with_one_patience(studio: LocalStudio) -> None:
         status, lines, err = submit(proxy.url, "-n", "4", "--wait", "--timeout", "3")
     job_ids = [job.job_id for job in studio.jobs(JobStatus.QUEUED)]
     assert (status, len(job_ids)) == (75, 2)
-    assert lines == [f"{job_ids[0]} queued", f"{job_ids[1]} unknown the studio's answer was lost"]
+    assert lines == [f"{job_ids[0]} queued", f"{job_ids[1]} unknown it may be in the studio"]
     assert f"{job_ids[0]} queued\n" in err
 
 
@@ -116,7 +116,7 @@ def test_submit_is_refused_after_all(studio: LocalStudio) -> None:
     with ScriptedHttp(*answers) as proxy:
         status, (line,), err = submit(proxy.url)
     assert status == 1
-    assert line.endswith(" unknown the studio's answer was lost")
+    assert line.endswith(" unknown it may be in the studio")
     assert "the studio says: no more" in err
 
 

@@ -14,6 +14,7 @@ from studio_worker.local_studio import LocalStudio, Places, places_of
 from studio_worker.local_studio.pictures import Folder
 from studio_worker.local_studio.places import open_places
 from tests.fakes.machine import PICTURE, Machine, queue
+from tests.farm.front import Front
 from tests.farm.postgres import Cluster, programs
 
 WAIT_S = 60
@@ -55,6 +56,31 @@ def test_command_runs_a_studio_on_postgresql(database_url: str, tmp_path: Path) 
     with LocalStudio(Places(database_url, Folder(tmp_path))) as again:
         assert [job.model for job in again.jobs()] == ["placeholder", "placeholder"]
     assert not (tmp_path / "data" / "studio.sqlite3").exists()
+
+
+def test_submit_waits_for_a_database_that_goes_in_the_middle(postgres: Cluster, tmp_path: Path) -> None:
+    """A database that goes while orders are queued, and comes back, costs none of them, and doubles none."""
+    name, count = postgres.create(), 200
+    with Front() as front:
+        front.serve([postgres.port])
+        places = Places(f"postgresql://studio@127.0.0.1:{front.port}/{name}", Folder(tmp_path))
+        with LocalStudio(places) as studio:
+            command = studio_worker(
+                "submit", "x", "-m", "placeholder", "-n", count, "--studio", studio.base_url
+            )
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            ) as submitted:
+                studio.wait_for(lambda: studio.queue.counts()["queued"] >= 3, WAIT_S)
+                front.cut()
+                assert submitted.stderr is not None
+                assert " since " in submitted.stderr.readline()
+                front.serve([postgres.port])
+                out, said = submitted.communicate(timeout=WAIT_S)
+            assert submitted.returncode == 0, said
+            assert out.splitlines() == [f"{job.job_id} queued" for job in studio.jobs(limit=1000)[::-1]]
+            assert studio.queue.counts()["queued"] == count
+    postgres.drop(name)
 
 
 def test_backup_of_a_studio_at_work_is_a_studio(postgres: Cluster, database_url: str, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ class Watch:
     def _sent(self, job_id: str, job: Mapping[str, Any]) -> Order:
         """One attempt. Whatever ends it, an order that may be in the studio is among those left."""
         may_be_there = job_id in self._left
-        self._left[job_id] = Order(job_id, "unknown", reason="the studio's answer was lost")
+        self._left[job_id] = Order(job_id, "unknown", reason="it may be in the studio")
         try:
             order = self._orders.queue({**job, "jobId": job_id})
         except StudioWorkerError as error:
