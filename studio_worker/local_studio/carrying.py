@@ -109,7 +109,7 @@ class Carrier:
             require_own_form(writing, "--database")
             require_empty(writing, is_shared=self._target.is_shared)
             is_first = writing.execute(select(meta).where(meta.c.key == OWNER)).first() is None
-        stay = standing(self._store.mark(), self._source.owner) is Standing.OWN
+        stay = standing(self._store.mark(), self._source.owner) in (Standing.OWN, Standing.CARRIED)
         owner = self._owner_where_they_stay() if stay else self._owner_of_a_new_place(is_first)
         try:
             with self._telling("--pictures"):
@@ -134,7 +134,7 @@ class Carrier:
         return owner
 
     def _owner_where_they_stay(self) -> str:
-        self._store.check(self._source.owner)
+        self._store.check(self._source.owner)  # one that was carried with them before is told so
         return f"{secrets.token_hex(32)} {self._source.owner}"
 
     def _take_over(self, owner: str) -> None:

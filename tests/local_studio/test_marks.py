@@ -67,7 +67,7 @@ def test_pictures_that_stay_are_the_new_studios(
     before_revisions: Path, there: Places, staying: Folder
 ) -> None:
     """Where the new studio is given the folder that the old one has, no picture is copied; the old one ends
-    at its start, with what has become of it.
+    at its start, and is not carried once more, with what has become of it.
     """
     before = {path.name: path.read_bytes() for path in staying.path.iterdir()}
     there = replace(there, pictures=staying)
@@ -80,6 +80,9 @@ def test_pictures_that_stay_are_the_new_studios(
         assert "start the studio with the --database that it was carried to" in said
         with LocalStudio(there) as studio:
             assert studio.result("done") == PICTURE
+    second = Places(before_revisions.parent / "second.sqlite3", staying)
+    with pytest.raises(ConfigError, match="this studio was carried to another database"):
+        carried(before_revisions, second)
 
 
 def test_pictures_that_an_older_copy_lacks_are_added(
