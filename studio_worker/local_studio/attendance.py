@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from contextlib import suppress
 
 from sqlalchemy import Connection
 
 from studio_worker.local_studio.job_queue import JobQueue
-from studio_worker.local_studio.leases import WORKER_LEFT, Loss, Replaced
+from studio_worker.local_studio.leases import OFFER_LOST, WORKER_LEFT, Loss, Replaced
 from studio_worker.local_studio.pictures import CannotStore
 from studio_worker.local_studio.presence import Presence, Said
 from studio_worker.local_studio.rules import QueuedJob
-from studio_worker.local_studio.session import EndSession, WorkerSession
+from studio_worker.local_studio.session import DOUBT_S, EndSession, WorkerSession
 from studio_worker.local_studio.wake import Hint, Wake
 from studio_worker.studio import wire
 
@@ -78,7 +79,8 @@ class Attendance:
 
     def offered(self, session: WorkerSession, job: QueuedJob) -> None:
         """This worker was given a job; there may be one for another, too. Only from the event loop."""
-        session.inherited, session.current_job_id, session.model = None, job.job_id, job.model
+        session.inherited, session.told, session.model = None, job.job_id, job.model
+        session.current_job_id = job.job_id
         self._offer_idle(1)
 
     def end(self, worker_id: str, code: wire.ErrorCode) -> None:
@@ -167,8 +169,17 @@ class Attendance:
                 # It has forgotten the job, or has failed, which it says when the job is offered again.
                 self._release(session, inherited.job_id, inherited.loss)
                 session.inherited = None
+            if heartbeat.current_job_id is None and time.monotonic() < session.in_doubt_until:
+                self._release_unknown(session)
         except CannotStore as error:  # the worker is here all the same
             cannot_store(session, error)
+
+    def _release_unknown(self, session: WorkerSession) -> None:
+        """What it holds by the rows and does not know of, since the database did not answer in time."""
+        held = self._queue.held_by(session.worker_id)
+        session.in_doubt_until = min(session.in_doubt_until, time.monotonic() + DOUBT_S)
+        if held is not None and held.job_id != session.told:
+            self._release(session, held.job_id, OFFER_LOST)
 
     def leave(self, session: WorkerSession) -> None:
         """It is over, for whatever reason; where the process stops, its claims wait for the worker."""

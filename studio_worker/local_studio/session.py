@@ -9,17 +9,22 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
 
 from studio_worker.errors import FrameError
+from studio_worker.local_studio.pictures import CannotStore
 from studio_worker.local_studio.presence import Inherited, Said
 from studio_worker.studio import wire
 
 logger = logging.getLogger(__name__)
+
+DOUBT_S = 60.0
+"""So long after it answers again a database server may still do what it was asked while it stood still."""
 
 CLOSE_SILENT = 3008
 """Close code of a session without heartbeats (IANA: Timeout); the protocol names none for it."""
@@ -46,9 +51,10 @@ _Command = Literal["offer"] | EndSession
 class WorkerSession:
     """One connected worker. ``base_url`` is the studio's address as this worker reached it.
 
-    ``model`` is that of the job it was given last. ``number`` counts this worker's sessions; ``inherited`` is
-    what it had in hand in the one before, for as long as its heartbeats name it. ``noted`` is what the
-    database knows of its last heartbeat.
+    ``told`` is the job that it was offered last, unless it rejected that, and ``model`` that one's.
+    ``number`` counts this worker's sessions; ``inherited`` is what it had in hand in the one before, for as
+    long as its heartbeats name it. ``noted`` is what the database knows of its last heartbeat. Until
+    ``in_doubt_until`` it may say that the worker holds a job of which it was told nothing, or rejected.
     """
 
     worker_id: str
@@ -56,14 +62,25 @@ class WorkerSession:
     base_url: str
     capabilities: wire.Capabilities | None = None
     current_job_id: str | None = None
+    told: str = ""
     model: str = ""
     number: int = 0
     inherited: Inherited | None = None
     noted: Said | None = None
+    in_doubt_until: float = 0.0
     deadline: float = 0.0
     commands: asyncio.Queue[_Command] = field(default_factory=asyncio.Queue)
     _reading: asyncio.Task[Mapping[str, Any]] | None = None
     _commanded: asyncio.Task[_Command] | None = None
+
+    @contextmanager
+    def doubting(self) -> Iterator[None]:
+        """A step that may be written down or not where the database does not answer, and even later."""
+        try:
+            yield
+        except CannotStore:
+            self.in_doubt_until = math.inf
+            raise
 
     @property
     def is_paused(self) -> bool:

@@ -171,8 +171,9 @@ class Sessions:
             case wire.Accept():
                 self._queue.accept(event.job_id, session.worker_id)
             case wire.Reject():
-                session.current_job_id = None
-                self._reject(session, event)
+                session.current_job_id, session.told = None, ""
+                with session.doubting():
+                    self._reject(session, event)
             case wire.Fail():
                 session.current_job_id = None
                 self._queue.fail(event.job_id, session.worker_id, event.error, retryable=event.retryable)
@@ -233,11 +234,14 @@ class Sessions:
             return
         if not is_renewed:
             self._presence.check(session.worker_id, session.number)
-        job = self._queue.take_next(session.worker_id, self._presence.ready, session_no=session.number)
-        if job is not None:
-            self._attendance.offered(session, job)
-            logger.info("job offered", extra={"worker_id": session.worker_id, "job_id": job.job_id})
-            await session.send(wire.Offer(claim=claim_of(self._shelf.addressed(job), session.base_url)))
+        with session.doubting():
+            job = self._queue.take_next(session.worker_id, self._presence.ready, session_no=session.number)
+            if job is None:
+                return
+            claim = claim_of(self._shelf.addressed(job), session.base_url)
+        self._attendance.offered(session, job)
+        logger.info("job offered", extra={"worker_id": session.worker_id, "job_id": job.job_id})
+        await session.send(wire.Offer(claim=claim))
 
     def _listen(self, session: WorkerSession, capabilities: wire.Capabilities) -> None:
         session.capabilities = capabilities

@@ -11,6 +11,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from studio_worker.local_studio import Limits, LocalStudio
+from studio_worker.local_studio.pictures import StorageAway
 from tests.fakes.machine import CAPABILITIES, WAIT_S, Machine, queue
 
 
@@ -222,3 +223,55 @@ def test_session_that_says_nothing_new_disturbs_nobody(anywhere: LocalStudio) ->
     machine.hang_up()
     (worker,) = (each for each in anywhere.workers() if each.worker_id == machine.worker_id)
     assert (worker.last_seen_at or 0.0) > now.heartbeat_at
+
+
+@pytest.mark.parametrize("step", ["take_next", "decline"])
+@pytest.mark.parametrize("is_written", [True, False])
+def test_worker_whose_step_got_no_answer_is_not_left_idle(
+    studio: LocalStudio, machine: Machine, monkeypatch: pytest.MonkeyPatch, step: str, *, is_written: bool
+) -> None:
+    """An offer, or its rejection, whose writing down the database did not answer in time: whether it did it or
+    not, the worker's next idle heartbeats bring the job again, and no attempt is counted.
+    """
+    do = getattr(studio.queue, step)
+
+    def in_doubt(*given: Any, **named: Any) -> None:
+        if is_written:
+            do(*given, **named)
+        monkeypatch.setattr(studio.queue, step, do)
+        raise StorageAway("the server has said nothing for 4 s")
+
+    machine.beat("something else")
+    job_id = queue(studio)
+    if step == "decline":
+        assert machine.offered()["jobId"] == job_id
+        monkeypatch.setattr(studio.queue, step, in_doubt)
+        machine.say("reject", jobId=job_id, reason="busy", code="busy")
+    else:
+        monkeypatch.setattr(studio.queue, step, in_doubt)
+        machine.beat()
+    machine.beat()
+    assert machine.hear()["claim"]["jobId"] == job_id
+    assert studio.job(job_id).attempts == 1
+
+
+def test_offer_on_its_way_is_not_taken_back(
+    studio: LocalStudio, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a step without an answer, too, an idle heartbeat that crosses an offer leaves that alone."""
+    do = studio.queue.take_next
+
+    def in_doubt(*given: Any, **named: Any) -> None:
+        monkeypatch.setattr(studio.queue, "take_next", do)
+        raise StorageAway("the server has said nothing for 4 s")
+
+    machine.beat("something else")
+    job_id = queue(studio)
+    monkeypatch.setattr(studio.queue, "take_next", in_doubt)
+    for _ in range(4):  # the second brings the offer; the others were sent before it came
+        machine.beat()
+    assert machine.hear()["claim"]["jobId"] == job_id
+    machine.say("accept", jobId=job_id)
+    machine.beat(job_id)
+    assert studio.job(job_id).status == "running"
+    assert machine.upload(job_id).status_code == 200
