@@ -32,6 +32,9 @@ INPUT_S = DAY_S
 """So long an input picture may wait for the job that names it."""
 
 _TASK_TEXT = type_coerce(jobs.c.task, Words).label("task")
+_WITH_INPUTS = select(jobs.c.seq, _TASK_TEXT).where(_TASK_TEXT.like("%/files/%")).order_by(jobs.c.seq)
+_ROWS = 500
+"""Prompts that are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,11 @@ class Housekeeping:
         if not old:
             return []
         named: set[str] = set()
-        for row in self._rows(select(_TASK_TEXT).where(_TASK_TEXT.like("%/files/%"))):
-            named.update(FILE_PATH.findall(row.task))
+        last = 0
+        while some := self._rows(_WITH_INPUTS.where(jobs.c.seq > last).limit(_ROWS)):
+            last = some[-1].seq
+            for row in some:
+                named.update(FILE_PATH.findall(row.task))
         return [row.file_id for row in old if row.file_id not in named]
 
     def _now(self) -> float:

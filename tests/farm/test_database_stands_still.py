@@ -8,16 +8,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import cast
 
 import psycopg
 import pytest
 import requests
 
 from studio_worker.local_studio import LocalStudio, Places
+from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.pictures import Folder, StorageAway
 from studio_worker.local_studio.presence import Presence
-from studio_worker.local_studio.storage.bounded import LIMIT_S
-from studio_worker.local_studio.storage.locks import look_at_all
+from studio_worker.local_studio.storage.bounded import LIMIT_S, BoundedConnection, StandsStill, dial
+from studio_worker.local_studio.storage.locks import Lock, look_at_all
 from studio_worker.local_studio.storage.postgres import PostgresDatabase
 from tests.fakes.machine import WAIT_S, Machine, queue
 from tests.farm.postgres import Cluster
@@ -191,7 +193,7 @@ def test_step_that_takes_too_long_is_given_up_alone(database_url: str) -> None:
     with database.reading() as connection:
         look_at_all(connection)
         connection.exec_driver_sql(asked)
-    with pytest.raises(StorageAway, match="said nothing"), database.reading() as connection:
+    with pytest.raises(StorageAway, match="did not answer in time"), database.reading() as connection:
         connection.exec_driver_sql(asked)
     waited = threading.Event()
     for _ in range(100):
@@ -202,6 +204,70 @@ def test_step_that_takes_too_long_is_given_up_alone(database_url: str) -> None:
     else:
         pytest.fail("nobody is let in")
     database.close()
+
+
+def test_step_that_is_slow_at_each_turn_is_given_up(database_url: str) -> None:
+    """A server that is late with each answer holds nobody for longer than one that gives none."""
+    database = PostgresDatabase(database_url, lambda: None)
+    asked: list[int] = []
+
+    def step() -> None:
+        with database.reading() as connection:
+            for number in range(5):
+                asked.append(number)
+                connection.exec_driver_sql(f"SELECT pg_sleep({LIMIT_S / 2.5})")
+
+    with pytest.raises(StorageAway, match="did not answer in time"):
+        step()
+    assert asked == [0, 1, 2]
+    database.close()
+
+
+def test_turn_that_is_not_let_go_of_holds_up_offers_alone(database_url: str) -> None:
+    """A process that stands still while it gives a job away keeps others from that, and from nothing else."""
+    database = PostgresDatabase(database_url, lambda: None)
+    queue = JobQueue(database, Folder(Path("nowhere")))
+    with psycopg.connect(database_url) as still:
+        still.execute("SELECT pg_advisory_xact_lock(%s)", (int(Lock.TURNS),))
+        with pytest.raises(StorageAway, match="somebody else keeps"):
+            queue.take_next("worker")
+        database.check()
+    assert queue.take_next("worker") is None
+    database.close()
+
+
+def test_who_gets_no_connection_is_refused_alone(
+    clerks_url: str, postgres: Cluster, database_url: str
+) -> None:
+    """Where others have taken all connections of the server, those that the studio has are worked with."""
+    name = database_url.partition("?")[0].rpartition("/")[2]
+    database = PostgresDatabase(clerks_url, lambda: None)
+    with psycopg.connect(postgres.url(), autocommit=True) as operator:
+        operator.execute(f"ALTER DATABASE {name} CONNECTION LIMIT 1")
+    with database.reading() as connection:
+        with pytest.raises(StorageAway, match="takes no more connections"):
+            database.check()
+        connection.exec_driver_sql("SELECT 1")
+    database.check()
+    database.close()
+
+
+def test_nameserver_that_says_nothing_is_not_waited_for() -> None:
+    """Whoever looks for a server by its name does not wait for ever; what comes late is closed."""
+    found, closed = threading.Event(), threading.Event()
+
+    class Late:
+        def close(self) -> None:
+            closed.set()
+
+    def connect() -> BoundedConnection:
+        found.wait(WAIT_S)
+        return cast(BoundedConnection, Late())
+
+    with pytest.raises(StandsStill):
+        dial(connect, 0.05)
+    found.set()
+    assert closed.wait(WAIT_S)
 
 
 def test_beat_waits_for_nobody(database_url: str) -> None:

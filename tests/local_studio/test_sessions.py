@@ -230,8 +230,8 @@ def test_session_that_says_nothing_new_disturbs_nobody(anywhere: LocalStudio) ->
 def test_worker_whose_step_got_no_answer_is_not_left_idle(
     studio: LocalStudio, machine: Machine, monkeypatch: pytest.MonkeyPatch, step: str, *, is_written: bool
 ) -> None:
-    """An offer, or its rejection, whose writing down the database did not answer in time: whether it did it or
-    not, the worker's next idle heartbeats bring the job again, and no attempt is counted.
+    """An offer, or its rejection, that the database did not answer in time: whether it was written or not,
+    the worker's next idle heartbeats bring the job again, and no attempt is counted.
     """
     do = getattr(studio.queue, step)
 

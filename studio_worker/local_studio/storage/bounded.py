@@ -1,13 +1,17 @@
-"""Connections to PostgreSQL that wait for a sign of life only so long.
+"""Connections to PostgreSQL that are waited for only so long.
 
 A server that stands still without breaking its connections (a paused machine, a disk that hangs) acknowledges
-every byte, and answers none. No option of libpq or of the server notices that: who waits for an answer must.
+every byte, and answers none; one that is far too slow answers each statement a little late. No option of
+libpq or of the server notices either: who waits for an answer must.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import psycopg
@@ -22,36 +26,70 @@ _Answer = TypeVar("_Answer")
 
 
 class StandsStill(psycopg.OperationalError):
-    """The server has said nothing for too long; what it made of the statement is not known."""
+    """The server was waited for too long; what it made of the statement is not known."""
 
     sqlstate = STANDS_STILL
 
 
 class BoundedConnection(psycopg.Connection[Any]):
-    """A connection that is closed where its server says nothing for ``limit_s``, whatever it was asked."""
+    """A connection that is closed where its server does not answer ``until`` then, by the monotonic clock;
+    without that each question has LIMIT_S.
+    """
 
-    limit_s = LIMIT_S
+    until: float | None = None
+
+    def be_quick(self, limit_s: float = LIMIT_S) -> None:
+        """What is asked from now on is one step."""
+        self.until = time.monotonic() + limit_s
+
+    def be_patient(self) -> None:
+        """What is asked from now on may take as long as it takes."""
+        self.until = math.inf
 
     def wait(self, gen: Generator[Any, Any, _Answer], *args: Any, **options: Any) -> _Answer:
         """As the driver waits. Raises StandsStill."""
+        until = time.monotonic() + LIMIT_S if self.until is None else self.until
         try:
-            return super().wait(_bounded(gen, self.limit_s), *args, **options)
+            return super().wait(_bounded(gen, until), *args, **options)
         except StandsStill:
             self.close()
             raise
 
 
-def _bounded(gen: Generator[Any, Any, _Answer], limit_s: float) -> Generator[Any, Any, _Answer]:
+def dial(connect: Callable[[], BoundedConnection], limit_s: float | None) -> BoundedConnection:
+    """A new connection. Raises StandsStill.
+
+    The driver's own limit begins when it knows the server's address, and a nameserver that says nothing is
+    waited for by the system.
+    """
+    made: Future[BoundedConnection] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(connect())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, name="dial", daemon=True).start()
+    try:
+        return made.result(limit_s)
+    except TimeoutError:
+        made.add_done_callback(_close)
+        raise StandsStill(f"no connection could be made within {limit_s} s") from None
+
+
+def _close(made: Future[BoundedConnection]) -> None:
+    if made.exception() is None:
+        made.result().close()
+
+
+def _bounded(gen: Generator[Any, Any, _Answer], until: float) -> Generator[Any, Any, _Answer]:
     """The driver's generator: it is sent what the socket is ready for, now and then nothing."""
-    heard_at = time.monotonic()
     try:
         ready = yield next(gen)
         while True:
-            now = time.monotonic()
-            if ready:
-                heard_at = now
-            elif now - heard_at > limit_s:
-                raise StandsStill(f"the server has said nothing for {limit_s:g} s")
+            if not ready and time.monotonic() > until:
+                raise StandsStill("the server did not answer in time")
             ready = yield gen.send(ready)
     except StopIteration as end:
         answer: _Answer = end.value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any
@@ -43,7 +42,7 @@ def be_patient(connection: Connection) -> None:
 def look_at_all(connection: Connection) -> None:
     """Who looks at everything, not on the event loop, may take long; with this connection that is over."""
     if connection.dialect.name == "postgresql":
-        connection.connection.dbapi_connection.limit_s = math.inf  # type: ignore[union-attr]
+        connection.connection.dbapi_connection.be_patient()  # type: ignore[union-attr]
 
 
 _SETTLES_S = 1

@@ -48,6 +48,9 @@ and does not let go of: sessions wait for it on the event loop. A process that s
 step loses what it holds (libpq's parameters, and the server's).
 """
 
+_SOON_S = 2.0
+"""So quick must the server be again; a step asks more than that."""
+
 _CHECKS = (
     "UPDATE meta SET value = value WHERE false",
     f"LOCK TABLE {', '.join(METADATA.tables)} IN ROW EXCLUSIVE MODE",
@@ -106,8 +109,10 @@ class PostgresDatabase(Database):
             _try_out(connection)
 
     def _ask(self) -> None:
-        with self._asking.begin() as connection:
-            _try_out(connection)
+        with self._asking.connect() as connection:
+            connection.connection.dbapi_connection.be_quick(_SOON_S)  # type: ignore[union-attr]
+            with connection.begin():
+                _try_out(connection)
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
@@ -158,6 +163,7 @@ def engine_of(url: URL, **pool: Any) -> Engine:
     try:
         # Only here: the driver is an extra.
         bounded = importlib.import_module("studio_worker.local_studio.storage.bounded")
+        limit_s = None if "connect_timeout" in url.query else bounded.LIMIT_S * _servers_in(url)
         engine = create_engine(
             url,
             connect_args={name: value for name, value in _OPTIONS.items() if name not in url.query},
@@ -173,9 +179,15 @@ def engine_of(url: URL, **pool: Any) -> Engine:
 
     @event.listens_for(engine, "do_connect")
     def dial(_dialect: Dialect, _record: object, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        return bounded.BoundedConnection.connect(*given, **named)
+        return bounded.dial(lambda: bounded.BoundedConnection.connect(*given, **named), limit_s)
 
     return engine
+
+
+def _servers_in(url: URL) -> int:
+    """How many are dialled, one after the other."""
+    named = url.query.get("host") or url.host or ""
+    return (named if isinstance(named, str) else ",".join(named)).count(",") + 1
 
 
 def _engine(url: URL) -> Engine:
@@ -200,7 +212,7 @@ def _look(connection: Any, _record: object, _fairy: object) -> None:
     """Whether the server has gone since: what comes unasked is its farewell. To ask, as SQLAlchemy would, is
     one more way there and back for each step.
     """
-    connection.limit_s = type(connection).limit_s  # the one before may have been patient
+    connection.be_quick()
     unasked = select.poll()
     if not connection.closed:
         unasked.register(connection, select.POLLIN)

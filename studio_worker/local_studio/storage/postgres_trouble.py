@@ -42,6 +42,10 @@ _WORDS = (
 """Of libpq and the server, and what to do about it; the first that is found."""
 
 
+_CROWDED = r"too many (clients|connections)|remaining connection slots"
+"""Whoever is in can go on."""
+
+
 def told(error: DBAPIError) -> CannotStore | None:
     """What went wrong with a step, for the log; ``None`` of what only a fault in this program can bring."""
     code = _code_of(error.orig)
@@ -51,6 +55,8 @@ def told(error: DBAPIError) -> CannotStore | None:
         return StorageAway(f"the database does not let the studio work ({error.orig})")
     if code in _CROSSED:
         return StorageAway(f"another step was in the way, and this one was given up ({error.orig})")
+    if re.search(_CROWDED, str(error.orig)):
+        return StorageAway(f"the database takes no more connections ({error.orig})")
     if code == _LOCKED:
         return StorageAway(f"somebody else keeps what this step needs ({error.orig})")
     if code == _READ_ONLY:
@@ -64,10 +70,14 @@ def is_everybodys(error: DBAPIError) -> bool:
     """Whether other steps would fail, or wait in vain, just the same: of the server, or of a whole table."""
     code = _code_of(error.orig)
     if code == _LOCKED:
-        # With the row that it was waiting for, if it was one; tables have no context.
+        # With the row that it was waiting for, if it was one; tables have no context, nor has a turn, for
+        # which nobody waits but who is to be offered a job.
+        if "pg_advisory" in (error.statement or ""):
+            return False
         return getattr(getattr(error.orig, "diag", None), "context", None) is None
     if code is None:  # nobody let in; what breaks in the middle of a step may be this one connection
-        return isinstance(error, OperationalError) and error.statement is None
+        is_let_in = error.statement is not None or re.search(_CROWDED, str(error.orig))
+        return isinstance(error, OperationalError) and not is_let_in
     return code in (_READ_ONLY, STANDS_STILL)
 
 
