@@ -186,6 +186,24 @@ def test_step_with_much_to_do_is_given_its_time(database_url: str, postgres: Clu
     assert started.is_set()
 
 
+def test_start_that_waits_for_another_says_so(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever starts a process that waits for another one's migration learns what it waits for."""
+    with psycopg.connect(database_url) as other:
+        other.execute("SELECT pg_advisory_xact_lock(%s)", (int(Lock.MIGRATION),))
+        starting = threading.Thread(target=lambda: PostgresDatabase(database_url, lambda: None).close())
+        starting.start()
+        waited = threading.Event()
+        for _ in range(int(WAIT_S / 0.05)):
+            if "another process has the tables in hand; waiting for it" in caplog.messages:
+                break
+            waited.wait(0.05)
+        else:
+            pytest.fail("it says nothing")
+        assert starting.is_alive()
+    starting.join(WAIT_S)
+    assert not starting.is_alive()
+
+
 def test_step_that_takes_too_long_is_given_up_alone(database_url: str) -> None:
     """Who asks for too much is told so; others, and what keeps the house, go on."""
     database = PostgresDatabase(database_url, lambda: None)

@@ -7,7 +7,7 @@ libpq or of the server notices either: who waits for an answer must.
 
 from __future__ import annotations
 
-import math
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -21,6 +21,11 @@ from studio_worker.local_studio.storage.postgres_trouble import STANDS_STILL
 LIMIT_S = 4.0
 """Longer than a server under load takes for a step, which has milliseconds to do; sessions take theirs on the
 event loop, and their workers leave after 20 s."""
+
+PATIENCE_S = 3600.0
+"""For a migration, a studio that is carried, a look at everything: an end for what would have none."""
+
+logging.getLogger("psycopg").setLevel(logging.ERROR)  # of what it ignores it would tell besides
 
 _Answer = TypeVar("_Answer")
 
@@ -43,8 +48,8 @@ class BoundedConnection(psycopg.Connection[Any]):
         self.until = time.monotonic() + limit_s
 
     def be_patient(self) -> None:
-        """What is asked from now on may take as long as it takes."""
-        self.until = math.inf
+        """What is asked from now on is much."""
+        self.until = time.monotonic() + PATIENCE_S
 
     def wait(self, gen: Generator[Any, Any, _Answer], *args: Any, **options: Any) -> _Answer:
         """As the driver waits. Raises StandsStill."""

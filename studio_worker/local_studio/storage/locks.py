@@ -19,6 +19,7 @@ class Lock(IntEnum):
 
 
 _TAKE = select(func.pg_advisory_xact_lock(bindparam("number")))
+_TRY = select(func.pg_try_advisory_xact_lock(bindparam("number")))
 
 
 def take(connection: Connection, lock: Lock) -> None:
@@ -27,15 +28,20 @@ def take(connection: Connection, lock: Lock) -> None:
         connection.execute(_TAKE, {"number": int(lock)})
 
 
+def is_free(connection: Connection, lock: Lock) -> bool:
+    """Whether nobody has it in hand; it is this transaction's then."""
+    return connection.execute(_TRY, {"number": int(lock)}).scalar_one() is True
+
+
 def be_patient(connection: Connection) -> None:
-    """A step with much to do waits for the server, and for whoever locks what it needs, as long as it takes.
+    """A step with much to do waits for the server, and for whoever locks what it needs, for an hour at most.
 
     Args:
         connection: in a transaction, with which this is over.
     """
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
-        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = '1h'")
         look_at_all(connection)
 
 

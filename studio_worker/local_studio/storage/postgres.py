@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import select
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from studio_worker.errors import ConfigError
 from studio_worker.local_studio.pictures import CannotStore, StorageAway
 from studio_worker.local_studio.storage.database import Database
 from studio_worker.local_studio.storage.gate import Gate
-from studio_worker.local_studio.storage.locks import Lock, be_patient, take
+from studio_worker.local_studio.storage.locks import Lock, be_patient, is_free, take
 from studio_worker.local_studio.storage.migrating import migrate
 from studio_worker.local_studio.storage.postgres_trouble import (
     is_everybodys,
@@ -26,6 +27,8 @@ from studio_worker.local_studio.storage.postgres_trouble import (
     unusable,
 )
 from studio_worker.local_studio.storage.tables import METADATA
+
+logger = logging.getLogger(__name__)
 
 _CONNECTIONS = 8
 """Of one studio process: most steps take a millisecond, and a server has a hundred by default."""
@@ -87,7 +90,9 @@ class PostgresDatabase(Database):
                 with engine.begin() as connection:
                     require_unicode(connection, name)
                     be_patient(connection)  # another may have much to do
-                    take(connection, Lock.MIGRATION)
+                    if not is_free(connection, Lock.MIGRATION):
+                        logger.warning("another process has the tables in hand; waiting for it")
+                        take(connection, Lock.MIGRATION)
                     migrate(connection, name)
                 # Each by itself: no way to the server and back for its beginning and its end.
                 single = engine.execution_options(isolation_level="AUTOCOMMIT")
