@@ -7,7 +7,6 @@ libpq or of the server notices either: who waits for an answer must.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -24,8 +23,6 @@ event loop, and their workers leave after 20 s."""
 
 PATIENCE_S = 3600.0
 """For a migration, a studio that is carried, a look at everything: an end for what would have none."""
-
-logging.getLogger("psycopg").setLevel(logging.ERROR)  # of what it ignores it would tell besides
 
 _Answer = TypeVar("_Answer")
 

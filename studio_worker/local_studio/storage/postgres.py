@@ -182,6 +182,8 @@ def engine_of(url: URL, **pool: Any) -> Engine:
             key="--database",
         ) from error
 
+    logging.getLogger("psycopg").setLevel(logging.ERROR)  # it would tell of what it ignores, besides
+
     @event.listens_for(engine, "do_connect")
     def dial(_dialect: Dialect, _record: object, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         return bounded.dial(lambda: bounded.BoundedConnection.connect(*given, **named), limit_s)
