@@ -51,7 +51,7 @@ _Command = Literal["offer"] | EndSession
 class WorkerSession:
     """One connected worker. ``base_url`` is the studio's address as this worker reached it.
 
-    ``told`` is the job that it was offered last, unless it rejected that, and ``model`` that one's.
+    ``told`` is the job that it was offered last, unless it gave that back, and ``model`` that one's.
     ``number`` counts this worker's sessions; ``inherited`` is what it had in hand in the one before, for as
     long as its heartbeats name it. ``noted`` is what the database knows of its last heartbeat. Until
     ``in_doubt_until`` it may say that the worker holds a job of which it was told nothing, or rejected.
@@ -81,6 +81,12 @@ class WorkerSession:
         except CannotStore:
             self.in_doubt_until = math.inf
             raise
+
+    def has_ended(self, job_id: str) -> None:
+        """The worker has this job in hand no more, whether or not that can be written down."""
+        self.current_job_id = None
+        if self.told == job_id:
+            self.told = ""
 
     @property
     def is_paused(self) -> bool:

@@ -146,8 +146,11 @@ class Sessions:
         if not self._attendance.has(session):
             return  # replaced: its claims are gone, and the command that ends it is on its way
         try:
+            if isinstance(event, wire.Reject | wire.Fail):
+                session.has_ended(event.job_id)
             if isinstance(event, _STEPS):
-                self._presence.check(session.worker_id, session.number)
+                with session.doubting():
+                    self._presence.check(session.worker_id, session.number)
             await self._act(session, event)
         except Replaced as over:  # a late word of an older session: it breaks no rule, and changes nothing
             raise ended(over) from over
@@ -171,11 +174,9 @@ class Sessions:
             case wire.Accept():
                 self._queue.accept(event.job_id, session.worker_id)
             case wire.Reject():
-                session.current_job_id, session.told = None, ""
                 with session.doubting():
                     self._reject(session, event)
             case wire.Fail():
-                session.current_job_id = None
                 self._queue.fail(event.job_id, session.worker_id, event.error, retryable=event.retryable)
                 extra = {"worker_id": session.worker_id, "job_id": event.job_id, "retryable": event.retryable}
                 logger.info("job failed", extra=extra)

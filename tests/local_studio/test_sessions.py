@@ -275,3 +275,43 @@ def test_offer_on_its_way_is_not_taken_back(
     machine.beat(job_id)
     assert studio.job(job_id).status == "running"
     assert machine.upload(job_id).status_code == 200
+
+
+def test_rejection_while_the_database_is_away_leaves_no_worker_idle(
+    studio: LocalStudio, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rejection of which nothing at all can be asked or written is made good by the next idle heartbeat."""
+    check = studio.presence.check
+
+    def away(*_given: Any) -> None:
+        monkeypatch.setattr(studio.presence, "check", check)
+        raise StorageAway("the database did not answer a moment ago")
+
+    job_id = queue(studio)
+    assert machine.offered()["jobId"] == job_id
+    monkeypatch.setattr(studio.presence, "check", away)
+    machine.say("reject", jobId=job_id, reason="busy", code="busy")
+    machine.beat()
+    machine.beat()
+    assert machine.hear()["claim"]["jobId"] == job_id
+
+
+def test_failed_job_whose_next_offer_got_no_answer_is_offered_again(
+    studio: LocalStudio, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second offer of a job that the database did not answer in time is no other than a first one."""
+    do = studio.queue.take_next
+
+    def in_doubt(*given: Any, **named: Any) -> None:
+        if do(*given, **named) is not None:
+            monkeypatch.setattr(studio.queue, "take_next", do)
+        raise StorageAway("the server has said nothing for 4 s")
+
+    job_id = queue(studio)
+    machine.take()
+    monkeypatch.setattr(studio.queue, "take_next", in_doubt)
+    machine.say("fail", jobId=job_id, error="out of memory", retryable=True)
+    assert machine.hear() == {"type": "failAck", "jobId": job_id}
+    for _ in range(3):
+        machine.beat()
+    assert machine.hear()["claim"]["jobId"] == job_id
