@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import pytest
 from sqlalchemy import func, select
@@ -34,9 +34,6 @@ from studio_worker.local_studio.storage.database import Database
 from studio_worker.local_studio.storage.sqlite import SqliteFile
 from studio_worker.local_studio.storage.tables import METADATA, files, jobs, meta, results
 from tests.fakes.machine import PICTURE, Machine, queue
-
-if TYPE_CHECKING:
-    pass
 
 
 def nothing(*_said: object) -> None:

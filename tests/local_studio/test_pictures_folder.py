@@ -169,7 +169,11 @@ def test_files_are_read_in_parts(tmp_path: Path, asked: str, first: int, last: i
             folder.open(key, behind)
 
 
-@pytest.mark.parametrize("asked", [None, "bytes=0-1,4-5", "lines=1-2", "bytes=", "bytes=5", "bytes=5-4"])
+@pytest.mark.parametrize(
+    "asked",
+    [None, "bytes=0-1,4-5", "lines=1-2", "bytes=", "bytes=5", "bytes=5-4", f"bytes={'9' * 5000}-"],
+    ids=["none", "several", "lines", "empty", "open", "backwards", "longer than any file"],
+)
 def test_ranges_of_other_forms_get_the_whole_file(tmp_path: Path, asked: str | None) -> None:
     """Whoever asks for more than one range, or for something else, gets everything, which HTTP allows."""
     folder = Folder(tmp_path)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from studio_worker.local_studio.pictures.port import RangeRefused
 
-_RANGE = re.compile(r"bytes=(?:(\d+)-(\d*)|-(\d+))")
+_RANGE = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))")
+"""Of numbers that sizes of files can be: Python makes no number of thousands of digits."""
 
 
 @dataclass(frozen=True)
