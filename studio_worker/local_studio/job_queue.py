@@ -31,7 +31,6 @@ from studio_worker.local_studio.pictures import Pictures, StorageAway, StoredByt
 from studio_worker.local_studio.rules import JobStatus, QueuedJob, Rejection
 from studio_worker.local_studio.storage import locks
 from studio_worker.local_studio.storage.database import Database
-from studio_worker.local_studio.storage.locks import Lock
 from studio_worker.local_studio.storage.tables import jobs, results
 from studio_worker.local_studio.turns import PATIENCE, Patience
 
@@ -132,7 +131,8 @@ class JobQueue:
             session_no: which session of the worker is to hold it.
         """
         with self._database.writing() as connection:
-            locks.take(connection, Lock.TURNS)
+            with self.lookout.resting_after_failure():
+                locks.take_turns(connection)
             now = self._clock()
             lines = line.Lines(connection, worker_id, lambda: line.crew_now(connection, ready))
             for _ in range(_TRIES):

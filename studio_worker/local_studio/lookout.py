@@ -7,9 +7,11 @@ Nobody with a job to take waits for one of those, nothing is written for them, a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from sqlalchemy import Connection, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from studio_worker.local_studio import line
 from studio_worker.local_studio.job_rows import HAS_NONE
@@ -19,6 +21,9 @@ from studio_worker.local_studio.turns import Crew, Patience
 
 CREW_S = 1.0
 """So old may be what is known of the others: who looks in vain because of that looks again soon."""
+
+REST_S = 2.0
+"""So long nobody looks after one has waited for its turn in vain: others would, too, one after the other."""
 
 _WAITING = select(line.IS_OWN).where(line.IS_ANY, HAS_NONE)
 
@@ -36,6 +41,16 @@ class Lookout:
         self._patience = patience
         self._crew = Crew()
         self._crew_at = float("-inf")
+        self._resting_until = float("-inf")
+
+    @contextmanager
+    def resting_after_failure(self) -> Iterator[None]:
+        """Of the wait for the turn to take what was seen."""
+        try:
+            yield
+        except SQLAlchemyError:
+            self._resting_until = time.monotonic() + REST_S
+            raise
 
     def sees_one_for(self, worker_id: str, ready: Ready) -> bool:
         """Whether it is worth a step of the queue to take one for it.
@@ -43,6 +58,8 @@ class Lookout:
         Args:
             ready: who could take a job now, asked where it matters.
         """
+        if time.monotonic() < self._resting_until:
+            return False
         with self._database.reading() as connection:
             is_own = connection.execute(_WAITING, {"for_whom": worker_id}).scalar()
             if is_own is None or is_own:

@@ -18,6 +18,7 @@ from studio_worker.local_studio import LocalStudio, Places
 from studio_worker.local_studio.job_queue import JobQueue
 from studio_worker.local_studio.pictures import Folder, StorageAway
 from studio_worker.local_studio.presence import Presence
+from studio_worker.local_studio.rules import QueuedJob
 from studio_worker.local_studio.storage.bounded import LIMIT_S, BoundedConnection, StandsStill, dial
 from studio_worker.local_studio.storage.locks import Lock, look_at_all
 from studio_worker.local_studio.storage.postgres import PostgresDatabase
@@ -241,16 +242,21 @@ def test_step_that_is_slow_at_each_turn_is_given_up(database_url: str) -> None:
     database.close()
 
 
-def test_turn_that_is_not_let_go_of_holds_up_offers_alone(database_url: str) -> None:
-    """A process that stands still while it gives a job away keeps others from that, and from nothing else."""
+def test_turn_that_is_not_let_go_of_holds_up_offers_alone(database_url: str, tmp_path: Path) -> None:
+    """A process that stands still while it gives a job away keeps others from that, and from nothing else: of
+    all that could have a job only one waits for it, and not for long.
+    """
     database = PostgresDatabase(database_url, lambda: None)
-    queue = JobQueue(database, Folder(Path("nowhere")))
+    queue = JobQueue(database, Folder(tmp_path))
+    queue.add(QueuedJob("a job", "a model", task={}, model_source={}, created_at=0.0))
     with psycopg.connect(database_url) as still:
         still.execute("SELECT pg_advisory_xact_lock(%s)", (int(Lock.TURNS),))
+        assert queue.lookout.sees_one_for("worker", lambda _: ())
         with pytest.raises(StorageAway, match="somebody else keeps"):
             queue.take_next("worker")
+        assert not queue.lookout.sees_one_for("other", lambda _: ())
         database.check()
-    assert queue.take_next("worker") is None
+    assert queue.take_next("worker") is not None
     database.close()
 
 

@@ -18,6 +18,7 @@ class Lock(IntEnum):
     REGISTRATION = 0x53_54_55_03
 
 
+_TURNS_MS = 500
 _TAKE = select(func.pg_advisory_xact_lock(bindparam("number")))
 _TRY = select(func.pg_try_advisory_xact_lock(bindparam("number")))
 
@@ -26,6 +27,16 @@ def take(connection: Connection, lock: Lock) -> None:
     """Wait for it; it is given back with the end of the transaction. SQLite has one that writes at a time."""
     if connection.dialect.name == "postgresql":
         connection.execute(_TAKE, {"number": int(lock)})
+
+
+def take_turns(connection: Connection) -> None:
+    """Be the one that gives a job away. Whoever has them stands still if they do not come soon: a turn takes
+    milliseconds, and sessions wait for it on the event loop.
+    """
+    if connection.dialect.name == "postgresql" and not is_free(connection, Lock.TURNS):
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_TURNS_MS}ms'")
+        connection.execute(_TAKE, {"number": int(Lock.TURNS)})
+        connection.exec_driver_sql("SET LOCAL lock_timeout TO DEFAULT")
 
 
 def is_free(connection: Connection, lock: Lock) -> bool:
