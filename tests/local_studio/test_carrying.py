@@ -303,6 +303,8 @@ def tell(text):
     if text.startswith(stage):
         os.kill(os.getpid(), number)
 local_studio.say = tell
+for each in (signal.SIGINT, signal.SIGHUP):  # as in a terminal, whatever these tests run in the background of
+    signal.signal(each, signal.SIG_DFL)
 sys.argv[1:] = ["local-studio", "carry", *sys.argv[3:]]
 main()
 """
