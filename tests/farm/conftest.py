@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.farm import s3
+from tests.farm.s3_proxy import S3Proxy
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +30,17 @@ def bucket(s3_server: s3.S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return s3_server.bucket()
+
+
+@pytest.fixture
+def proxy(s3_server: s3.S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
+    """What stands between the bucket and whoever looks for it in the environment."""
+    with S3Proxy(s3_server.port) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", between.url)
+        yield between
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the tries of one request, which are many while a storage is away."""
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)

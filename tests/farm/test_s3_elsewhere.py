@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import requests
-from PIL import Image
 
 from studio_worker.errors import ConfigError
 from studio_worker.local_studio import LocalStudio, Places, pictures_at
@@ -20,6 +18,7 @@ from studio_worker.local_studio.pictures.s3 import PART_BYTES, S3
 from tests.fakes.machine import PICTURE, Machine, queue
 from tests.farm.s3 import S3Server
 from tests.farm.s3_proxy import WELCOME, S3Proxy, answer, refusal
+from tests.local_studio.test_results import png
 
 WAIT_S = 30.0
 _HTML = "Content-Type: text/html"
@@ -30,13 +29,7 @@ GONE = refusal("404 Not Found", "NoSuchKey")
 FULL = refusal("507 Insufficient Storage", "InsufficientStorage")
 UNENDED = f"HTTP/1.1 200 OK\r\n{_HTML}\r\nConnection: close\r\n\r\n<!doctype html><p>Welcome".encode()
 
-
-@pytest.fixture
-def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
-    monkeypatch.setattr("time.sleep", lambda _seconds: None)  # the pauses between a request's tries
-    with S3Proxy(s3_server.port) as between:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", between.url)
-        yield between
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 @pytest.fixture
@@ -54,12 +47,6 @@ def machine(studio: LocalStudio) -> Iterator[Machine]:
     worker = Machine(studio).connect()
     yield worker
     worker.hang_up()
-
-
-def png() -> bytes:
-    drawn = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(drawn, "PNG")
-    return drawn.getvalue()
 
 
 def delivered(studio: LocalStudio, machine: Machine) -> str:

@@ -11,16 +11,8 @@ from PIL import Image
 
 from studio_worker.demo.service_process import ServiceProcess
 from studio_worker.local_studio import LocalStudio, Places, pictures_at
-from tests.farm.s3 import S3Server
 from tests.farm.s3_proxy import S3Proxy
 from tests.lab.service import READY_S, await_log, await_status, override, queue_synthetic, status
-
-
-@pytest.fixture
-def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
-    with S3Proxy(s3_server.port) as between:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", between.url)
-        yield between
 
 
 @pytest.fixture

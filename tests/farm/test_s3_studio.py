@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import requests
-from PIL import Image
 
 from studio_worker.local_studio import LocalStudio, Places, pictures_at
 from studio_worker.local_studio.housekeeping import DAY_S, FOR_EVER, Housekeeping
@@ -22,16 +20,11 @@ from studio_worker.local_studio.web.worker_routes import UPLOADS
 from tests.fakes.machine import PICTURE, Machine, queue
 from tests.farm.s3 import SECRET, S3Server
 from tests.farm.s3_proxy import S3Proxy
+from tests.local_studio.test_results import png
 
 WAIT_S = 30.0
 
-
-@pytest.fixture
-def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
-    monkeypatch.setattr("time.sleep", lambda _seconds: None)  # the pauses between a request's tries
-    with S3Proxy(s3_server.port) as between:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", between.url)
-        yield between
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 @pytest.fixture
@@ -45,12 +38,6 @@ def machine(studio: LocalStudio) -> Iterator[Machine]:
     worker = Machine(studio).connect()
     yield worker
     worker.hang_up()
-
-
-def png() -> bytes:
-    drawn = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(drawn, "PNG")
-    return drawn.getvalue()
 
 
 def pictures_in(server: S3Server, bucket: str) -> list[str]:

@@ -9,6 +9,8 @@ from typing import Any
 from sqlalchemy import Connection, Select, bindparam, func, select
 from sqlalchemy.exc import OperationalError
 
+from studio_worker.local_studio.storage.postgres_trouble import LOCKED, code_of
+
 
 class Lock(IntEnum):
     """By a number that nothing else takes that uses the same PostgreSQL database."""
@@ -65,9 +67,6 @@ def look_at_all(connection: Connection) -> None:
 _SETTLES_S = 1
 """Most steps take a millisecond; a process that hangs in one of its own is not to hold up all others."""
 
-_LOCK_NOT_AVAILABLE = "55P03"
-"""https://www.postgresql.org/docs/current/errcodes-appendix.html"""
-
 
 def settled(connection: Connection, locked: Select[Any], asked: Mapping[str, Any]) -> bool:
     """Wait until the steps that have these rows in hand are through; the rows are this transaction's then.
@@ -82,7 +81,7 @@ def settled(connection: Connection, locked: Select[Any], asked: Mapping[str, Any
         with connection.begin_nested():
             connection.execute(locked, asked)
     except OperationalError as error:
-        if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+        if code_of(error.orig) != LOCKED:
             raise
         is_settled = False
     else:

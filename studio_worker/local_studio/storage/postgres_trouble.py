@@ -20,7 +20,7 @@ _READ_ONLY = "25006"
 STANDS_STILL = "08006"
 """Connection failure: said in the place of a server that says nothing."""
 _NOT_ALLOWED = "42501"
-_LOCKED = "55P03"
+LOCKED = "55P03"
 _CROSSED = ("40P01", "40001")
 """Two steps waited for each other, and one was given up."""
 _ANOTHERS = ("42P07", "42703", "42P01")
@@ -48,7 +48,7 @@ _CROWDED = r"too many (clients|connections)|remaining connection slots"
 
 def told(error: DBAPIError) -> CannotStore | None:
     """What went wrong with a step, for the log; ``None`` of what only a fault in this program can bring."""
-    code = _code_of(error.orig)
+    code = code_of(error.orig)
     if code == _DISK_FULL:
         return StorageFull(f"the database takes no more data ({error.orig})")
     if code in (_NOT_ALLOWED, *_ANOTHERS):
@@ -57,7 +57,7 @@ def told(error: DBAPIError) -> CannotStore | None:
         return StorageAway(f"another step was in the way, and this one was given up ({error.orig})")
     if re.search(_CROWDED, str(error.orig)):
         return StorageAway(f"the database takes no more connections ({error.orig})")
-    if code == _LOCKED:
+    if code == LOCKED:
         return StorageAway(f"somebody else keeps what this step needs ({error.orig})")
     if code == _READ_ONLY:
         return StorageAway(f"the database takes nothing now ({error.orig})")
@@ -68,8 +68,8 @@ def told(error: DBAPIError) -> CannotStore | None:
 
 def is_everybodys(error: DBAPIError) -> bool:
     """Whether other steps would fail, or wait in vain, just the same: of the server, or of a whole table."""
-    code = _code_of(error.orig)
-    if code == _LOCKED:
+    code = code_of(error.orig)
+    if code == LOCKED:
         # With the row that it was waiting for, if it was one; tables have no context, nor has a turn, for
         # which nobody waits but who is to be offered a job.
         if "pg_advisory" in (error.statement or ""):
@@ -82,11 +82,11 @@ def is_everybodys(error: DBAPIError) -> bool:
 
 
 def is_read_only(error: BaseException | None) -> bool:
-    """Whether a standby says so, or somebody who has nothing changed."""
-    return _code_of(error) == _READ_ONLY
+    """Whether a server says that it takes nothing: a standby, or one that was told so."""
+    return code_of(error) == _READ_ONLY
 
 
-def _code_of(error: BaseException | None) -> str | None:
+def code_of(error: BaseException | None) -> str | None:
     """The server's, where it gave one."""
     code: str | None = getattr(error, "sqlstate", None)
     return code
@@ -110,7 +110,7 @@ def unusable(error: BaseException, name: str) -> ConfigError:
         name: of the database; there is no password in it.
     """
     said = " ".join(str(getattr(error, "orig", error)).split())
-    code = _code_of(getattr(error, "orig", None))
+    code = code_of(getattr(error, "orig", None))
     if code == _DISK_FULL:
         return StateUnavailable(f"takes no more data ({said})", cure="make room on its disk", source=name)
     if code == _READ_ONLY:
