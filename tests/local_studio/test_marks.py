@@ -15,17 +15,7 @@ from studio_worker.local_studio.pictures import Folder
 from studio_worker.local_studio.places import claim_pictures
 from studio_worker.local_studio.storage.sqlite import SqliteFile
 from tests.fakes.machine import PICTURE
-
-
-def nothing() -> None:
-    pass
-
-
-def carried(source: Path, there: Places) -> list[str]:
-    """Carry the studio of a file; returns what was told."""
-    told: list[str] = []
-    carry_studio(source.parent, there, told.append)
-    return told
+from tests.local_studio.test_carrying import carried, nothing
 
 
 @pytest.mark.sqlite

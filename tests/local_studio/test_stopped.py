@@ -9,18 +9,11 @@ from pathlib import Path
 import pytest
 
 from studio_worker.errors import ConfigError
-from studio_worker.local_studio import LocalStudio, Places, carry_studio
+from studio_worker.local_studio import LocalStudio, Places
 from studio_worker.local_studio.pictures import Folder
 from studio_worker.local_studio.storage.sqlite import SqliteFile
 from tests.fakes.machine import queue
-
-
-def carried(source: Path, there: Places) -> None:
-    carry_studio(source.parent, there, lambda _text: None)
-
-
-def nothing() -> None:
-    pass
+from tests.local_studio.test_carrying import carried, nothing
 
 
 @pytest.mark.sqlite

@@ -11,11 +11,12 @@ import pytest
 from alembic.script import ScriptDirectory
 
 from studio_worker.errors import ConfigError
-from studio_worker.local_studio import LocalStudio, Places, carry_studio
+from studio_worker.local_studio import LocalStudio, Places
 from studio_worker.local_studio.pictures import Folder
 from studio_worker.local_studio.storage import migrating
 from studio_worker.local_studio.storage.sqlite import SqliteFile
 from tests.fakes.machine import PICTURE, Machine, queue
+from tests.local_studio.test_carrying import carried, nothing
 
 LATER = """
 from alembic import op
@@ -112,7 +113,7 @@ def test_nothing_is_carried_to_the_database_of_a_newer_version(
     with later_version(head()):
         LocalStudio(there).stop()
     with pytest.raises(ConfigError, match=r"^--database: was written by a later version"):
-        carry_studio(here, there, nothing)
+        carried(here / "studio.sqlite3", there)
 
 
 def test_every_revision_says_whom_it_lets_go_on() -> None:
@@ -123,7 +124,3 @@ def test_every_revision_says_whom_it_lets_go_on() -> None:
     oldest = [revisions.index(oldest_writer) for _, oldest_writer in newest_first]
     assert oldest == sorted(oldest)
     assert all(own <= let_in for own, let_in in enumerate(oldest))
-
-
-def nothing(*_said: object) -> None:
-    """Whoever is told does not care."""
