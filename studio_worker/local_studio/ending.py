@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -42,7 +43,7 @@ class Ending:
         """
         had_terminal = _has_terminal()
 
-        def heed(number: int, _frame: FrameType | None) -> None:
+        def heed(number: int) -> None:
             if number == signal.SIGTERM:
                 self.ask()
             elif number == signal.SIGINT:
@@ -54,13 +55,42 @@ class Ending:
             else:
                 logger.info("SIGHUP without effect: there is no certificate to read")
 
-        heeded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, heed) for number in heeded}
-        try:
+        with _heard(heed, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+
+@contextmanager
+def _heard(heed: Callable[[int], None], numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """Have these signals heeded by a thread: a handler runs within whatever the main thread does, may wait
+    there for itself, and is not run at all where the signal came just before that thread began to wait.
+    """
+    heard, hearing = socket.socketpair()
+    hearing.setblocking(False)
+
+    def run() -> None:
+        while number := heard.recv(1)[0]:
+            if number in numbers:
+                heed(number)
+
+    thread = threading.Thread(target=run, name="signals", daemon=True)
+    thread.start()
+    before = {number: signal.signal(number, _leave_it) for number in numbers}
+    before_fd = signal.set_wakeup_fd(hearing.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before_fd)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        hearing.setblocking(True)
+        hearing.send(b"\0")
+        thread.join()
+        for each in (heard, hearing):
+            each.close()
+
+
+def _leave_it(_number: int, _frame: FrameType | None) -> None:
+    """The thread heeds it."""
 
 
 def _has_terminal() -> bool:

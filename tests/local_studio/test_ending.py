@@ -75,6 +75,26 @@ def test_person_at_the_terminal_does_not_wait(tmp_path: Path) -> None:
         assert command.process.wait(WAIT_S) == 0
 
 
+def test_signals_that_come_all_at_once_end_it(tmp_path: Path) -> None:
+    """Whoever is told to end many times over ends, wherever that meets it."""
+    script = """
+import os, signal, threading
+from studio_worker.local_studio.ending import Ending
+def shower():
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+for _ in range(200):
+    ending = Ending()
+    with ending.heeding_signals(None):
+        shooting = threading.Thread(target=shower)
+        shooting.start()
+        ending.asked.wait()
+        ending.now.wait()
+        shooting.join()
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=WAIT_S, check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("behind", "leaves_first"), [((), False), (("--behind-proxy", "127.0.0.1"), True)], ids=["desk", "proxy"]
 )
