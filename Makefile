@@ -25,7 +25,7 @@ test: $(STAMP) ## Run the whole test suite (no root needed)
 test-farm: $(STAMP) ## The local studio's tests on PostgreSQL, and those of S3 (installs Debian's servers, as root)
 	packaging/test-farm
 
-farm: $(STAMP) ## A farm in simulation: 200 workers, 20,000 jobs, everything fails (SEED=1; about 10 minutes)
+farm: $(STAMP) ## A farm in simulation: 200 workers, 20,000 jobs, everything fails (SEED=1; about 20 minutes)
 	packaging/test-farm simulation --seed $(or $(SEED),1)
 
 lint: $(STAMP) ## ruff and mypy --strict
