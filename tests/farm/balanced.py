@@ -11,14 +11,16 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import requests
 
 from studio_worker.local_studio import LocalStudio, Places, pictures_at
 from tests.fakes.certificates import Certificate, certificate
-from tests.fakes.machine import Machine
+from tests.fakes.machine import WAIT_S, Machine
 from tests.fakes.servers import free_port
 from tests.farm.studios import Balancer, StudioProcess
 from tests.lab.balancers import Recipe, running
 from tests.lab.programs import program
+from tests.lab.service import await_that
 
 TOKEN = "a token of sufficient length"
 
@@ -61,6 +63,14 @@ class Site:
 
     def await_ready(self) -> None:
         asyncio.run(Balancer(self.processes).until(lambda ready: ready == len(self.processes)))
+
+    def await_asked(self, process: StudioProcess) -> None:
+        """Until the balancer knows that it is there again, and sends people to it."""
+        url, headers = f"http://127.0.0.1:{process.port}/metrics", {"Authorization": f"Bearer {TOKEN}"}
+        await_that(
+            lambda: 'part="page"' in requests.get(url, headers=headers, timeout=WAIT_S).text,
+            "the balancer sends somebody there",
+        )
 
 
 @contextmanager

@@ -110,6 +110,7 @@ def test_rolling_restart_fails_no_request_and_no_job(site: Site) -> None:
                 site.connect(machine).beat(job_id)
             process.start()
             site.await_ready()
+            site.await_asked(process)
             machine.beat(job_id)
     finally:
         person.end()
