@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from studio_worker.local_studio import LocalStudio
+from tests.fakes.machine import Machine
 from tests.farm import s3
 from tests.farm.s3_proxy import S3Proxy
 
@@ -44,3 +46,11 @@ def proxy(s3_server: s3.S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) 
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the tries of one request, which are many while a storage is away."""
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
+
+
+@pytest.fixture
+def machine(studio: LocalStudio) -> Iterator[Machine]:
+    """A worker of the test's studio."""
+    worker = Machine(studio).connect()
+    yield worker
+    worker.hang_up()

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import cast
+from typing import LiteralString, cast
 
 import psycopg
 import pytest
@@ -62,23 +62,21 @@ def is_read_only(cluster: Cluster, _url: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lacks_a_table(_cluster: Cluster, url: str) -> Iterator[None]:
+def altered(url: str, do: LiteralString, undo: LiteralString) -> Iterator[None]:
     with psycopg.connect(url, autocommit=True) as operator:
-        operator.execute("ALTER TABLE jobs RENAME TO elsewhere")
+        operator.execute(do)
         try:
             yield
         finally:
-            operator.execute("ALTER TABLE elsewhere RENAME TO jobs")
+            operator.execute(undo)
 
 
-@contextlib.contextmanager
-def lets_nobody_work(_cluster: Cluster, url: str) -> Iterator[None]:
-    with psycopg.connect(url, autocommit=True) as operator:
-        operator.execute("ALTER TABLE jobs OWNER TO studio")
-        try:
-            yield
-        finally:
-            operator.execute(f"ALTER TABLE jobs OWNER TO {_CLERK}")
+def lacks_a_table(_cluster: Cluster, url: str) -> AbstractContextManager[None]:
+    return altered(url, "ALTER TABLE jobs RENAME TO elsewhere", "ALTER TABLE elsewhere RENAME TO jobs")
+
+
+def lets_nobody_work(_cluster: Cluster, url: str) -> AbstractContextManager[None]:
+    return altered(url, "ALTER TABLE jobs OWNER TO studio", f"ALTER TABLE jobs OWNER TO {_CLERK}")
 
 
 TROUBLES: list[Trouble] = [stands_still, is_locked, is_read_only, lacks_a_table, lets_nobody_work]

@@ -42,13 +42,6 @@ def studio(
         yield running
 
 
-@pytest.fixture
-def machine(studio: LocalStudio) -> Iterator[Machine]:
-    worker = Machine(studio).connect()
-    yield worker
-    worker.hang_up()
-
-
 def delivered(studio: LocalStudio, machine: Machine) -> str:
     """The address of a result."""
     job_id = queue(studio)

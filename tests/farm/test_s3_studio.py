@@ -33,13 +33,6 @@ def studio(tmp_path: Path, bucket: str, proxy: S3Proxy) -> Iterator[LocalStudio]
         yield running
 
 
-@pytest.fixture
-def machine(studio: LocalStudio) -> Iterator[Machine]:
-    worker = Machine(studio).connect()
-    yield worker
-    worker.hang_up()
-
-
 def pictures_in(server: S3Server, bucket: str) -> list[str]:
     return [key for key in server.keys(bucket) if key != "p/studio"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
@@ -36,9 +37,8 @@ def take_turns(connection: Connection) -> None:
     milliseconds, and sessions wait for it on the event loop.
     """
     if connection.dialect.name == "postgresql" and not is_free(connection, Lock.TURNS):
-        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_TURNS_MS}ms'")
-        connection.execute(_TAKE, {"number": int(Lock.TURNS)})
-        connection.exec_driver_sql("SET LOCAL lock_timeout TO DEFAULT")
+        with _waiting_for(connection, _TURNS_MS):
+            take(connection, Lock.TURNS)
 
 
 def is_free(connection: Connection, lock: Lock) -> bool:
@@ -64,7 +64,7 @@ def look_at_all(connection: Connection) -> None:
         connection.connection.dbapi_connection.be_patient()  # type: ignore[union-attr]
 
 
-_SETTLES_S = 1
+_SETTLES_MS = 1000
 """Most steps take a millisecond; a process that hangs in one of its own is not to hold up all others."""
 
 
@@ -76,15 +76,21 @@ def settled(connection: Connection, locked: Select[Any], asked: Mapping[str, Any
     """
     if connection.dialect.name != "postgresql":
         return True  # nobody else writes
-    connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_SETTLES_S}s'")
-    try:
-        with connection.begin_nested():
-            connection.execute(locked, asked)
-    except OperationalError as error:
-        if code_of(error.orig) != LOCKED:
-            raise
-        is_settled = False
-    else:
-        is_settled = True
+    with _waiting_for(connection, _SETTLES_MS):
+        try:
+            with connection.begin_nested():
+                connection.execute(locked, asked)
+        except OperationalError as error:
+            if code_of(error.orig) != LOCKED:
+                raise
+            return False
+        return True
+
+
+@contextmanager
+def _waiting_for(connection: Connection, limit_ms: int) -> Iterator[None]:
+    """No longer than this for whoever has what is asked for in here."""
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{limit_ms}ms'")
+    yield
+    # Not where it failed: the transaction is over, and this with it.
     connection.exec_driver_sql("SET LOCAL lock_timeout TO DEFAULT")
-    return is_settled
