@@ -114,7 +114,7 @@ def submit(
     }
     who = _login_name() if submitter is None else submitter
     job = {"model": model, "priority": priority, "submitter": who}
-    orders = Orders(studio, "" if token_file is None else read_token(token_file), str(token_file))
+    orders = Orders(studio, "" if token_file is None else read_token(token_file), str(token_file or ""))
     seeds = _seeds(seed, count)
     watch = Watch(orders, output, timeout_s=timeout, tell=say, complain=complain)
     is_waiting = wait or output is not None

@@ -33,8 +33,9 @@ _WHY: dict[wire.ErrorCode, str] = {
 
 
 _ASKED = 2
-"""So many idle workers of each process are asked when a job came, first those that made its model last: each
-may have its reasons not to be the one, and whoever is given a job has the next one asked.
+"""So many idle workers of the process to which a job came are asked, first those that made its model last,
+and of the others where there is none of these: each may have its reasons not to be the one, and whoever is
+given a job has the next one asked.
 """
 
 
